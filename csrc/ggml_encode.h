@@ -1,0 +1,280 @@
+// Encoding blocks of one type: fit sixteen groups at a time, code their scales, round, pack.
+// Twin: fit_values and below in fewbits/formats/ggml_fit.py.
+#pragma once
+
+#include "ggml_types.h"
+
+namespace FEWBITS_ISA {
+
+constexpr int RECODE_ROUNDS = 2;
+
+// 2^(e - 128), denormal for the two smallest e.
+inline float exponent_step(int e) {
+    uint32_t bits = e < 2 ? 0x00200000u << e : uint32_t(e - 1) << 23;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+template <class T>
+using GridOf = std::conditional_t<T::kind == Kind::table, Levels<Iq4>,
+                                  std::conditional_t<T::kind == Kind::exponent, Levels<Mxfp4>,
+                                                     Even<-T::zero, T::top - T::zero>>>;
+
+// Group parameters of the blocks in a tile, by lane.
+struct Groups {
+    float step[LANES], base[LANES], scale[LANES], minimum[LANES];
+};
+
+inline float extreme_of(const float* x, int n) {
+    float top = x[0], bottom = x[0];
+    for (int i = 1; i < n; ++i) {
+        top = x[i] > top ? x[i] : top;
+        bottom = x[i] < bottom ? x[i] : bottom;
+    }
+    return top >= -bottom ? top : bottom;
+}
+
+template <class T, bool WEIGHTED>
+void code_scales_symmetric(const Tile<T::group>& t, bool search, Groups& g, float* d) {
+    constexpr int N = T::groups, BLOCKS = LANES / N;
+    for (int b = 0; b < BLOCKS; ++b) {
+        float *step = g.step + b * N, *scale = g.scale + b * N;
+        d[b] = to_half(extreme_of(step, N) / float(T::scale_lo));
+        for (int j = 0; j < N; ++j)
+            scale[j] = clamp(round_even(step[j] * inverse(d[b])), T::scale_lo, T::scale_hi);
+    }
+    for (int round = 0; round < (search ? RECODE_ROUNDS : 0); ++round) {
+        for (int i = 0; i < LANES; ++i) g.step[i] = d[i / N] * g.scale[i];
+        F inv = inverse(load(g.step)), cross, square;
+        moments<T::group, WEIGHTED, GridOf<T>, 1>(t, &inv, &cross, &square);
+        for (int b = 0; b < BLOCKS; ++b) {
+            float up = 0, down = 0;
+            for (int j = 0; j < N; ++j) {
+                int i = b * N + j;
+                if (square[i] > 0)
+                    g.scale[i] = clamp(round_even(cross[i] / square[i] * inverse(d[b])), T::scale_lo,
+                                       T::scale_hi);
+                up += g.scale[i] * cross[i];
+                down += g.scale[i] * g.scale[i] * square[i];
+            }
+            if (down > 0) d[b] = to_half(up / down);
+        }
+    }
+}
+
+struct AffineMoments {
+    F sqq, sq, sw, sxq, sx;
+};
+
+template <class T, bool WEIGHTED>
+AffineMoments moments_of_codes(const Tile<T::group>& t, F step, F drop) {
+    AffineMoments s = {};
+    F inv = inverse(step);
+    for (int i = 0; i < T::group; ++i) {
+        F q = clamp(round_even((t.x[i] + drop) * inv), 0, T::top);
+        F wq = WEIGHTED ? t.w[i] * q : q, wx = WEIGHTED ? t.w[i] * t.x[i] : t.x[i];
+        s.sqq += wq * q;
+        s.sq += wq;
+        s.sw += WEIGHTED ? t.w[i] : splat(1.0f);
+        s.sxq += wx * q;
+        s.sx += wx;
+    }
+    return s;
+}
+
+inline void recode_affine(const AffineMoments& s, int i, float d, float dmin, float hi, Groups& g) {
+    float sqq = s.sqq[i], sq = s.sq[i], sw = s.sw[i], sxq = s.sxq[i], sx = s.sx[i];
+    float a = (sw * sxq - sx * sq) / (sw * sqq - sq * sq);
+    float scale = clamp(round_even(a * inverse(d)), 0, hi), step = d * scale;
+    float minimum = clamp(round_even((step * sq - sx) / sw * inverse(dmin)), 0, hi);
+    auto error = [&](float st, float drop) {
+        return st * (st * sqq - 2.0f * (drop * sq + sxq)) + drop * (drop * sw + 2.0f * sx);
+    };
+    if (error(step, dmin * minimum) < error(d * g.scale[i], dmin * g.minimum[i])) {
+        g.scale[i] = scale;
+        g.minimum[i] = minimum;
+    }
+}
+
+inline void refit_affine(const AffineMoments& s, int first, int n, const Groups& g, float& d, float& dmin) {
+    float a = 0, b = 0, c = 0, p = 0, r = 0;
+    for (int i = first; i < first + n; ++i) {
+        float scale = g.scale[i], minimum = g.minimum[i];
+        a += scale * scale * s.sqq[i];
+        b += scale * minimum * s.sq[i];
+        c += minimum * minimum * s.sw[i];
+        p += scale * s.sxq[i];
+        r += minimum * s.sx[i];
+    }
+    float det = a * c - b * b;
+    bool both = det > 1e-6f * (a * c);
+    float new_d = both ? (p * c - r * b) / det : (p + dmin * b) / a;
+    float new_min = both ? (p * b - r * a) / det : dmin;
+    if (a > 0 && new_d > 0 && new_min >= 0) {
+        d = to_half(new_d);
+        dmin = to_half(new_min);
+    }
+}
+
+template <class T, bool WEIGHTED>
+void code_scales_affine(const Tile<T::group>& t, bool search, Groups& g, float* d, float* dmin) {
+    constexpr int N = T::groups, BLOCKS = LANES / N;
+    for (int b = 0; b < BLOCKS; ++b) {
+        float step = g.step[b * N], drop = -g.base[b * N];
+        for (int i = b * N; i < (b + 1) * N; ++i) {
+            step = g.step[i] > step ? g.step[i] : step;
+            drop = -g.base[i] > drop ? -g.base[i] : drop;
+        }
+        d[b] = to_half(step / float(T::scale_hi));
+        dmin[b] = to_half(drop / float(T::scale_hi));
+        for (int i = b * N; i < (b + 1) * N; ++i) {
+            g.scale[i] = clamp(round_even(g.step[i] * inverse(d[b])), 0, T::scale_hi);
+            g.minimum[i] = clamp(round_even(-g.base[i] * inverse(dmin[b])), 0, T::scale_hi);
+        }
+    }
+    for (int round = 0; round < (search ? RECODE_ROUNDS : 0); ++round) {
+        for (int i = 0; i < LANES; ++i) {
+            g.step[i] = d[i / N] * g.scale[i];
+            g.base[i] = dmin[i / N] * g.minimum[i];
+        }
+        AffineMoments s = moments_of_codes<T, WEIGHTED>(t, load(g.step), load(g.base));
+        for (int i = 0; i < LANES; ++i) recode_affine(s, i, d[i / N], dmin[i / N], T::scale_hi, g);
+        for (int b = 0; b < BLOCKS; ++b) refit_affine(s, b * N, N, g, d[b], dmin[b]);
+    }
+}
+
+// floor(log2(amax)) - 2 as the MX specification has it, and its neighbours where they do better.
+template <class T, bool WEIGHTED>
+void fit_exponent(const Tile<T::group>& t, bool search, uint8_t* exponent) {
+    F best = splat(-INFINITY), amax = {};
+    for (int i = 0; i < T::group; ++i) amax = vmax(vmax(t.x[i], -t.x[i]), amax);
+    int spec[LANES];
+    for (int i = 0; i < LANES; ++i) {
+        int e = 0;
+        std::frexp(amax[i], &e);
+        spec[i] = amax[i] > 0 ? std::min(std::max(e - 1 - 2 + 127, 0), 254) : 0;
+    }
+    for (int change : {0, 1, -1}) {
+        float step[LANES];
+        int e[LANES];
+        for (int i = 0; i < LANES; ++i) {
+            e[i] = std::min(std::max(spec[i] + change, 0), 254);
+            step[i] = exponent_step(e[i]);
+        }
+        F s = load(step), inv = inverse(s), cross, square;
+        moments<T::group, WEIGHTED, GridOf<T>, 1>(t, &inv, &cross, &square);
+        F score = s * (2.0f * cross - s * square);
+        for (int i = 0; i < LANES; ++i)
+            if (score[i] > best[i]) exponent[i] = uint8_t(e[i]);
+        best = vmax(score, best);
+        if (!search) break;
+    }
+}
+
+// Codes are small integers held in floats until here.
+inline void store_bytes(F q, uint8_t* out) {
+    typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+    for (int p = 0; p < PARTS; ++p) {
+        Bytes b = __builtin_convertvector(__builtin_convertvector(q.part[p], NativeMask), Bytes);
+        std::memcpy(out + p * WIDTH, &b, WIDTH);
+    }
+}
+
+// The final codes of one group.
+template <class T>
+inline void round_group(const float* __restrict x, float step, float base, uint8_t* __restrict code) {
+    float inv = inverse(step);
+    for (int i = 0; i < T::group; i += LANES) {
+        F t = load(x + i), q;
+        if constexpr (T::kind == Kind::table || T::kind == Kind::exponent) {
+            using TABLE = std::conditional_t<T::kind == Kind::table, Iq4, Mxfp4>;
+            t = t * inv;
+            q = splat(TABLE::codes[0]);
+            for (int l = 1; l < TABLE::size; ++l) {
+                float middle = (TABLE::levels[l] + TABLE::levels[l - 1]) * 0.5f;
+                q = select(t >= middle, splat(TABLE::codes[l]), q);
+            }
+        } else {
+            t = T::kind == Kind::affine ? (t - base) * inv : t * inv;
+            q = clamp(round_even(t) + float(T::zero), 0, T::top);
+        }
+        store_bytes(q, code + i);
+    }
+}
+
+// LANES groups of x (already f32) -> blocks.
+template <class T, bool WEIGHTED>
+void encode_tile(const float* x, const float* w, bool search, int blocks, uint8_t* out) {
+    constexpr int N = T::groups;
+    static thread_local Tile<T::group> t;
+    transpose<T::group>(x, t.x);
+    if (WEIGHTED) transpose<T::group>(w, t.w);
+    Groups g = {};
+    float d[LANES] = {}, dmin[LANES] = {};
+    uint8_t exponent[LANES] = {};
+    if constexpr (T::kind == Kind::exponent) {
+        fit_exponent<T, WEIGHTED>(t, search, exponent);
+    } else if constexpr (T::kind == Kind::affine) {
+        Affine fit = fit_affine<T::group, WEIGHTED, T::top>(t, search, T::two_level);
+        store(g.step, fit.step);
+        store(g.base, fit.base);
+        if constexpr (T::two_level) code_scales_affine<T, WEIGHTED>(t, search, g, d, dmin);
+    } else {
+        store(g.step, fit_scale<T::group, WEIGHTED, GridOf<T>>(t, search));
+        if constexpr (T::two_level) code_scales_symmetric<T, WEIGHTED>(t, search, g, d);
+    }
+    Block b;
+    for (int at = 0; at < blocks; ++at) {
+        b.exponent[0] = exponent[at];
+        b.d = T::two_level ? d[at] : to_half(g.step[at]);
+        b.m = T::kind == Kind::affine ? to_half(g.base[at]) : 0;
+        b.dmin = dmin[at];
+        for (int j = 0; j < N; ++j) {
+            int i = at * N + j;
+            float step = b.d, base = b.m;
+            if constexpr (T::kind == Kind::exponent) step = exponent_step(exponent[at]);
+            if constexpr (T::two_level) {
+                step = b.d * g.scale[i];
+                base = T::kind == Kind::affine ? -(b.dmin * g.minimum[i]) : 0;
+                b.scale[j] = uint8_t(int(g.scale[i]) - T::scale_lo);
+                b.minimum[j] = T::kind == Kind::affine ? uint8_t(g.minimum[i]) : 0;
+            }
+            round_group<T>(x + i * T::group, step, base, b.code + j * T::group);
+        }
+        T::pack(b, out + at * T::nbytes());
+    }
+}
+
+template <class T>
+void decode_blocks(const uint8_t* in, int64_t blocks, float* out) {
+    Block b;
+    for (int64_t at = 0; at < blocks; ++at) {
+        T::unpack(in + at * T::nbytes(), b);
+        for (int j = 0; j < T::groups; ++j) {
+            float step = b.d, base = T::kind == Kind::affine ? b.m : 0;
+            if constexpr (T::kind == Kind::exponent) step = exponent_step(b.exponent[0]);
+            if constexpr (T::two_level) {
+                step = b.d * float(b.scale[j] + T::scale_lo);
+                if (T::kind == Kind::affine) base = -(b.dmin * float(b.minimum[j]));
+            }
+            const uint8_t* code = b.code + j * T::group;
+            float* value = out + at * T::block + j * T::group;
+            if constexpr (T::kind == Kind::table || T::kind == Kind::exponent) {
+                using TABLE = std::conditional_t<T::kind == Kind::table, Iq4, Mxfp4>;
+                static const auto by_code = [] {
+                    std::array<float, 16> a{};
+                    for (int l = 0; l < TABLE::size; ++l) a[TABLE::codes[l]] = TABLE::levels[l];
+                    return a;
+                }();
+                for (int i = 0; i < T::group; ++i) value[i] = step * by_code[code[i]];
+            } else if constexpr (T::kind == Kind::affine) {
+                for (int i = 0; i < T::group; ++i) value[i] = step * float(code[i]) + base;
+            } else {
+                for (int i = 0; i < T::group; ++i) value[i] = step * (float(code[i]) - float(T::zero));
+            }
+        }
+    }
+}
+
+}  // namespace FEWBITS_ISA

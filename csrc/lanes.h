@@ -1,0 +1,212 @@
+// Sixteen groups side by side: lane i of every vector belongs to group i.
+//
+// F is one AVX-512 register, two AVX registers or four SSE registers (GCC/Clang vector extensions).
+// With -ffp-contract=off each lane does the same IEEE operations everywhere, which is why every
+// instruction set (and the torch twin) gives the same bits.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace FEWBITS_ISA {
+
+constexpr int LANES = 16;
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int PARTS = LANES / WIDTH;
+typedef float Native __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t NativeMask __attribute__((vector_size(4 * WIDTH)));
+
+struct F {
+    Native part[PARTS];
+    float operator[](int i) const { return part[i / WIDTH][i % WIDTH]; }
+};
+struct Mask {
+    NativeMask part[PARTS];
+};
+
+inline F splat(float x) {
+    F r;
+    for (int p = 0; p < PARTS; ++p) r.part[p] = x - Native{};
+    return r;
+}
+inline F load(const float* x) {
+    F r;
+    std::memcpy(&r, x, sizeof r);
+    return r;
+}
+inline void store(float* x, F v) { std::memcpy(x, &v, sizeof v); }
+
+#define FEWBITS_ARITHMETIC(OP)                                          \
+    inline F operator OP(F a, F b) {                                    \
+        for (int p = 0; p < PARTS; ++p) a.part[p] = a.part[p] OP b.part[p]; \
+        return a;                                                       \
+    }                                                                   \
+    inline F operator OP(F a, float b) { return a OP splat(b); }        \
+    inline F operator OP(float a, F b) { return splat(a) OP b; }
+FEWBITS_ARITHMETIC(+)
+FEWBITS_ARITHMETIC(-)
+FEWBITS_ARITHMETIC(*)
+FEWBITS_ARITHMETIC(/)
+#undef FEWBITS_ARITHMETIC
+inline F& operator+=(F& a, F b) { return a = a + b; }
+inline F operator-(F a) {
+    for (int p = 0; p < PARTS; ++p) a.part[p] = -a.part[p];
+    return a;
+}
+
+#define FEWBITS_COMPARE(OP)                                                    \
+    inline Mask operator OP(F a, F b) {                                        \
+        Mask m;                                                                \
+        for (int p = 0; p < PARTS; ++p) m.part[p] = a.part[p] OP b.part[p];    \
+        return m;                                                              \
+    }                                                                          \
+    inline Mask operator OP(F a, float b) { return a OP splat(b); }
+FEWBITS_COMPARE(<)
+FEWBITS_COMPARE(>)
+FEWBITS_COMPARE(<=)
+FEWBITS_COMPARE(>=)
+#undef FEWBITS_COMPARE
+inline Mask operator&(Mask a, Mask b) {
+    for (int p = 0; p < PARTS; ++p) a.part[p] = a.part[p] & b.part[p];
+    return a;
+}
+inline F select(Mask m, F a, F b) {
+    for (int p = 0; p < PARTS; ++p) a.part[p] = m.part[p] ? a.part[p] : b.part[p];
+    return a;
+}
+
+// a > b ? a : b and a < b ? a : b; compilers do not find the one instruction that does it.
+inline F vmax(F a, F b) {
+#if defined(__AVX512F__)  // the masked form: GCC 12 warns of its own header in the plain one
+    a.part[0] = (Native)_mm512_maskz_max_ps(0xffff, (__m512)a.part[0], (__m512)b.part[0]);
+#else
+    for (int p = 0; p < PARTS; ++p) {
+#if defined(__AVX__)
+        a.part[p] = (Native)_mm256_max_ps((__m256)a.part[p], (__m256)b.part[p]);
+#elif defined(__SSE2__)
+        a.part[p] = (Native)_mm_max_ps((__m128)a.part[p], (__m128)b.part[p]);
+#else
+        a.part[p] = a.part[p] > b.part[p] ? a.part[p] : b.part[p];
+#endif
+    }
+#endif
+    return a;
+}
+inline F vmin(F a, F b) {
+#if defined(__AVX512F__)
+    a.part[0] = (Native)_mm512_maskz_min_ps(0xffff, (__m512)a.part[0], (__m512)b.part[0]);
+#else
+    for (int p = 0; p < PARTS; ++p) {
+#if defined(__AVX__)
+        a.part[p] = (Native)_mm256_min_ps((__m256)a.part[p], (__m256)b.part[p]);
+#elif defined(__SSE2__)
+        a.part[p] = (Native)_mm_min_ps((__m128)a.part[p], (__m128)b.part[p]);
+#else
+        a.part[p] = a.part[p] < b.part[p] ? a.part[p] : b.part[p];
+#endif
+    }
+#endif
+    return a;
+}
+inline F clamp(F x, float lo, float hi) { return vmin(vmax(x, splat(lo)), splat(hi)); }
+
+// Round half to even: adding 1.5 * 2^23 leaves no bit for a fraction. Exact below 2^22; codes are.
+constexpr float ROUNDER = 12582912.0f;
+inline F round_even(F x) { return (x + ROUNDER) - ROUNDER; }
+inline float round_even(float x) {
+    return __builtin_fabsf(x) < 4194304.0f ? (x + ROUNDER) - ROUNDER : x;
+}
+inline float clamp(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
+
+inline F inverse(F x) {
+    F y = 1.0f / x;
+    return select(vmax(y, -y) <= FLT_MAX, y, F{});
+}
+inline float inverse(float x) {
+    float y = 1.0f / x;
+    return __builtin_fabsf(y) <= FLT_MAX ? y : 0.0f;
+}
+
+// IEEE half precision, round to nearest even.
+inline uint16_t half_bits(float x) {
+#if defined(__F16C__)
+    return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    uint32_t sign = (u >> 16) & 0x8000u, mag = u & 0x7fffffffu;
+    if (mag >= 0x47800000u) return sign | (mag > 0x7f800000u ? 0x7e00u : 0x7c00u);
+    if (mag < 0x38800000u) {  // below 2^-14: adding 0.5 aligns the last kept bit
+        float f;
+        std::memcpy(&f, &mag, 4);
+        f += 0.5f;
+        std::memcpy(&mag, &f, 4);
+        return sign | (mag - 0x3f000000u);
+    }
+    mag += 0xc8000fffu + ((mag >> 13) & 1);  // rebias the exponent, round to even
+    return sign | (mag >> 13);
+#endif
+}
+
+inline float half_value(uint16_t h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    uint32_t sign = uint32_t(h & 0x8000u) << 16, mag = h & 0x7fffu, u;
+    float f;
+    if (mag >= 0x7c00u) {
+        u = sign | 0x7f800000u | (mag & 0x3ffu) << 13;
+    } else {
+        u = mag << 13;
+        std::memcpy(&f, &u, 4);
+        f *= 0x1p112f;  // exact: moves the exponent bias, and normalizes denormals
+        std::memcpy(&u, &f, 4);
+        u |= sign;
+    }
+    std::memcpy(&f, &u, 4);
+    return f;
+#endif
+}
+
+// f32 -> the nearest half (the largest finite one where it would overflow), minus zero becoming zero.
+inline float to_half(float x) {
+    return half_value(half_bits(clamp(x, -65504.0f, 65504.0f) + 0.0f));
+}
+
+// (LANES, group) row-major -> (group, LANES).
+template <int GROUP>
+inline void transpose(const float* __restrict src, F* __restrict dst) {
+#if defined(__AVX512F__)
+    const NativeMask low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    const NativeMask high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    for (int at = 0; at < GROUP; at += LANES) {
+        Native a[LANES], b[LANES];
+        for (int i = 0; i < LANES; ++i) a[i] = load(src + i * GROUP + at).part[0];
+        for (int stage = 0; stage < 4; ++stage) {  // perfect shuffles; log2(16) of them transpose
+            for (int i = 0; i < LANES / 2; ++i) {
+                b[2 * i] = __builtin_shuffle(a[i], a[i + LANES / 2], low);
+                b[2 * i + 1] = __builtin_shuffle(a[i], a[i + LANES / 2], high);
+            }
+            std::memcpy(a, b, sizeof a);
+        }
+        for (int i = 0; i < LANES; ++i) dst[at + i].part[0] = a[i];
+    }
+#else
+    float* out = reinterpret_cast<float*>(dst);
+    for (int i = 0; i < GROUP; ++i)
+        for (int lane = 0; lane < LANES; ++lane) out[i * LANES + lane] = src[lane * GROUP + i];
+#endif
+}
+
+}  // namespace FEWBITS_ISA

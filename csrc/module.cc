@@ -1,0 +1,100 @@
+// fewbits._core: the kernels behind plain pointers, spread over threads. Buffers belong to the caller
+// (fewbits/core.py), which knows their lengths; every length is checked again here.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace nb = nanobind;
+using namespace fewbits;
+
+namespace {
+
+const Kernels& kernels() {
+    static const Kernels& chosen = select(std::getenv("FEWBITS_ISA"));
+    return chosen;
+}
+
+const TypeKernels& type(const std::string& name) {
+    const TypeKernels* found = find(kernels(), name.c_str());
+    if (!found) throw std::invalid_argument("the core has no type " + name);
+    return *found;
+}
+
+template <class WORK>
+void parallel(int64_t jobs, int threads, WORK work) {
+    std::atomic<int64_t> next{0};
+    auto run = [&] {
+        for (int64_t job; (job = next.fetch_add(1)) < jobs;) work(job);
+    };
+    std::vector<std::thread> others;
+    for (int i = 1; i < std::min<int64_t>(threads, jobs); ++i) others.emplace_back(run);
+    run();
+    for (auto& t : others) t.join();
+}
+
+// -> (sum of squared errors, sum of squares, largest error, weights refused: NaN, infinite, huge)
+std::tuple<double, double, double, int64_t> encode(const std::string& name, uintptr_t src, int dtype,
+                                                   int64_t weights, uintptr_t importance,
+                                                   int64_t importances, bool search, bool measure,
+                                                   uintptr_t dst, int64_t dst_bytes, int threads) {
+    const TypeKernels& t = type(name);
+    if (weights % t.block || dst_bytes != weights / t.block * t.nbytes)
+        throw std::invalid_argument(name + ": lengths of source and destination do not fit");
+    if (importance && (importances <= 0 || weights % importances))
+        throw std::invalid_argument(name + ": importances do not fit the weights");
+    EncodeJob job{reinterpret_cast<const void*>(src), dtype, weights,
+                  reinterpret_cast<const float*>(importance), importances, search, measure,
+                  reinterpret_cast<uint8_t*>(dst)};
+    int64_t units = (weights + UNIT - 1) / UNIT;
+    constexpr int64_t RUN = 16;  // units that a thread takes at once
+    std::vector<Error> errors((units + RUN - 1) / RUN);
+    {
+        nb::gil_scoped_release release;
+        parallel(int64_t(errors.size()), threads, [&](int64_t run) {
+            for (int64_t u = run * RUN; u < std::min(units, (run + 1) * RUN); ++u)
+                t.encode(job, u, &errors[run]);
+        });
+    }
+    Error total{};
+    for (const Error& e : errors) {
+        total.squared += e.squared;
+        total.energy += e.energy;
+        total.largest = std::max(total.largest, e.largest);
+        total.refused += e.refused;
+    }
+    return {total.squared, total.energy, total.largest, total.refused};
+}
+
+void decode(const std::string& name, uintptr_t src, int64_t src_bytes, uintptr_t dst, int64_t weights,
+            int threads) {
+    const TypeKernels& t = type(name);
+    if (weights % t.block || src_bytes != weights / t.block * t.nbytes)
+        throw std::invalid_argument(name + ": lengths of source and destination do not fit");
+    int64_t blocks = weights / t.block, run = UNIT * 16 / t.block;
+    const uint8_t* in = reinterpret_cast<const uint8_t*>(src);
+    float* out = reinterpret_cast<float*>(dst);
+    nb::gil_scoped_release release;
+    parallel((blocks + run - 1) / run, threads, [&](int64_t i) {
+        int64_t first = i * run, n = std::min(run, blocks - first);
+        t.decode(in + first * t.nbytes, n, out + first * t.block);
+    });
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+    m.def("isa", [] { return std::string(kernels().isa); });
+    m.def("encode", &encode);
+    m.def("decode", &decode);
+}

@@ -1,0 +1,143 @@
+"""transformers: run a checkpoint of any kind as a float model. The only module that imports it.
+
+The model is built empty from the config, then every weight is decoded, one after the other, and
+handed over; transformers itself puts experts into its fused arrays, ties what is tied and computes
+the rotary buffers. Nothing is fetched: a checkpoint is local by now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ModelError, raise_all
+from ..files.base import Checkpoint
+from ..files.gguf_model import tokenizer_json
+from ..files.json_object import read_json_object
+from ..qtensor import QTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # here -> in GGUF's key
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A checkpoint -> its transformers model in evaluation mode, weights decoded to `dtype`.
+
+    Raises ModelError for an architecture that transformers does not have, and one that lists every
+    tensor that is missing, unexpected or of another shape.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = _config(checkpoint)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{checkpoint.path}: transformers has no causal language model for {config.model_type!r}"
+        )
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    weights = {name: _decode(tensor.load(), dtype) for name, tensor in checkpoint.tensors.items()}
+    if getattr(config, "tie_word_embeddings", False):
+        weights.pop("lm_head.weight", None)
+    with _quiet():
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    faults = [f"tensor {name!r} is missing" for name in sorted(info["missing_keys"])]
+    faults += [f"tensor {name!r} is not one of the model's" for name in sorted(info["unexpected_keys"])]
+    faults += [f"tensor {row[0]!r} is {tuple(row[1])}, the config says {tuple(row[2])}"
+               for row in sorted(info["mismatched_keys"])]  # fmt: skip
+    raise_all(ModelError, f"{checkpoint.path} as {cls.__name__}", faults)
+    return model.eval()
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, with its special tokens and chat template."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if checkpoint.kind == "gguf":
+        return _gguf_tokenizer(checkpoint)
+    files = checkpoint.side_files
+    if "tokenizer.json" not in files:
+        if not files:
+            raise ModelError(f"{checkpoint.path}: no tokenizer files; copy the model's tokenizer.json there")
+        return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+    settings = read_json_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    given = {f"{name}_token": _content(settings.get(f"{name}_token")) for name in _SPECIAL}
+    template = settings.get("chat_template")
+    if "chat_template.jinja" in files:
+        template = files["chat_template.jinja"].read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(files["tokenizer.json"]),
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in given.items() if token is not None},
+    )
+
+
+def _gguf_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    metadata = {
+        key: value.plain() for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")
+    }
+    spec = tokenizer_json(metadata)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **{f"{name}_token": tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)},
+    )
+
+
+def _content(token: Any) -> str | None:
+    """A special token of tokenizer_config.json: a string, or a dictionary with its content."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's config as transformers' own class."""
+    from transformers import CONFIG_MAPPING
+
+    kind = checkpoint.config.get("model_type")
+    if kind is None:
+        raise ModelError(
+            f"{checkpoint.path}: no config from which to run this model; its architecture "
+            f"({checkpoint.provenance.get('architecture', 'unnamed')}) is not known here"
+        )
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{checkpoint.path}: transformers has no model of type {kind!r}; code that comes with a "
+            "checkpoint is never run. Quantizing works, evaluating does not"
+        )
+    given = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    with _quiet():
+        return CONFIG_MAPPING[kind].from_dict(given)
+
+
+def _decode(value: torch.Tensor | QTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A float copy: nothing of the mapped file stays referenced."""
+    return value.decode().to(dtype) if isinstance(value, QTensor) else value.to(dtype, copy=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no advice from transformers meanwhile."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

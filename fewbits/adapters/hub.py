@@ -1,0 +1,70 @@
+"""Model references: what a user may write where a model is asked for.
+
+path/to/directory        Hugging Face directory, or a native one
+path/to/model.gguf       GGUF
+org/name[@revision]      the hub: safetensors, json and tokenizer files only
+demo:smollm2             the demo model, made once and kept
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import FileError
+
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "README.md", "LICENSE*")
+
+
+def resolve(reference: str, cache_dir: Path) -> Path:
+    """A model reference -> a local file or directory, fetched into `cache_dir` if need be.
+
+    A path that exists wins over a hub name of the same spelling. Raises FileError saying what was tried.
+    """
+    if reference == "demo:smollm2":
+        from . import smollm2
+
+        return smollm2.obtain(cache_dir)
+    path = Path(reference).expanduser()
+    if path.exists():
+        return path
+    name = _HUB_NAME.fullmatch(reference)
+    if name is None or reference.endswith(".gguf"):
+        raise FileError(
+            f"{reference}: no such file or directory, and no reference of another kind; give a directory, a "
+            ".gguf file, a hub name org/name[@revision], or demo:smollm2"
+        )
+    return _download(name[1], name[2], cache_dir)
+
+
+def _download(name: str, revision: str | None, cache_dir: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        found = snapshot_download(
+            name, revision=revision, cache_dir=cache_dir / "hub", allow_patterns=list(_PATTERNS)
+        )
+    except RevisionNotFoundError as error:
+        raise FileError(
+            f"{name}: the hub has no revision {revision!r}; check it on the model's page"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileError(
+            f"{name}: neither a local path nor a model on the hub that you may read; check the name, or log "
+            "in (hf auth login) if it is private or gated"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileError(
+            f"{name}: not a local path, and the hub cannot be reached ({type(error).__name__}: {reason}); go "
+            "online once, or give a local directory"
+        ) from error
+    return Path(found)

@@ -1,0 +1,18 @@
+"""What quantizing cost: a parent and its children on the same text.
+
+    parent  ->  log-probabilities of every scored token, on a scratch file  --.
+    child   ->  the same, one child after the other                           +-> KL divergence,
+                                                                              '   agreement, perplexity
+Only one model is in memory at a time. Windows and scoring are those of `llama-perplexity`: windows
+of `context` tokens that do not overlap, the first token replaced by BOS where the model adds one,
+and the log-probabilities at positions score_from ... context - 2 (default: the second half) scored
+against the token that follows each.
+
+What parity means: a child equal to its parent has a KL divergence of exactly 0, agreement 1,
+perplexity ratio 1 and no divergence in any greedy continuation.
+"""
+
+from .compare import Evaluation, ModelScores, Settings, evaluate
+from .text import Text, read_text, self_text
+
+__all__ = ["Evaluation", "ModelScores", "Settings", "Text", "evaluate", "read_text", "self_text"]

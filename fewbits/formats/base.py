@@ -1,0 +1,125 @@
+"""Format and Grid: what the bits mean, and which values they can take.
+
+Error-feedback algorithms need the three steps of quantizing apart, so a format offers them apart:
+
+    fit(w, importance)   (n, k) f32 -> Grid      choose block parameters: scale, minimum, table entry
+    Grid.round(w, cols)  (n, c) f32 -> (n, c)    nearest representable code, column by column if wished
+    pack(grid, codes)    (n, k)     -> QTensor   lay codes and parameters out in bytes
+
+`encode` is the three in a row (a format may fuse them in C++), `decode` goes back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import FormatError
+from ..qtensor import Plane, QTensor
+from ..registry import Registry
+
+
+class Grid(ABC):
+    """The representable values of one weight once its block parameters are chosen."""
+
+    @abstractmethod
+    def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        """`(n, c)` f32 -> `(n, c)` codes: the nearest representable of each weight of `columns`."""
+
+    @abstractmethod
+    def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        """`(n, c)` codes -> `(n, c)` f32: exactly what `decode` will give for them."""
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """What the bits mean. Subclasses are one family each; the variation inside is data.
+
+    `block` is the number of columns that belong together: a row length must be its multiple.
+    """
+
+    name: str
+    block: int
+    planes: tuple[Plane, ...]
+
+    # A group's squared errors are summed in f32: 2^112 leaves room for 2^15 terms.
+    LARGEST: ClassVar[float] = 2.0**56
+
+    @abstractmethod
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> Grid:
+        """`(n, k)` f32 -> Grid.
+
+        importance: `(k,)` or `(n, k)` f32, not negative: the weight of each squared error. search:
+        minimize the (weighted) squared error; without it, the plain min-max rule of the format.
+        """
+
+    @abstractmethod
+    def pack(self, grid: Any, codes: torch.Tensor) -> QTensor:
+        """`(n, k)` codes -> QTensor."""
+
+    @abstractmethod
+    def decode(self, q: QTensor) -> torch.Tensor:
+        """QTensor -> `(n, k)` f32."""
+
+    def encode(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> QTensor:
+        """`(n, k)` float -> QTensor: fit, round and pack in a row."""
+        self.check(w)
+        w = w.float()
+        grid = self.fit(w, importance, search)
+        return self.pack(grid, grid.round(w))
+
+    def check(self, w: torch.Tensor, name: str = "tensor") -> None:
+        """Raise FormatError unless this format can hold a weight of w's shape and values."""
+        if w.ndim != 2 or 0 in w.shape:
+            raise FormatError(f"{name}: {self.name} holds two-dimensional weights, not {tuple(w.shape)}")
+        self.check_shape(w.shape[0], w.shape[1], name)
+        self.check_values(w, name)
+
+    def check_values(self, w: torch.Tensor, name: str = "tensor") -> None:
+        """Raise FormatError for NaN, infinity, or magnitudes whose squared errors overflow f32."""
+        low, high = (float(edge) for edge in torch.aminmax(w))  # NaN if any weight is
+        if max(-low, high) <= self.LARGEST:
+            return
+        bad = int((~torch.isfinite(w)).sum())
+        if bad:
+            raise FormatError(
+                f"{name}: {bad} of {w.numel()} weights are NaN or infinite; repair the checkpoint"
+            )
+        raise FormatError(
+            f"{name}: the largest magnitude {max(-low, high):g} exceeds {self.LARGEST:g}, the most that "
+            f"{self.name} takes; rescale the weight, or keep it in bf16 or f32"
+        )
+
+    def check_shape(self, n: int, k: int, name: str = "tensor") -> None:
+        if k % self.block:
+            raise FormatError(
+                f"{name}: row length {k} is not a multiple of {self.block}, the block of {self.name}; "
+                "use a format with a block that divides it (q8_0, int4_g32) or add a rule for this tensor"
+            )
+
+    def nbytes(self, n: int, k: int) -> int:
+        return sum(plane.nbytes(n, k) for plane in self.planes)
+
+    def bits_per_weight(self, n: int = 4096, k: int = 4096) -> Fraction:
+        return Fraction(8 * self.nbytes(n, k), n * k)
+
+
+def checked_importance(importance: torch.Tensor | None, n: int, k: int) -> torch.Tensor | None:
+    """`(k,)` or `(n, k)` -> the same in f32; None if no weight counts, which means that all count alike."""
+    if importance is None:
+        return None
+    if importance.shape not in ((k,), (n, k)):
+        raise FormatError(
+            f"importance has shape {tuple(importance.shape)}; a weight {(n, k)} takes {(k,)} or {(n, k)}"
+        )
+    importance = importance.float()
+    if not bool(((importance >= 0) & torch.isfinite(importance)).all()):
+        raise FormatError("importance has negative, NaN or infinite entries; it weights squared errors")
+    return importance if bool(importance.any()) else None
+
+
+FORMATS: Registry[Format] = Registry("format", FormatError)

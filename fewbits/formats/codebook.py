@@ -1,0 +1,301 @@
+"""Codebooks: a table of levels that no arithmetic gives, under a scale or learned outright.
+
+    nf4 fp4        16 levels in [-1, 1] times the largest magnitude of 64 weights, as bitsandbytes
+                   codes    u8    2 codes in a byte, the first in the HIGH nibble
+                   absmax   f32   one per 64 weights
+    nf4_dq fp4_dq  the same with absmax itself in 8 bits (double quantization):
+                   absmax   u8    code of a dynamic map; absmax = map[code] * nested_absmax + offset
+                   nested_absmax f32 per 256 absmax, running on over rows; offset f32, their mean
+    pow2_{bits}    0 and +-2^-i, i = 0 ... 2^(bits-1) - 2, times a scale; a multiplication is a shift
+    kmeans{bits}   2^bits levels in f16, learned for each row (`_channel`) or for all (`_tensor`)
+
+Grammar: `pow2_{2..5}[_g{columns}|_channel|_tensor][_f16|_bf16|_f32]` (g128 and f16 by default) and
+`kmeans{1..8}_{channel|tensor}`.
+
+Sources: QLoRA (arXiv 2305.14314), sections 3 and appendix E; bitsandbytes 0.50 for the values of the
+tables, its order of operations and the unused eighth level of fp4; 8-bit Optimizers via Block-wise
+Quantization (arXiv 2110.02861), section 2.1, for the dynamic map; Lloyd (1982) for k-means.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ..pack import pack, unpack
+from ..qtensor import Plane, QTensor
+from .base import FORMATS, Format
+from .cells import Cells, choose, saturate
+from .floats import SCALE_DTYPES, Element
+from .grids import TableGrid
+from .levels import LevelGrid, Levels, ScaledLevels, code_plane
+from .search import inverse
+
+# Quantiles of the normal distribution, eight below zero and seven above, scaled to +-1.
+NF4 = Levels(
+    torch.tensor(
+        [
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+            *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+        ],
+        dtype=torch.float32,
+    ),
+    ties="below",
+)
+# By code: sign, then three bits with values of their own; in units of the largest, 12.
+_FP4_MAGNITUDES = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
+FP4 = Levels(torch.cat([_FP4_MAGNITUDES, -_FP4_MAGNITUDES]), ties="below")
+
+NORMAL_BLOCK = 64  # weights under one absmax
+NESTED_BLOCK = 256  # absmax under one nested absmax
+
+
+def dynamic_map() -> torch.Tensor:
+    """`(256,)` f32: signed 8-bit dynamic quantization, sorted.
+
+    After the sign come i zeros and a one; the remaining 6 - i bits are a linear fraction: the middles
+    of 2^(6 - i) equal parts of [0.1, 1], times 10^-i. With 0 and 1 that makes 2 * 127 + 2 values.
+    """
+    positive = []
+    for zeros in range(7):
+        edges = torch.linspace(0.1, 1.0, 2 ** (6 - zeros) + 1, dtype=torch.float32)
+        positive.append(10**-zeros * ((edges[1:] + edges[:-1]) / 2.0))
+    values = torch.cat(positive)
+    return torch.cat([values, -values, torch.tensor([0.0, 1.0])]).sort().values
+
+
+DYNAMIC = Levels(dynamic_map(), ties="below")
+
+
+@dataclass(frozen=True)
+class NestedGrid(LevelGrid):
+    """A LevelGrid whose scale is itself stored in 8 bits."""
+
+    absmax_codes: torch.Tensor
+    nested_absmax: torch.Tensor
+    offset: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DoubleQuantized(ScaledLevels):
+    """ScaledLevels whose scales, less their mean, are dynamic 8-bit codes in blocks of 256."""
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> NestedGrid:
+        """The rule of bitsandbytes; the search also tries both neighbours of each scale's code."""
+        absmax = super().fit(w, importance, search).scale
+        offset = absmax.double().mean().float().reshape(1, 1)
+        flat = (absmax - offset).flatten()
+        blocks = Cells(1, NESTED_BLOCK).gather(flat[None])[0]
+        nested = blocks.abs().amax(-1)
+        codes = DYNAMIC.round(flat * inverse(per_scale(nested, flat.numel()))).reshape(absmax.shape)
+        if search:
+            x, weight = self.cells.gather(w), self.cells.importance(importance, w.shape)
+            options = [((codes.int() + move).clamp(0, 255),) for move in (0, 1, -1)]
+            scaled = per_scale(nested, flat.numel()).reshape(*absmax.shape, 1)
+
+            def nearest(x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+                return self.nearest(x, DYNAMIC.values[code.long()] * scaled + offset)
+
+            codes = choose(x, weight, options, nearest)[0].to(torch.uint8)
+        return self.nested_grid(codes, nested, offset, w.shape[1])
+
+    def stored(self, scale: torch.Tensor) -> torch.Tensor:
+        return scale  # f32 until it is quantized in its turn
+
+    def nested_grid(
+        self, codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor, k: int
+    ) -> NestedGrid:
+        scale = DYNAMIC.values[codes.long()] * per_scale(nested, codes.numel()).reshape(codes.shape) + offset
+        return NestedGrid(scale, self.levels, NORMAL_BLOCK, k, codes, nested, offset)
+
+    def pack(self, grid: LevelGrid, codes: torch.Tensor) -> QTensor:
+        assert isinstance(grid, NestedGrid)
+        planes = {
+            "codes": pack(codes, self.bits, order=self.order),
+            "absmax": grid.absmax_codes,
+            "nested_absmax": grid.nested_absmax,
+            "offset": grid.offset,
+        }
+        return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
+
+    def decode(self, q: QTensor) -> torch.Tensor:
+        codes, absmax, nested, offset = (q.planes[plane.name] for plane in self.planes)
+        grid = self.nested_grid(absmax, nested, offset, q.shape[1])
+        return grid.value(unpack(codes, self.bits, q.shape[1], self.order))
+
+
+def per_scale(nested: torch.Tensor, count: int) -> torch.Tensor:
+    """`(blocks,)` -> `(count,)`: the nested absmax of each absmax."""
+    return nested.repeat_interleave(NESTED_BLOCK)[:count]
+
+
+@dataclass(frozen=True)
+class KMeans(Format):
+    """value = table[code]: the table is learned by weighted Lloyd iterations, per row or per tensor."""
+
+    bits: int
+    cells: Cells
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> TableGrid:
+        """Without search, levels spread evenly from the least to the largest weight of the cell.
+
+        With it, Lloyd from there and from the quantiles; per cell the better one stays. Needs about
+        50 bytes a weight of a cell.
+        """
+        x, weight = self.cells.gather(w)[:, 0], self.cells.importance(importance, w.shape)
+        chunk = max(1, (1 << 20) // x.shape[1])
+        tables = [
+            fit_levels(
+                x[row : row + chunk],
+                torch.ones_like(x[row : row + chunk]) if weight is None else weight[row : row + chunk, 0],
+                1 << self.bits,
+                search,
+            )
+            for row in range(0, x.shape[0], chunk)
+        ]
+        return self.grid(torch.cat(tables), w.shape[1])
+
+    def grid(self, table: torch.Tensor, k: int) -> TableGrid:
+        one = torch.ones(1, 1)
+        table = table.float()
+        codes = torch.arange(1 << self.bits, dtype=torch.uint8)
+        return TableGrid(one, table if self.cells.rows else table[0], codes, k, k)
+
+    def pack(self, grid: TableGrid, codes: torch.Tensor) -> QTensor:
+        table = saturate(grid.table, torch.float16).reshape(-1, 1 << self.bits)
+        return QTensor(
+            self, (codes.shape[0], codes.shape[1]), {"codes": pack(codes, self.bits), "table": table}
+        )
+
+    def decode(self, q: QTensor) -> torch.Tensor:
+        grid = self.grid(q.planes["table"], q.shape[1])
+        return grid.value(unpack(q.planes["codes"], self.bits, q.shape[1]))
+
+
+def fit_levels(x: torch.Tensor, weight: torch.Tensor, count: int, search: bool) -> torch.Tensor:
+    """`(r, m)` weights and their importance -> `(r, count)` sorted levels, f32 of f16 values."""
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    even = low + (high - low) * torch.linspace(0, 1, count)
+    if not search:
+        return saturate(even, torch.float16).float()
+    x, order = x.sort(dim=1)
+    weight = weight.gather(1, order)
+    sums = torch.stack(
+        [running_sum(part) for part in (weight, weight.double() * x, weight * x.double() ** 2)]
+    )
+    best, least = torch.empty(0), torch.empty(0)
+    for start in (even, companded(x, weight, count)):
+        levels = saturate(lloyd(x, sums, start), torch.float16).float()
+        nearest = torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) * 0.5).contiguous(), x, right=True)
+        error = (weight.double() * (levels.gather(1, nearest) - x).double().square()).sum(1, keepdim=True)
+        best = levels if best.numel() == 0 else torch.where(error < least, levels, best)
+        least = error if least.numel() == 0 else torch.minimum(error, least)
+    return best
+
+
+def companded(x: torch.Tensor, weight: torch.Tensor, count: int) -> torch.Tensor:
+    """`(r, m)` sorted weights -> `(r, count)` levels whose density is the cube root of theirs.
+
+    That is how the optimal levels lie when there are many (Panter and Dite, 1951). A spacing d between
+    neighbours estimates the density 1 / d, so an interval counts d * (weight / d)^(1/3).
+    """
+    step = x.diff(dim=1, prepend=x[:, :1])
+    share = running_sum(step.double() ** (2 / 3) * weight.double() ** (1 / 3))[:, 1:].contiguous()
+    middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    index = torch.searchsorted(share, share[:, -1:] * middles)
+    return x.gather(1, index.clamp(max=x.shape[1] - 1))
+
+
+def running_sum(x: torch.Tensor) -> torch.Tensor:
+    """`(r, m)` -> `(r, m + 1)` f64: sums of the first 0 ... m."""
+    return torch.nn.functional.pad(x.double().cumsum(1), (1, 0))
+
+
+def lloyd(x: torch.Tensor, sums: torch.Tensor, levels: torch.Tensor, rounds: int = 100) -> torch.Tensor:
+    """Move each level to the weighted mean of the (sorted) x nearest to it, until none moves.
+
+    sums: `(3, r, m + 1)` running sums of the weights, of weight * x and of weight * x^2, so that a
+    round costs no pass over x. Where levels hold nothing, one of them moves to the lowest x of the
+    cell that loses most, and so splits it.
+    """
+    energy = sums[2, :, -1:]
+    for _ in range(rounds):
+        inner = torch.searchsorted(x, ((levels[:, 1:] + levels[:, :-1]) * 0.5).contiguous())
+        edges = torch.nn.functional.pad(inner, (1, 0))
+        edges = torch.cat([edges, torch.full_like(edges[:, :1], x.shape[1])], 1)
+        mass, moment, square = sums.gather(2, edges.expand(3, -1, -1)).diff(dim=2)
+        empty = mass <= 0
+        moved = torch.where(empty, levels.double(), moment / mass).float()
+        # What f64 sums cannot tell from zero is no loss.
+        loss = torch.where(empty, 0.0, square - moment.square() / mass)
+        worst, cell = loss.max(1, keepdim=True)
+        split = (empty & (empty.cumsum(1) == 1)) & (worst > 1e-12 * energy)
+        lowest = x.gather(1, edges.gather(1, cell))
+        moved = torch.where(split, lowest, moved).sort(1).values
+        if torch.equal(moved, levels):
+            break
+        levels = moved
+    return levels
+
+
+POW2 = re.compile(
+    r"pow2_(?P<bits>[2-5])(?:_g(?P<group>[1-9]\d{0,5})|_(?P<whole>channel|tensor))?(?:_(?P<dtype>f16|bf16|f32))?"
+)
+KMEANS = re.compile(r"kmeans(?P<bits>[1-8])_(?P<whole>channel|tensor)")
+
+
+def parse_pow2(name: str) -> ScaledLevels | None:
+    """`pow2_4_g64`, `pow2_3_channel_f32` ... -> the format; None for any other name."""
+    match = POW2.fullmatch(name)
+    if match is None:
+        return None
+    bits, dtype = int(match["bits"]), match["dtype"] or "f16"
+    group = None if match["whole"] else int(match["group"] or 128)
+    cells = Cells(None if match["whole"] == "tensor" else 1, group)
+    canonical = f"pow2_{bits}_" + (match["whole"] or f"g{group}") + ("" if dtype == "f16" else f"_{dtype}")
+    scale = Plane("scale", SCALE_DTYPES[dtype], cells.rows, cells.columns)
+    element = pow2_element(bits)
+    return ScaledLevels(canonical, 1, (code_plane(bits), scale), element.levels, bits, cells)
+
+
+@cache
+def pow2_element(bits: int) -> Element:
+    """A float without mantissa whose largest value is 1."""
+    return Element(f"pow2_{bits}", bits - 1, 0, bias=2 ** (bits - 1) - 1)
+
+
+def parse_kmeans(name: str) -> KMeans | None:
+    """`kmeans3_channel` ... -> the format; None for any other name."""
+    match = KMEANS.fullmatch(name)
+    if match is None:
+        return None
+    bits, rows = int(match["bits"]), 1 if match["whole"] == "channel" else None
+    table = Plane("table", torch.float16, rows=rows, columns=None, entries=1 << bits)
+    return KMeans(name, 1, (code_plane(bits), table), bits, Cells(rows, None))
+
+
+FORMATS.add_parser(parse_pow2)
+FORMATS.add_parser(parse_kmeans)
+for _name, _levels in (("nf4", NF4), ("fp4", FP4)):
+    _absmax = Plane("absmax", torch.float32, columns=NORMAL_BLOCK)
+    _nested = (
+        Plane("absmax", torch.uint8, columns=NORMAL_BLOCK),
+        Plane("nested_absmax", torch.float32, flat=NORMAL_BLOCK * NESTED_BLOCK),
+        Plane("offset", torch.float32, rows=None, columns=None),
+    )
+    _shared = (_levels, 4, Cells(1, NORMAL_BLOCK), (1, 0))
+    FORMATS.add(_name, ScaledLevels(_name, NORMAL_BLOCK, (code_plane(4), _absmax), *_shared))
+    FORMATS.add(
+        f"{_name}_dq", DoubleQuantized(f"{_name}_dq", NORMAL_BLOCK, (code_plane(4), *_nested), *_shared)
+    )
+for _name in (
+    "pow2_3_g128",
+    "pow2_4_g128",
+    *(f"kmeans{b}_{c}" for b in (2, 3, 4) for c in ("channel", "tensor")),
+):
+    FORMATS.add(_name, FORMATS.get(_name))

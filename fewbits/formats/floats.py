@@ -1,0 +1,274 @@
+"""Floating point formats: plain casts, scaled few-bit floats, and the block-scaled MX and NVFP4.
+
+An element of E exponent and M mantissa bits is stored as its bit pattern, sign first:
+
+    | s | e e e e | m m m |      value = (-1)^s * 2^(e - bias) * (1 + m / 2^M)        e > 0
+      7   6     3   2   0                (-1)^s * 2^(1 - bias) * m / 2^M              e = 0, subnormal
+
+Conversion rounds to nearest, ties to the even code, and saturates: no weight becomes inf or NaN.
+
+    name                    planes                                            value
+    f32 f16 bf16            values                                            the value
+    fp8_e4m3_channel ...    codes, scale f32 per tensor, row or 128x128       scale * element
+    fp4_e2m1_g32 ...        codes, scale f16 per group                        scale * element
+    mxfp4 mxfp8_e4m3 ...    codes, scale u8 (E8M0) per 32                     2^(scale - 127) * element
+    nvfp4                   codes, scale e4m3 per 16, global_scale f32        (global_scale * scale) * element
+
+Names of the second kind follow a grammar: `fp{bits}_{element}_{tensor|channel|block128|g<columns>}`
+with an optional `_f16`, `_bf16` or `_f32` for the scale (f32 by default, f16 in groups).
+
+Sources: FP8 Formats for Deep Learning (arXiv 2209.05433), table 1; OCP Microscaling Formats (MX) v1.0,
+sections 5 and 6; NVIDIA's NVFP4 as in TensorRT Model Optimizer. Codes of 4 and 6 bits are packed by
+`pack`, the first in the low bits.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from math import floor, log2
+from typing import ClassVar
+
+import torch
+
+from ..errors import FormatError
+from ..pack import pack, unpack
+from ..qtensor import Plane, QTensor
+from .base import FORMATS, Format, Grid, checked_importance
+from .cells import Cells, choose, saturate
+from .levels import LevelGrid, Levels, ScaledLevels, code_plane
+from .search import fit_table, inverse
+
+SCALE_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Element:
+    """A small float. special: "none"; "nan" (all ones is NaN); "ieee" (exponent all ones: inf, NaN)."""
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    special: str = "none"
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @cached_property
+    def levels(self) -> Levels:
+        code = torch.arange(1 << self.bits)
+        mantissa = code & ((1 << self.mantissa_bits) - 1)
+        exponent = (code >> self.mantissa_bits) & ((1 << self.exponent_bits) - 1)
+        significand = torch.where(exponent > 0, mantissa + (1 << self.mantissa_bits), mantissa).double()
+        value = torch.ldexp(significand, exponent.clamp(min=1) - self.bias - self.mantissa_bits)
+        if self.special != "none":
+            last = exponent == (1 << self.exponent_bits) - 1
+            ones = last & (mantissa == (1 << self.mantissa_bits) - 1)
+            value[ones if self.special == "nan" else last] = torch.nan
+            if self.special == "ieee":
+                value[last & (mantissa == 0)] = torch.inf
+        return Levels(torch.where(code >> (self.bits - 1) > 0, -value, value).float())
+
+    @cached_property
+    def largest(self) -> float:
+        return float(self.levels.sorted[-1])
+
+    @cached_property
+    def exponent_max(self) -> int:
+        """Exponent of the largest normal value: emax of the MX specification."""
+        return floor(log2(self.largest))
+
+
+ELEMENTS = {
+    element.name: element
+    for element in (
+        Element("e2m1", 2, 1, bias=1),
+        Element("e2m3", 2, 3, bias=1),
+        Element("e3m2", 3, 2, bias=3),
+        Element("e4m3", 4, 3, bias=7, special="nan"),
+        Element("e5m2", 5, 2, bias=15, special="ieee"),
+    )
+}
+
+# Value of each E8M0 code, OCP MX v1.0 section 5.4.1: no sign, no zero, 255 is NaN.
+E8M0 = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [torch.nan], dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class CastGrid(Grid):
+    """The values of a torch float type; its codes are the numbers themselves."""
+
+    dtype: torch.dtype
+
+    def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return saturate(w, self.dtype)
+
+    def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return codes.float()
+
+
+@dataclass(frozen=True)
+class Cast(Format):
+    """`(n, k)` -> values `(n, k)`: f32, f16 or bf16."""
+
+    dtype: torch.dtype = torch.float32
+    LARGEST: ClassVar[float] = torch.finfo(torch.float32).max
+
+    def check_values(self, w: torch.Tensor, name: str = "tensor") -> None:
+        super().check_values(w, name)
+        high, largest = float(w.abs().amax()), torch.finfo(self.dtype).max
+        if high > largest:
+            raise FormatError(
+                f"{name}: the largest magnitude {high:g} exceeds {largest:g}, the range of {self.name}; "
+                "use f32, bf16 or a format with scales"
+            )
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> Grid:
+        checked_importance(importance, *w.shape)
+        return CastGrid(self.dtype)
+
+    def pack(self, grid: CastGrid, codes: torch.Tensor) -> QTensor:
+        return QTensor(self, (codes.shape[0], codes.shape[1]), {"values": codes})
+
+    def decode(self, q: QTensor) -> torch.Tensor:
+        return CastGrid(self.dtype).value(q.planes["values"])
+
+
+@dataclass(frozen=True)
+class Microscaling(Format):
+    """OCP MX: elements in blocks of 32 under a power of two."""
+
+    element: Element
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> LevelGrid:
+        """Scale exponent floor(log2(amax)) - emax (section 6.3); the search tries its neighbours."""
+        cells = Cells(1, self.block)
+        x, weight = cells.gather(w), cells.importance(importance, w.shape)
+        rule = torch.frexp(x.abs().amax(-1)).exponent - 1 - self.element.exponent_max
+        # Above the upper limit the largest element would overflow f32.
+        options = [
+            (E8M0[(rule + move).clamp(-127, 127 - self.element.exponent_max) + 127],)
+            for move in ((0, 1, -1) if search else (0,))
+        ]
+        levels = self.element.levels
+        (scale,) = choose(x, weight, options, lambda x, s: s * levels.values[levels.round(x / s).long()])
+        return LevelGrid(scale, levels, self.block, w.shape[1])
+
+    def pack(self, grid: LevelGrid, codes: torch.Tensor) -> QTensor:
+        planes = {
+            "codes": pack(codes, self.element.bits),
+            "scale": torch.searchsorted(E8M0[:255], grid.scale).to(torch.uint8),
+        }
+        return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
+
+    def decode(self, q: QTensor) -> torch.Tensor:
+        codes = unpack(q.planes["codes"], self.element.bits, q.shape[1])
+        grid = LevelGrid(E8M0[q.planes["scale"].long()], self.element.levels, self.block, q.shape[1])
+        return grid.value(codes)
+
+
+@dataclass(frozen=True)
+class TwoLevelGrid(LevelGrid):
+    """A LevelGrid whose scale is global_scale `(1, 1)` f32 times e4m3 codes `(n, g)` u8."""
+
+    scale_codes: torch.Tensor
+    global_scale: torch.Tensor
+
+
+@dataclass(frozen=True)
+class NVFP4(Format):
+    """e2m1 in blocks of 16 under an e4m3 scale, and one f32 per tensor that centres those scales."""
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> LevelGrid:
+        """Rule: global_scale = amax / (448 * 6), block scale = e4m3(block amax / 6 / global_scale).
+
+        The search adds the best scale of each block and the neighbours of both in e4m3.
+        """
+        element, scales = ELEMENTS["e2m1"].levels, ELEMENTS["e4m3"].levels
+        cells = Cells(1, self.block)
+        x, weight = cells.gather(w), cells.importance(importance, w.shape)
+        rule = fit_table(x, weight, element.sorted, search=False, signed=False)
+        top = float(scales.sorted[-1])
+        global_scale = (rule.amax() / top).reshape(1, 1)
+        steps = [rule]
+        if search:
+            steps.append(fit_table(x, weight, element.sorted, signed=False))
+        options = [
+            ((scales.round(step * inverse(global_scale)).int() + move).clamp(0, 126),)
+            for step in steps
+            for move in ((0, 1, -1) if search else (0,))
+        ]
+
+        def nearest(x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+            scale = global_scale * scales.values[code.long()]
+            return scale * element.values[element.round(x * inverse(scale)).long()]
+
+        (codes,) = choose(x, weight, options, nearest)
+        return self.grid(codes.to(torch.uint8), global_scale, w.shape[1])
+
+    def grid(self, scale_codes: torch.Tensor, global_scale: torch.Tensor, k: int) -> TwoLevelGrid:
+        scale = global_scale * ELEMENTS["e4m3"].levels.values[scale_codes.long()]
+        return TwoLevelGrid(scale, ELEMENTS["e2m1"].levels, self.block, k, scale_codes, global_scale)
+
+    def pack(self, grid: TwoLevelGrid, codes: torch.Tensor) -> QTensor:
+        planes = {"codes": pack(codes, 4), "scale": grid.scale_codes, "global_scale": grid.global_scale}
+        return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
+
+    def decode(self, q: QTensor) -> torch.Tensor:
+        grid = self.grid(q.planes["scale"], q.planes["global_scale"], q.shape[1])
+        return grid.value(unpack(q.planes["codes"], 4, q.shape[1]))
+
+
+GRAMMAR = re.compile(
+    r"fp(?P<bits>[468])_(?P<element>e\dm\d)_(?:(?P<whole>tensor|channel|block128)|g(?P<group>[1-9]\d{0,5}))"
+    r"(?:_(?P<dtype>f32|f16|bf16))?"
+)
+CELLS = {"tensor": Cells(None, None), "channel": Cells(1, None), "block128": Cells(128, 128)}
+
+
+def parse(name: str) -> ScaledLevels | None:
+    """`fp8_e4m3_channel`, `fp4_e2m1_g32_bf16` ... -> the format, None for any other name."""
+    match = GRAMMAR.fullmatch(name)
+    element = ELEMENTS.get(match["element"]) if match else None
+    if match is None or element is None or element.bits != int(match["bits"]):
+        return None
+    cells = Cells(1, int(match["group"])) if match["group"] else CELLS[match["whole"]]
+    default = "f16" if match["group"] else "f32"
+    dtype = match["dtype"] or default
+    canonical = name.removesuffix(f"_{default}")
+    scale = Plane("scale", SCALE_DTYPES[dtype], cells.rows, cells.columns)
+    return ScaledLevels(canonical, 1, (code_plane(element.bits), scale), element.levels, element.bits, cells)
+
+
+FORMATS.add_parser(parse)
+for _name, _dtype in SCALE_DTYPES.items():
+    FORMATS.add(_name, Cast(_name, 1, (Plane("values", _dtype),), _dtype))
+for _name in [f"fp8_{element}_{cells}" for element in ("e4m3", "e5m2") for cells in CELLS] + ["fp4_e2m1_g32"]:
+    FORMATS.add(_name, FORMATS.get(_name))
+for _name, _element in {
+    "mxfp4": "e2m1",
+    "mxfp6_e2m3": "e2m3",
+    "mxfp6_e3m2": "e3m2",
+    "mxfp8_e4m3": "e4m3",
+    "mxfp8_e5m2": "e5m2",
+}.items():
+    _scale = Plane("scale", torch.uint8, columns=32)
+    FORMATS.add(
+        _name,
+        Microscaling(_name, 32, (code_plane(ELEMENTS[_element].bits), _scale), ELEMENTS[_element]),
+    )
+FORMATS.add(
+    "nvfp4",
+    NVFP4(
+        "nvfp4",
+        16,
+        (
+            code_plane(4),
+            Plane("scale", torch.uint8, columns=16),
+            Plane("global_scale", torch.float32, rows=None, columns=None),
+        ),
+    ),
+)

@@ -1,0 +1,117 @@
+"""A table of values indexed by code, its grid under a scale, and the format of one scale per cell.
+
+Unlike `TableGrid`, whose table is sorted and complete, the codes here are bit patterns with a meaning
+of their own: some stand for minus zero, infinity or NaN. All decode; rounding picks the finite ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..pack import cell, pack, unpack
+from ..qtensor import Plane, QTensor
+from .base import Format, Grid
+from .cells import Cells, choose, saturate, tries
+from .grids import spread
+from .search import fit_table, inverse
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """values: `(2^bits,)` f32, the value of each code. ties: "even" code or the value "below"."""
+
+    values: torch.Tensor
+    ties: str = "even"
+
+    @cached_property
+    def codes(self) -> torch.Tensor:
+        """`(L,)` u8: the codes that rounding may give, by rising value; of two zeros the lower code."""
+        finite = torch.isfinite(self.values).nonzero()[:, 0]
+        by_value = finite[torch.sort(self.values[finite], stable=True).indices]
+        new = torch.ones(len(by_value), dtype=torch.bool)
+        new[1:] = self.values[by_value].diff() > 0
+        return by_value[new].to(torch.uint8)
+
+    @cached_property
+    def sorted(self) -> torch.Tensor:
+        """`(L,)` f32: the values of `codes`."""
+        return self.values[self.codes.long()]
+
+    @cached_property
+    def boundaries(self) -> torch.Tensor:
+        """`(L - 1,)`: from boundary i on, the level above it is the nearest.
+
+        The midpoint is a tie. Where it belongs to the level below, the boundary is the next f32.
+        """
+        middle = (self.sorted[1:] + self.sorted[:-1]) * 0.5
+        down = torch.ones(len(middle), dtype=torch.bool) if self.ties == "below" else self.codes[:-1] % 2 == 0
+        return torch.where(down, torch.nextafter(middle, torch.tensor(torch.inf)), middle)
+
+    def round(self, t: torch.Tensor) -> torch.Tensor:
+        """f32 -> u8 codes: nearest, saturating."""
+        return self.codes[torch.bucketize(t.contiguous(), self.boundaries, right=True)]
+
+
+@dataclass(frozen=True)
+class LevelGrid(Grid):
+    """value = scale * values[code]; scale `(n, g)` or `(1, g)`, a group spans `group` columns."""
+
+    scale: torch.Tensor
+    levels: Levels
+    group: int
+    k: int
+
+    def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return self.levels.round(w * inverse(spread(self.scale, self.group, columns, self.k)))
+
+    def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return spread(self.scale, self.group, columns, self.k) * self.levels.values[codes.long()]
+
+
+def code_plane(bits: int) -> Plane:
+    """The plane of a row's packed codes."""
+    columns, entries = cell(bits)
+    return Plane("codes", torch.uint8, columns=columns, entries=entries)
+
+
+@dataclass(frozen=True)
+class ScaledLevels(Format):
+    """value = scale * level: a table of levels under one scale per cell, kept in a float type.
+
+    planes: the codes, then the scale. order: of the codes inside a byte, as in `pack`.
+    """
+
+    levels: Levels
+    bits: int
+    cells: Cells
+    order: tuple[int, ...] | None = None
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> LevelGrid:
+        x, weight = self.cells.gather(w), self.cells.importance(importance, w.shape)
+        options = [
+            (self.stored(fit_table(x, weight, self.levels.sorted, tried, signed=False)).float(),)
+            for tried in tries(search)
+        ]
+        (scale,) = choose(x, weight, options, self.nearest)
+        return self.grid(scale, w.shape[0], w.shape[1])
+
+    def stored(self, scale: torch.Tensor) -> torch.Tensor:
+        return saturate(scale, self.planes[1].dtype)
+
+    def nearest(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return scale * self.levels.values[self.levels.round(x * inverse(scale)).long()]
+
+    def grid(self, scale: torch.Tensor, n: int, k: int) -> LevelGrid:
+        return LevelGrid(self.cells.over_rows(scale, n), self.levels, self.cells.columns or k, k)
+
+    def pack(self, grid: LevelGrid, codes: torch.Tensor) -> QTensor:
+        scale = self.stored(grid.scale[:: self.cells.rows or 1])
+        planes = {"codes": pack(codes, self.bits, order=self.order), self.planes[1].name: scale}
+        return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
+
+    def decode(self, q: QTensor) -> torch.Tensor:
+        codes = unpack(q.planes["codes"], self.bits, q.shape[1], self.order)
+        return self.grid(q.planes[self.planes[1].name].float(), *q.shape).value(codes)

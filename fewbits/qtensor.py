@@ -1,0 +1,115 @@
+"""QTensor: the one value in which formats, algorithms, files and kernels meet.
+
+A weight `(n, k)` = (out, in) in some format is a handful of arrays, its *planes*: packed codes,
+scales, zero points, codebooks. What each plane is, is data (`Plane`); shapes, bytes, bits per
+weight, validation and the names on disk are all derived from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import FormatError, raise_all
+
+if TYPE_CHECKING:
+    from .formats.base import Format
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One array of a format.
+
+    The weight `(n, k)` is cut into cells of `rows` x `columns`; each cell owns `entries` numbers
+    of `dtype`, laid along the last axis:
+
+        shape = (ceil(n / rows), ceil(k / columns) * entries)         None = all rows / all columns
+
+    int4 codes two to a byte: columns=2. f16 scale of a group of 128: columns=128. The 144 bytes
+    of a Q4_K block: columns=256, entries=144. With `flat`, cells of that many weights are cut
+    from the flattened tensor instead, and the shape is one-dimensional.
+    """
+
+    name: str
+    dtype: torch.dtype
+    rows: int | None = 1
+    columns: int | None = 1
+    entries: int = 1
+    flat: int | None = None
+
+    def shape(self, n: int, k: int) -> tuple[int, ...]:
+        if self.flat is not None:
+            return (ceil(n * k / self.flat) * self.entries,)
+        down = 1 if self.rows is None else ceil(n / self.rows)
+        across = 1 if self.columns is None else ceil(k / self.columns)
+        return (down, across * self.entries)
+
+    def nbytes(self, n: int, k: int) -> int:
+        count = 1
+        for size in self.shape(n, k):
+            count *= size
+        return count * self.dtype.itemsize
+
+    def empty(self, n: int, k: int) -> torch.Tensor:
+        return torch.empty(self.shape(n, k), dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized weight: a format, the `(n, k)` shape it stands for, and its planes."""
+
+    format: Format
+    shape: tuple[int, int]
+    planes: Mapping[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        faults = []
+        for plane in self.format.planes:
+            if plane.name not in self.planes:
+                faults.append(f"plane {plane.name!r} is missing")
+                continue
+            got = self.planes[plane.name]
+            if tuple(got.shape) != plane.shape(n, k) or got.dtype != plane.dtype:
+                faults.append(
+                    f"plane {plane.name!r} is {tuple(got.shape)} {got.dtype}, "
+                    f"{self.format.name} {self.shape} needs {plane.shape(n, k)} {plane.dtype}"
+                )
+        extra = set(self.planes) - {plane.name for plane in self.format.planes}
+        faults += [f"plane {name!r} is not one of {self.format.name}" for name in sorted(extra)]
+        raise_all(FormatError, f"{self.format.name} tensor {self.shape}", faults)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(plane.nbytes for plane in self.planes.values())
+
+    @property
+    def bits_per_weight(self) -> Fraction:
+        return Fraction(8 * self.nbytes, self.shape[0] * self.shape[1])
+
+    def decode(self) -> torch.Tensor:
+        """-> `(n, k)` f32."""
+        return self.format.decode(self)
+
+    def take_rows(self, order: torch.Tensor) -> QTensor:
+        """The same weight with its rows reordered; exact, since no plane mixes rows.
+
+        Raises FormatError for a format whose planes span several rows (128x128 blocks, nested
+        scales): their rows cannot move without quantizing again.
+        """
+        n, _ = self.shape
+        moved = {}
+        for plane in self.format.planes:
+            value = self.planes[plane.name]
+            if plane.flat is not None or plane.rows not in (1, None):
+                raise FormatError(
+                    f"{self.format.name}: plane {plane.name!r} spans several rows, so rows cannot be "
+                    "reordered exactly; use a format whose planes belong to one row"
+                )
+            moved[plane.name] = value if plane.rows is None else value[order]
+        return QTensor(self.format, (n if order is None else int(order.numel()), self.shape[1]), moved)

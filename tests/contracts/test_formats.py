@@ -1,0 +1,42 @@
+"""Every registered format, and some that only the grammars know, keep every promise of the contract."""
+
+import pytest
+from format_contract import PROMISES
+
+from fewbits.errors import FormatError
+from fewbits.formats import FORMATS
+
+PARSED = [
+    "int2_channel_asym_bf16",
+    "int3_g7_asym",
+    "int4_tensor_asym_float_f32",
+    "int5_g96_asym_float_bf16",
+    "int6_tensor_asym_f32",
+    "fp6_e3m2_g48",
+    "fp4_e2m1_channel_bf16",
+    "fp8_e5m2_g256_f32",
+    "pow2_5_tensor_f32",
+    "pow2_2_g33",
+    "kmeans1_channel",
+    "kmeans6_tensor",
+]
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("name", [*FORMATS, *PARSED])
+def test_promise(name, promise):
+    promise(FORMATS.get(name))
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *PARSED])
+def test_name_is_canonical(name):
+    format = FORMATS.get(name)
+    assert format.name == name and FORMATS.get(format.name) == format
+
+
+@pytest.mark.parametrize(
+    "name", ["int1", "int9_g64", "int4_g0", "int4_g", "q4_9", "fp8_e2m1_tensor", "nf4 ", ""]
+)
+def test_unknown_name_raises(name):
+    with pytest.raises(FormatError, match="unknown format"):
+        FORMATS.get(name)
