@@ -11,7 +11,7 @@
 
 namespace FEWBITS_ISA {
 
-using fewbits::EncodeJob;
+using fewbits::Job;
 using fewbits::Error;
 using fewbits::UNIT;
 
@@ -36,7 +36,7 @@ int64_t to_f32(const void* src, int dtype, int64_t first, int64_t n, float* out)
 
 // Sums by lane in f32 over one tile, then in f64: the same for every instruction set.
 template <class T>
-void measure(const uint8_t* blocks, const float* x, int64_t n, Error* error) {
+void measure_tile(const uint8_t* blocks, const float* x, int64_t n, Error* error) {
     alignas(64) float value[256 * LANES];
     decode_blocks<T>(blocks, n / T::block, value);
     F squared = {}, energy = {}, largest = {};
@@ -63,7 +63,7 @@ void repeat(const float* importance, int64_t count, int64_t first, int64_t n, fl
 }
 
 template <class T>
-void encode(const EncodeJob& job, int64_t unit, Error* error) {
+void encode(const Job& job, int64_t unit, Error* error) {
     constexpr int TILE = T::group * LANES;
     alignas(64) static thread_local float x[UNIT], w[UNIT];
     int64_t first = unit * UNIT, n = std::min(UNIT, job.weights - first);
@@ -76,19 +76,29 @@ void encode(const EncodeJob& job, int64_t unit, Error* error) {
     }
     for (int64_t at = 0; at < n; at += TILE) {
         int64_t here = std::min<int64_t>(TILE, n - at);
-        uint8_t* out = job.dst + (first + at) / T::block * T::nbytes();
+        uint8_t* out = job.blocks + (first + at) / T::block * T::nbytes();
         int blocks = int(here / T::block);
         if (job.importance)
             encode_tile<T, true>(x + at, w + at, job.search, blocks, out);
         else
             encode_tile<T, false>(x + at, nullptr, job.search, blocks, out);
-        if (job.measure) measure<T>(out, x + at, here, error);
     }
 }
 
 template <class T>
+void measure(const Job& job, int64_t unit, Error* error) {
+    constexpr int TILE = T::group * LANES;
+    alignas(64) static thread_local float x[UNIT];
+    int64_t first = unit * UNIT, n = std::min(UNIT, job.weights - first);
+    to_f32(job.src, job.dtype, first, n, x);
+    for (int64_t at = 0; at < n; at += TILE)
+        measure_tile<T>(job.blocks + (first + at) / T::block * T::nbytes(), x + at,
+                        std::min<int64_t>(TILE, n - at), error);
+}
+
+template <class T>
 constexpr fewbits::TypeKernels row(const char* name) {
-    return {name, T::block, T::nbytes(), encode<T>, decode_blocks<T>};
+    return {name, T::block, T::nbytes(), encode<T>, measure<T>, decode_blocks<T>};
 }
 
 const fewbits::TypeKernels TYPES[] = {

@@ -10,14 +10,14 @@ constexpr int64_t UNIT = 4096;
 
 enum Dtype : int { F32 = 0, F16 = 1, BF16 = 2 };
 
-struct EncodeJob {
+struct Job {
     const void* src;
     int dtype;
     int64_t weights;           // n * k
     const float* importance;   // null, or `importances` numbers repeated over the weights
     int64_t importances;
-    bool search, measure;
-    uint8_t* dst;
+    bool search;
+    uint8_t* blocks;           // written by encode, read by measure
 };
 
 struct Error {
@@ -28,8 +28,10 @@ struct Error {
 struct TypeKernels {
     const char* name;
     int block, nbytes;
-    // Encodes one unit (or the shorter last one) and, if asked, measures what it cost.
-    void (*encode)(const EncodeJob& job, int64_t unit, Error* error);
+    // One unit (or the shorter last one): encode it, adding to error->refused; or decode it again and
+    // add to what it cost.
+    void (*encode)(const Job& job, int64_t unit, Error* error);
+    void (*measure)(const Job& job, int64_t unit, Error* error);
     void (*decode)(const uint8_t* in, int64_t blocks, float* out);
 };
 

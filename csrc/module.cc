@@ -43,27 +43,22 @@ void parallel(int64_t jobs, int threads, WORK work) {
     for (auto& t : others) t.join();
 }
 
-// -> (sum of squared errors, sum of squares, largest error, weights refused: NaN, infinite, huge)
-std::tuple<double, double, double, int64_t> encode(const std::string& name, uintptr_t src, int dtype,
-                                                   int64_t weights, uintptr_t importance,
-                                                   int64_t importances, bool search, bool measure,
-                                                   uintptr_t dst, int64_t dst_bytes, int threads) {
-    const TypeKernels& t = type(name);
-    if (weights % t.block || dst_bytes != weights / t.block * t.nbytes)
-        throw std::invalid_argument(name + ": lengths of source and destination do not fit");
-    if (importance && (importances <= 0 || weights % importances))
-        throw std::invalid_argument(name + ": importances do not fit the weights");
-    EncodeJob job{reinterpret_cast<const void*>(src), dtype, weights,
-                  reinterpret_cast<const float*>(importance), importances, search, measure,
-                  reinterpret_cast<uint8_t*>(dst)};
-    int64_t units = (weights + UNIT - 1) / UNIT;
+using Work = void (*)(const Job&, int64_t, Error*);
+
+// All units of a job, their errors added in order whatever the number of threads.
+Error run(const TypeKernels& t, Work work, const Job& job, int64_t bytes, int threads) {
+    if (job.weights % t.block || bytes != job.weights / t.block * t.nbytes)
+        throw std::invalid_argument(std::string(t.name) + ": lengths of weights and blocks do not fit");
+    if (job.importance && (job.importances <= 0 || job.weights % job.importances))
+        throw std::invalid_argument(std::string(t.name) + ": importances do not fit the weights");
+    int64_t units = (job.weights + UNIT - 1) / UNIT;
     constexpr int64_t RUN = 16;  // units that a thread takes at once
     std::vector<Error> errors((units + RUN - 1) / RUN);
     {
         nb::gil_scoped_release release;
         parallel(int64_t(errors.size()), threads, [&](int64_t run) {
             for (int64_t u = run * RUN; u < std::min(units, (run + 1) * RUN); ++u)
-                t.encode(job, u, &errors[run]);
+                work(job, u, &errors[run]);
         });
     }
     Error total{};
@@ -73,7 +68,26 @@ std::tuple<double, double, double, int64_t> encode(const std::string& name, uint
         total.largest = std::max(total.largest, e.largest);
         total.refused += e.refused;
     }
-    return {total.squared, total.energy, total.largest, total.refused};
+    return total;
+}
+
+// -> the number of weights refused: NaN, infinite or huge.
+int64_t encode(const std::string& name, uintptr_t src, int dtype, int64_t weights, uintptr_t importance,
+               int64_t importances, bool search, uintptr_t blocks, int64_t bytes, int threads) {
+    const TypeKernels& t = type(name);
+    Job job{reinterpret_cast<const void*>(src), dtype, weights, reinterpret_cast<const float*>(importance),
+            importances, search, reinterpret_cast<uint8_t*>(blocks)};
+    return run(t, t.encode, job, bytes, threads).refused;
+}
+
+// -> (sum of squared errors, sum of squares, largest error)
+std::tuple<double, double, double> measure(const std::string& name, uintptr_t src, int dtype,
+                                           int64_t weights, uintptr_t blocks, int64_t bytes, int threads) {
+    const TypeKernels& t = type(name);
+    Job job{reinterpret_cast<const void*>(src), dtype, weights, nullptr, 0, false,
+            reinterpret_cast<uint8_t*>(blocks)};
+    Error e = run(t, t.measure, job, bytes, threads);
+    return {e.squared, e.energy, e.largest};
 }
 
 void decode(const std::string& name, uintptr_t src, int64_t src_bytes, uintptr_t dst, int64_t weights,
@@ -96,5 +110,6 @@ void decode(const std::string& name, uintptr_t src, int64_t src_bytes, uintptr_t
 NB_MODULE(_core, m) {
     m.def("isa", [] { return std::string(kernels().isa); });
     m.def("encode", &encode);
+    m.def("measure", &measure);
     m.def("decode", &decode);
 }

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
 import torch
+
+from .errors import KernelError
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -45,60 +46,60 @@ def isa() -> str:
     return "torch" if module is None else module.isa()
 
 
-def threads() -> int:
-    return torch.get_num_threads()
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What encoding lost: sum of squared errors, sum of squares of the weights, largest error."""
-
-    squared: float
-    energy: float
-    largest: float
-    refused: int = 0
-
-
 def encode(
-    name: str,
-    w: torch.Tensor,
-    importance: torch.Tensor | None,
-    search: bool,
-    out: torch.Tensor,
-    measure: bool = False,
-) -> Cost:
-    """`(n, k)` f32/f16/bf16 -> the blocks of GGML type `name` in `out`.
+    name: str, w: torch.Tensor, importance: torch.Tensor | None, search: bool, blocks: torch.Tensor
+) -> int:
+    """`(n, k)` f32/f16/bf16 -> the blocks of GGML type `name`, written to `blocks`.
 
-    importance: `(k,)` or `(n, k)` f32. measure: also decode and take the error, in the same pass.
-    `refused` > 0: that many weights of some block are NaN, infinite or beyond 2^56; `out` is void.
+    importance: `(k,)` or `(n, k)` f32. -> 0, or how many weights of some part are NaN, infinite or
+    beyond 2^56, and then `blocks` is void.
     """
-    module = load()
-    assert module is not None
-    w = w.contiguous() if w.dtype in DTYPES else w.float().contiguous()
     weights = None if importance is None else importance.contiguous().float()
-    if not out.is_contiguous():
-        raise ValueError("the destination must be contiguous")
-    cost = module.encode(
+    return _module().encode(
         name,
         w.data_ptr(),
-        DTYPES[w.dtype],
+        _dtype(w),
         w.numel(),
         0 if weights is None else weights.data_ptr(),
         0 if weights is None else weights.numel(),
         search,
-        measure,
-        out.data_ptr(),
-        out.nbytes,
-        threads(),
+        blocks.data_ptr(),
+        blocks.nbytes,
+        torch.get_num_threads(),
     )
-    return Cost(*cost)
+
+
+def measure(name: str, w: torch.Tensor, blocks: torch.Tensor) -> tuple[float, float, float]:
+    """`(n, k)` and its blocks -> sum of squared errors, sum of squares, largest error."""
+    return _module().measure(
+        name,
+        w.data_ptr(),
+        _dtype(w),
+        w.numel(),
+        blocks.data_ptr(),
+        blocks.nbytes,
+        torch.get_num_threads(),
+    )
+
+
+def _dtype(w: torch.Tensor) -> int:
+    if w.dtype not in DTYPES or not w.is_contiguous():
+        raise KernelError(f"the core takes contiguous f32, f16 or bf16 weights, not {w.dtype} {w.stride()}")
+    return DTYPES[w.dtype]
+
+
+def _module() -> ModuleType:
+    module = load()
+    if module is None:
+        raise KernelError("the C++ core is not there; use the torch twins of the format")
+    return module
 
 
 def decode(name: str, blocks: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """The blocks of GGML type `name` -> `(n, k)` f32."""
-    module = load()
-    assert module is not None
     out = torch.empty(shape, dtype=torch.float32)
     blocks = blocks.contiguous()
-    module.decode(name, blocks.data_ptr(), blocks.numel(), out.data_ptr(), out.numel(), threads())
+    _module().decode(
+        name, blocks.data_ptr(), blocks.nbytes, out.data_ptr(), out.numel(), torch.get_num_threads()
+    )
     return out

@@ -1,7 +1,7 @@
 """Tiny random models and tokenizers for every test: real structure, no weights worth having.
 
-    save_tiny("Qwen2ForCausalLM", path)    a Hugging Face directory as transformers writes it
-    write_float_gguf(checkpoint, path)     the same as GGUF, weights in f32, without the pipeline
+save_tiny("Qwen2ForCausalLM", path)    a Hugging Face directory as transformers writes it
+write_float_gguf(checkpoint, path)     the same as GGUF, weights in f32, without the pipeline
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fewbits.model.archs import gguf_entries, require_architecture, rope_rows
 from fewbits.model.pretokenizers import pretokenizer_row
 
 CORPUS = (
-    "The quick brown fox jumps over the lazy dog. It's the year 2024, and they'll see 12345 foxes; I'd say 42! "
-    "Numbers such as 3.14159 and 1000000 are cut digit by digit, or three at a time, as the rules will have it. "
+    "The quick brown fox jumps over the lazy dog. It's the year 2024, they'll see 12345 foxes; I'd say 42 "
+    "Numbers such as 3.14159 and 1000000 are cut digit by digit, or three at a time, as rules have it. "
     "def add(first, second):\n    return first + second\n\n\tif x >= 10: print('ten or more')\n"
     "Grüße aus Köln; où est la bibliothèque? Привет, мир. 今日は世界。你好,世界! "
 ) * 4
@@ -46,7 +46,10 @@ def bpe_tokenizer(pre: str = "smollm", size: int = 560) -> dict[str, Any]:
     row = pretokenizer_row(pre)
     tokenizer = Tokenizer(models.BPE(ignore_merges=row.ignore_merges))
     if pre == "smollm":  # as such files spell it
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        steps = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     elif pre == "gpt-2":
         steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     else:
@@ -84,9 +87,10 @@ def spm_tokenizer(size: int = 560, add_space: bool = True) -> dict[str, Any]:
     if add_space:
         steps.insert(0, {"type": "Prepend", "prepend": "▁"})
     special = [
-        {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {"id": i, "content": text, "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for i, text in enumerate(SPECIAL)
-    ]  # fmt: skip
+    ]
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     return {
         "version": "1.0",
@@ -143,12 +147,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2ForCausalLM": ("qwen2", {"tie_word_embeddings": True}),
     "Qwen3ForCausalLM": ("qwen3", {"head_dim": 32}),
     "Gemma3ForCausalLM": ("gemma3_text", {
-        "head_dim": 64, "num_hidden_layers": 3, "query_pre_attn_scalar": 64, "sliding_window": 8, "rope_parameters": _GEMMA_ROPE,
+        "head_dim": 64, "num_hidden_layers": 3, "query_pre_attn_scalar": 64, "sliding_window": 8,
+        "rope_parameters": _GEMMA_ROPE,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "Phi3ForCausalLM": ("phi3", {"original_max_position_embeddings": 512}),
     "MixtralForCausalLM": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True, "head_dim": 64}),
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True,
+        "head_dim": 64}),
 }  # fmt: skip
 """architecture -> (model type, config fields beside the common ones)"""
 
@@ -162,7 +168,7 @@ def tiny_model(name: str, seed: int = 0, **given: Any) -> Any:
     torch.manual_seed(seed)
     model = getattr(transformers, name)(config).eval()
     with torch.no_grad():
-        for key, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.ndim == 1:
                 weight.copy_((weight + 0.1 * torch.randn_like(weight)).bfloat16())
     return model
@@ -179,7 +185,12 @@ def save_tiny(
     tiny_model(name, seed, **given).save_pretrained(path)
     spec = bpe_tokenizer() if tokenizer is None else tokenizer
     (path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
@@ -194,7 +205,9 @@ def write_float_gguf(checkpoint: Checkpoint, path: Path, pre: str | None = None)
     rows = []
     for entry in gguf_entries(arch, checkpoint.config, checkpoint.tensors):
         parts = [checkpoint.tensors[source].load().float() for source in entry.sources]
-        value = torch.tensor(entry.values) if not parts else parts[0] if len(parts) == 1 else torch.stack(parts)
+        value = (
+            torch.tensor(entry.values) if not parts else parts[0] if len(parts) == 1 else torch.stack(parts)
+        )
         if entry.rows == "rope":
             value = value[rope_rows(value.shape[0], entry.heads)]
         rows.append((entry.name, value + entry.add))

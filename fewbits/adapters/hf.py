@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,12 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
         weights.pop("lm_head.weight", None)
     with _quiet():
         model, info = cls.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they come back in `info` and are refused below, with the rest
         )
     faults = [f"tensor {name!r} is missing" for name in sorted(info["missing_keys"])]
     faults += [f"tensor {name!r} is not one of the model's" for name in sorted(info["unexpected_keys"])]
@@ -117,7 +123,8 @@ def _config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.path}: transformers has no model of type {kind!r}; code that comes with a "
             "checkpoint is never run. Quantizing works, evaluating does not"
         )
-    given = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    given = deepcopy(checkpoint.config)  # transformers writes into what it is given
+    given.pop("quantization_config", None)
     with _quiet():
         return CONFIG_MAPPING[kind].from_dict(given)
 

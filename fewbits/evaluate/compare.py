@@ -145,13 +145,11 @@ def cut(text: Text, settings: Settings, vocabulary: int) -> torch.Tensor:
         faults.append(f"tokens are {tuple(tokens.shape)} {tokens.dtype}, (t,) int64 is needed")
     elif len(tokens) < context:
         faults.append(
-            f"{len(tokens)} tokens are less than one window of {context}; give more text or a smaller context"
+            f"{len(tokens)} tokens fill no window of {context}; give more text or a smaller context"
         )
     elif int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         worst = int(tokens.max()) if int(tokens.min()) >= 0 else int(tokens.min())
-        faults.append(
-            f"token {worst} is not in the vocabulary of {vocabulary}; the text is of another tokenizer"
-        )
+        faults.append(f"token {worst} is outside the vocabulary of {vocabulary}: another tokenizer's text")
     if settings.max_windows is not None and settings.max_windows < 1:
         faults.append(f"max_windows is {settings.max_windows}; at least 1 is needed")
     raise_all(CalibrationError, f"text ({text.source})", faults)
@@ -181,7 +179,7 @@ class _Run:
         needed, free = 4 * prod(shape), shutil.disk_usage(folder).free
         if needed > free:
             raise FileError(
-                f"{folder.parent}: the parent's log-probabilities take {size(needed)}, {size(free)} are free; "
+                f"{folder.parent}: the parent's log-probabilities need {size(needed)}, free: {size(free)}; "
                 "evaluate fewer windows (max_windows) or set another scratch folder"
             )
         file = str(folder / "parent.f32")
@@ -218,7 +216,7 @@ class _Run:
             took = perf_counter() - began
             if logits.shape[-1] != self.vocabulary:
                 raise ModelError(
-                    f"{name}: gives {logits.shape[-1]} logits, its config says {self.vocabulary}"
+                    f"{name}: gives {logits.shape[-1]} logits, not {self.vocabulary} as configured"
                 )
             log_p = logits[0, :-1].float().log_softmax(-1)
             if bool(log_p.isnan().any()):
@@ -266,16 +264,14 @@ def _check_models(parent: Checkpoint, children: Sequence[Checkpoint], settings: 
     sizes = [(_name(model), _text_config(model).get("vocab_size")) for model in (parent, *children)]
     faults = [f"{name}: its config names no vocab_size" for name, number in sizes if number is None]
     faults += [
-        f"{name}: a vocabulary of {number} tokens, the parent's has {sizes[0][1]}; only models with one vocabulary compare"
+        f"{name}: a vocabulary of {number}, the parent's has {sizes[0][1]}; they must be the same"
         for name, number in sizes[1:]
         if None not in (number, sizes[0][1]) and number != sizes[0][1]
     ]
     for model in (parent, *children):
         longest = _text_config(model).get("max_position_embeddings")
         if longest is not None and settings.context > longest:
-            faults.append(
-                f"{_name(model)}: a context of {settings.context} is more than its {longest} positions"
-            )
+            faults.append(f"{_name(model)}: context {settings.context} is more than its {longest} positions")
     raise_all(ModelError, "evaluate", faults)
     return int(sizes[0][1] or 0)
 

@@ -90,7 +90,17 @@ def _sample(
             logits = out.logits[:, -1].float()
             if not bool(logits.isfinite().all()):
                 raise ModelError(f"the model's output is not finite at token {i}; its weights are damaged")
-            ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            ids = _draw(logits.softmax(-1), generator)
             tokens.append(ids)
             step(i + 1, length)
     return torch.cat(tokens, 1)
+
+
+def _draw(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """`(b, vocab)` probabilities -> `(b, 1)` tokens, by the inverse of the cumulative distribution.
+
+    torch.multinomial draws a random number for each word of the vocabulary; this draws one a row.
+    """
+    cumulative = p.cumsum(-1)
+    at = torch.rand(len(p), 1, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True).clamp_max(p.shape[-1] - 1)

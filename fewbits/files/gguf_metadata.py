@@ -19,8 +19,8 @@ from gguf import GGUFValueType, size_label
 from gguf.constants import GGML_QUANT_VERSION, Keys
 
 from ..errors import FileError, ModelError
-from ..model.archs import Architecture, architectures, complete, expert_count
-from ..model.rope import rope_from_keys, rope_keys
+from ..model.archs import Architecture, architectures, complete, expert_count, require_architecture
+from ..model.rope import original_context, rope_from_keys, rope_keys
 from .base import Checkpoint
 from .gguf import GGUFValue
 from .gguf_tokenizer import strings, tokenizer_json, tokenizer_keys
@@ -58,16 +58,18 @@ def flag(value: bool) -> GGUFValue:
 
 
 def gguf_metadata(
-    checkpoint: Checkpoint, arch: Architecture, file_type: int | None = None, pre: str | None = None
+    checkpoint: Checkpoint, arch: Architecture | None, file_type: int | None = None, pre: str | None = None
 ) -> dict[str, GGUFValue]:
     """Every key of the GGUF file of a checkpoint, typed.
 
+    arch: None is for a source that is GGUF itself, whose keys are carried over whatever it is.
     file_type: llama.cpp's number of the mixture (`general.file_type`). pre: names the pre-tokenizer
     where it is not recognized. Raises ModelError for what GGUF cannot say of this model.
     """
     if checkpoint.kind == "gguf":
         keys = {key: value for key, value in checkpoint.metadata.items() if not _DROPPED.match(key)}
     else:
+        arch = arch or require_architecture(checkpoint.config)
         keys = general_keys(checkpoint, arch) | hyperparameter_keys(checkpoint.config, arch)
         keys |= _tokenizer(checkpoint, pre)
     keys[Keys.General.QUANTIZATION_VERSION] = u32(GGML_QUANT_VERSION)
@@ -257,10 +259,8 @@ def config_from_keys(
             f"GGUF keys {', '.join(prefix + name for name in missing)} are missing; the file is incomplete"
         )
     config["rope_parameters"] = rope_from_keys(keys, factors, config)
-    if "original_max_position_embeddings" in config["rope_parameters"] and arch.gguf == "phi3":
-        config["original_max_position_embeddings"] = config["rope_parameters"][
-            "original_max_position_embeddings"
-        ]
+    if arch.gguf == "phi3":
+        config["original_max_position_embeddings"] = original_context(config["rope_parameters"], config)
     config["tie_word_embeddings"] = "output.weight" not in names
     if arch.name == "LlamaForCausalLM":
         config["attention_bias"] = "blk.0.attn_output.bias" in names

@@ -203,8 +203,8 @@ def _compare(spec: Mapping[str, Any], keys: Mapping[str, GGUFValue]) -> None:
             at = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), -1)
             raise ModelError(
                 f"tokenizer.json: GGUF cannot express this tokenizer: on a probe of {len(wanted)} tokens its "
-                f"rules differ from token {at} on ({wanted[at : at + 4]}, through GGUF {got[at : at + 4]}); the "
-                "native directory keeps it, or name the pre-tokenizer explicitly (pre=...) to accept this"
+                f"rules differ from token {at} on ({wanted[at : at + 4]}, through GGUF {got[at : at + 4]}); "
+                "the native directory keeps it, or name the pre-tokenizer (pre=...) to accept this"
             )
 
 

@@ -166,6 +166,9 @@ class StreamFile:
         """Entries that stand in the file, with their notes; resumed ones were checked by digest."""
         return MappingProxyType(self._notes)
 
+    def spans_of(self, names: Iterable[str]) -> list[Span]:
+        return [self._entries[name] for name in names]
+
     def write(self, name: str, chunks: Chunk | Iterable[Chunk], note: Any = None) -> None:
         """Write all bytes of one entry, in any number of pieces.
 

@@ -11,6 +11,7 @@ Error-feedback algorithms need the three steps of quantizing apart, so a format 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,9 @@ import torch
 from ..errors import FormatError
 from ..qtensor import Plane, QTensor
 from ..registry import Registry
+
+# Weights handled at once where rows stand alone. A search takes some 100 bytes for each.
+CHUNK = 2**20
 
 
 class Grid(ABC):
@@ -33,6 +37,33 @@ class Grid(ABC):
     @abstractmethod
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """`(n, c)` codes -> `(n, c)` f32: exactly what `decode` will give for them."""
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """What a weight lost: sum of squared errors, sum of squares of the weight, largest error."""
+
+    squared: float
+    energy: float
+    largest: float
+
+    def __add__(self, other: Distortion) -> Distortion:
+        largest = max(self.largest, other.largest)
+        return Distortion(self.squared + other.squared, self.energy + other.energy, largest)
+
+    @property
+    def relative_error(self) -> float:
+        """|w' - w| / |w|, Frobenius; 0 for a zero weight kept exactly, infinite for one that was not."""
+        if self.squared == 0:
+            return 0.0
+        return math.inf if self.energy == 0 else math.sqrt(self.squared / self.energy)
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise in dB; None where there is no noise (or no signal)."""
+        if self.squared == 0 or self.energy == 0:
+            return None
+        return 10 * math.log10(self.energy / self.squared)
 
 
 @dataclass(frozen=True)
@@ -66,18 +97,49 @@ class Format(ABC):
         """QTensor -> `(n, k)` f32."""
 
     def encode(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> QTensor:
-        """`(n, k)` float -> QTensor: fit, round and pack in a row."""
+        """`(n, k)` float -> QTensor: fit, round and pack, a few rows at a time where they stand alone."""
         self.check(w)
-        w = w.float()
-        grid = self.fit(w, importance, search)
-        return self.pack(grid, grid.round(w))
+        n, k = w.shape
+        importance = checked_importance(importance, n, k)
+        alone = all(plane.flat is None and plane.rows == 1 for plane in self.planes)
+        step = max(1, CHUNK // k) if alone else n
+        parts = []
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            x = w[rows].float()
+            known = importance if importance is None or importance.ndim == 1 else importance[rows]
+            grid = self.fit(x, known, search)
+            parts.append(self.pack(grid, grid.round(x)))
+        if len(parts) == 1:
+            return parts[0]
+        planes = {name: torch.cat([part.planes[name] for part in parts]) for name in parts[0].planes}
+        return QTensor(self, (n, k), planes)
+
+    def distortion(self, w: torch.Tensor, q: QTensor) -> Distortion:
+        """What `q` lost of `w`; decoded a few rows at a time where rows stand alone."""
+        n, k = q.shape
+        alone = all(plane.flat is None and plane.rows in (1, None) for plane in self.planes)
+        step = max(1, CHUNK // k) if alone else n
+        squared = energy = largest = 0.0
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            part = q if step >= n else q.take_rows(torch.arange(rows.start, rows.stop))
+            x = w[rows].float()
+            error = part.decode() - x
+            squared += float((error * error).sum(dtype=torch.float64))
+            energy += float((x * x).sum(dtype=torch.float64))
+            largest = max(largest, float(error.abs().max()))
+        return Distortion(squared, energy, largest)
 
     def check(self, w: torch.Tensor, name: str = "tensor") -> None:
         """Raise FormatError unless this format can hold a weight of w's shape and values."""
+        self.check_matrix(w, name)
+        self.check_values(w, name)
+
+    def check_matrix(self, w: torch.Tensor, name: str = "tensor") -> None:
         if w.ndim != 2 or 0 in w.shape:
             raise FormatError(f"{name}: {self.name} holds two-dimensional weights, not {tuple(w.shape)}")
         self.check_shape(w.shape[0], w.shape[1], name)
-        self.check_values(w, name)
 
     def check_values(self, w: torch.Tensor, name: str = "tensor") -> None:
         """Raise FormatError for NaN, infinity, or magnitudes whose squared errors overflow f32."""

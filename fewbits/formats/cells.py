@@ -48,7 +48,7 @@ class Cells:
         weight = self.gather(padded)
         padded[:n, :k] = 1.0
         weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, self.gather(padded))
-        return weight / weight.amax()
+        return weight / weight.amax(-1, keepdim=True)
 
     def over_rows(self, parameter: torch.Tensor, n: int) -> torch.Tensor:
         """`(down, g)` -> `(n, g)`, or `(1, g)` where one row of parameters serves all."""

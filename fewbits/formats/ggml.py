@@ -27,7 +27,7 @@ import torch
 
 from .. import core
 from ..qtensor import Plane, QTensor
-from .base import FORMATS, Format, Grid, checked_importance
+from .base import FORMATS, Distortion, Format, Grid, checked_importance
 from .ggml_layout import Field, Half, Runs, ScaleMin4, ScaleMin6, Ternary, Values
 from .grids import AffineGrid, TableGrid
 from .search import extreme, fit_affine, fit_symmetric, fit_table, inverse, lanes, nearest, ordered_sum
@@ -101,12 +101,19 @@ class Ggml(Format):
     def encode(
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> QTensor:
-        self.check(w)
         if not core.available():
             return super().encode(w, importance, search)
-        out = self.planes[0].empty(*w.shape)
-        core.encode(self.name, w, checked_importance(importance, *w.shape), search, out)
-        return QTensor(self, (w.shape[0], w.shape[1]), {"blocks": out})
+        self.check_matrix(w)
+        w = w.contiguous() if w.dtype in core.DTYPES else w.float().contiguous()
+        blocks = self.planes[0].empty(*w.shape)
+        if core.encode(self.name, w, checked_importance(importance, *w.shape), search, blocks):
+            self.check_values(w)
+        return QTensor(self, (w.shape[0], w.shape[1]), {"blocks": blocks})
+
+    def distortion(self, w: torch.Tensor, q: QTensor) -> Distortion:
+        if not core.available() or w.dtype not in core.DTYPES:
+            return super().distortion(w, q)
+        return Distortion(*core.measure(self.name, w.contiguous(), q.planes["blocks"].contiguous()))
 
     def encode_twin(
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True

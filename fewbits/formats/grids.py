@@ -33,9 +33,7 @@ class AffineGrid(Grid):
     group: int
     k: int
 
-    def _parameters(
-        self, columns: slice
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | int]:
+    def _parameters(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | int]:
         base = None if self.base is None else spread(self.base, self.group, columns, self.k)
         zero = self.zero if isinstance(self.zero, int) else spread(self.zero, self.group, columns, self.k)
         return spread(self.step, self.group, columns, self.k), base, zero
@@ -56,7 +54,8 @@ class TableGrid(Grid):
     """value = scale * level; `table`: sorted levels (L,), `codes`: the stored code of each level.
 
     With `boundaries` (L-1,) given, a weight over its scale belongs to the level above a boundary
-    from that value on; the default is half way, a tie going up. A code that no level has (minus zero) stands for the level nearest zero.
+    from that value on; the default is half way, a tie going up. A code that no level
+    has (minus zero) stands for the level nearest zero.
     """
 
     scale: torch.Tensor

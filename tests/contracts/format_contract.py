@@ -149,7 +149,9 @@ def rows_are_independent(format: Format) -> None:
         return
     assert torch.equal(q.take_rows(order).decode(), q.decode()[order])
     if all(plane.rows == 1 for plane in format.planes):
-        assert same_planes(format, q.take_rows(order), format.encode(w[order]))
+        importance = torch.rand(w.shape, generator=torch.Generator().manual_seed(0))
+        whole = format.encode(w, importance)
+        assert same_planes(format, whole.take_rows(order), format.encode(w[order], importance[order]))
 
 
 # Hard inputs
@@ -241,7 +243,10 @@ def importance_pays(format: Format) -> None:
         importance = torch.randn(w.shape[1], generator=torch.Generator().manual_seed(seed)).mul(2).exp()
         told += error(w, format.encode(w, importance).decode(), importance)
         untold += error(w, format.encode(w).decode(), importance)
-    assert told <= untold
+    if isinstance(format.fit(sample(format)), CastGrid):
+        assert told == untold, "a cast has nothing to choose"
+    else:
+        assert told < untold
 
 
 def importance_may_be_zero(format: Format) -> None:
@@ -252,9 +257,14 @@ def importance_may_be_zero(format: Format) -> None:
     assert same_planes(format, format.encode(w, torch.zeros_like(w)), plain)
     live = torch.zeros(w.shape[1])
     live[::2] = 1.0
-    decoded = format.encode(w, live).decode()
-    assert bool(decoded.isfinite().all())
-    assert error(w, decoded, live) <= error(w, plain.decode(), live)
+    told, untold = 0.0, 0.0
+    for seed in range(2):
+        w = sample(format, seed)
+        decoded = format.encode(w, live).decode()
+        assert bool(decoded.isfinite().all())
+        told += error(w, decoded, live)
+        untold += error(w, format.encode(w).decode(), live)
+    assert told <= untold
 
 
 def bad_importance_raises(format: Format) -> None:

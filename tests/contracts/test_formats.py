@@ -1,7 +1,8 @@
 """Every registered format, and some that only the grammars know, keep every promise of the contract."""
 
 import pytest
-from format_contract import PROMISES
+import torch
+from format_contract import PROMISES, same_planes, weights
 
 from fewbits.errors import FormatError
 from fewbits.formats import FORMATS
@@ -40,3 +41,15 @@ def test_name_is_canonical(name):
 def test_unknown_name_raises(name):
     with pytest.raises(FormatError, match="unknown format"):
         FORMATS.get(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["int4_g96_asym", "mxfp4", "nf4", "kmeans3_channel", "fp8_e4m3_block128", "int8_tensor"]
+)
+@pytest.mark.parametrize("axes", [1, 2])
+def test_encoding_a_few_rows_at_a_time_changes_nothing(name, axes, monkeypatch):
+    format, w = FORMATS.get(name), weights(0, 21, 384)
+    importance = torch.rand((21, 384)[2 - axes :], generator=torch.Generator().manual_seed(0))
+    whole = format.encode(w, importance)
+    monkeypatch.setattr("fewbits.formats.base.CHUNK", 4 * 384)
+    assert same_planes(format, format.encode(w, importance), whole)

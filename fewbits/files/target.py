@@ -1,0 +1,172 @@
+"""What an output consists of before a byte of it is written: its layout, and the work that fills it.
+
+A target is one StreamFile (a GGUF file, or the model.safetensors of a native directory), the jobs
+that fill it, and the small files beside it. A job is one tensor of the output:
+
+    sources (Hugging Face names)  ->  load, reorder rows, add  ->  encode or cast  ->  spans of the file
+
+GGUF stacks the experts of a block in one tensor, so a job may have many sources and fills its single
+span with one chunk for each; in a native directory every plane of a tensor is a span of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FileError, FormatError, raise_all
+from ..formats import FORMATS
+from ..formats.ggml import Ggml
+from ..model.archs import Architecture, GGUFEntry, rope_rows
+from ..qtensor import QTensor
+from .base import Checkpoint
+from .gguf import gguf_header, gguf_nbytes
+from .gguf_metadata import gguf_metadata
+from .native import INDEX, WEIGHTS, copy_side_files, native_index, native_layout
+from .stream import Span, write_atomic
+
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+ALIGNMENT = 32
+NEAREST = {"int4": "q4_0 or q4_1", "int8": "q8_0", "int5": "q5_1", "int6": "q6_k", "int3": "q3_k",
+           "int2": "q2_k", "nf4": "iq4_nl", "fp4": "iq4_nl", "mxfp4": "mxfp4_ggml", "nvfp4": "mxfp4_ggml",
+           "fp8": "q8_0", "mxfp8": "q8_0", "mxfp6": "q6_k"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor of the output. `format`: a float dtype name or a format; `entry` for GGUF only."""
+
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    format: str
+    spans: tuple[str, ...]
+    entry: GGUFEntry | None = None
+
+    def shaped(self, value: torch.Tensor | QTensor) -> torch.Tensor | QTensor:
+        """One source as this output wants it: rows reordered, the constant added."""
+        entry = self.entry
+        if entry is None or (entry.rows is None and not entry.add):
+            return value
+        if entry.rows == "rope":
+            order = rope_rows(value.shape[0], entry.heads)
+            value = value.take_rows(order) if isinstance(value, QTensor) else value[order]
+        if entry.add:
+            value = (value.decode() if isinstance(value, QTensor) else value.float()) + entry.add
+        return value
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file to be written: `header`, `spans`, the jobs that fill them, and `finish` for the rest."""
+
+    path: Path
+    header: bytes
+    spans: Sequence[Span]
+    jobs: tuple[Job, ...]
+    receipt: Path
+    finish: Callable[[], None]
+    align: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return sum(span.nbytes for span in self.spans)
+
+
+def nearest_ggml(name: str) -> str:
+    """What GGUF has for a format that it cannot carry."""
+    for prefix in sorted(NEAREST, key=len, reverse=True):
+        if name.startswith(prefix):
+            return NEAREST[prefix]
+    return "q8_0"
+
+
+def ggml_type(format: str) -> str:
+    """Format name -> the name of the GGUF tensor type; FormatError for one that GGUF cannot carry."""
+    if format in FLOATS:
+        return format
+    found = FORMATS.get(format)
+    if not isinstance(found, Ggml):
+        raise FormatError(
+            f"a GGUF file cannot carry {format}; the nearest it has is {nearest_ggml(format)} (quantize the "
+            "float model to that), or keep the native directory"
+        )
+    return format.removesuffix("_ggml")
+
+
+def gguf_target(
+    checkpoint: Checkpoint,
+    path: Path,
+    entries: Sequence[GGUFEntry],
+    formats: Mapping[str, str],
+    arch: Architecture | None,
+    file_type: int | None,
+) -> Target:
+    """A GGUF file: `entries` in order, each in `formats[entry.name]`; one span an entry."""
+    faults, infos, jobs = [], [], []
+    for entry in entries:
+        shape = entry_shape(checkpoint, entry)
+        try:
+            type_name = ggml_type(formats[entry.name])
+        except FormatError as error:
+            faults.append(f"{entry.name}: {error}")
+            continue
+        infos.append((entry.name, shape, type_name))
+        jobs.append(Job(entry.name, entry.sources, shape, formats[entry.name], (entry.name,), entry))
+    raise_all(FormatError, str(path), faults)
+    header, offsets = gguf_header(gguf_metadata(checkpoint, arch, file_type), infos)
+    spans = [
+        Span(name, offset, gguf_nbytes(kind, shape))
+        for (name, shape, kind), offset in zip(infos, offsets, strict=True)
+    ]
+    receipt = path.with_name(path.name + ".receipt.json")
+    return Target(path, header, spans, tuple(jobs), receipt, lambda: None, ALIGNMENT)
+
+
+def entry_shape(checkpoint: Checkpoint, entry: GGUFEntry) -> tuple[int, ...]:
+    """The shape of a GGUF tensor: its source's, with the experts stacked in front."""
+    if not entry.sources:
+        return (len(entry.values),)
+    shapes = {checkpoint.tensors[name].shape for name in entry.sources}
+    if len(shapes) > 1:
+        raise FileError(f"{entry.name}: its sources have different shapes {sorted(shapes)}")
+    shape = shapes.pop()
+    return shape if len(entry.sources) == 1 else (len(entry.sources), *shape)
+
+
+def native_target(
+    checkpoint: Checkpoint, directory: Path, formats: Mapping[str, str], about: Mapping[str, Any]
+) -> Target:
+    """A native directory: every tensor of the checkpoint, each in `formats[name]`; one span a plane."""
+    rows = [(name, formats[name], tensor.shape) for name, tensor in checkpoint.tensors.items()]
+    header, spans = native_layout(rows)
+    jobs = tuple(
+        Job(
+            name,
+            (name,),
+            shape,
+            kind,
+            (name,)
+            if is_plain(kind)
+            else tuple(f"{name}.{plane.name}" for plane in FORMATS.get(kind).planes),
+        )
+        for name, kind, shape in rows
+    )
+
+    def finish() -> None:
+        copy_side_files(checkpoint, directory)
+        write_atomic(directory / INDEX, native_index(rows, about))
+
+    path = directory / WEIGHTS
+    return Target(path, header, spans, jobs, directory / "receipt.json", finish)
+
+
+def is_plain(kind: str) -> bool:
+    """Is this the name of a dtype as files have it, and not of a format?"""
+    from .safetensors import DTYPES
+
+    return kind.upper() in DTYPES
