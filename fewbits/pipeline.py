@@ -101,13 +101,17 @@ def quantize(
 
 
 def convert(
-    source: Checkpoint | str | Path, out: str | Path, file: str | None = None, overwrite: bool = False
+    source: Checkpoint | str | Path,
+    out: str | Path,
+    file: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Receipt:
     """Write a checkpoint to another file type without quantizing: every tensor keeps its format.
 
     Raises FormatError, naming the nearest, where the file type cannot carry a format.
     """
-    return quantize(source, out, Request(file=file, overwrite=overwrite))
+    return quantize(source, out, Request(file=file, overwrite=overwrite), progress)
 
 
 def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target, dict[str, Decision]]:

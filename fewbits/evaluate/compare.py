@@ -82,6 +82,14 @@ class Evaluation:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
+    def samples(self) -> str:
+        """The greedy continuations of each prompt, parent and children one below the other."""
+        parts = []
+        for i, said in enumerate(self.parent.continuations):
+            parts.append(f"prompt: {said.prompt!r}\n  {self.parent.name}: {said.parent!r}")
+            parts += [f"  {child.name}: {child.continuations[i].child!r}" for child in self.children]
+        return "\n".join(parts)
+
     def table(self) -> str:
         """One line a model, the parent first, and a line that says what was scored."""
         head = [

@@ -43,11 +43,15 @@ class Cells:
         importance = checked_importance(importance, n, k)
         if importance is None and n % rows == 0 and k % columns == 0:
             return None
-        padded = torch.zeros(ceil(n / rows) * rows, ceil(k / columns) * columns)
-        padded[:n, :k] = 1.0 if importance is None else importance
+        inside = torch.zeros(ceil(n / rows) * rows, ceil(k / columns) * columns)
+        inside[:n, :k] = 1.0
+        even = self.gather(inside)
+        if importance is None:
+            return even
+        padded = torch.zeros_like(inside)
+        padded[:n, :k] = importance
         weight = self.gather(padded)
-        padded[:n, :k] = 1.0
-        weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, self.gather(padded))
+        weight = torch.where(weight.amax(-1, keepdim=True) > 0, weight, even)
         return weight / weight.amax(-1, keepdim=True)
 
     def over_rows(self, parameter: torch.Tensor, n: int) -> torch.Tensor:

@@ -1,0 +1,51 @@
+# make demo   the main job on a real model       make test   the default tests
+# Both make their own virtual environment and install all they need.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+CACHE ?= $(or $(FEWBITS_CACHE),$(HOME)/.cache/fewbits)
+LLAMA = llama-cpp-python==0.3.36
+
+.PHONY: demo test lint engine slow fuzz bench clean
+
+demo: $(VENV)/ready
+	$(RUN) -m fewbits demo --out .demo
+
+test: $(VENV)/ready
+	$(RUN) -m pytest
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+slow: $(VENV)/ready
+	$(RUN) -m pytest -m slow
+
+fuzz: $(VENV)/ready
+	FEWBITS_FUZZ_SECONDS=15 $(RUN) -m pytest tests/attacks/test_fuzz.py
+
+engine: $(VENV)/engine
+	$(RUN) -m pytest -m engine
+
+bench: $(VENV)/engine
+	$(RUN) bench/encode
+	$(RUN) bench/memory
+
+# The engine is built from source once (about 5 minutes on 2 cores) and kept as a wheel.
+$(VENV)/engine: $(VENV)/ready
+	mkdir -p $(CACHE)/wheels
+	ls $(CACHE)/wheels/llama_cpp_python-0.3.36-*.whl >/dev/null 2>&1 || \
+		CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(RUN) -m pip wheel -q --no-deps --no-binary llama-cpp-python \
+		-w $(CACHE)/wheels $(LLAMA)
+	$(RUN) -m pip install -q --find-links $(CACHE)/wheels $(LLAMA)
+	touch $@
+
+$(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q torch==2.13.0
+	$(RUN) -m pip install -q -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build .demo

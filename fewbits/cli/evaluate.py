@@ -1,0 +1,70 @@
+"""`fewbits evaluate`: what quantizing cost, measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..adapters.hub import resolve
+from ..errors import FileError
+from ..files.gguf_model import open_checkpoint
+from .progress import StageProgress
+
+HELP = "compare quantized models with their parent: KL divergence, agreement, perplexity, generation"
+EXAMPLES = """Windows and scoring are those of llama-perplexity: windows of --context tokens, the second half scored.
+PARENT and CHILD are Hugging Face or native directories, .gguf files, hub names, in any combination.
+
+examples:
+  fewbits evaluate ./Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --text wiki.test.raw
+  fewbits evaluate demo:smollm2 smollm2-Q4_K_M.gguf smollm2-Q3_K_M.gguf --sample 4096 --json"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parent", metavar="PARENT")
+    parser.add_argument("children", metavar="CHILD", nargs="+")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", type=Path, metavar="FILE", help="text to score, UTF-8")
+    text.add_argument("--sample", type=int, metavar="N", help="score N tokens sampled from the parent itself")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --sample (default 0)")
+    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
+    parser.add_argument(
+        "--score-from", type=int, metavar="N", help="first position scored (default: half the context)"
+    )
+    parser.add_argument("--windows", type=int, metavar="N", help="score at most N windows (default: all)")
+    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="greedy continuations (default 4)")
+    parser.add_argument("--show", action="store_true", help="print the continuations side by side")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..adapters.hf import load_tokenizer
+    from ..evaluate import Settings, evaluate, read_text, self_text
+
+    parent = open_checkpoint(resolve(options.parent, options.cache_dir))
+    children = [open_checkpoint(resolve(child, options.cache_dir)) for child in options.children]
+    settings = Settings(
+        context=options.context,
+        score_from=options.score_from,
+        max_windows=options.windows,
+        prompts=options.prompts,
+    )
+    with StageProgress() as progress:
+        if options.text is not None:
+            text = read_text(parent, read_file(options.text), str(options.text))
+        else:
+            text = self_text(parent, options.sample, options.seed, options.context, progress)
+        tokenizer = load_tokenizer(parent)
+        result = evaluate(parent, children, text, settings, tokenizer.decode, progress)
+    print(result.to_json() if options.json else result.table())
+    if options.show and not options.json:
+        print(f"\n{result.samples()}")
+    return 0
+
+
+def read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: is not UTF-8 (byte {error.start}); convert it, e.g. with iconv") from error

@@ -1,0 +1,112 @@
+"""`fewbits quantize`: a float model in, a small one and a receipt out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..adapters.hub import resolve
+from ..errors import FileError, PlanError
+from ..files.gguf_model import open_checkpoint
+from ..mixtures import RECIPES
+from ..model.archs import architecture
+from ..pipeline import Request, quantize
+from ..plan import Plan, parse_rule
+from ..report.receipt import Receipt
+from .progress import ByteProgress
+
+HELP = "quantize a model into a GGUF file or a native directory"
+EXAMPLES = """MODEL is a Hugging Face directory, a .gguf file, a hub name org/name[@revision], or demo:smollm2.
+
+--to takes a llama.cpp file type (q4_k_m, iq4_xs, q8_0 ...: the same mixture as llama-quantize, written
+as GGUF) or a format (int4_g128, nf4, mxfp4 ...: written as a native directory). `fewbits formats` lists both.
+
+A killed run is continued by the same command, with a byte-identical result.
+
+examples:
+  fewbits quantize ./Llama-3.2-1B --to q4_k_m
+  fewbits quantize ./Llama-3.2-1B --to q4_k_m --rule '*.down_proj=q6_k' --rule 'lm_head=q8_0'
+  fewbits quantize ./Llama-3.2-1B --to int4_g128 --out llama-int4 --json
+  fewbits quantize model-BF16.gguf --to q5_k_m --out model-Q5_K_M.gguf"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--to", metavar="TYPE", help="file type or format (see `fewbits formats`)")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="output file (.gguf) or directory")
+    parser.add_argument(
+        "--file", choices=("gguf", "native"), help="output file type (default: by --to and --out)"
+    )
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="PATTERN=FORMAT",
+        help="override the type of the tensors that match, first match wins; repeatable",
+    )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in a TOML file, after those of --rule")
+    parser.add_argument(
+        "--no-search", action="store_true", help="plain min-max block parameters: faster, larger error"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="make a fall-back type an error (exit code 3) too"
+    )
+    parser.add_argument("--requantize", action="store_true", help="accept a model that is already quantized")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.to is None and options.plan is None and not options.rule:
+        raise PlanError("nothing asked for: give --to TYPE, --rule or --plan")
+    plan = read_plan(options.rule, options.plan)
+    path = resolve(options.model, options.cache_dir)
+    checkpoint = open_checkpoint(path)
+    recipe = RECIPES.get((options.to or "").lower())
+    as_gguf = recipe is not None and (checkpoint.kind == "gguf" or architecture(checkpoint.config) is not None)
+    out = options.out or default_out(path, options.to or "plan", options.file or ("gguf" if as_gguf else "native"))
+    file = options.file or (("gguf" if as_gguf else "native") if options.out is None else None)
+    request = Request(
+        to=options.to,
+        plan=plan,
+        file=file,
+        search=not options.no_search,
+        requantize=options.requantize,
+        overwrite=options.overwrite,
+    )
+    with ByteProgress("quantize") as progress:
+        receipt = quantize(checkpoint, out, request, progress)
+    print(receipt.to_json() if options.json else f"{receipt.table()}\n\nwrote {out}")
+    return verdict(receipt, plan, options.strict)
+
+
+def read_plan(rules: list[str], file: Path | None) -> Plan:
+    """--rule and --plan -> Plan, the command line's rules first."""
+    given = tuple(parse_rule(rule) for rule in rules)
+    if file is None:
+        return Plan(given)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{file}: the plan cannot be read: {error}") from error
+    return Plan(given + Plan.from_toml(text, str(file)).rules)
+
+
+def default_out(path: Path, to: str, file: str) -> Path:
+    """`Model-Q4_K_M.gguf`, as llama.cpp's users name files, or a directory `Model-int4_g128`."""
+    stem = path.resolve().name.removesuffix(".gguf")
+    return Path(f"{stem}-{to.upper()}.gguf" if file == "gguf" else f"{stem}-{to}")
+
+
+def verdict(receipt: Receipt, plan: Plan, strict: bool) -> int:
+    """0, or 3 if a tensor that a rule names (with `strict`: any tensor) is not what was asked."""
+    changed = receipt.changed()
+    named = [row for row in changed if plan.choose([row.name, row.gguf_name or row.name])]
+    if changed:
+        print(
+            f"fewbits quantize: {len(changed)} of {len(receipt.tensors)} tensors got a fall-back type "
+            f"({len(named)} of them named by a rule); the receipt says why",
+            file=sys.stderr,
+        )
+    return 3 if named or (strict and changed) else 0
