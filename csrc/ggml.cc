@@ -15,8 +15,8 @@ using fewbits::Job;
 using fewbits::Error;
 using fewbits::UNIT;
 
-// -> the number of weights that are NaN, infinite or absurdly large.
-int64_t to_f32(const void* src, int dtype, int64_t first, int64_t n, float* out) {
+// -> whether all of them are finite and of sane size.
+bool to_f32(const void* src, int dtype, int64_t first, int64_t n, float* out) {
     if (dtype == fewbits::F32) {
         std::memcpy(out, static_cast<const float*>(src) + first, n * sizeof(float));
     } else if (dtype == fewbits::BF16) {
@@ -27,11 +27,11 @@ int64_t to_f32(const void* src, int dtype, int64_t first, int64_t n, float* out)
         const uint16_t* in = static_cast<const uint16_t*>(src) + first;
         for (int64_t i = 0; i < n; ++i) out[i] = half_value(in[i]);
     }
-    constexpr uint32_t LARGEST = 0x5b800000u;  // 2^56: the sums of a group cannot overflow below it
-    int32_t bad = 0;
-    const uint32_t* bits = reinterpret_cast<const uint32_t*>(out);
-    for (int64_t i = 0; i < n; ++i) bad += (bits[i] & 0x7fffffffu) > LARGEST;
-    return bad;
+    constexpr int32_t LARGEST = 0x5b800000;  // 2^56: the sums of a group cannot overflow below it
+    int32_t worst = 0;
+    const int32_t* bits = reinterpret_cast<const int32_t*>(out);
+    for (int64_t i = 0; i < n; ++i) worst = std::max(worst, bits[i] & 0x7fffffff);
+    return worst <= LARGEST;
 }
 
 // Sums by lane in f32 over one tile, then in f64: the same for every instruction set.
@@ -67,8 +67,10 @@ void encode(const Job& job, int64_t unit, Error* error) {
     constexpr int TILE = T::group * LANES;
     alignas(64) static thread_local float x[UNIT], w[UNIT];
     int64_t first = unit * UNIT, n = std::min(UNIT, job.weights - first);
-    error->refused += to_f32(job.src, job.dtype, first, n, x);
-    if (error->refused) return;
+    if (!to_f32(job.src, job.dtype, first, n, x)) {
+        error->refused += 1;
+        return;
+    }
     std::fill(x + n, x + UNIT, 0.0f);
     if (job.importance) {
         repeat(job.importance, job.importances, first, n, w);

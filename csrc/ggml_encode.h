@@ -16,10 +16,14 @@ inline float exponent_step(int e) {
     return f;
 }
 
-template <class T>
+// A one-level type gets the brief scan unless importances say that the squared error matters much.
+template <class T, bool WEIGHTED>
+using EvenOf = Even<-T::zero, T::top - T::zero, T::two_level || WEIGHTED ? SCALE_CANDIDATES : BATCH>;
+
+template <class T, bool WEIGHTED>
 using GridOf = std::conditional_t<T::kind == Kind::table, Levels<Iq4>,
                                   std::conditional_t<T::kind == Kind::exponent, Levels<Mxfp4>,
-                                                     Even<-T::zero, T::top - T::zero>>>;
+                                                     EvenOf<T, WEIGHTED>>>;
 
 // Group parameters of the blocks in a tile, by lane.
 struct Groups {
@@ -47,7 +51,7 @@ void code_scales_symmetric(const Tile<T::group>& t, bool search, Groups& g, floa
     for (int round = 0; round < (search ? RECODE_ROUNDS : 0); ++round) {
         for (int i = 0; i < LANES; ++i) g.step[i] = d[i / N] * g.scale[i];
         F inv = inverse(load(g.step)), cross, square;
-        moments<T::group, WEIGHTED, GridOf<T>, 1>(t, &inv, &cross, &square);
+        moments<T::group, WEIGHTED, GridOf<T, WEIGHTED>, 1>(t, &inv, &cross, &square);
         for (int b = 0; b < BLOCKS; ++b) {
             float up = 0, down = 0;
             for (int j = 0; j < N; ++j) {
@@ -68,7 +72,7 @@ struct AffineMoments {
 };
 
 template <class T, bool WEIGHTED>
-AffineMoments moments_of_codes(const Tile<T::group>& t, F step, F drop) {
+INLINE AffineMoments moments_of_codes(const Tile<T::group>& t, F step, F drop) {
     AffineMoments s = {};
     F inv = inverse(step);
     for (int i = 0; i < T::group; ++i) {
@@ -163,7 +167,7 @@ void fit_exponent(const Tile<T::group>& t, bool search, uint8_t* exponent) {
             step[i] = exponent_step(e[i]);
         }
         F s = load(step), inv = inverse(s), cross, square;
-        moments<T::group, WEIGHTED, GridOf<T>, 1>(t, &inv, &cross, &square);
+        moments<T::group, WEIGHTED, GridOf<T, WEIGHTED>, 1>(t, &inv, &cross, &square);
         F score = s * (2.0f * cross - s * square);
         for (int i = 0; i < LANES; ++i)
             if (score[i] > best[i]) exponent[i] = uint8_t(e[i]);
@@ -173,7 +177,7 @@ void fit_exponent(const Tile<T::group>& t, bool search, uint8_t* exponent) {
 }
 
 // Codes are small integers held in floats until here.
-inline void store_bytes(F q, uint8_t* out) {
+INLINE void store_bytes(F q, uint8_t* out) {
     typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
     for (int p = 0; p < PARTS; ++p) {
         Bytes b = __builtin_convertvector(__builtin_convertvector(q.part[p], NativeMask), Bytes);
@@ -181,10 +185,9 @@ inline void store_bytes(F q, uint8_t* out) {
     }
 }
 
-// The final codes of one group.
+// The final codes of one group; inv is the inverse of its step.
 template <class T>
-inline void round_group(const float* __restrict x, float step, float base, uint8_t* __restrict code) {
-    float inv = inverse(step);
+INLINE void round_group(const float* __restrict x, float inv, float base, uint8_t* __restrict code) {
     for (int i = 0; i < T::group; i += LANES) {
         F t = load(x + i), q;
         if constexpr (T::kind == Kind::table || T::kind == Kind::exponent) {
@@ -203,44 +206,52 @@ inline void round_group(const float* __restrict x, float step, float base, uint8
     }
 }
 
+// The parameters of a tile's groups as decoding will have them: step, and what is added.
+template <class T>
+INLINE void decoded_parameters(Groups& g, const float* d, const float* dmin, const uint8_t* exponent) {
+    constexpr int N = T::groups;
+    for (int i = 0; i < LANES; ++i) {
+        if (T::kind == Kind::exponent) g.step[i] = exponent_step(exponent[i]);
+        if (T::two_level) g.step[i] = d[i / N] * g.scale[i];
+        if (T::two_level && T::kind == Kind::affine) g.base[i] = -(dmin[i / N] * g.minimum[i]);
+    }
+}
+
 // LANES groups of x (already f32) -> blocks.
 template <class T, bool WEIGHTED>
 void encode_tile(const float* x, const float* w, bool search, int blocks, uint8_t* out) {
     constexpr int N = T::groups;
-    static thread_local Tile<T::group> t;
+    Tile<T::group> t;
     transpose<T::group>(x, t.x);
     if (WEIGHTED) transpose<T::group>(w, t.w);
     Groups g = {};
-    float d[LANES] = {}, dmin[LANES] = {};
+    float d[LANES] = {}, dmin[LANES] = {}, inv[LANES];
     uint8_t exponent[LANES] = {};
     if constexpr (T::kind == Kind::exponent) {
         fit_exponent<T, WEIGHTED>(t, search, exponent);
     } else if constexpr (T::kind == Kind::affine) {
         Affine fit = fit_affine<T::group, WEIGHTED, T::top>(t, search, T::two_level);
-        store(g.step, fit.step);
-        store(g.base, fit.base);
+        store(g.step, T::two_level ? fit.step : to_half(fit.step));
+        store(g.base, T::two_level ? fit.base : to_half(fit.base));
         if constexpr (T::two_level) code_scales_affine<T, WEIGHTED>(t, search, g, d, dmin);
     } else {
-        store(g.step, fit_scale<T::group, WEIGHTED, GridOf<T>>(t, search));
+        F step = fit_scale<T::group, WEIGHTED, GridOf<T, WEIGHTED>>(t, search);
+        store(g.step, T::two_level ? step : to_half(step));
         if constexpr (T::two_level) code_scales_symmetric<T, WEIGHTED>(t, search, g, d);
     }
+    decoded_parameters<T>(g, d, dmin, exponent);
+    store(inv, inverse(load(g.step)));
     Block b;
     for (int at = 0; at < blocks; ++at) {
         b.exponent[0] = exponent[at];
-        b.d = T::two_level ? d[at] : to_half(g.step[at]);
-        b.m = T::kind == Kind::affine ? to_half(g.base[at]) : 0;
+        b.d = T::two_level ? d[at] : g.step[at];
+        b.m = g.base[at];
         b.dmin = dmin[at];
         for (int j = 0; j < N; ++j) {
             int i = at * N + j;
-            float step = b.d, base = b.m;
-            if constexpr (T::kind == Kind::exponent) step = exponent_step(exponent[at]);
-            if constexpr (T::two_level) {
-                step = b.d * g.scale[i];
-                base = T::kind == Kind::affine ? -(b.dmin * g.minimum[i]) : 0;
-                b.scale[j] = uint8_t(int(g.scale[i]) - T::scale_lo);
-                b.minimum[j] = T::kind == Kind::affine ? uint8_t(g.minimum[i]) : 0;
-            }
-            round_group<T>(x + i * T::group, step, base, b.code + j * T::group);
+            if (T::two_level) b.scale[j] = uint8_t(int(g.scale[i]) - T::scale_lo);
+            if (T::two_level && T::kind == Kind::affine) b.minimum[j] = uint8_t(g.minimum[i]);
+            round_group<T>(x + i * T::group, inv[i], g.base[i], b.code + j * T::group);
         }
         T::pack(b, out + at * T::nbytes());
     }

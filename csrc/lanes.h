@@ -13,6 +13,9 @@
 #include <immintrin.h>
 #endif
 
+// Sixteen lanes are more than one register on most machines: a call would pass them through memory.
+#define INLINE inline __attribute__((always_inline))
+
 namespace FEWBITS_ISA {
 
 constexpr int LANES = 16;
@@ -35,59 +38,61 @@ struct Mask {
     NativeMask part[PARTS];
 };
 
-inline F splat(float x) {
+INLINE F splat(float x) {
     F r;
     for (int p = 0; p < PARTS; ++p) r.part[p] = x - Native{};
     return r;
 }
-inline F load(const float* x) {
-    F r;
-    std::memcpy(&r, x, sizeof r);
+INLINE F load(const float* x) {
+    F r;  // part by part: one copy of it all would go through memory in smaller pieces
+    for (int p = 0; p < PARTS; ++p) std::memcpy(&r.part[p], x + p * WIDTH, sizeof(Native));
     return r;
 }
-inline void store(float* x, F v) { std::memcpy(x, &v, sizeof v); }
+INLINE void store(float* x, F v) {
+    for (int p = 0; p < PARTS; ++p) std::memcpy(x + p * WIDTH, &v.part[p], sizeof(Native));
+}
 
 #define FEWBITS_ARITHMETIC(OP)                                          \
-    inline F operator OP(F a, F b) {                                    \
+    INLINE F operator OP(F a, F b) {                                    \
         for (int p = 0; p < PARTS; ++p) a.part[p] = a.part[p] OP b.part[p]; \
         return a;                                                       \
     }                                                                   \
-    inline F operator OP(F a, float b) { return a OP splat(b); }        \
-    inline F operator OP(float a, F b) { return splat(a) OP b; }
+    INLINE F operator OP(F a, float b) { return a OP splat(b); }        \
+    INLINE F operator OP(float a, F b) { return splat(a) OP b; }
 FEWBITS_ARITHMETIC(+)
 FEWBITS_ARITHMETIC(-)
 FEWBITS_ARITHMETIC(*)
 FEWBITS_ARITHMETIC(/)
 #undef FEWBITS_ARITHMETIC
-inline F& operator+=(F& a, F b) { return a = a + b; }
-inline F operator-(F a) {
+INLINE F& operator+=(F& a, F b) { return a = a + b; }
+INLINE F operator-(F a) {
     for (int p = 0; p < PARTS; ++p) a.part[p] = -a.part[p];
     return a;
 }
 
 #define FEWBITS_COMPARE(OP)                                                    \
-    inline Mask operator OP(F a, F b) {                                        \
+    INLINE Mask operator OP(F a, F b) {                                        \
         Mask m;                                                                \
         for (int p = 0; p < PARTS; ++p) m.part[p] = a.part[p] OP b.part[p];    \
         return m;                                                              \
     }                                                                          \
-    inline Mask operator OP(F a, float b) { return a OP splat(b); }
+    INLINE Mask operator OP(F a, float b) { return a OP splat(b); }
 FEWBITS_COMPARE(<)
 FEWBITS_COMPARE(>)
 FEWBITS_COMPARE(<=)
 FEWBITS_COMPARE(>=)
 #undef FEWBITS_COMPARE
-inline Mask operator&(Mask a, Mask b) {
+INLINE Mask operator&(Mask a, Mask b) {
     for (int p = 0; p < PARTS; ++p) a.part[p] = a.part[p] & b.part[p];
     return a;
 }
-inline F select(Mask m, F a, F b) {
+INLINE F select(Mask m, F a, F b) {
     for (int p = 0; p < PARTS; ++p) a.part[p] = m.part[p] ? a.part[p] : b.part[p];
     return a;
 }
 
 // a > b ? a : b and a < b ? a : b; compilers do not find the one instruction that does it.
-inline F vmax(F a, F b) {
+INLINE F vmax(F a, F b) {
 #if defined(__AVX512F__)  // the masked form: GCC 12 warns of its own header in the plain one
     a.part[0] = (Native)_mm512_maskz_max_ps(0xffff, (__m512)a.part[0], (__m512)b.part[0]);
 #else
@@ -103,7 +108,7 @@ inline F vmax(F a, F b) {
 #endif
     return a;
 }
-inline F vmin(F a, F b) {
+INLINE F vmin(F a, F b) {
 #if defined(__AVX512F__)
     a.part[0] = (Native)_mm512_maskz_min_ps(0xffff, (__m512)a.part[0], (__m512)b.part[0]);
 #else
@@ -119,27 +124,27 @@ inline F vmin(F a, F b) {
 #endif
     return a;
 }
-inline F clamp(F x, float lo, float hi) { return vmin(vmax(x, splat(lo)), splat(hi)); }
+INLINE F clamp(F x, float lo, float hi) { return vmin(vmax(x, splat(lo)), splat(hi)); }
 
 // Round half to even: adding 1.5 * 2^23 leaves no bit for a fraction. Exact below 2^22; codes are.
 constexpr float ROUNDER = 12582912.0f;
-inline F round_even(F x) { return (x + ROUNDER) - ROUNDER; }
-inline float round_even(float x) {
+INLINE F round_even(F x) { return (x + ROUNDER) - ROUNDER; }
+INLINE float round_even(float x) {
     return __builtin_fabsf(x) < 4194304.0f ? (x + ROUNDER) - ROUNDER : x;
 }
-inline float clamp(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
+INLINE float clamp(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
 
-inline F inverse(F x) {
+INLINE F inverse(F x) {
     F y = 1.0f / x;
     return select(vmax(y, -y) <= FLT_MAX, y, F{});
 }
-inline float inverse(float x) {
+INLINE float inverse(float x) {
     float y = 1.0f / x;
     return __builtin_fabsf(y) <= FLT_MAX ? y : 0.0f;
 }
 
 // IEEE half precision, round to nearest even.
-inline uint16_t half_bits(float x) {
+INLINE uint16_t half_bits(float x) {
 #if defined(__F16C__)
     return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
@@ -159,7 +164,7 @@ inline uint16_t half_bits(float x) {
 #endif
 }
 
-inline float half_value(uint16_t h) {
+INLINE float half_value(uint16_t h) {
 #if defined(__F16C__)
     return _cvtsh_ss(h);
 #else
@@ -180,13 +185,30 @@ inline float half_value(uint16_t h) {
 }
 
 // f32 -> the nearest half (the largest finite one where it would overflow), minus zero becoming zero.
-inline float to_half(float x) {
+INLINE float to_half(float x) {
     return half_value(half_bits(clamp(x, -65504.0f, 65504.0f) + 0.0f));
+}
+
+INLINE F to_half(F x) {
+    x = clamp(x, -65504.0f, 65504.0f) + 0.0f;
+#if defined(__AVX512F__)
+    x.part[0] = (Native)_mm512_maskz_cvtph_ps(
+        0xffff, _mm512_maskz_cvtps_ph(0xffff, (__m512)x.part[0], _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    for (int p = 0; p < PARTS; ++p)
+        x.part[p] = (Native)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x.part[p], _MM_FROUND_TO_NEAREST_INT));
+#else
+    float lane[LANES];
+    store(lane, x);
+    for (int i = 0; i < LANES; ++i) lane[i] = half_value(half_bits(lane[i]));
+    x = load(lane);
+#endif
+    return x;
 }
 
 // (LANES, group) row-major -> (group, LANES).
 template <int GROUP>
-inline void transpose(const float* __restrict src, F* __restrict dst) {
+INLINE void transpose(const float* __restrict src, F* __restrict dst) {
 #if defined(__AVX512F__)
     const NativeMask low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
     const NativeMask high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -203,9 +225,24 @@ inline void transpose(const float* __restrict src, F* __restrict dst) {
         for (int i = 0; i < LANES; ++i) dst[at + i].part[0] = a[i];
     }
 #else
+    typedef float Four __attribute__((vector_size(16)));
+    typedef int32_t Index __attribute__((vector_size(16)));
+    const Index low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
     float* out = reinterpret_cast<float*>(dst);
-    for (int i = 0; i < GROUP; ++i)
-        for (int lane = 0; lane < LANES; ++lane) out[i * LANES + lane] = src[lane * GROUP + i];
+    for (int i = 0; i < GROUP; i += 4) {
+        for (int lane = 0; lane < LANES; lane += 4) {
+            Four a[4], b[4];
+            for (int j = 0; j < 4; ++j) std::memcpy(&a[j], src + (lane + j) * GROUP + i, sizeof(Four));
+            for (int stage = 0; stage < 2; ++stage) {
+                for (int j = 0; j < 2; ++j) {
+                    b[2 * j] = __builtin_shuffle(a[j], a[j + 2], low);
+                    b[2 * j + 1] = __builtin_shuffle(a[j], a[j + 2], high);
+                }
+                std::memcpy(a, b, sizeof a);
+            }
+            for (int j = 0; j < 4; ++j) std::memcpy(out + (i + j) * LANES + lane, &a[j], sizeof(Four));
+        }
+    }
 #endif
 }
 

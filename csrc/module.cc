@@ -71,7 +71,7 @@ Error run(const TypeKernels& t, Work work, const Job& job, int64_t bytes, int th
     return total;
 }
 
-// -> the number of weights refused: NaN, infinite or huge.
+// -> the number of units refused, since a weight is NaN, infinite or huge.
 int64_t encode(const std::string& name, uintptr_t src, int dtype, int64_t weights, uintptr_t importance,
                int64_t importances, bool search, uintptr_t blocks, int64_t bytes, int threads) {
     const TypeKernels& t = type(name);

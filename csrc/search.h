@@ -8,8 +8,8 @@ namespace FEWBITS_ISA {
 
 constexpr int SCALE_CANDIDATES = 6, AFFINE_CANDIDATES = 9, BATCH = 3;
 constexpr int SCALE_ROUNDS = 1, AFFINE_ROUNDS = 2;
-constexpr double SYMMETRIC_OFFSETS[SCALE_CANDIDATES] = {0.0, -1.5, -1.0, -0.6, -0.3, 0.4};
-constexpr double COARSE_OFFSETS[SCALE_CANDIDATES] = {0.0, 0.4, 0.8, 1.2, 1.8, 2.5};
+constexpr double SYMMETRIC_OFFSETS[SCALE_CANDIDATES] = {0.0, -0.6, 0.4, -1.5, -1.0, -0.3};
+constexpr double COARSE_OFFSETS[SCALE_CANDIDATES] = {0.4, 1.2, 1.8, 0.0, 0.8, 2.5};
 constexpr double AFFINE_OFFSETS[AFFINE_CANDIDATES] = {0.0, -1.8, -1.5, -1.2, -0.9, -0.6, -0.3, 0.3, 0.6};
 constexpr double TABLE_OFFSETS[SCALE_CANDIDATES] = {0.0, -0.12, -0.08, -0.04, 0.04, 0.08};
 
@@ -20,23 +20,25 @@ struct Tile {
     F w[GROUP];
 };
 
-// Levels of an evenly spaced grid.
-template <int LO, int HI>
+// Levels of an evenly spaced grid; the first SCANNED candidates are tried.
+template <int LO, int HI, int SCANNED>
 struct Even {
+    static constexpr int scanned = SCANNED;
     static constexpr float last = LO == -HI ? HI : LO;
     static float candidate(int i) {
         double offset = HI <= 1 ? COARSE_OFFSETS[i] : SYMMETRIC_OFFSETS[i];
         return float(double(last) + (last > 0 ? offset : -offset));
     }
-    static F level(F t) { return clamp(round_even(t), LO, HI); }
+    static INLINE F level(F t) { return clamp(round_even(t), LO, HI); }
 };
 
 // Levels of a sorted table: start at the first, climb by each gap whose middle t has reached.
 template <class TABLE>
 struct Levels {
+    static constexpr int scanned = SCALE_CANDIDATES;
     static constexpr float last = TABLE::levels[0];
     static float candidate(int i) { return float(double(last) * (1.0 + TABLE_OFFSETS[i])); }
-    static F level(F t) {
+    static INLINE F level(F t) {
         F v = splat(TABLE::levels[0]);
         for (int i = 1; i < TABLE::size; ++i) {
             float middle = (TABLE::levels[i] + TABLE::levels[i - 1]) * 0.5f;
@@ -47,7 +49,7 @@ struct Levels {
 };
 
 template <int GROUP>
-inline F extreme(const F* x) {
+INLINE F extreme(const F* x) {
     F top = x[0], bottom = x[0];
     for (int i = 1; i < GROUP; ++i) {
         top = vmax(x[i], top);
@@ -57,7 +59,7 @@ inline F extreme(const F* x) {
 }
 
 template <int GROUP, class GRID>
-inline F edge_of(const F* x) {
+INLINE F edge_of(const F* x) {
     if (GRID::last < 0) return extreme<GROUP>(x);
     F top = x[0], bottom = x[0];
     for (int i = 1; i < GROUP; ++i) {
@@ -69,7 +71,7 @@ inline F edge_of(const F* x) {
 
 // Sums w x v and w v^2 of the codes that N inverse steps lead to.
 template <int GROUP, bool WEIGHTED, class GRID, int N>
-inline void moments(const Tile<GROUP>& t, const F* inv, F* cross, F* square) {
+INLINE void moments(const Tile<GROUP>& t, const F* inv, F* cross, F* square) {
     for (int c = 0; c < N; ++c) cross[c] = square[c] = F{};
     for (int i = 0; i < GROUP; ++i) {
         for (int c = 0; c < N; ++c) {
@@ -81,7 +83,7 @@ inline void moments(const Tile<GROUP>& t, const F* inv, F* cross, F* square) {
     }
 }
 
-inline void keep_better(F cross, F square, F& step, F& best) {
+INLINE void keep_better(F cross, F square, F& step, F& best) {
     F fitted = cross / square, score = cross * fitted;
     Mask better = (square > 0.0f) & (score > best);
     step = select(better, fitted, step);
@@ -89,11 +91,11 @@ inline void keep_better(F cross, F square, F& step, F& best) {
 }
 
 template <int GROUP, bool WEIGHTED, class GRID>
-inline F fit_scale(const Tile<GROUP>& t, bool search) {
+INLINE F fit_scale(const Tile<GROUP>& t, bool search) {
     F edge = edge_of<GROUP, GRID>(t.x), step = edge / GRID::last;
     if (!search) return step;
     F best = {}, inverse_edge = inverse(edge), inv[BATCH], cross[BATCH], square[BATCH];
-    for (int first = 0; first < SCALE_CANDIDATES; first += BATCH) {
+    for (int first = 0; first < GRID::scanned; first += BATCH) {
         for (int c = 0; c < BATCH; ++c) inv[c] = GRID::candidate(first + c) * inverse_edge;
         moments<GROUP, WEIGHTED, GRID, BATCH>(t, inv, cross, square);
         for (int c = 0; c < BATCH; ++c) keep_better(cross[c], square[c], step, best);
@@ -115,7 +117,7 @@ struct AffineScan {
     F step, shift, best, sw, swy, room;
     bool bounded;
 
-    void keep_better(F swq, F swqq, F swyq) {
+    INLINE void keep_better(F swq, F swqq, F swyq) {
         F det = sw * swqq - swq * swq;
         F a = (sw * swyq - swy * swq) / det;
         F b = (swy - a * swq) / sw;
@@ -132,7 +134,7 @@ struct AffineScan {
 };
 
 template <int GROUP, bool WEIGHTED, int TOP, int N>
-inline void affine_moments(const Tile<GROUP>& t, F low, F start, const F* inv, AffineScan& scan) {
+INLINE void affine_moments(const Tile<GROUP>& t, F low, F start, const F* inv, AffineScan& scan) {
     F sq[N] = {}, sqq[N] = {}, syq[N] = {};
     for (int i = 0; i < GROUP; ++i) {
         F y = t.x[i] - low, wy = WEIGHTED ? t.w[i] * y : y;
@@ -149,7 +151,7 @@ inline void affine_moments(const Tile<GROUP>& t, F low, F start, const F* inv, A
 
 // step * q + base, q in [0, TOP]; bounded: base <= 0.
 template <int GROUP, bool WEIGHTED, int TOP>
-inline Affine fit_affine(const Tile<GROUP>& t, bool search, bool bounded) {
+INLINE Affine fit_affine(const Tile<GROUP>& t, bool search, bool bounded) {
     F low = t.x[0], high = t.x[0];
     for (int i = 1; i < GROUP; ++i) {
         low = vmin(t.x[i], low);

@@ -51,8 +51,8 @@ def encode(
 ) -> int:
     """`(n, k)` f32/f16/bf16 -> the blocks of GGML type `name`, written to `blocks`.
 
-    importance: `(k,)` or `(n, k)` f32. -> 0, or how many weights of some part are NaN, infinite or
-    beyond 2^56, and then `blocks` is void.
+    importance: `(k,)` or `(n, k)` f32. -> 0, or how many parts hold a weight that is NaN, infinite
+    or beyond 2^56, and then `blocks` is void.
     """
     weights = None if importance is None else importance.contiguous().float()
     return _module().encode(

@@ -17,6 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,19 @@ import torch
 
 from . import core
 from .algorithms import ALGORITHMS
-from .choices import Decision, check_feasible, decide, entries_of
-from .errors import FileError, FormatError, PlanError
+from .errors import FileError, FormatError, PlanError, raise_all
 from .files.base import Checkpoint
+from .files.gguf_metadata import model_name
 from .files.gguf_model import open_checkpoint
-from .files.stream import StreamFile, write_atomic
-from .files.target import FLOATS, Job, Target, gguf_target, native_target
-from .formats import FORMATS, Distortion
+from .files.native import INDEX, WEIGHTS
+from .files.stream import StreamFile, make_directory, write_atomic
+from .files.target import Job, Target, gguf_target, native_target
+from .formats import FLOATS, FORMATS, Distortion
 from .memory import peak_memory, reset_peak_memory
-from .mixtures import RECIPES
 from .model.archs import architecture, require_architecture
 from .plan import Plan
+from .plan.choices import Decision, check_feasible, decide, entries_of
+from .plan.mixtures import RECIPES
 from .qtensor import QTensor
 from .report.receipt import FileDigest, Receipt, TensorRow
 from .version import VERSION
@@ -75,11 +79,13 @@ def quantize(
     target, decisions = prepare(checkpoint, out, request)
     identity = _fingerprint(checkpoint, request)
     hashing = _InputDigests(checkpoint)
-    target.path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(target.path.parent)
     with StreamFile.open(
         target.path, target.header, target.spans, identity, request.overwrite, target.align
     ) as file:
         rows = _write_all(checkpoint, target, decisions, request, file, progress)
+        for path in target.stale:
+            path.unlink(missing_ok=True)
         file.finish(keep_journal=True)
         target.finish()
         receipt = Receipt(
@@ -119,25 +125,71 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
     gguf = request.file == "gguf" or (request.file is None and out.suffix == ".gguf")
     if gguf and checkpoint.kind != "gguf":
         require_architecture(checkpoint.config)
-    if out.exists() and out.is_dir() == gguf:
-        raise FileError(f"{out}: exists and is {'a' if gguf else 'not a'} directory; choose another output")
+    _check_place(checkpoint, out, gguf, request.overwrite)
     arch = architecture(checkpoint.config)
     entries = entries_of(checkpoint, arch)
     recipe = RECIPES.get((request.to or "").lower())
-    wanted = None if request.to is None or recipe else FORMATS.get(request.to).name
-    to = (recipe.name if recipe else None, wanted)
+    to = (recipe.name if recipe else None, None if request.to is None or recipe else _format(request.to))
     decisions = decide(checkpoint, entries, arch, to, request.plan, gguf)
     check_feasible(checkpoint, entries, decisions, request.requantize)
+    _check_algorithms(request.plan)
+    carried = None if request.to or request.plan.rules else _carried_file_type(checkpoint)
+    file_type = recipe.file_type if recipe else carried
     if gguf:
-        file_type = recipe.file_type if recipe else _carried_file_type(checkpoint)
         formats = {name: decision.format for name, decision in decisions.items()}
         return gguf_target(checkpoint, out, entries, formats, arch, file_type), decisions
     by_source = {source: decisions[e.name] for e in entries for source in e.sources}
     for name, tensor in checkpoint.tensors.items():
         by_source.setdefault(name, Decision(tensor.dtype, tensor.dtype, "kept: not part of the model"))
-    about = {"recipe": recipe.name if recipe else None, "file_type": recipe.file_type if recipe else None}
+    about = {"name": model_name(checkpoint), "recipe": recipe.name if recipe else None, "file_type": file_type}
     formats = {name: decision.format for name, decision in by_source.items()}
     return native_target(checkpoint, out, formats, about), by_source
+
+
+def _check_algorithms(plan: Plan) -> None:
+    """PlanError listing each rule whose algorithm is unknown, or takes no such option."""
+    faults = []
+    for rule in plan.rules:
+        try:
+            takes = [*signature(ALGORITHMS.get(rule.algorithm)).parameters][3:]
+        except PlanError as error:
+            faults.append(f"rule {rule.match!r}: {error}")
+            continue
+        faults += [
+            f"rule {rule.match!r}: {rule.algorithm} has no option {name!r}; it takes {', '.join(takes)}"
+            for name in rule.options
+            if name not in takes
+        ]
+    raise_all(PlanError, "plan", faults)
+
+
+def _format(name: str) -> str:
+    try:
+        return FORMATS.get(name).name
+    except FormatError as error:
+        near = get_close_matches(name.lower(), [*RECIPES, *FORMATS], n=4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise PlanError(
+            f"{name!r} is neither a file type nor a format; {hint}`fewbits formats` lists both"
+        ) from error
+
+
+def _check_place(checkpoint: Checkpoint, out: Path, gguf: bool, overwrite: bool) -> None:
+    """FileError where the output would stand on its own input, or on a model of another kind."""
+    if not out.exists():
+        return
+    if out.is_dir() == gguf:
+        raise FileError(f"{out}: exists and is {'a' if gguf else 'not a'} directory; choose another output")
+    if any(out.samefile(path) for path in [checkpoint.path, *_input_files(checkpoint)]):
+        raise FileError(f"{out}: is the input itself; choose another output")
+    ours = [out / INDEX, out / f"{WEIGHTS}.journal"]
+    if not gguf and not overwrite and (out / "config.json").exists() and not any(p.exists() for p in ours):
+        raise FileError(f"{out}: holds a model that fewbits did not write; choose another output, or pass overwrite")
+
+
+def _input_files(checkpoint: Checkpoint) -> list[Path]:
+    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    return sorted({root / tensor.file for tensor in checkpoint.tensors.values()})
 
 
 def _carried_file_type(checkpoint: Checkpoint) -> int | None:
@@ -192,6 +244,7 @@ def _write_job(
         "asked": decision.asked,
         "format": decision.format,
         "reason": decision.reason,
+        "rule": rule.match if rule else None,
         "nbytes": sum(span.nbytes for span in file.spans_of(job.spans)),
     }
     algorithm = rule.algorithm if rule else "rtn"
@@ -261,8 +314,6 @@ def _encode(
         q = ALGORITHMS.get(algorithm)(w, fmt, None, **options)
     except FormatError as error:
         raise FormatError(f"{name}: {str(error).removeprefix('tensor: ')}") from error
-    except TypeError as error:
-        raise PlanError(f"{name}: algorithm {algorithm} with options {options}: {error}") from error
     return tuple(q.planes[plane.name] for plane in fmt.planes), fmt.distortion(w, q)
 
 
@@ -282,9 +333,7 @@ def _check_finite(name: str, w: torch.Tensor) -> None:
 
 def _fingerprint(checkpoint: Checkpoint, request: Request) -> str:
     """All that decides the output's bytes besides its layout."""
-    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    stats = [(name, (root / name).stat().st_size, (root / name).stat().st_mtime_ns) for name in files]
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _input_files(checkpoint)]
     said = [stats, request.plan.digest(), request.to, request.search, request.requantize, VERSION]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -301,8 +350,7 @@ class _InputDigests:
     """SHA-256 of every input file, taken beside the work: the bytes are in the page cache anyway."""
 
     def __init__(self, checkpoint: Checkpoint):
-        root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        files = sorted({root / tensor.file for tensor in checkpoint.tensors.values()})
+        files = _input_files(checkpoint)
         self._found: list[FileDigest] = []
         self._failed: OSError | None = None
         self._thread = threading.Thread(target=self._run, args=(files,), daemon=True)

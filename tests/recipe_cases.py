@@ -1,6 +1,6 @@
 """Models for the recipe tests: tensor lists with the shapes that matter (row lengths), two rows each."""
 
-from fewbits.recipes import Hyper, stream_order
+from fewbits.plan.recipes import Hyper, stream_order
 
 Tensors = list[tuple[str, tuple[int, ...], str]]
 

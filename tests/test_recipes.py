@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fewbits.errors import PlanError
-from fewbits.mixtures import RECIPES, ROWS, Row
-from fewbits.recipes import Hyper, block_size, choose_types, kept_reason, needing_imatrix
+from fewbits.plan.mixtures import RECIPES, ROWS, Row
+from fewbits.plan.recipes import Hyper, block_size, choose_types, kept_reason, needing_imatrix
 from tests.recipe_cases import CASES, summarize
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "recipes.json").read_text())

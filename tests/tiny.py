@@ -2,16 +2,18 @@
 
 save_tiny("Qwen2ForCausalLM", path)    a Hugging Face directory as transformers writes it
 write_float_gguf(checkpoint, path)     the same as GGUF, weights in f32, without the pipeline
+read_by_gguf(path)                     what an outside reader finds in a GGUF file
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader, dequantize
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fewbits.files.base import Checkpoint
@@ -197,6 +199,29 @@ def save_tiny(
 
 
 # ---- files ---------------------------------------------------------------------------------------
+
+
+def change_weights(model: Path, changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Path:
+    """Rewrite named tensors of a directory's model.safetensors."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    for name, change in changes.items():
+        tensors[name] = change(tensors[name].clone())
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    return model
+
+
+def read_by_gguf(path: Path) -> dict[str, tuple[str, torch.Tensor, bytes]]:
+    """Tensor name -> (type, values as f32, bytes as they lie in the file), by the `gguf` package alone."""
+    return {
+        t.name: (
+            t.tensor_type.name.lower(),
+            torch.from_numpy(dequantize(t.data, t.tensor_type).copy()),
+            t.data.tobytes(),
+        )
+        for t in GGUFReader(path).tensors
+    }
 
 
 def write_float_gguf(checkpoint: Checkpoint, path: Path, pre: str | None = None) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..formats import FORMATS
 from ..formats.ggml import Ggml
-from ..mixtures import RECIPES
+from ..plan.mixtures import RECIPES
 from ..report.table import table
 
 HELP = "list number formats and file types"

@@ -9,10 +9,10 @@ from pathlib import Path
 from ..adapters.hub import resolve
 from ..errors import FileError, PlanError
 from ..files.gguf_model import open_checkpoint
-from ..mixtures import RECIPES
 from ..model.archs import architecture
 from ..pipeline import Request, quantize
 from ..plan import Plan, parse_rule
+from ..plan.mixtures import RECIPES
 from ..report.receipt import Receipt
 from .progress import ByteProgress
 
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     with ByteProgress("quantize") as progress:
         receipt = quantize(checkpoint, out, request, progress)
     print(receipt.to_json() if options.json else f"{receipt.table()}\n\nwrote {out}")
-    return verdict(receipt, plan, options.strict)
+    return verdict(receipt, options.strict)
 
 
 def read_plan(rules: list[str], file: Path | None) -> Plan:
@@ -99,10 +99,10 @@ def default_out(path: Path, to: str, file: str) -> Path:
     return Path(f"{stem}-{to.upper()}.gguf" if file == "gguf" else f"{stem}-{to}")
 
 
-def verdict(receipt: Receipt, plan: Plan, strict: bool) -> int:
+def verdict(receipt: Receipt, strict: bool) -> int:
     """0, or 3 if a tensor that a rule names (with `strict`: any tensor) is not what was asked."""
     changed = receipt.changed()
-    named = [row for row in changed if plan.choose([row.name, row.gguf_name or row.name])]
+    named = [row for row in changed if row.rule is not None]
     if changed:
         print(
             f"fewbits quantize: {len(changed)} of {len(receipt.tensors)} tensors got a fall-back type "

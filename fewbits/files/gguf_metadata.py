@@ -80,11 +80,10 @@ def gguf_metadata(
 
 def general_keys(checkpoint: Checkpoint, arch: Architecture) -> dict[str, GGUFValue]:
     """`general.*`: architecture, name, size, and license and base model where a README says them."""
-    given = str(checkpoint.config.get("_name_or_path") or "").rstrip("/").rsplit("/", 1)[-1]
     keys = {
         Keys.General.ARCHITECTURE: text(arch.gguf),
         Keys.General.TYPE: text("model"),
-        Keys.General.NAME: text(given or checkpoint.path.resolve().name),
+        Keys.General.NAME: text(model_name(checkpoint)),
         Keys.General.SIZE_LABEL: text(_size_label(checkpoint, expert_count(arch, checkpoint.config))),
     }
     card = _card(checkpoint.side_files.get("README.md"))
@@ -100,6 +99,16 @@ def general_keys(checkpoint: Checkpoint, arch: Architecture) -> dict[str, GGUFVa
                 f"https://huggingface.co/{card['base_model']}"
             )
     return keys
+
+
+def model_name(checkpoint: Checkpoint) -> str:
+    """What the model is called: by itself, by the native directory it went through, or by its path."""
+    if checkpoint.kind == "gguf" and Keys.General.NAME in checkpoint.metadata:
+        return str(checkpoint.metadata[Keys.General.NAME].value)
+    if checkpoint.kind == "native" and isinstance(checkpoint.metadata.get("name"), str):
+        return str(checkpoint.metadata["name"])
+    given = str(checkpoint.config.get("_name_or_path") or "").rstrip("/").rsplit("/", 1)[-1]
+    return given or checkpoint.path.resolve().name
 
 
 def _size_label(checkpoint: Checkpoint, experts: int) -> str:

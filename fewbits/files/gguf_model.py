@@ -21,6 +21,7 @@ from gguf.constants import Keys
 
 from ..errors import FileError, ModelError, raise_all
 from ..formats import FORMATS
+from ..formats.ggml import format_of
 from ..model.archs import Architecture, GGUFEntry, every_name, gguf_entries, rope_rows_back
 from ..qtensor import QTensor
 from . import open_file_type
@@ -33,9 +34,7 @@ from .huggingface import describe_files, open_huggingface
 from .native import open_native
 
 __all__ = [
-    "GGML_FORMATS",
     "GGUFValue",
-    "format_of",
     "gguf_metadata",
     "open_checkpoint",
     "open_gguf",
@@ -44,19 +43,11 @@ __all__ = [
     "tokenizer_keys",
 ]
 
-GGML_FORMATS = {"mxfp4": "mxfp4_ggml"}
-"""ggml type -> name in FORMATS, where they differ (OCP's MXFP4 orders its nibbles otherwise)."""
-
 _FACTORS = {
     "rope_freqs.weight": "freqs",
     "rope_factors_long.weight": "long",
     "rope_factors_short.weight": "short",
 }
-
-
-def format_of(ggml_type: str) -> str:
-    """ggml type name -> the name of its format in FORMATS."""
-    return GGML_FORMATS.get(ggml_type, ggml_type)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

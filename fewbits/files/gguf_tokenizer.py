@@ -248,7 +248,7 @@ def _added(index: int, text: str, kind: int) -> dict[str, Any]:
     }
 
 
-def _bpe_json(metadata: Mapping[str, Any], tokens: Sequence[str], _types: Sequence[int]) -> dict[str, Any]:
+def _bpe_json(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
     row = pretokenizer_row(metadata.get(Keys.Tokenizer.PRE))
     splits = [
         {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
@@ -260,7 +260,7 @@ def _bpe_json(metadata: Mapping[str, Any], tokens: Sequence[str], _types: Sequen
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
         "decoder": level | {"add_prefix_space": True, "use_regex": True},
-        "model": _model(tokens, merges, ignore_merges=row.ignore_merges),
+        "model": _model(_vocab(tokens, types), merges, ignore_merges=row.ignore_merges),
     }
 
 
@@ -298,14 +298,23 @@ def _spm_json(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequenc
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _model(
-            tokens, [[a, b] for _, _, a, b in merges], unk_token=unknown, byte_fallback=True, fuse_unk=True
+            _vocab(tokens, types),
+            [[a, b] for _, _, a, b in merges],
+            unk_token=unknown,
+            byte_fallback=True,
+            fuse_unk=True,
         ),
     }
 
 
-def _model(tokens: Sequence[str], merges: Sequence[Sequence[str]], **given: Any) -> dict[str, Any]:
+def _vocab(tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:
+    """Text -> id; what only fills an id (see `_tokens`) is no token."""
+    filler = {i for i, kind in enumerate(types) if kind == TokenType.UNUSED and tokens[i] == f"[PAD{i}]"}
+    return {text: i for i, text in enumerate(tokens) if i not in filler}
+
+
+def _model(vocab: Mapping[str, int], merges: Sequence[Sequence[str]], **given: Any) -> dict[str, Any]:
     """A BPE model of tokenizer.json, without the merges whose parts or result are no tokens."""
-    vocab = {text: index for index, text in enumerate(tokens)}
     usable = [pair for pair in merges if pair[0] in vocab and pair[1] in vocab and "".join(pair) in vocab]
     fields = {
         "type": "BPE",

@@ -64,15 +64,15 @@ def native_index(tensors: Iterable[tuple[str, str, tuple[int, ...]]], about: Map
     return json.dumps({"version": VERSION, **about, "tensors": rows}, indent=1).encode() + b"\n"
 
 
-def copy_side_files(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write the checkpoint's config.json and copy its side files into `directory`."""
+def write_side_files(checkpoint: Checkpoint, files: Mapping[str, Path | bytes], directory: Path) -> None:
+    """Write the checkpoint's config.json, and `files` (paths are copied), into `directory`."""
     config = json.dumps(checkpoint.config, indent=2, ensure_ascii=False)
     write_atomic(directory / "config.json", config.encode() + b"\n")
-    for name, source in checkpoint.side_files.items():
+    for name, source in files.items():
         try:
-            data = source.read_bytes()
+            data = source if isinstance(source, bytes) else source.read_bytes()
         except OSError as error:
-            raise FileError(f"{source}: cannot be read: {error.strerror}") from error
+            raise FileError(f"{source!s}: cannot be read: {error.strerror}") from error
         write_atomic(directory / name, data)
 
 

@@ -268,6 +268,16 @@ class StreamFile:
         self._data = self._log = -1
 
 
+def make_directory(path: Path) -> None:
+    """Make `path` and its parents unless they are there; FileError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"{path}: this directory cannot be made: {error.strerror}; choose another output"
+        ) from error
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a small file so that `path` holds either what it held before or all of `data`."""
     path = Path(path)

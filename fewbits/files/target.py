@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf.constants import Keys
 
 from ..errors import FileError, FormatError, raise_all
-from ..formats import FORMATS
+from ..formats import FLOATS, FORMATS
 from ..formats.ggml import Ggml
 from ..model.archs import Architecture, GGUFEntry, rope_rows
 from ..qtensor import QTensor
 from .base import Checkpoint
 from .gguf import gguf_header, gguf_nbytes
-from .gguf_metadata import gguf_metadata
-from .native import INDEX, WEIGHTS, copy_side_files, native_index, native_layout
+from .gguf_metadata import gguf_metadata, side_files_from_keys
+from .native import INDEX, WEIGHTS, native_index, native_layout, write_side_files
+from .safetensors import DTYPES
 from .stream import Span, write_atomic
 
-FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 ALIGNMENT = 32
 NEAREST = {"int4": "q4_0 or q4_1", "int8": "q8_0", "int5": "q5_1", "int6": "q6_k", "int3": "q3_k",
            "int2": "q2_k", "nf4": "iq4_nl", "fp4": "iq4_nl", "mxfp4": "mxfp4_ggml", "nvfp4": "mxfp4_ggml",
@@ -62,7 +63,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Target:
-    """A file to be written: `header`, `spans`, the jobs that fill them, and `finish` for the rest."""
+    """A file to be written: `header`, `spans`, the jobs that fill them, and `finish` for the rest.
+
+    stale: what speaks of the output that this one replaces, and must be gone before it is in place.
+    """
 
     path: Path
     header: bytes
@@ -71,6 +75,7 @@ class Target:
     receipt: Path
     finish: Callable[[], None]
     align: int = 1
+    stale: tuple[Path, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +100,7 @@ def ggml_type(format: str) -> str:
             f"a GGUF file cannot carry {format}; the nearest it has is {nearest_ggml(format)} (quantize the "
             "float model to that), or keep the native directory"
         )
-    return format.removesuffix("_ggml")
+    return found.type_name
 
 
 def gguf_target(
@@ -107,16 +112,20 @@ def gguf_target(
     file_type: int | None,
 ) -> Target:
     """A GGUF file: `entries` in order, each in `formats[entry.name]`; one span an entry."""
-    faults, infos, jobs = [], [], []
+    infos, jobs = [], []
+    refused: dict[str, list[str]] = {}
     for entry in entries:
         shape = entry_shape(checkpoint, entry)
         try:
             type_name = ggml_type(formats[entry.name])
         except FormatError as error:
-            faults.append(f"{entry.name}: {error}")
+            refused.setdefault(str(error), []).append(entry.name)
             continue
         infos.append((entry.name, shape, type_name))
         jobs.append(Job(entry.name, entry.sources, shape, formats[entry.name], (entry.name,), entry))
+    faults = [
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {fault}" for fault, names in refused.items()
+    ]
     raise_all(FormatError, str(path), faults)
     header, offsets = gguf_header(gguf_metadata(checkpoint, arch, file_type), infos)
     spans = [
@@ -124,7 +133,7 @@ def gguf_target(
         for (name, shape, kind), offset in zip(infos, offsets, strict=True)
     ]
     receipt = path.with_name(path.name + ".receipt.json")
-    return Target(path, header, spans, tuple(jobs), receipt, lambda: None, ALIGNMENT)
+    return Target(path, header, spans, tuple(jobs), receipt, lambda: None, ALIGNMENT, stale=(receipt,))
 
 
 def entry_shape(checkpoint: Checkpoint, entry: GGUFEntry) -> tuple[int, ...]:
@@ -157,16 +166,24 @@ def native_target(
         for name, kind, shape in rows
     )
 
+    side_files = side_files_of(checkpoint)
+
     def finish() -> None:
-        copy_side_files(checkpoint, directory)
+        write_side_files(checkpoint, side_files, directory)
         write_atomic(directory / INDEX, native_index(rows, about))
 
-    path = directory / WEIGHTS
-    return Target(path, header, spans, jobs, directory / "receipt.json", finish)
+    receipt, index = directory / "receipt.json", directory / INDEX
+    return Target(directory / WEIGHTS, header, spans, jobs, receipt, finish, stale=(index, receipt))
+
+
+def side_files_of(checkpoint: Checkpoint) -> Mapping[str, Path | bytes]:
+    """Tokenizer, template and the like: the source's files, or made of a GGUF file's keys."""
+    if checkpoint.kind != "gguf" or not checkpoint.config:
+        return checkpoint.side_files
+    keys = {name: value.plain() for name, value in checkpoint.metadata.items() if name.startswith("tokenizer.")}
+    return side_files_from_keys(keys) if Keys.Tokenizer.LIST in keys else {}
 
 
 def is_plain(kind: str) -> bool:
     """Is this the name of a dtype as files have it, and not of a format?"""
-    from .safetensors import DTYPES
-
     return kind.upper() in DTYPES

@@ -32,13 +32,11 @@ import torch
 
 from ..pack import cell, pack, unpack
 from ..qtensor import Plane, QTensor
-from .base import FORMATS, Format
+from .base import FLOATS, FORMATS, Format
 from .cells import Cells, choose, saturate, tries
 from .grids import AffineGrid
 from .levels import code_plane
 from .search import fit_affine, fit_symmetric, inverse, lanes, ordered_sum
-
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def parse(name: str) -> Affine | None:
     match = GRAMMAR.fullmatch(name)
     if match is None:
         return None
-    bits, dtype = int(match["bits"]), DTYPES[match["dtype"] or "f16"]
+    bits, dtype = int(match["bits"]), FLOATS[match["dtype"] or "f16"]
     group = int(match["group"]) if match["group"] else None
     cells = Cells(None if match["whole"] == "tensor" else 1, group)
     canonical = (

@@ -23,6 +23,8 @@ from ..errors import FormatError
 from ..qtensor import Plane, QTensor
 from ..registry import Registry
 
+# The float types that files, scales and unquantized weights have, by name.
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Weights handled at once where rows stand alone. A search takes some 100 bytes for each.
 CHUNK = 2**20
 

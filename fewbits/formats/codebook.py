@@ -27,9 +27,9 @@ import torch
 
 from ..pack import pack, unpack
 from ..qtensor import Plane, QTensor
-from .base import FORMATS, Format
+from .base import FLOATS, FORMATS, Format
 from .cells import Cells, choose, saturate
-from .floats import SCALE_DTYPES, Element
+from .floats import Element
 from .grids import TableGrid
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
 from .search import inverse
@@ -258,7 +258,7 @@ def parse_pow2(name: str) -> ScaledLevels | None:
     group = None if match["whole"] else int(match["group"] or 128)
     cells = Cells(None if match["whole"] == "tensor" else 1, group)
     canonical = f"pow2_{bits}_" + (match["whole"] or f"g{group}") + ("" if dtype == "f16" else f"_{dtype}")
-    scale = Plane("scale", SCALE_DTYPES[dtype], cells.rows, cells.columns)
+    scale = Plane("scale", FLOATS[dtype], cells.rows, cells.columns)
     element = pow2_element(bits)
     return ScaledLevels(canonical, 1, (code_plane(bits), scale), element.levels, bits, cells)
 

@@ -35,12 +35,10 @@ import torch
 from ..errors import FormatError
 from ..pack import pack, unpack
 from ..qtensor import Plane, QTensor
-from .base import FORMATS, Format, Grid, checked_importance
+from .base import FLOATS, FORMATS, Format, Grid, checked_importance
 from .cells import Cells, choose, saturate
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
 from .search import fit_table, inverse
-
-SCALE_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -239,12 +237,12 @@ def parse(name: str) -> ScaledLevels | None:
     default = "f16" if match["group"] else "f32"
     dtype = match["dtype"] or default
     canonical = name.removesuffix(f"_{default}")
-    scale = Plane("scale", SCALE_DTYPES[dtype], cells.rows, cells.columns)
+    scale = Plane("scale", FLOATS[dtype], cells.rows, cells.columns)
     return ScaledLevels(canonical, 1, (code_plane(element.bits), scale), element.levels, element.bits, cells)
 
 
 FORMATS.add_parser(parse)
-for _name, _dtype in SCALE_DTYPES.items():
+for _name, _dtype in FLOATS.items():
     FORMATS.add(_name, Cast(_name, 1, (Plane("values", _dtype),), _dtype))
 for _name in [f"fp8_{element}_{cells}" for element in ("e4m3", "e5m2") for cells in CELLS] + ["fp4_e2m1_g32"]:
     FORMATS.add(_name, FORMATS.get(_name))

@@ -26,10 +26,11 @@ import torch
 
 # In codes beyond the last one. On the weights of SmolLM2-135M a scan four times as fine lowers the
 # error of 4-bit groups by less than 1 %.
-SYMMETRIC_OFFSETS = (0.0, -1.5, -1.0, -0.6, -0.3, 0.4)
+SYMMETRIC_OFFSETS = (0.0, -0.6, 0.4, -1.5, -1.0, -0.3)
+BRIEF = 3  # how many of them a brief scan tries: half the time, 0.5 % more squared error in 4 bits
 AFFINE_OFFSETS = (0.0, -1.8, -1.5, -1.2, -0.9, -0.6, -0.3, 0.3, 0.6)
 # With two magnitudes at most the best step lies far inside the extreme value.
-COARSE_OFFSETS = (0.0, 0.4, 0.8, 1.2, 1.8, 2.5)
+COARSE_OFFSETS = (0.4, 1.2, 1.8, 0.0, 0.8, 2.5)
 # In shares of the table's last level.
 TABLE_OFFSETS = (0.0, -0.12, -0.08, -0.04, 0.04, 0.08)
 # Rounds of Lloyd's alternation after the scan.
@@ -80,7 +81,13 @@ def nearest(table: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def fit_symmetric(
-    x: torch.Tensor, weight: torch.Tensor | None, lo: int, hi: int, search: bool = True, signed: bool = True
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    lo: int,
+    hi: int,
+    search: bool = True,
+    signed: bool = True,
+    brief: bool = False,
 ) -> torch.Tensor:
     """Best step of value = step * q, q in [lo, hi].
 
@@ -95,7 +102,7 @@ def fit_symmetric(
     if search:
         offsets = COARSE_OFFSETS if hi <= 1 else SYMMETRIC_OFFSETS
         sign = 1.0 if last > 0 else -1.0
-        candidates = [last + sign * offset for offset in offsets]
+        candidates = [last + sign * offset for offset in (offsets[:BRIEF] if brief else offsets)]
 
         def levels(inv: torch.Tensor) -> torch.Tensor:
             return torch.clamp(torch.round(x * inv), lo, hi)

@@ -31,7 +31,8 @@ class TensorRow:
     asked, format: names of formats; they differ only with a `reason`. relative_error: |w' - w| / |w|
     (Frobenius). sqnr_db: 20 log10 of its inverse, None where the error is 0. max_abs_error: largest
     change of one weight. All three are None for a tensor that was copied. digest: SHA-256 of the
-    bytes written.
+    bytes written; of several planes, that of their hexadecimal digests in order. rule: the pattern of
+    the user's rule that decided.
     """
 
     name: str
@@ -48,6 +49,7 @@ class TensorRow:
     relative_error: float | None = None
     sqnr_db: float | None = None
     max_abs_error: float | None = None
+    rule: str | None = None
 
     @property
     def numel(self) -> int:

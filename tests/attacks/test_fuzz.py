@@ -11,7 +11,14 @@ import tracemalloc
 from datetime import timedelta
 
 import pytest
-from forge import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fewbits.errors import FileError
+from fewbits.files.gguf import map_gguf_tensor, read_gguf
+from fewbits.files.huggingface import open_huggingface
+from fewbits.files.native import open_native
+from tests.attacks.forge import (
     ARRAY,
     F32,
     Q8_0,
@@ -27,13 +34,6 @@ from forge import (
     u32,
     u64,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from fewbits.errors import FileError
-from fewbits.files.gguf import map_gguf_tensor, read_gguf
-from fewbits.files.huggingface import open_huggingface
-from fewbits.files.native import open_native
 
 SECONDS = int(os.environ.get("FEWBITS_FUZZ_SECONDS", "0"))
 EXAMPLES = 300 * max(SECONDS, 1)

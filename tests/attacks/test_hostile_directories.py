@@ -4,12 +4,12 @@ import json
 import os
 
 import pytest
-from forge import row, safetensors, write
 
 from fewbits.errors import FileError
 from fewbits.files import open_file_type
 from fewbits.files.huggingface import open_huggingface
 from fewbits.files.native import open_native
+from tests.attacks.forge import row, safetensors, write
 
 ONE = safetensors({"a": row("U8", [4], 0, 4)}, bytes(4))
 

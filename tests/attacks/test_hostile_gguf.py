@@ -4,10 +4,24 @@ import struct
 import tracemalloc
 
 import pytest
-from forge import ARRAY, F32, Q8_0, STRING, UINT8, UINT32, gguf, key, string, tensor, u32, u64, write
 
 from fewbits.errors import FileError
 from fewbits.files.gguf import map_gguf_tensor, read_gguf
+from tests.attacks.forge import (
+    ARRAY,
+    F32,
+    Q8_0,
+    STRING,
+    UINT8,
+    UINT32,
+    gguf,
+    key,
+    string,
+    tensor,
+    u32,
+    u64,
+    write,
+)
 
 ARCH = key("general.architecture", STRING, string("llama"))
 A = tensor("a", [32, 2], Q8_0, 0)  # 68 bytes, and 28 of padding

@@ -4,10 +4,10 @@ import json
 import tracemalloc
 
 import pytest
-from forge import row, safetensors, write
 
 from fewbits.errors import FileError
 from fewbits.files.safetensors import HEADER_LIMIT, map_tensor, read_header
+from tests.attacks.forge import row, safetensors, write
 
 FOUR = b"\0" * 4
 GOOD = {"a": row("F32", [2], 0, 8), "b": row("U8", [4], 8, 12)}

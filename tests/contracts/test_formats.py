@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from format_contract import PROMISES, same_planes, weights
 
 from fewbits.errors import FormatError
 from fewbits.formats import FORMATS
+from tests.contracts.format_contract import PROMISES, same_planes, weights
 
 PARSED = [
     "int2_channel_asym_bf16",

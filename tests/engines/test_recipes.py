@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 
-from fewbits.mixtures import RECIPES
-from fewbits.recipes import Choice, choose_types, needing_imatrix
+from fewbits.plan.mixtures import RECIPES
+from fewbits.plan.recipes import Choice, choose_types, needing_imatrix
 from tests.recipe_cases import CASES, summarize
 
 pytestmark = pytest.mark.engine

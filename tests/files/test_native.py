@@ -10,7 +10,7 @@ import torch
 
 from fewbits.files import open_file_type
 from fewbits.files.base import Checkpoint
-from fewbits.files.native import copy_side_files, native_index, native_layout, open_native
+from fewbits.files.native import native_index, native_layout, open_native, write_side_files
 from fewbits.files.stream import StreamFile, write_atomic
 from fewbits.formats.base import FORMATS, Format
 from fewbits.qtensor import Plane, QTensor
@@ -65,7 +65,7 @@ def stream_native(path, tensors):
     side = path.parent / "tokenizer.json"
     side.write_text("{}")
     parent = Checkpoint(path, "huggingface", {}, {"model_type": "llama"}, {"tokenizer.json": side})
-    copy_side_files(parent, path)
+    write_side_files(parent, parent.side_files, path)
     write_atomic(path / "fewbits.json", native_index(rows, {"by": "test"}))
 
 

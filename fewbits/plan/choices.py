@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import FewbitsError, ModelError, PlanError, raise_all
-from .files.base import Checkpoint
-from .files.gguf_model import format_of
-from .files.target import FLOATS, entry_shape
-from .formats import FORMATS
-from .model.archs import Architecture, GGUFEntry, complete, expert_count, gguf_entries
-from .model.sites import Site, sites
-from .plan import Plan, Rule
+from ..errors import FewbitsError, ModelError, PlanError, raise_all
+from ..files.base import Checkpoint
+from ..files.target import entry_shape, ggml_type
+from ..formats import FLOATS, FORMATS
+from ..formats.ggml import format_of
+from ..model.archs import Architecture, GGUFEntry, complete, expert_count, gguf_entries
+from ..model.sites import Site, sites
 from .recipes import Choice, Hyper, choose_types
+from .rules import Plan, Rule
 
 STAY = {"router", "embed", "output", "position"}
 _PARTS = {
@@ -40,11 +40,6 @@ class Decision:
     format: str
     reason: str | None = None
     rule: Rule | None = None
-
-    @property
-    def refused(self) -> bool:
-        """Did the user name this tensor in a rule that could not be followed?"""
-        return self.rule is not None and self.asked != self.format
 
 
 def entries_of(checkpoint: Checkpoint, arch: Architecture | None) -> list[GGUFEntry]:
@@ -78,9 +73,10 @@ def hyper_of(checkpoint: Checkpoint, arch: Architecture | None) -> Hyper:
     if checkpoint.kind == "gguf" and not config:
         keys = {name: value.value for name, value in checkpoint.metadata.items()}
         name = str(keys.get("general.architecture"))
-        head = keys.get(f"{name}.attention.head_count", 0)
-        pairs = ("block_count", "attention.head_count_kv", "expert_count")
-        n_layer, n_kv, experts = (keys.get(f"{name}.{pair}", 0) for pair in pairs)
+        pairs = ("block_count", "attention.head_count", "attention.head_count_kv", "expert_count")
+        found = (keys.get(f"{name}.{pair}", 0) for pair in pairs)
+        # Where layers differ the value is a list of one for each; llama.cpp's mixtures ask the first.
+        n_layer, head, n_kv, experts = (v[0] if isinstance(v, list) and v else v for v in found)
         return Hyper(name, n_layer, head, n_kv or head, experts)
     text = config.get("text_config", config)
     fields = complete(text) if arch else text
@@ -135,8 +131,9 @@ def decide(
             recipe,
             shapes,
             hyper_of(checkpoint, arch),
-            overrides=lambda name: rule.format if (rule := rules[name]) and _is_ggml(rule.format) else None,
+            overrides=lambda name: ggml_type(rule.format) if (rule := rules[name]) and _is_ggml(rule.format) else None,
         )
+        _check_known(recipe, choices)
         decisions = {name: _from_recipe(choices[name], rules[name]) for name in choices}
     else:
         quantizable = {site.name: site for site in sites(checkpoint)}
@@ -145,6 +142,16 @@ def decide(
         }
     _check_rules(plan, entries, decisions)
     return decisions
+
+
+def _check_known(recipe: str, choices: Mapping[str, Choice]) -> None:
+    types = {choice.type for choice in choices.values() if choice.reason is None or "kept" not in choice.reason}
+    unknown = sorted(kind for kind in types if format_of(kind) not in FORMATS)
+    if unknown:
+        raise PlanError(
+            f"{recipe} needs {', '.join(unknown)}, which fewbits does not write yet; take a file type of about "
+            "that size that it does: q2_k, q3_k_s, iq4_xs (`fewbits formats` lists the types)"
+        )
 
 
 def _is_ggml(format: str) -> bool:
@@ -198,7 +205,7 @@ def check_feasible(
     requantize: bool,
 ) -> None:
     """All that would fail later, found from headers alone: PlanError lists every fault."""
-    faults = []
+    faults, again = [], []
     for entry in entries:
         kind = decisions[entry.name].format
         if kind in FLOATS or not entry.sources:
@@ -212,8 +219,11 @@ def check_feasible(
             faults.append(str(error))
             continue
         if source.quantized and not requantize:
-            faults.append(
-                f"{entry.name} is already {source.dtype}; quantize the original float model, or pass --requantize"
-            )
+            again.append(f"{entry.name} is {source.dtype}")
+    if again:
+        faults.append(
+            f"{len(again)} tensors are already quantized, such as {again[0]}; quantize the original float model, "
+            "or pass --requantize"
+        )
     raise_all(PlanError, str(checkpoint.path), faults)
 

@@ -23,7 +23,7 @@ from functools import cache
 
 import gguf
 
-from .errors import PlanError, raise_all
+from ..errors import PlanError, raise_all
 from .mixtures import (
     FALLBACK,
     KEPT,

@@ -25,8 +25,8 @@ from fnmatch import fnmatchcase
 from hashlib import sha256
 from typing import Any
 
-from .errors import FewbitsError, PlanError, raise_all
-from .formats import FORMATS
+from ..errors import FewbitsError, PlanError, raise_all
+from ..formats import FORMATS
 
 Option = bool | int | float | str
 

@@ -1,0 +1,182 @@
+"""Fitting the parameters of GGML blocks, and coding them in the few bits that a block has for them.
+
+    x (blocks, groups, group)  ->  search.py: step, base of each group
+                               ->  d, dmin in f16, scale and minimum in small integers
+                               ->  d, dmin, scale, minimum again, for the codes that they led to
+
+Twin of csrc/ggml_encode.h, equal to it bit for bit: the same operations in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .ggml_layout import Values
+from .search import extreme, fit_affine, fit_symmetric, fit_table, inverse, lanes, nearest, ordered_sum
+
+if TYPE_CHECKING:
+    from .ggml import Ggml
+
+HALF_MAX = 65504.0
+# Rounds of recoding the integers of a two-level block; a third changes the error by less than 0.1 %.
+RECODE_ROUNDS = 2
+Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def exponent_step(exponent: torch.Tensor) -> torch.Tensor:
+    """The E8M0 byte e -> 2^(e - 128): half the scale, since the level table is doubled."""
+    bits = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), (exponent - 1) << 23)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def to_half(x: torch.Tensor) -> torch.Tensor:
+    """f32 rounded to float16, the largest finite one where it would overflow; minus zero becomes zero."""
+    return (x.clamp(-HALF_MAX, HALF_MAX) + 0.0).to(torch.float16).float()
+
+
+def fit_values(fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search: bool) -> Values:
+    """`(blocks, groups, group)` f32 -> the coded block parameters."""
+    if fmt.name == "mxfp4_ggml":
+        return fit_exponent(fmt, x, weight, search)
+    if fmt.kind == "affine":
+        base_max = None if fmt.scale_range is None else 0.0
+        step, base = fit_affine(x, weight, fmt.top, search, base_max)
+        if fmt.scale_range is None:
+            return {"d": to_half(step), "m": to_half(base)}
+        return code_scales_affine(fmt, x, weight, search, step, base)
+    if fmt.levels is not None:
+        step = fit_table(x, weight, fmt.levels, search)
+    else:
+        brief = fmt.scale_range is None and weight is None
+        step = fit_symmetric(x, weight, -fmt.zero, fmt.top - fmt.zero, search, brief=brief)
+    if fmt.scale_range is None:
+        return {"d": to_half(step)}
+    return code_scales_symmetric(fmt, x, weight, search, step)
+
+
+def code_scales_symmetric(
+    fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search: bool, step: torch.Tensor
+) -> Values:
+    """Group steps `(blocks, groups)` -> f16 d and integer scales, both refitted to the codes."""
+    assert fmt.scale_range is not None
+    lo, hi = fmt.scale_range
+    d = to_half(extreme(step.T) / float(lo))
+    scale = torch.clamp(torch.round(step * inverse(d)[:, None]), lo, hi)
+    for _ in range(RECODE_ROUNDS if search else 0):
+        cross, square = group_moments(fmt, x, weight, d[:, None] * scale)
+        wanted = torch.clamp(torch.round(cross / square * inverse(d)[:, None]), lo, hi)
+        scale = torch.where(square > 0, wanted, scale)
+        up, down = ordered_sum((scale * cross).T), ordered_sum((scale * scale * square).T)
+        d = torch.where(down > 0, to_half(up / down), d)
+    return {"d": d[:, None], "scale": scale.to(torch.int32) - lo}
+
+
+def group_moments(
+    fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, step: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum(w x v) and sum(w v^2) of each group, v the unscaled levels that `step` leads to."""
+    rows = lanes(x)
+    w = torch.ones_like(rows) if weight is None else lanes(weight)
+    inv = inverse(step.reshape(-1))
+    if fmt.levels is not None:
+        v = fmt.levels[nearest(fmt.levels, rows * inv)]
+    else:
+        v = torch.clamp(torch.round(rows * inv), -fmt.zero, fmt.top - fmt.zero)
+    wv = w * v
+    return ordered_sum(wv * rows).reshape(step.shape), ordered_sum(wv * v).reshape(step.shape)
+
+
+def code_scales_affine(
+    fmt: Ggml,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    search: bool,
+    step: torch.Tensor,
+    base: torch.Tensor,
+) -> Values:
+    """Group steps and bases -> f16 d and dmin, integer scales and minimums; all refitted to the codes."""
+    assert fmt.scale_range is not None
+    hi = fmt.scale_range[1]
+    d, dmin = to_half(step.amax(1) / float(hi)), to_half((-base).amax(1) / float(hi))
+    scale = torch.clamp(torch.round(step * inverse(d)[:, None]), 0, hi)
+    minimum = torch.clamp(torch.round(-base * inverse(dmin)[:, None]), 0, hi)
+    for _ in range(RECODE_ROUNDS if search else 0):
+        moments = affine_moments(fmt, x, weight, d[:, None] * scale, dmin[:, None] * minimum)
+        scale, minimum = recode_affine(moments, (d, dmin), (scale, minimum), hi)
+        d, dmin = refit_affine(moments, (d, dmin), (scale, minimum))
+    return {
+        "d": d[:, None],
+        "dmin": dmin[:, None],
+        "scale": scale.to(torch.int32),
+        "minimum": minimum.to(torch.int32),
+    }
+
+
+def affine_moments(
+    fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, step: torch.Tensor, drop: torch.Tensor
+) -> Moments:
+    """Sums w q^2, w q, w, w x q and w x of each group, q the codes of value = step * q - drop."""
+    rows = lanes(x)
+    w = torch.ones_like(rows) if weight is None else lanes(weight)
+    q = torch.clamp(torch.round((rows + drop.reshape(-1)) * inverse(step.reshape(-1))), 0, fmt.top)
+    wq, wx = w * q, w * rows
+    sqq, sq, sw, sxq, sx = (ordered_sum(p).reshape(step.shape) for p in (wq * q, wq, w, wx * q, wx))
+    return sqq, sq, sw, sxq, sx
+
+
+def recode_affine(moments: Moments, halves: Pair, integers: Pair, hi: int) -> Pair:
+    """Better integers for the same codes: the scale of the least-squares line, then the minimum that
+    suits the coded scale; kept for each group where the (quadratic) error falls."""
+    sqq, sq, sw, sxq, sx = moments
+    d, dmin = halves[0][:, None], halves[1][:, None]
+    scale, minimum = integers
+    a = (sw * sxq - sx * sq) / (sw * sqq - sq * sq)
+    new_scale = torch.clamp(torch.round(a * inverse(d)), 0, hi)
+    new_step = d * new_scale
+    new_minimum = torch.clamp(torch.round((new_step * sq - sx) / sw * inverse(dmin)), 0, hi)
+
+    def error(step: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
+        return step * (step * sqq - 2.0 * (drop * sq + sxq)) + drop * (drop * sw + 2.0 * sx)
+
+    better = error(new_step, dmin * new_minimum) < error(d * scale, dmin * minimum)
+    return torch.where(better, new_scale, scale), torch.where(better, new_minimum, minimum)
+
+
+def refit_affine(moments: Moments, halves: Pair, integers: Pair) -> Pair:
+    """Least squares of x = d (scale q) - dmin (minimum) over each block, for the moments' codes."""
+    sqq, sq, sw, sxq, sx = moments
+    (d, dmin), (scale, minimum) = halves, integers
+    a = ordered_sum((scale * scale * sqq).T)
+    b = ordered_sum((scale * minimum * sq).T)
+    c = ordered_sum((minimum * minimum * sw).T)
+    p, r = ordered_sum((scale * sxq).T), ordered_sum((minimum * sx).T)
+    det = a * c - b * b
+    both = det > 1e-6 * (a * c)
+    new_d = torch.where(both, (p * c - r * b) / det, (p + dmin * b) / a)
+    new_min = torch.where(both, (p * b - r * a) / det, dmin)
+    good = (a > 0) & (new_d > 0) & (new_min >= 0)
+    return torch.where(good, to_half(new_d), d), torch.where(good, to_half(new_min), dmin)
+
+
+def fit_exponent(fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search: bool) -> Values:
+    """MXFP4: floor(log2(amax)) - 2 as the OCP MX specification has it, and its neighbours if searching."""
+    assert fmt.levels is not None
+    rows = lanes(x)
+    w = torch.ones_like(rows) if weight is None else lanes(weight)
+    amax = rows.abs().amax(0)
+    exponent = (torch.frexp(amax).exponent - 1 - 2 + 127).clamp(0, 254).to(torch.int32)
+    exponent = torch.where(amax > 0, exponent, torch.zeros_like(exponent))
+    best, chosen = torch.full_like(amax, -torch.inf), exponent
+    for change in (0, 1, -1) if search else (0,):
+        candidate = (exponent + change).clamp(0, 254)
+        step = exponent_step(candidate)
+        v = fmt.levels[nearest(fmt.levels, rows * inverse(step))]
+        wv = w * v
+        cross, square = ordered_sum(wv * rows), ordered_sum(wv * v)
+        score = step * (2.0 * cross - step * square)
+        better = score > best
+        best, chosen = torch.where(better, score, best), torch.where(better, candidate, chosen)
+    return {"exponent": chosen[:, None]}
