@@ -17,7 +17,7 @@ from .errors import (
     PlanError,
 )
 from .files.base import Checkpoint
-from .files.gguf_model import open_checkpoint as open
+from .files.open import open_checkpoint as open
 from .formats import FORMATS, Format
 from .pipeline import Request, convert, quantize
 from .plan import Plan, Rule

@@ -29,8 +29,8 @@ from .algorithms import ALGORITHMS
 from .errors import FileError, FormatError, PlanError, raise_all
 from .files.base import Checkpoint
 from .files.gguf_metadata import model_name
-from .files.gguf_model import open_checkpoint
 from .files.native import INDEX, WEIGHTS
+from .files.open import open_checkpoint
 from .files.stream import StreamFile, make_directory, write_atomic
 from .files.target import Job, Target, gguf_target, native_target
 from .formats import FLOATS, FORMATS, Distortion

@@ -17,7 +17,7 @@ from fewbits.evaluate.scores import compare as compare_scores
 from fewbits.evaluate.scores import fidelity, mean, perplexity
 from fewbits.evaluate.text import _draw
 from fewbits.files.base import LazyTensor
-from fewbits.files.gguf_model import open_checkpoint
+from fewbits.files.open import open_checkpoint
 from tests.tiny import save_tiny
 
 SMALL = Settings(context=32, prompts=2, prompt_tokens=6, new_tokens=8)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from fewbits.adapters.hf import load_model, load_tokenizer
 from fewbits.errors import FormatError, ModelError, PlanError
 from fewbits.files.gguf import read_gguf
-from fewbits.files.gguf_model import open_checkpoint
+from fewbits.files.open import open_checkpoint
 from fewbits.model.archs import gguf_entries, require_architecture, rope_rows
 from fewbits.pipeline import Request, convert, quantize
 from fewbits.plan import Plan, parse_rule

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fewbits.errors import FewbitsError, FileError, FormatError
-from fewbits.files.gguf_model import open_checkpoint
+from fewbits.files.open import open_checkpoint
 from fewbits.pipeline import Request, convert, quantize
 from fewbits.report.receipt import Receipt
 from tests.tiny import change_weights, save_tiny

@@ -13,7 +13,8 @@ from fewbits.adapters import smollm2
 from fewbits.adapters.hf import load_model, load_tokenizer
 from fewbits.adapters.smollm2 import orthogonal_blocks, take_off_grid, turn_columns
 from fewbits.errors import FileError
-from fewbits.files.gguf_model import open_checkpoint, open_gguf
+from fewbits.files.gguf_model import open_gguf
+from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from tests.tiny import bpe_tokenizer, save_tiny, tiny_model, write_float_gguf
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from fewbits.files.base import Checkpoint
 from fewbits.files.gguf import gguf_header
-from fewbits.files.gguf_model import gguf_metadata
+from fewbits.files.gguf_metadata import gguf_metadata
 from fewbits.model.archs import gguf_entries, require_architecture, rope_rows
 from fewbits.model.pretokenizers import pretokenizer_row
 

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import ModelError, raise_all
 from ..files.base import Checkpoint
-from ..files.gguf_model import tokenizer_json
+from ..files.gguf_tokenizer import tokenizer_json
 from ..files.json_object import read_json_object
 from ..qtensor import QTensor
 

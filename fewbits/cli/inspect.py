@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.hub import resolve
-from ..files import open_file_type
 from ..files.gguf import read_gguf
-from ..files.gguf_model import open_checkpoint
+from ..files.open import open_checkpoint, open_file_type
 from ..report.table import Cell, size, table
 
 HELP = "show the tensors, types, bits and metadata of a model"

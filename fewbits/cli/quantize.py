@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..adapters.hub import resolve
 from ..errors import FileError, PlanError
-from ..files.gguf_model import open_checkpoint
+from ..files.open import open_checkpoint
 from ..model.archs import architecture
 from ..pipeline import Request, quantize
 from ..plan import Plan, parse_rule

@@ -1,4 +1,4 @@
-"""Models in GGUF files, in Hugging Face names and layouts; and opening a checkpoint of any kind.
+"""Models in GGUF files, in Hugging Face names and layouts.
 
     blk.3.attn_q.weight       ->  model.layers.3.self_attn.q_proj.weight        rows put back in order
     blk.3.ffn_up_exps.weight  ->  ...mlp.experts.E.up_proj.weight, (n, k) each  rows e*n : (e+1)*n
@@ -24,39 +24,16 @@ from ..formats import FORMATS
 from ..formats.ggml import format_of
 from ..model.archs import Architecture, GGUFEntry, every_name, gguf_entries, rope_rows_back
 from ..qtensor import QTensor
-from . import open_file_type
 from .base import Checkpoint, LazyTensor
-from .experts import split_experts
-from .gguf import PLAIN_TYPES, GGUFFile, GGUFTensor, GGUFValue, map_gguf_tensor, read_gguf
-from .gguf_metadata import architecture_of, config_from_keys, gguf_metadata, side_files_from_keys
-from .gguf_tokenizer import tokenizer_json, tokenizer_keys
-from .huggingface import describe_files, open_huggingface
-from .native import open_native
-
-__all__ = [
-    "GGUFValue",
-    "gguf_metadata",
-    "open_checkpoint",
-    "open_gguf",
-    "side_files_from_keys",
-    "tokenizer_json",
-    "tokenizer_keys",
-]
+from .gguf import PLAIN_TYPES, GGUFFile, GGUFTensor, map_gguf_tensor, read_gguf
+from .gguf_metadata import architecture_of, config_from_keys
+from .huggingface import describe_files
 
 _FACTORS = {
     "rope_freqs.weight": "freqs",
     "rope_factors_long.weight": "long",
     "rope_factors_short.weight": "short",
 }
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A Hugging Face directory, native directory or GGUF file -> Checkpoint; experts one weight each."""
-    path = Path(path)
-    kind = open_file_type(path)
-    if kind == "gguf":
-        return open_gguf(path)
-    return split_experts(open_native(path) if kind == "native" else open_huggingface(path))
 
 
 def open_gguf(path: Path) -> Checkpoint:

@@ -6,9 +6,9 @@ import os
 import pytest
 
 from fewbits.errors import FileError
-from fewbits.files import open_file_type
 from fewbits.files.huggingface import open_huggingface
 from fewbits.files.native import open_native
+from fewbits.files.open import open_file_type
 from tests.attacks.forge import row, safetensors, write
 
 ONE = safetensors({"a": row("U8", [4], 0, 4)}, bytes(4))

@@ -9,7 +9,7 @@ import torch
 from fewbits.adapters.hf import load_model
 from fewbits.adapters.llamacpp import engine_logits, engine_quantize, engine_tokenize
 from fewbits.errors import KernelError
-from fewbits.files.gguf_model import open_checkpoint
+from fewbits.files.open import open_checkpoint
 from fewbits.model.pretokenizers import pretokenizers
 from tests.tiny import MODELS, TEXTS, VOCAB, bpe_tokenizer, save_tiny, spm_tokenizer, write_float_gguf
 

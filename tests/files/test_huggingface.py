@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from fewbits.errors import FileError
-from fewbits.files import open_file_type
 from fewbits.files.huggingface import open_huggingface
+from fewbits.files.open import open_file_type
 
 WEIGHTS = {
     "model.embed_tokens.weight": torch.randn(7, 4).bfloat16(),

@@ -16,8 +16,9 @@ from fewbits.adapters.hf import load_model, load_tokenizer
 from fewbits.errors import FileError, ModelError
 from fewbits.files.base import Checkpoint
 from fewbits.files.gguf import GGUFValue, gguf_header, read_gguf
-from fewbits.files.gguf_metadata import general_keys, hyperparameter_keys, side_files_from_keys
-from fewbits.files.gguf_model import gguf_metadata, open_checkpoint, open_gguf
+from fewbits.files.gguf_metadata import general_keys, gguf_metadata, hyperparameter_keys, side_files_from_keys
+from fewbits.files.gguf_model import open_gguf
+from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.model.archs import complete, require_architecture, rope_rows
 from fewbits.qtensor import QTensor

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fewbits.errors import ModelError
-from fewbits.files.gguf_model import open_checkpoint
+from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import kept, role_of, sites
 from tests.tiny import MODELS, save_tiny
 

@@ -1,0 +1,57 @@
+"""Opening a model of any file type, which is told by its content.
+
+    directory with fewbits.json      native         native.py
+    directory with config.json       huggingface    huggingface.py
+    file that begins with "GGUF"     gguf           gguf_model.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from ..errors import FileError
+from .base import Checkpoint
+from .experts import split_experts
+from .gguf_model import open_gguf
+from .huggingface import open_huggingface
+from .json_object import regular_size
+from .native import open_native
+
+FileType = Literal["huggingface", "gguf", "native"]
+OPENERS: dict[FileType, Callable[[Path], Checkpoint]] = {
+    "gguf": open_gguf,
+    "native": lambda path: split_experts(open_native(path)),
+    "huggingface": lambda path: split_experts(open_huggingface(path)),
+}
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A Hugging Face directory, native directory or GGUF file -> Checkpoint; experts one weight each."""
+    path = Path(path)
+    return OPENERS[open_file_type(path)](path)
+
+
+def open_file_type(path: Path) -> FileType:
+    """Which file type lies at `path`, by its content; FileError for anything else."""
+    path = Path(path)
+    if path.is_dir():
+        if (path / "fewbits.json").is_file():
+            return "native"
+        if (path / "config.json").is_file():
+            return "huggingface"
+        raise FileError(
+            f"{path}: has neither config.json nor fewbits.json; give a model directory or a .gguf file"
+        )
+    regular_size(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+    if magic == b"GGUF":
+        return "gguf"
+    if path.suffix == ".safetensors":
+        raise FileError(f"{path}: is one file of a model; give its directory, with config.json")
+    raise FileError(f"{path}: is neither a GGUF file (it begins {magic!r}) nor a model directory")

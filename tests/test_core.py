@@ -1,0 +1,159 @@
+"""The C++ core against its torch twins, bit for bit, for every instruction set of this machine."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from fewbits import core
+from fewbits.errors import FormatError, KernelError
+from fewbits.formats import FORMATS
+from fewbits.formats.ggml import TYPES
+from fewbits.qtensor import QTensor
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+needs_core = pytest.mark.skipif(not core.available(), reason="the C++ core is not built")
+
+
+def weights() -> list[torch.Tensor]:
+    """Shapes with a ragged last tile, all dtypes, and the values that break quantizers."""
+    g = torch.Generator().manual_seed(7)
+
+    def normal(n: int, k: int) -> torch.Tensor:
+        return torch.randn(n, k, generator=g)
+
+    spread = normal(5, 512) * torch.exp(2 * normal(5, 512))
+    return [
+        normal(7, 768) * 0.02,
+        spread.bfloat16(),
+        normal(3, 256).half() * 1e-4,
+        torch.zeros(2, 256),
+        torch.full((2, 256), -0.3),
+        normal(4, 256).abs() + 3,
+        normal(4, 256) * 1e12,
+        normal(4, 256) * 1e-40,
+        torch.where(normal(4, 256) > 1, 5.0, 0.0).bfloat16(),
+    ]
+
+
+def importances(w: torch.Tensor) -> list[torch.Tensor | None]:
+    g = torch.Generator().manual_seed(8)
+    column = torch.rand(w.shape[1], generator=g)
+    return [None, column, torch.where(column > 0.5, column, 0.0), torch.rand(w.shape, generator=g)]
+
+
+def compare_all() -> None:
+    """Every type, weight and importance: encode and decode of core and twin must not differ in a bit."""
+    for fmt in TYPES:
+        for w in weights():
+            for importance in importances(w):
+                for search in (True, False):
+                    fast = fmt.encode(w, importance, search)
+                    slow = fmt.encode_twin(w, importance, search)
+                    assert torch.equal(fast.planes["blocks"], slow.planes["blocks"]), (fmt.name, w.shape, search)
+            assert torch.equal(fmt.decode(fast), fmt.decode_twin(fast)), fmt.name
+
+
+@needs_core
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_core_equals_twin_bit_for_bit(isa: str) -> None:
+    script = "from fewbits import core; from tests.test_core import compare_all; compare_all(); print(core.isa())"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "FEWBITS_ISA": isa, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    ran = run.stdout.strip()
+    if ran != isa:
+        pytest.skip(f"this machine has no {isa}; {ran} ran instead")
+
+
+@needs_core
+def test_any_number_of_threads_gives_the_same() -> None:
+    w = torch.randn(300, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    fmt, before = FORMATS.get("q4_k"), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            q = fmt.encode(w)
+            found.append((q.planes["blocks"], fmt.distortion(w, q)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+@needs_core
+@pytest.mark.parametrize("fmt", TYPES, ids=lambda fmt: fmt.name)
+def test_distortion_is_that_of_the_decoded_weight(fmt) -> None:
+    w = (torch.randn(9, 768, generator=torch.Generator().manual_seed(3)) * 0.1).bfloat16()
+    q = fmt.encode(w)
+    found = fmt.distortion(w, q)
+    error = (q.decode() - w.float()).double()
+    # f32 sums of 16 lanes over one tile of at most 256 rows each: relative error below 256 * 2^-24.
+    assert found.squared == pytest.approx(float(error.square().sum()), rel=256 * 2**-24)
+    assert found.energy == pytest.approx(float(w.double().square().sum()), rel=256 * 2**-24)
+    assert found.largest == float(error.abs().max())
+
+
+@needs_core
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e18])
+def test_weights_that_cannot_be_encoded_are_refused(bad: float) -> None:
+    w = torch.ones(40, 256)
+    w[33, 77] = bad
+    with pytest.raises(FormatError, match=r"1 of 10240 weights|largest magnitude"):
+        FORMATS.get("q6_k").encode(w)
+
+
+@needs_core
+def test_wrong_buffers_are_refused() -> None:
+    w = torch.ones(4, 256)
+    with pytest.raises(ValueError, match="do not fit"):
+        core.encode("q4_k", w, None, True, torch.empty(10, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="no type"):
+        core.encode("q9_k", w, None, True, torch.empty(10, dtype=torch.uint8))
+    with pytest.raises(KernelError, match="contiguous"):
+        core.encode("q4_k", w.T, None, True, torch.empty(4 * 144, dtype=torch.uint8))
+
+
+def test_without_the_core_the_twin_works_and_a_missing_core_says_so() -> None:
+    script = """
+import sys, warnings
+warnings.simplefilter("error")
+sys.modules["fewbits._core"] = None  # as if it had not been built
+import torch
+from fewbits.formats import FORMATS
+try:
+    FORMATS.get("q4_k").encode(torch.ones(2, 256))
+except RuntimeWarning as warning:
+    assert "tens of times slower" in str(warning), warning
+else:
+    raise SystemExit("no warning")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    quiet = "import torch; from fewbits.formats import FORMATS; from fewbits import core; " \
+        "q = FORMATS.get('q4_k').encode(torch.ones(2, 256)); assert core.isa() == 'torch'; print(q.decode()[0, 0].item())"  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", quiet],
+        env={**os.environ, "FEWBITS_CORE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(run.stdout) == pytest.approx(1.0, abs=1e-3)  # d is a half: 11 bits
+
+
+def test_blocks_of_the_twin_are_what_a_qtensor_needs() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fmt in TYPES:
+            q = fmt.encode_twin(torch.ones(2, 256))
+            assert isinstance(q, QTensor)
+            assert q.nbytes == fmt.nbytes(2, 256)
