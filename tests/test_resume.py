@@ -126,7 +126,7 @@ def whole(model, tmp_path_factory) -> Path:
     return at
 
 
-# A process starts in 3 s, most of it torch: the default suite kills once, where most can go wrong.
+# A process takes 1.5 s, most of it to import torch: by default one is killed for each kind of output.
 CASES = [
     pytest.param(kind, *point, marks=() if (kind, *point) in [("gguf", "inside", 3), ("native", "side", 0)] else pytest.mark.slow)
     for kind, points in POINTS.items()
