@@ -6,6 +6,9 @@ RUN = $(VENV)/bin/python
 CACHE ?= $(or $(FEWBITS_CACHE),$(HOME)/.cache/fewbits)
 LLAMA = llama-cpp-python==0.3.36
 
+# Waiting threads of torch must not hold the cores that other work needs.
+export OMP_WAIT_POLICY = PASSIVE
+
 .PHONY: demo test lint engine slow fuzz bench clean
 
 demo: $(VENV)/ready

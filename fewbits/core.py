@@ -24,7 +24,7 @@ def load() -> ModuleType | None:
     if os.environ.get("FEWBITS_CORE") == "0":
         return None
     try:
-        from . import _core
+        from . import _core  # type: ignore[attr-defined]
     except ImportError as error:
         warnings.warn(
             f"the C++ core is not there ({error}): the torch twins work, tens of times slower; "

@@ -35,7 +35,7 @@ from .files.stream import StreamFile, make_directory, write_atomic
 from .files.target import Job, Target, gguf_target, native_target
 from .formats import FLOATS, FORMATS, Distortion
 from .memory import peak_memory, reset_peak_memory
-from .model.archs import architecture, require_architecture
+from .model.archs import architecture, check_complete, require_architecture
 from .plan import Plan
 from .plan.choices import Decision, check_feasible, decide, entries_of
 from .plan.mixtures import RECIPES
@@ -127,6 +127,8 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
         require_architecture(checkpoint.config)
     _check_place(checkpoint, out, gguf, request.overwrite)
     arch = architecture(checkpoint.config)
+    if arch is not None:
+        check_complete(arch, checkpoint.config, checkpoint.tensors.keys())
     entries = entries_of(checkpoint, arch)
     recipe = RECIPES.get((request.to or "").lower())
     to = (recipe.name if recipe else None, None if request.to is None or recipe else _format(request.to))
@@ -141,7 +143,11 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
     by_source = {source: decisions[e.name] for e in entries for source in e.sources}
     for name, tensor in checkpoint.tensors.items():
         by_source.setdefault(name, Decision(tensor.dtype, tensor.dtype, "kept: not part of the model"))
-    about = {"name": model_name(checkpoint), "recipe": recipe.name if recipe else None, "file_type": file_type}
+    about = {
+        "name": model_name(checkpoint),
+        "recipe": recipe.name if recipe else None,
+        "file_type": file_type,
+    }
     formats = {name: decision.format for name, decision in by_source.items()}
     return native_target(checkpoint, out, formats, about), by_source
 
@@ -184,7 +190,9 @@ def _check_place(checkpoint: Checkpoint, out: Path, gguf: bool, overwrite: bool)
         raise FileError(f"{out}: is the input itself; choose another output")
     ours = [out / INDEX, out / f"{WEIGHTS}.journal"]
     if not gguf and not overwrite and (out / "config.json").exists() and not any(p.exists() for p in ours):
-        raise FileError(f"{out}: holds a model that fewbits did not write; choose another output, or pass overwrite")
+        raise FileError(
+            f"{out}: holds a model that fewbits did not write; choose another output, or pass overwrite"
+        )
 
 
 def _input_files(checkpoint: Checkpoint) -> list[Path]:
@@ -366,9 +374,7 @@ class _InputDigests:
     def result(self) -> tuple[FileDigest, ...]:
         self._thread.join()
         if self._failed is not None:
-            raise FileError(
-                f"input cannot be read again for its digest: {self._failed}"
-            ) from self._failed
+            raise FileError(f"input cannot be read again for its digest: {self._failed}") from self._failed
         return tuple(self._found)
 
 

@@ -53,14 +53,20 @@ def compare_all() -> None:
                 for search in (True, False):
                     fast = fmt.encode(w, importance, search)
                     slow = fmt.encode_twin(w, importance, search)
-                    assert torch.equal(fast.planes["blocks"], slow.planes["blocks"]), (fmt.name, w.shape, search)
+                    assert torch.equal(fast.planes["blocks"], slow.planes["blocks"]), (
+                        fmt.name,
+                        w.shape,
+                        search,
+                    )
             assert torch.equal(fmt.decode(fast), fmt.decode_twin(fast)), fmt.name
 
 
 @needs_core
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_core_equals_twin_bit_for_bit(isa: str) -> None:
-    script = "from fewbits import core; from tests.test_core import compare_all; compare_all(); print(core.isa())"
+    script = (
+        "from fewbits import core; from tests.test_core import compare_all; compare_all(); print(core.isa())"
+    )
     run = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "FEWBITS_ISA": isa, "OMP_NUM_THREADS": "1"},
@@ -138,8 +144,11 @@ else:
     raise SystemExit("no warning")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
-    quiet = "import torch; from fewbits.formats import FORMATS; from fewbits import core; " \
-        "q = FORMATS.get('q4_k').encode(torch.ones(2, 256)); assert core.isa() == 'torch'; print(q.decode()[0, 0].item())"  # fmt: skip
+    quiet = (
+        "import torch; from fewbits.formats import FORMATS; from fewbits import core; "
+        "q = FORMATS.get('q4_k').encode(torch.ones(2, 256)); assert core.isa() == 'torch'; "
+        "print(q.decode()[0, 0].item())"
+    )
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", quiet],
         env={**os.environ, "FEWBITS_CORE": "0"},

@@ -1,4 +1,4 @@
-"""quantize and convert from end to end on tiny models: what is written is what was asked, and is said truly."""
+"""quantize and convert from end to end on tiny models: what was asked is written, and said truly."""
 
 import json
 from hashlib import sha256
@@ -63,7 +63,9 @@ def test_the_receipt_is_true_of_a_gguf_file(models, name, to, tmp_path):
     receipt = quantize(models[name], tmp_path / "m.gguf", Request(to))
     found = read_by_gguf(tmp_path / "m.gguf")
     source = open_checkpoint(models[name])
-    entries = {e.name: e for e in gguf_entries(require_architecture(source.config), source.config, source.tensors)}
+    entries = {
+        e.name: e for e in gguf_entries(require_architecture(source.config), source.config, source.tensors)
+    }
     assert [row.gguf_name for row in receipt.tensors] == list(found) == list(entries)
     for row in receipt.tensors:
         kind, decoded, raw = found[row.gguf_name]
@@ -88,7 +90,10 @@ def test_the_receipt_is_true_of_a_native_directory(llama, to, tmp_path):
     source, child = open_checkpoint(llama), open_checkpoint(tmp_path / "n")
     assert [row.name for row in receipt.tensors] == list(source.tensors)
     with safe_open(tmp_path / "n/model.safetensors", "pt") as file:
-        planes = {key: file.get_tensor(key).contiguous().view(torch.uint8).numpy().tobytes() for key in file.keys()}  # noqa: SIM118
+        planes = {
+            key: file.get_tensor(key).contiguous().view(torch.uint8).numpy().tobytes()
+            for key in list(file.keys())
+        }
     for row in receipt.tensors:
         value = child.tensors[row.name].load()
         names = [row.name]
@@ -96,7 +101,9 @@ def test_the_receipt_is_true_of_a_native_directory(llama, to, tmp_path):
             assert value.format.name == row.format
             names = [f"{row.name}.{plane.name}" for plane in value.format.planes]
         digests = [sha256(planes[name]).hexdigest() for name in names]
-        assert row.digest == (digests[0] if len(names) == 1 else sha256("".join(digests).encode()).hexdigest())
+        assert row.digest == (
+            digests[0] if len(names) == 1 else sha256("".join(digests).encode()).hexdigest()
+        )
         assert row.nbytes == sum(len(planes.pop(name)) for name in names)
         decoded = value.decode() if isinstance(value, QTensor) else value
         error = relative_error(source.tensors[row.name].load(), decoded)
@@ -112,7 +119,9 @@ def check_totals(receipt: Receipt, out: Path, model: Path) -> None:
     assert [(f.file, f.nbytes, f.sha256) for f in receipt.outputs] == [
         (out.name, out.stat().st_size, sha256(out.read_bytes()).hexdigest())
     ]
-    assert [(f.file, f.sha256) for f in receipt.inputs] == [(weights.name, sha256(weights.read_bytes()).hexdigest())]
+    assert [(f.file, f.sha256) for f in receipt.inputs] == [
+        (weights.name, sha256(weights.read_bytes()).hexdigest())
+    ]
     assert receipt.bits_per_weight == 8 * sum(r.nbytes for r in receipt.tensors) / receipt.numel
     header = out.stat().st_size - receipt.nbytes
     assert 0 < header < 100_000
@@ -148,7 +157,9 @@ def test_the_first_rule_that_matches_wins_by_either_name(llama, tmp_path):
 
 
 def test_a_plan_alone_keeps_what_it_does_not_name(llama, tmp_path):
-    plan = Plan.from_toml('[[rule]]\nmatch = "*.up_proj"\nformat = "int4_g64_asym"\noptions = {search = false}\n')
+    plan = Plan.from_toml(
+        '[[rule]]\nmatch = "*.up_proj"\nformat = "int4_g64_asym"\noptions = {search = false}\n'
+    )
     receipt = quantize(llama, tmp_path / "n", Request(plan=plan))
     assert {row.format for row in receipt.tensors if "up_proj" in row.name} == {"int4_g64_asym"}
     others = [row for row in receipt.tensors if "up_proj" not in row.name]
@@ -159,7 +170,9 @@ def test_a_plan_alone_keeps_what_it_does_not_name(llama, tmp_path):
 @pytest.mark.parametrize("to", [None, "q4_k_m", "int4_g32"])
 def test_rules_that_decide_nothing_are_all_named(llama, to, tmp_path):
     plan = rules("*.doun_proj=q6_k", "model.norm=q8_0", "*.up_proj=q8_0", "*.0.mlp.up_proj=q4_0")
-    with pytest.raises(PlanError, match=r"doun_proj.*matches no tensor[\s\S]*norm.*kept[\s\S]*0\.mlp\.up_proj.*earlier"):
+    with pytest.raises(
+        PlanError, match=r"doun_proj.*matches no tensor[\s\S]*norm.*kept[\s\S]*0\.mlp\.up_proj.*earlier"
+    ):
         quantize(llama, tmp_path / "out", Request(to, plan, file="native"))
     assert written(tmp_path) == []
 
@@ -185,7 +198,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(llama, reques
 # Converting
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize(
+    "name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM"]
+)
 def test_every_way_to_a_gguf_file_gives_the_same_bytes(models, name, tmp_path):
     """Directly; through a native directory; through a float GGUF file; and through both."""
     source, wanted = models[name], tmp_path / "direct.gguf"

@@ -88,14 +88,16 @@ def model(tmp_path_factory) -> Path:
 def files(path: Path) -> dict[str, bytes]:
     """The output, and what lies beside it, but for the receipt."""
     return {
-        str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and "receipt" not in p.name
+        str(p.relative_to(path)): p.read_bytes()
+        for p in path.rglob("*")
+        if p.is_file() and "receipt" not in p.name
     }
 
 
 def spawn(model: Path, at: Path, kind: str, point: str, after: int) -> subprocess.CompletedProcess[str]:
     name, to = OUTPUTS[kind]
     command = [sys.executable, "-c", RUN, str(model), str(at / name), to, point, str(after)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def killed(model: Path, at: Path, kind: str, point: str, after: int = 0) -> None:
@@ -127,8 +129,9 @@ def whole(model, tmp_path_factory) -> Path:
 
 
 # A process takes 1.5 s, most of it to import torch: by default one is killed for each kind of output.
+QUICK = [("gguf", "inside", 3), ("native", "side", 0)]
 CASES = [
-    pytest.param(kind, *point, marks=() if (kind, *point) in [("gguf", "inside", 3), ("native", "side", 0)] else pytest.mark.slow)
+    pytest.param(kind, *point, marks=() if (kind, *point) in QUICK else pytest.mark.slow)
     for kind, points in POINTS.items()
     for point in points
 ]  # fmt: skip
@@ -245,7 +248,7 @@ def test_an_output_of_the_wrong_kind_or_in_the_place_of_a_model(model, tmp_path)
     source = shutil.copytree(model, tmp_path / "source")
     other = shutil.copytree(model, tmp_path / "other")
     (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
-    names = {name: "model-00001-of-00001.safetensors" for name in open_checkpoint(other).tensors}
+    names = dict.fromkeys(open_checkpoint(other).tensors, "model-00001-of-00001.safetensors")
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     shutil.copytree(source, tmp_path / "third")
     before = files(tmp_path)
@@ -264,7 +267,9 @@ def test_an_output_of_the_wrong_kind_or_in_the_place_of_a_model(model, tmp_path)
     assert {file: data for file, data in files(tmp_path).items() if not file.startswith("link")} == before
 
 
-@pytest.mark.parametrize(("out", "to"), [("file/m.gguf", "q8_0"), ("file/n", "nf4"), ("/proc/none/m.gguf", "q8_0")])
+@pytest.mark.parametrize(
+    ("out", "to"), [("file/m.gguf", "q8_0"), ("file/n", "nf4"), ("/proc/none/m.gguf", "q8_0")]
+)
 def test_a_place_that_cannot_be_written(model, tmp_path, out, to):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FileError, match=r"(file|none).*choose another output"):
@@ -302,7 +307,9 @@ def test_a_disk_that_fills_meanwhile_leaves_a_run_to_be_continued(model, whole, 
         "    sys.exit(str(error))\n"
     )
     out = tmp_path / "m.gguf"
-    done = subprocess.run([sys.executable, "-c", code, str(model), str(out)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model), str(out)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert "m.gguf: cannot be written" in done.stderr and "run again to resume" in done.stderr
     assert "Traceback" not in done.stderr
@@ -313,7 +320,7 @@ def test_a_disk_that_fills_meanwhile_leaves_a_run_to_be_continued(model, whole, 
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_a_shard_that_is_missing_is_named(model, tmp_path, kind):
     source = shutil.copytree(model, tmp_path / "source")
-    names = {name: "model-00002-of-00002.safetensors" for name in open_checkpoint(model).tensors}
+    names = dict.fromkeys(open_checkpoint(model).tensors, "model-00002-of-00002.safetensors")
     (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     before = files(tmp_path)

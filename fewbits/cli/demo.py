@@ -17,7 +17,8 @@ from ..report.table import Cell, size, table
 from .progress import StageProgress
 
 HELP = "quantize a real model to three types, measure each, and let each write a sentence"
-EXAMPLES = """The model is SmolLM2-135M-Instruct from a package index, rewritten off its 4-bit grid (163M parameters).
+EXAMPLES = """The model is SmolLM2-135M-Instruct from a package index, rewritten off its 4-bit grid
+(163M parameters).
 
 examples:
   fewbits demo
@@ -46,7 +47,10 @@ def run(options: argparse.Namespace) -> int:
         runs = {kind: quantized(model, options.out, kind, options.cache_dir) for kind in options.types}
         result = measure(model, [Path(run["target"]) for run in runs.values()], progress)
         sentences = write_sentences(model, [Path(run["target"]) for run in runs.values()])
-    rows = [row(result["parent"], None), *(row(c, r) for c, r in zip(result["children"], runs.values(), strict=True))]
+    rows = [
+        row(result["parent"], None),
+        *(row(c, r) for c, r in zip(result["children"], runs.values(), strict=True)),
+    ]
     if options.json:
         print(json.dumps({"source": result["source"], "rows": rows, "sentences": sentences}, indent=1))
         return 0
@@ -72,7 +76,9 @@ def quantized(model: Path, out: Path, kind: str, cache: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "fewbits", "quantize", str(model), "--to", kind, "--out", str(target)]
     done = subprocess.run([*command, "--overwrite", "--json"], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
-        raise FewbitsError(f"quantizing to {kind} failed with exit code {done.returncode}; its message is above")
+        raise FewbitsError(
+            f"quantizing to {kind} failed with exit code {done.returncode}; its message is above"
+        )
     receipt: dict[str, Any] = json.loads(done.stdout)
     return receipt
 
@@ -121,6 +127,3 @@ def row(scores: dict[str, Any], receipt: dict[str, Any] | None) -> dict[str, Cel
         "seconds": receipt["seconds"] if receipt else None,
         "peak memory": size(receipt["peak_memory_bytes"]) if receipt else None,
     }
-
-
-

@@ -11,8 +11,8 @@ from ..files.open import open_checkpoint
 from .progress import StageProgress
 
 HELP = "compare quantized models with their parent: KL divergence, agreement, perplexity, generation"
-EXAMPLES = """Windows and scoring are those of llama-perplexity: windows of --context tokens, the second half scored.
-PARENT and CHILD are Hugging Face or native directories, .gguf files, hub names, in any combination.
+EXAMPLES = """Windows and scoring are those of llama-perplexity: windows of --context tokens, the second half
+scored. PARENT and CHILD are Hugging Face or native directories, .gguf files, hub names, in any combination.
 
 examples:
   fewbits evaluate ./Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --text wiki.test.raw
@@ -26,12 +26,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--text", type=Path, metavar="FILE", help="text to score, UTF-8")
     text.add_argument("--sample", type=int, metavar="N", help="score N tokens sampled from the parent itself")
     parser.add_argument("--seed", type=int, default=0, help="seed of --sample (default 0)")
-    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
+    parser.add_argument(
+        "--context", type=int, default=512, metavar="N", help="tokens in a window (default 512)"
+    )
     parser.add_argument(
         "--score-from", type=int, metavar="N", help="first position scored (default: half the context)"
     )
     parser.add_argument("--windows", type=int, metavar="N", help="score at most N windows (default: all)")
-    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="greedy continuations (default 4)")
+    parser.add_argument(
+        "--prompts", type=int, default=4, metavar="N", help="greedy continuations (default 4)"
+    )
     parser.add_argument("--show", action="store_true", help="print the continuations side by side")
     parser.add_argument("--json", action="store_true", help="print as JSON")
 

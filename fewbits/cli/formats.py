@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ..formats import FORMATS
-from ..formats.ggml import Ggml
+from ..formats.ggml import Ggml, format_of
 from ..plan.mixtures import RECIPES
 from ..report.table import table
 
@@ -16,8 +16,8 @@ EXAMPLES = """examples:
   fewbits formats
   fewbits formats --json"""
 
-GRAMMAR = """Integer formats follow a grammar, so any of its names works: int{2..8}[_g{G} | _channel | _tensor]
-[_asym | _asym_float][_f16 | _bf16 | _f32], such as int3_g64 or int4_g32_asym_bf16."""
+GRAMMAR = """Integer formats follow a grammar, so any of its names works: int{2..8}[_g{G} | _channel |
+_tensor][_asym | _asym_float][_f16 | _bf16 | _f32], such as int3_g64 or int4_g32_asym_bf16."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,16 +26,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     rows = [describe(name) for name, _ in FORMATS.items()]
-    recipes = [
+    recipes: list[dict[str, Any]] = [
         {"file_type": name, "number": recipe.file_type, "default": recipe.default}
         for name, recipe in RECIPES.items()
-        if name == recipe.name
+        if name == recipe.name and format_of(recipe.default) in FORMATS
     ]
     if options.json:
         print(json.dumps({"formats": rows, "file_types": recipes}, indent=1))
         return 0
     head = ["format", "bits/weight", "block", "planes", "GGUF"]
-    print(table(head, [[r["format"], r["bits_per_weight"], r["block"], r["planes"], r["gguf"]] for r in rows]))
+    print(
+        table(head, [[r["format"], r["bits_per_weight"], r["block"], r["planes"], r["gguf"]] for r in rows])
+    )
     print(f"\n{GRAMMAR}\n")
     print(table(["file type", "number", "default type"], [list(recipe.values()) for recipe in recipes]))
     return 0

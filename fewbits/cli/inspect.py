@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     print("\n" + table(["type", "tensors", "weights", "size", "bits/weight"], rows))
     if not options.no_tensors:
         lines: list[list[Cell]] = [
-            [t["name"], " x ".join(map(str, t["shape"])), t["type"], size(t["nbytes"])] for t in found["tensors"]
+            [t["name"], " x ".join(map(str, t["shape"])), t["type"], size(t["nbytes"])]
+            for t in found["tensors"]
         ]
         print("\n" + table(["tensor", "shape", "type", "size"], lines))
     return 0
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
 def describe(path: Path) -> dict[str, Any]:
     """A model as data: kind, metadata, tensors as they are stored, totals by type."""
     kind = open_file_type(path)
+    tensors: list[dict[str, Any]]
     if kind == "gguf":
         file = read_gguf(path)
         metadata: Mapping[str, Any] = file.metadata

@@ -32,7 +32,7 @@ COMMANDS = (quantize, evaluate, inspect, convert, formats, demo)
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fewbits",
-        description="Make a language model small: quantize it, measure what that cost, write what your runtime loads.",
+        description="Make a language model small: quantize it, measure the cost, write what runtimes load.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -17,7 +17,8 @@ from ..report.receipt import Receipt
 from .progress import ByteProgress
 
 HELP = "quantize a model into a GGUF file or a native directory"
-EXAMPLES = """MODEL is a Hugging Face directory, a .gguf file, a hub name org/name[@revision], or demo:smollm2.
+EXAMPLES = """MODEL is a Hugging Face directory, a .gguf file, a hub name org/name[@revision], or
+demo:smollm2.
 
 --to takes a llama.cpp file type (q4_k_m, iq4_xs, q8_0 ...: the same mixture as llama-quantize, written
 as GGUF) or a format (int4_g128, nf4, mxfp4 ...: written as a native directory). `fewbits formats` lists both.
@@ -45,7 +46,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=FORMAT",
         help="override the type of the tensors that match, first match wins; repeatable",
     )
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in a TOML file, after those of --rule")
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="rules in a TOML file, after those of --rule"
+    )
     parser.add_argument(
         "--no-search", action="store_true", help="plain min-max block parameters: faster, larger error"
     )
@@ -64,8 +67,12 @@ def run(options: argparse.Namespace) -> int:
     path = resolve(options.model, options.cache_dir)
     checkpoint = open_checkpoint(path)
     recipe = RECIPES.get((options.to or "").lower())
-    as_gguf = recipe is not None and (checkpoint.kind == "gguf" or architecture(checkpoint.config) is not None)
-    out = options.out or default_out(path, options.to or "plan", options.file or ("gguf" if as_gguf else "native"))
+    as_gguf = recipe is not None and (
+        checkpoint.kind == "gguf" or architecture(checkpoint.config) is not None
+    )
+    out = options.out or default_out(
+        path, options.to or "plan", options.file or ("gguf" if as_gguf else "native")
+    )
     file = options.file or (("gguf" if as_gguf else "native") if options.out is None else None)
     request = Request(
         to=options.to,

@@ -1,1 +1,1 @@
-"""File types: where the bytes of a checkpoint lie. One module (or a family of names) a type; open.py chooses."""
+"""File types: where the bytes of a checkpoint lie. One module or more a type; open.py tells which it is."""

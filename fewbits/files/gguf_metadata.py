@@ -18,8 +18,15 @@ import numpy as np
 from gguf import GGUFValueType, size_label
 from gguf.constants import GGML_QUANT_VERSION, Keys
 
-from ..errors import FileError, ModelError
-from ..model.archs import Architecture, architectures, complete, expert_count, require_architecture
+from ..errors import FileError, ModelError, raise_all
+from ..model.archs import (
+    Architecture,
+    architectures,
+    check_values,
+    complete,
+    expert_count,
+    require_architecture,
+)
 from ..model.rope import original_context, rope_from_keys, rope_keys
 from .base import Checkpoint
 from .gguf import GGUFValue
@@ -257,10 +264,13 @@ def config_from_keys(
     """
     prefix = f"{arch.gguf}."
     keys = {key.removeprefix(prefix): _shortest(v) for key, v in metadata.items() if key.startswith(prefix)}
-    keys.setdefault("vocab_size", len(metadata.get(Keys.Tokenizer.LIST, ())))
+    _check_tokenizer_types(metadata)
+    if Keys.Tokenizer.LIST in metadata:
+        keys.setdefault("vocab_size", len(metadata[Keys.Tokenizer.LIST]))
     config: dict[str, Any] = {"architectures": [arch.name], "model_type": arch.model_type}
     config |= {field: rule["is"] for field, rule in arch.fixed.items()}
     config |= {key.fields[0]: keys[key.name] for key in arch.keys if key.name in keys}
+    check_values(arch, config)
     config = complete(config)
     missing = [key.name for key in arch.keys if not key.optional and config.get(key.fields[0]) is None]
     if missing:
@@ -278,6 +288,24 @@ def config_from_keys(
         config |= _gemma3_fields(keys, config)
     ids = {name: metadata.get(key) for name, key in _SPECIAL.items() if name in ("bos", "eos", "pad")}
     return config | {f"{name}_token_id": index for name, index in ids.items()}
+
+
+def _check_tokenizer_types(metadata: Mapping[str, Any]) -> None:
+    """ModelError listing each key of the tokenizer that is not of the type it must have."""
+    lists: dict[str, type | tuple[type, ...]] = {
+        Keys.Tokenizer.LIST: str,
+        Keys.Tokenizer.MERGES: str,
+        Keys.Tokenizer.TOKEN_TYPE: int,
+        Keys.Tokenizer.SCORES: (int, float),
+    }
+    plain = dict.fromkeys(_SPECIAL.values(), int) | {Keys.Tokenizer.CHAT_TEMPLATE: str}
+    faults = [f"GGUF key {key} has a value of the wrong type" for key, kind in plain.items()
+              if key in metadata and not isinstance(metadata[key], kind)]  # fmt: skip
+    for key, kinds in lists.items():
+        value = metadata.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, kinds) for item in value):
+            faults.append(f"GGUF key {key} has a value of the wrong type")
+    raise_all(ModelError, "tokenizer", faults)
 
 
 def side_files_from_keys(metadata: Mapping[str, Any]) -> dict[str, bytes]:

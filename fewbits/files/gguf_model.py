@@ -46,7 +46,10 @@ def open_gguf(path: Path) -> Checkpoint:
         tensors = {name: _lazy(tensor, name, _whole(tensor)) for name, tensor in file.tensors.items()}
         config: dict[str, Any] = {}
     else:
-        config = config_from_keys(plain, arch, factors, set(file.tensors))
+        try:
+            config = config_from_keys(plain, arch, factors, set(file.tensors))
+        except ModelError as error:
+            raise ModelError(f"{file.path}: {error}") from error
         tensors = _tensors(file, arch, config)
     return Checkpoint(
         path=file.path,

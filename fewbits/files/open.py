@@ -3,6 +3,8 @@
     directory with fewbits.json      native         native.py
     directory with config.json       huggingface    huggingface.py
     file that begins with "GGUF"     gguf           gguf_model.py
+
+A new file type to read is a row of OPENERS and a test of content in `open_file_type`.
 """
 
 from __future__ import annotations

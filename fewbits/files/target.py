@@ -124,7 +124,8 @@ def gguf_target(
         infos.append((entry.name, shape, type_name))
         jobs.append(Job(entry.name, entry.sources, shape, formats[entry.name], (entry.name,), entry))
     faults = [
-        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {fault}" for fault, names in refused.items()
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {fault}"
+        for fault, names in refused.items()
     ]
     raise_all(FormatError, str(path), faults)
     header, offsets = gguf_header(gguf_metadata(checkpoint, arch, file_type), infos)
@@ -180,7 +181,9 @@ def side_files_of(checkpoint: Checkpoint) -> Mapping[str, Path | bytes]:
     """Tokenizer, template and the like: the source's files, or made of a GGUF file's keys."""
     if checkpoint.kind != "gguf" or not checkpoint.config:
         return checkpoint.side_files
-    keys = {name: value.plain() for name, value in checkpoint.metadata.items() if name.startswith("tokenizer.")}
+    keys = {
+        name: value.plain() for name, value in checkpoint.metadata.items() if name.startswith("tokenizer.")
+    }
     return side_files_from_keys(keys) if Keys.Tokenizer.LIST in keys else {}
 
 

@@ -99,9 +99,7 @@ class Ggml(Format):
             return core.decode(self.name, q.planes["blocks"], q.shape)
         return self.decode_twin(q)
 
-    def encode(
-        self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
-    ) -> QTensor:
+    def encode(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> QTensor:
         if not core.available():
             return super().encode(w, importance, search)
         self.check_matrix(w)

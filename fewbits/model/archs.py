@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from .rope import rope_factors
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _ROTATED = re.compile(r"\.([qk])_proj\.(weight|bias)$")
+# LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS in llama.cpp; and a count that lies must not be counted up to.
+MOST = {"block_count": 512, "expert_count": 1024}
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
@@ -114,7 +117,9 @@ def _architecture(name: str, row: dict[str, Any], common: dict[str, Any]) -> Arc
 
 def architecture(config: Mapping[str, Any]) -> Architecture | None:
     """The architecture of a Hugging Face config, or None if GGUF export does not know it."""
-    names = config.get("architectures") or ()
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"config.json: architectures is {str(names)[:40]!r}, not a list of names")
     known = architectures()
     return next((known[name] for name in names if name in known), None)
 
@@ -133,8 +138,37 @@ def require_architecture(config: Mapping[str, Any]) -> Architecture:
     return arch
 
 
+def check_values(arch: Architecture, config: Mapping[str, Any]) -> None:
+    """ModelError listing each hyperparameter that is not a number of its kind, or is more than can be."""
+    faults = []
+    for key in arch.keys:
+        for field in key.fields:
+            value = config.get(field)
+            most = MOST.get(key.name, 2**32 - 1)
+            if value is None or (key.optional and value is False):
+                continue
+            if key.type == "u32" and not (type(value) is int and 0 < value <= most):
+                faults.append(f"{field} is {str(value)[:40]!r}, not a whole number from 1 to {most}")
+            if key.type == "f32" and not (type(value) in (int, float) and isfinite(value)):
+                faults.append(f"{field} is {str(value)[:40]!r}, not a number")
+    raise_all(ModelError, f"{arch.name}: hyperparameters", faults)
+
+
+def check_complete(arch: Architecture, config: Mapping[str, Any], names: Collection[str]) -> None:
+    """ModelError listing each weight of the architecture that a checkpoint lacks."""
+    check_values(arch, config)
+    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    faults = [
+        f"tensor {name!r} is missing; fetch the checkpoint again"
+        for name in every_name(arch, config)
+        if name.endswith(".weight") and name not in names and name not in tied
+    ]
+    raise_all(ModelError, arch.name, faults)
+
+
 def check_config(arch: Architecture, config: Mapping[str, Any]) -> None:
     """ModelError listing each config field that llama.cpp would read differently."""
+    check_values(arch, config)
     fields = complete(config)
     faults = []
     for key in arch.keys:
@@ -218,6 +252,7 @@ def gguf_entries(arch: Architecture, config: Mapping[str, Any], hf_names: Iterab
 
     A tied `lm_head.weight` is left out. ModelError lists the names that cannot be mapped.
     """
+    check_values(arch, config)
     fields = complete(config)
     names = [name for name in hf_names if not _IGNORED.search(name)]
     if fields.get("tie_word_embeddings"):

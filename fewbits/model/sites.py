@@ -33,11 +33,12 @@ _SPELLINGS = {
     "output": "lm_head output embed_out",
 }
 _ROLES = {spelling: role for role, spellings in _SPELLINGS.items() for spelling in spellings.split()}
-_GGUF_PARTS = {
-    "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o", "attn_qkv": "qkv",
-    "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down", "ffn_gate_inp": "router",
+GGUF_PARTS = {
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "qkv": "attn_qkv",
+    "gate": "ffn_gate", "gate_up": "ffn_up", "up": "ffn_up", "down": "ffn_down", "router": "ffn_gate_inp",
 }  # fmt: skip
-_ROLES |= _GGUF_PARTS
+"""role -> the same in GGUF names; read backwards, `ffn_up` is up"""
+_ROLES |= {part: role for role, part in GGUF_PARTS.items()}
 _INPUT_ROLES = {"q", "k", "v", "qkv", "gate", "up", "gate_up"}  # they read their parent's input
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer|block|blk)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")

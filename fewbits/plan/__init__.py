@@ -4,6 +4,8 @@
     mixtures.py   llama.cpp's file types as tables
     recipes.py    how those tables are applied to the tensors of a model
     choices.py    both together: one decision for each tensor, checked before any work is done
+
+Only the first is imported here: the others are for the pipeline.
 """
 
 from .rules import Plan, Rule, parse_rule

@@ -20,15 +20,11 @@ from ..files.target import entry_shape, ggml_type
 from ..formats import FLOATS, FORMATS
 from ..formats.ggml import format_of
 from ..model.archs import Architecture, GGUFEntry, complete, expert_count, gguf_entries
-from ..model.sites import Site, sites
+from ..model.sites import GGUF_PARTS, Site, sites
 from .recipes import Choice, Hyper, choose_types
 from .rules import Plan, Rule
 
 STAY = {"router", "embed", "output", "position"}
-_PARTS = {
-    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "qkv": "attn_qkv",
-    "gate": "ffn_gate", "up": "ffn_up", "gate_up": "ffn_up", "down": "ffn_down", "router": "ffn_gate_inp",
-}  # fmt: skip
 _OUTSIDE = {"embed": "token_embd.weight", "output": "output.weight", "position": "position_embd.weight"}
 
 
@@ -62,9 +58,9 @@ def entries_of(checkpoint: Checkpoint, arch: Architecture | None) -> list[GGUFEn
 def _name_by_role(site: Site) -> str:
     if site.role in _OUTSIDE:
         return _OUTSIDE[site.role]
-    if site.block is None or site.role not in _PARTS:
+    if site.block is None or site.role not in GGUF_PARTS:
         return site.name
-    return f"blk.{site.block}.{_PARTS[site.role]}{'' if site.expert is None else '_exps'}.weight"
+    return f"blk.{site.block}.{GGUF_PARTS[site.role]}{'' if site.expert is None else '_exps'}.weight"
 
 
 def hyper_of(checkpoint: Checkpoint, arch: Architecture | None) -> Hyper:
@@ -131,7 +127,9 @@ def decide(
             recipe,
             shapes,
             hyper_of(checkpoint, arch),
-            overrides=lambda name: ggml_type(rule.format) if (rule := rules[name]) and _is_ggml(rule.format) else None,
+            overrides=lambda name: (
+                ggml_type(rule.format) if (rule := rules[name]) and _is_ggml(rule.format) else None
+            ),
         )
         _check_known(recipe, choices)
         decisions = {name: _from_recipe(choices[name], rules[name]) for name in choices}
@@ -145,12 +143,14 @@ def decide(
 
 
 def _check_known(recipe: str, choices: Mapping[str, Choice]) -> None:
-    types = {choice.type for choice in choices.values() if choice.reason is None or "kept" not in choice.reason}
+    types = {
+        choice.type for choice in choices.values() if choice.reason is None or "kept" not in choice.reason
+    }
     unknown = sorted(kind for kind in types if format_of(kind) not in FORMATS)
     if unknown:
         raise PlanError(
-            f"{recipe} needs {', '.join(unknown)}, which fewbits does not write yet; take a file type of about "
-            "that size that it does: q2_k, q3_k_s, iq4_xs (`fewbits formats` lists the types)"
+            f"{recipe} needs {', '.join(unknown)}, which fewbits does not write yet; take a file type of "
+            "about that size that it does: q2_k, q3_k_s, iq4_xs (`fewbits formats` lists the types)"
         )
 
 
@@ -192,7 +192,7 @@ def _check_rules(plan: Plan, entries: Sequence[GGUFEntry], decisions: Mapping[st
         why = (
             f"names only tensors that are kept or taken by an earlier rule, such as {hit}"
             if hit
-            else f"matches no tensor; names look like {entries[-1].sources[0] if entries[-1].sources else '?'}"
+            else f"matches no tensor; names look like {[*entries[-1].sources, '?'][0]}"
         )
         faults.append(f"rule {rule.match!r} = {rule.format} {why}")
     raise_all(PlanError, "plan", faults)
@@ -222,8 +222,7 @@ def check_feasible(
             again.append(f"{entry.name} is {source.dtype}")
     if again:
         faults.append(
-            f"{len(again)} tensors are already quantized, such as {again[0]}; quantize the original float model, "
-            "or pass --requantize"
+            f"{len(again)} tensors are already quantized, such as {again[0]}; quantize the original float "
+            "model, or pass --requantize"
         )
     raise_all(PlanError, str(checkpoint.path), faults)
-

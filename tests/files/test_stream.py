@@ -1,14 +1,6 @@
 """The stream writer: any kill leaves a state from which a rerun makes the same bytes."""
 
-import errno
 import hashlib
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,26 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.errors import FileError
-from fewbits.files.stream import StreamFile, write_atomic
-
-HEADER = b"HEADER--"
-ENTRIES = [("a", 8, 5), ("b", 16, 40), ("none", 64, 0), ("c", 64, 7)]
-BODIES = {"a": b"aaaaa", "b": bytes(range(40)), "none": b"", "c": b"ccccccc"}
-WHOLE = HEADER + b"aaaaa" + bytes(3) + bytes(range(40)) + bytes(8) + b"ccccccc"
-
-
-def start(path, fingerprint="run", **options):
-    return StreamFile.open(path, HEADER, ENTRIES, fingerprint, **options)
-
-
-def fill(file, names=BODIES):
-    for name in names:
-        if name not in file.done():
-            file.write(name, BODIES[name], {"of": name})
-
-
-def left_over(path):
-    return sorted(file.name for file in path.parent.iterdir())
+from fewbits.files.stream import StreamFile
+from tests.files.stream_cases import BODIES, ENTRIES, HEADER, WHOLE, fill, left_over, python, start
 
 
 @given(st.permutations(list(BODIES)), st.integers(0, 4), st.integers(1, 64))
@@ -96,20 +70,6 @@ kills = [child(kill_in=2), child(kill_in=2), child(kill_in=5), child(after="repl
 done = run()
 print(list(os.read(told, 4)), kills, done)
 """
-
-
-def python(script, *arguments):
-    """Run a script in a fresh interpreter -> what it printed."""
-    told = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert told.returncode == 0, told.stderr
-    return told.stdout
 
 
 @pytest.mark.parametrize(("sync_bytes", "found"), [(1, [0, 2, 2, 5]), (250_000, [0, 0, 0, 3])])
@@ -297,129 +257,3 @@ def test_digests_are_of_the_entries(tmp_path):
         fill(file, ["b"])
     with start(tmp_path / "out") as file:
         assert file.digests == {"b": hashlib.sha256(BODIES["b"]).hexdigest()}
-
-
-def test_too_little_disk_is_told_before_the_start(tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 30, 70))
-    with pytest.raises(FileError, match=r"needs 71 more bytes of disk, 70 are free"):
-        start(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_stays_resumable(tmp_path, monkeypatch):
-    path, real = tmp_path / "out", os.pwrite
-
-    def full(descriptor, data, position):
-        if position >= 64:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(descriptor, data, position)
-
-    with start(path) as file:
-        fill(file, ["a", "b"])
-        monkeypatch.setattr(os, "pwrite", full)
-        with pytest.raises(FileError, match=r"No space left on device[\s\S]*run again to resume"):
-            file.write("c", BODIES["c"])
-        monkeypatch.undo()
-    with start(path) as file:
-        assert set(file.done()) == {"a", "b"}
-        fill(file)
-        file.finish()
-    assert path.read_bytes() == WHOLE
-
-
-def test_a_disk_that_fills_at_the_journal(tmp_path, monkeypatch):
-    """The first journal line is torn by the full disk; the retry writes over it."""
-    path, real = tmp_path / "out", os.pwrite
-
-    with start(path) as file:
-        fill(file, ["a", "b"])
-
-        def torn(descriptor, data, position):
-            if b'"sha256"' in bytes(data):
-                real(descriptor, bytes(data)[:30], position)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(descriptor, data, position)
-
-        monkeypatch.setattr(os, "pwrite", torn)
-        with pytest.raises(FileError, match="No space left"):
-            file._sync()
-        monkeypatch.undo()
-    with start(path) as file:
-        assert set(file.done()) == {"a", "b"}
-
-
-def test_a_file_size_limit_of_the_system(tmp_path):
-    """A real refusal by the kernel, not a simulated one."""
-    script = (
-        "import resource, sys\n"
-        "from fewbits.errors import FileError\n"
-        "from fewbits.files.stream import StreamFile\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        "with StreamFile.open(sys.argv[1], b'', [('a', 0, 1000), ('b', 1000, 99_000)], 'run') as file:\n"
-        "    file.write('a', bytes(1000))\n"
-        "    try:\n"
-        "        file.write('b', bytes(99_000))\n"
-        "    except FileError as error:\n"
-        "        print('refused', 'run again to resume' in str(error))\n"
-    )
-    path = tmp_path / "out"
-    assert python(script, path) == "refused True\n"
-    with StreamFile.open(path, b"", [("a", 0, 1000), ("b", 1000, 99_000)], "run") as file:
-        assert set(file.done()) == {"a"}
-
-
-def unwritable(tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    yield tmp_path / "absent" / "out"
-    yield tmp_path / "file" / "out"
-    if Path("/proc/self").exists():
-        yield Path("/proc/out")
-
-
-def test_an_unwritable_place_is_a_file_error(tmp_path):
-    for path in unwritable(tmp_path):
-        with pytest.raises(FileError, match="cannot be written"):
-            start(path)
-        with pytest.raises(FileError, match="cannot be written"):
-            write_atomic(path, b"x")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_without_permission(tmp_path):
-    tmp_path.chmod(0o555)
-    with pytest.raises(FileError, match="Permission denied"):
-        start(tmp_path / "out")
-
-
-def test_a_link_in_the_partials_place_is_not_followed(tmp_path):
-    (tmp_path / "precious").write_bytes(b"precious")
-    (tmp_path / "out.partial").symlink_to(tmp_path / "precious")
-    with pytest.raises(FileError, match="cannot be written"):
-        start(tmp_path / "out")
-    assert (tmp_path / "precious").read_bytes() == b"precious"
-
-
-def test_a_foreign_journal_is_left_alone(tmp_path):
-    journal = tmp_path / "out.journal"
-    for content in (b"dear diary\n", json.dumps({"a": 1}).encode() + b"\n"):
-        journal.write_bytes(content)
-        with pytest.raises(FileError, match="is not a journal of fewbits"):
-            start(tmp_path / "out")
-        assert journal.read_bytes() == content
-
-
-def test_write_atomic_replaces_whole(tmp_path, monkeypatch):
-    path = tmp_path / "small"
-    write_atomic(path, b"one")
-    write_atomic(path, b"two")
-    assert path.read_bytes() == b"two"
-
-    def fail(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(FileError, match="No space left"):
-        write_atomic(path, b"three")
-    assert path.read_bytes() == b"two"
-    assert left_over(path) == ["small"]

@@ -1,8 +1,6 @@
 """Whole models: GGUF written and opened again is the same model; config, tensors, logits, tokenizer."""
 
 import json
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -216,10 +214,3 @@ def test_a_directory_without_a_tokenizer_cannot_become_gguf(tmp_path: Path) -> N
     with pytest.raises(FileError, match=r"no tokenizer\.json"):
         gguf_metadata(source, require_architecture(source.config))
     assert "general.name" in general_keys(source, require_architecture(source.config))
-
-
-def test_importing_the_package_does_not_import_transformers() -> None:
-    modules = "fewbits.adapters.hf, fewbits.adapters.hub, fewbits.files.gguf_model, fewbits.model.sites"
-    code = f"import sys, {modules}; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -1,0 +1,170 @@
+"""The house: docs/architecture.md draws what each room may import, and this holds every import to it."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fewbits
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fewbits"
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+OUTSIDE = ("transformers", "llama_cpp", "huggingface_hub", "tokenizers", "sentencepiece")
+
+
+def read_rooms() -> dict[str, tuple[set[str], set[str]]]:
+    """room -> what it may import of ours, and of others; from the table with `may import` in its head."""
+    _, _, text = (ROOT / "docs" / "architecture.md").read_text().partition("| room |")
+    rows = text.split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {
+        room_of(room.strip("`")): (set(ours.split()), set(others.split())) for room, _, ours, others in cells
+    }
+
+
+def room_of(module: str) -> str:
+    """`formats/ggml.py`, `formats/` -> formats; `core.py` -> core."""
+    return module.split("/")[0].removesuffix(".py")
+
+
+ROOMS = read_rooms()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def running(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below, but for what stands under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from running(child)
+
+
+def imports(module: str) -> tuple[set[str], set[str]]:
+    """-> the rooms of ours and the outside packages that a module imports, wherever in it."""
+    ours, others = set(), set()
+    for node in running(tree(PACKAGE / module)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [str(node.module)]
+        elif isinstance(node, ast.ImportFrom):
+            at = [*Path(module).parent.parts][: 1 + len(Path(module).parent.parts) - node.level]
+            inner = (
+                [".".join([*at, node.module])]
+                if node.module
+                else [".".join([*at, a.name]) for a in node.names]
+            )
+            ours |= {name.split(".")[0] for name in inner}
+        for name in names:
+            top, _, rest = name.partition(".")
+            if top == "fewbits":
+                ours.add(rest.split(".")[0])
+            else:
+                others.add(top)
+    compiled = {"_core"} if module == "core.py" else set()
+    return ours - {room_of(module)} - compiled, others - sys.stdlib_module_names - {"torch", "__future__"}
+
+
+def test_every_module_has_a_room_and_every_room_a_module() -> None:
+    assert {room_of(module) for module in MODULES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_room_may(module: str) -> None:
+    ours, others = imports(module)
+    allowed, outside = ROOMS[room_of(module)]
+    assert ours <= allowed, f"{module} imports {ours - allowed}: see the table of docs/architecture.md"
+    assert others <= outside, f"{module} imports {others - outside}: see the table of docs/architecture.md"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_uses_what_it_may_import_and_names_rooms_above(room: str) -> None:
+    used = [imports(module) for module in MODULES if room_of(module) == room]
+    allowed, outside = ROOMS[room]
+    assert allowed == set().union(*(ours for ours, _ in used))
+    assert outside == set().union(*(others for _, others in used))
+    assert allowed <= set(list(ROOMS)[: list(ROOMS).index(room)])
+
+
+def test_only_one_module_imports_transformers() -> None:
+    assert [module for module in MODULES if "transformers" in imports(module)[1]] == ["adapters/hf.py"]
+
+
+def test_importing_every_module_loads_no_outside_system() -> None:
+    """Each is loaded by the first function that needs it: the package itself imports in a second or two."""
+    names = [f"fewbits.{module.removesuffix('.py').replace('/', '.')}" for module in MODULES]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    code = f"import sys, {', '.join(names)}; print(*[name for name in {OUTSIDE} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) != "cli"])
+def test_only_the_command_line_prints(module: str) -> None:
+    said = [
+        ast.unparse(node)
+        for node in ast.walk(tree(PACKAGE / module))
+        if isinstance(node, (ast.Name, ast.Attribute))
+    ]
+    assert not {"print", "sys.stdout", "sys.stderr"} & set(said)
+
+
+def test_public_names_are_listed_and_there() -> None:
+    exported = {
+        alias.asname or alias.name
+        for node in tree(PACKAGE / "__init__.py").body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(fewbits.__all__) == sorted(exported) and all(hasattr(fewbits, name) for name in exported)
+    exposed = {name for name in vars(fewbits) if not name.startswith("_")}
+    assert exposed - exported <= {room_of(module) for module in MODULES}  # submodules, by being imported
+
+
+SOURCES = sorted(
+    path
+    for folder in ("fewbits", "csrc", "bench", "tests")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".h", ".cc", ".toml")
+    or (folder == "bench" and path.is_file() and not path.suffix)
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_sizes_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+    if path.suffix in (".h", ".cc", ".toml"):
+        return
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef):
+            where = f"{path.name}:{node.lineno} {node.name}"
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{where} is longer than 60 lines"
+            names = [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
+            assert len([name for name in names if name not in ("self", "cls")]) <= 7, (
+                f"{where}: over 7 parameters"
+            )
+
+
+def test_documents_name_files_that_exist() -> None:
+    """Every path in the table of new things, and every test named as a proof."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(
+        r"`((?:tests|csrc|bench|files|formats|model|plan|adapters|evaluate|cli|algorithms)/[\w/.]*)`", text
+    )
+    homes = (ROOT, PACKAGE)
+    missing = {
+        name
+        for name in named
+        if not re.search(r"/x(\.py)?$", name) and not any((h / name).exists() for h in homes)
+    }
+    assert len(named) > 30 and missing == set()
