@@ -112,8 +112,9 @@ def test_aliases_are_the_medium_mixtures():
 
 
 def test_the_smallest_types_need_an_importance_matrix():
-    assert needing_imatrix("iq2_xs", choices("llama", "iq2_xs"))
-    assert needing_imatrix("q4_k_m", choices("llama", "q4_k_m")) == []
+    for recipe, needs in (("iq2_xs", True), ("q4_k_m", False)):
+        types = {name: choice.type for name, choice in choices("llama", recipe).items()}
+        assert bool(needing_imatrix(recipe, types)) == needs
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewbits import jobs
 from fewbits.errors import FewbitsError, FileError, FormatError
 from fewbits.files.open import open_checkpoint
 from fewbits.pipeline import Request, convert, quantize
@@ -159,13 +160,13 @@ def test_what_is_done_is_not_done_again(model, tmp_path, monkeypatch):
     killed(model, tmp_path, "gguf", "synced", 5)
     done = [json.loads(line)["name"] for line in (tmp_path / "m.gguf.journal").read_text().splitlines()[1:]]
     encoded: list[str] = []
-    real = quantize.__globals__["_encode"]
+    real = jobs._encode
 
     def encode(name, *rest):
         encoded.append(name)
         return real(name, *rest)
 
-    monkeypatch.setitem(quantize.__globals__, "_encode", encode)
+    monkeypatch.setattr(jobs, "_encode", encode)
     receipt = quantize(model, tmp_path / "m.gguf", Request("q4_k_m"))
     assert len(done) == 6
     assert encoded == [row.name for row in receipt.tensors if row.gguf_name not in done]

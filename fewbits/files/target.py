@@ -65,7 +65,8 @@ class Job:
 class Target:
     """A file to be written: `header`, `spans`, the jobs that fill them, and `finish` for the rest.
 
-    stale: what speaks of the output that this one replaces, and must be gone before it is in place.
+    notes: for the receipt. stale: what speaks of the output that this one replaces, and must be gone
+    before it is in place.
     """
 
     path: Path
@@ -75,6 +76,7 @@ class Target:
     receipt: Path
     finish: Callable[[], None]
     align: int = 1
+    notes: tuple[str, ...] = ()
     stale: tuple[Path, ...] = ()
 
     @property

@@ -154,13 +154,11 @@ def mixture_type(recipe: Recipe, role: str, facts: set[str]) -> str:
     return ONE_MORE_BIT.get(type_, type_) if promote else type_
 
 
-def needing_imatrix(recipe_name: str, choices: Mapping[str, Choice]) -> list[str]:
-    """Names of the tensors whose type llama.cpp refuses to write without an importance matrix."""
+def needing_imatrix(recipe_name: str, types: Mapping[str, str]) -> list[str]:
+    """Of `name -> type`, the names whose type llama.cpp refuses to write without an importance matrix."""
     coarse = NEEDS_IMATRIX | ({"q2_k"} if recipe(recipe_name).name == "q2_k_s" else set())
     return [
-        name
-        for name, choice in choices.items()
-        if choice.type in coarse and role_of(name) not in ("output", "embed")
+        name for name, type_ in types.items() if type_ in coarse and role_of(name) not in ("output", "embed")
     ]
 
 

@@ -71,7 +71,10 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The whole record of one run of `quantize`. Seconds are wall time; memory is peak resident bytes."""
+    """The whole record of one run of `quantize`. Seconds are wall time; memory is peak resident bytes.
+
+    notes: what the user should know besides: what an engine ignores, which types want an imatrix.
+    """
 
     source: str
     target: str
@@ -84,6 +87,7 @@ class Receipt:
     peak_memory_bytes: int
     versions: Mapping[str, str]
     recipe: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -131,7 +135,8 @@ class Receipt:
                 _check_keys(kind, row, f"{where}: {key}[{i}]")
         tensors = tuple(TensorRow(**(row | {"shape": tuple(row["shape"])})) for row in body["tensors"])
         files = {key: tuple(FileDigest(**row) for row in body[key]) for key in ("inputs", "outputs")}
-        return Receipt(**(body | files | {"tensors": tensors}))
+        notes = {"notes": tuple(body.get("notes", ()))}
+        return Receipt(**(body | files | notes | {"tensors": tensors}))
 
     def table(self, worst: int = 5) -> str:
         """The receipt as text: a line for each format, the `worst` tensors, and what was not as asked."""
@@ -140,6 +145,7 @@ class Receipt:
             parts.append(_worst(measured, worst))
         if changed := self.changed():
             parts.append(_reasons(changed))
+        parts += [f"note: {note}" for note in self.notes]
         return "\n\n".join(parts)
 
 

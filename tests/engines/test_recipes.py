@@ -105,7 +105,7 @@ def test_every_tensor_has_the_type_that_llama_quantize_gives(case, tmp_path):
         for suffix, data in (("", None), ("+imatrix", imatrix)):
             ours = choose_types(recipe, tensors, hyper, has_imatrix=data is not None)
             theirs = engine_types(source, target, recipe, data)
-            if data is None and needing_imatrix(recipe, ours):
+            if data is None and needing_imatrix(recipe, {name: choice.type for name, choice in ours.items()}):
                 assert theirs is None, f"{recipe}: llama.cpp needs no imatrix here"
                 continue
             assert theirs == types_of(ours), f"{recipe}{suffix}"
