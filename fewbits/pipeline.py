@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -26,7 +27,7 @@ from .files.native import INDEX, WEIGHTS
 from .files.open import open_checkpoint
 from .files.stream import StreamFile, make_directory, write_atomic
 from .files.target import Target, gguf_target, native_target
-from .formats import FORMATS
+from .formats import FLOATS, FORMATS
 from .jobs import write_job
 from .memory import peak_memory, reset_peak_memory
 from .model.archs import architecture, check_complete, engine_notes, require_architecture
@@ -197,7 +198,11 @@ def _check_place(checkpoint: Checkpoint, out: Path, gguf: bool, overwrite: bool)
 
 
 def _carried_file_type(checkpoint: Checkpoint) -> int | None:
-    """The mixture's number that a native directory remembers, or a GGUF file has."""
+    """The mixture's number that a native directory remembers, a GGUF file has, or floats amount to."""
+    if checkpoint.kind == "huggingface":
+        kinds = Counter(t.dtype for t in checkpoint.tensors.values() for _ in t.shape[1:])
+        common = kinds.most_common(1)[0][0] if kinds else ""
+        return RECIPES[common].file_type if common in FLOATS else None
     if checkpoint.kind == "native":
         found = checkpoint.metadata.get("file_type")
         return found if isinstance(found, int) else None
