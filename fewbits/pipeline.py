@@ -175,7 +175,7 @@ def _format(name: str) -> str:
     try:
         return FORMATS.get(name).name
     except FormatError as error:
-        near = get_close_matches(name.lower(), [*RECIPES, *FORMATS], n=4)
+        near = get_close_matches(name.lower(), sorted({*RECIPES, *FORMATS}), n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise PlanError(
             f"{name!r} is neither a file type nor a format; {hint}`fewbits formats` lists both"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from ..errors import FewbitsError, ModelError, PlanError, raise_all
@@ -181,6 +182,11 @@ def _from_rules(
     return Decision(format, format)
 
 
+def _nearest(pattern: str, entries: Sequence[GGUFEntry]) -> str:
+    names = [source.removesuffix(".weight") for entry in entries for source in entry.sources]
+    return (get_close_matches(pattern, names, n=1, cutoff=0.0) or ["?"])[0]
+
+
 def _check_rules(plan: Plan, entries: Sequence[GGUFEntry], decisions: Mapping[str, Decision]) -> None:
     """Every rule must decide something: a pattern with a typing error must not pass unnoticed."""
     used = {id(decision.rule) for decision in decisions.values()}
@@ -192,7 +198,7 @@ def _check_rules(plan: Plan, entries: Sequence[GGUFEntry], decisions: Mapping[st
         why = (
             f"names only tensors that are kept or taken by an earlier rule, such as {hit}"
             if hit
-            else f"matches no tensor; names look like {[*entries[-1].sources, '?'][0]}"
+            else f"matches no tensor; the nearest name is {_nearest(rule.match, entries)}"
         )
         faults.append(f"rule {rule.match!r} = {rule.format} {why}")
     raise_all(PlanError, "plan", faults)
