@@ -20,10 +20,10 @@ struct Tile {
     F w[GROUP];
 };
 
-// Levels of an evenly spaced grid; the first SCANNED candidates are tried.
+// Levels of an evenly spaced grid; the first SCANNED candidates are tried, in a brief scan that is all.
 template <int LO, int HI, int SCANNED>
 struct Even {
-    static constexpr int scanned = SCANNED;
+    static constexpr int scanned = SCANNED, rounds = SCANNED < SCALE_CANDIDATES ? 0 : SCALE_ROUNDS;
     static constexpr float last = LO == -HI ? HI : LO;
     static float candidate(int i) {
         double offset = HI <= 1 ? COARSE_OFFSETS[i] : SYMMETRIC_OFFSETS[i];
@@ -35,7 +35,7 @@ struct Even {
 // Levels of a sorted table: start at the first, climb by each gap whose middle t has reached.
 template <class TABLE>
 struct Levels {
-    static constexpr int scanned = SCALE_CANDIDATES;
+    static constexpr int scanned = SCALE_CANDIDATES, rounds = SCALE_ROUNDS;
     static constexpr float last = TABLE::levels[0];
     static float candidate(int i) { return float(double(last) * (1.0 + TABLE_OFFSETS[i])); }
     static INLINE F level(F t) {
@@ -100,7 +100,7 @@ INLINE F fit_scale(const Tile<GROUP>& t, bool search) {
         moments<GROUP, WEIGHTED, GRID, BATCH>(t, inv, cross, square);
         for (int c = 0; c < BATCH; ++c) keep_better(cross[c], square[c], step, best);
     }
-    for (int round = 0; round < SCALE_ROUNDS; ++round) {
+    for (int round = 0; round < GRID::rounds; ++round) {
         inv[0] = inverse(step);
         moments<GROUP, WEIGHTED, GRID, 1>(t, inv, cross, square);
         keep_better(cross[0], square[0], step, best);

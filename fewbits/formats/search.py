@@ -22,12 +22,14 @@ the same order, and sums that run from the first weight of a group to its last (
 functions take x `(..., G)` f32 and a weight of the same shape or None, and return `(...)` f32.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 # In codes beyond the last one. On the weights of SmolLM2-135M a scan four times as fine lowers the
 # error of 4-bit groups by less than 1 %.
 SYMMETRIC_OFFSETS = (0.0, -0.6, 0.4, -1.5, -1.0, -0.3)
-BRIEF = 3  # how many of them a brief scan tries: half the time, 0.5 % more squared error in 4 bits
+BRIEF = 3  # a brief scan tries so many of them and stops there: 0.9 % more squared error in 4 bits
 AFFINE_OFFSETS = (0.0, -1.8, -1.5, -1.2, -0.9, -0.6, -0.3, 0.3, 0.6)
 # With two magnitudes at most the best step lies far inside the extreme value.
 COARSE_OFFSETS = (0.4, 1.2, 1.8, 0.0, 0.8, 2.5)
@@ -135,7 +137,15 @@ def fit_table(
     return step.reshape(shape)
 
 
-def scan_scale(x, weight, step, inverse_edge, candidates, levels, signed):  # type: ignore[no-untyped-def]
+def scan_scale(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    step: torch.Tensor,
+    inverse_edge: torch.Tensor,
+    candidates: Sequence[float],
+    levels: Callable[[torch.Tensor], torch.Tensor],
+    signed: bool,
+) -> torch.Tensor:
     """The scan shared by symmetric grids and tables: propose, refit, keep the best, alternate."""
     w = torch.ones_like(x) if weight is None else lanes(weight)
     best = torch.zeros_like(step)
@@ -154,7 +164,7 @@ def scan_scale(x, weight, step, inverse_edge, candidates, levels, signed):  # ty
 
     for candidate in candidates:
         consider(candidate * inverse_edge)
-    for _ in range(SCALE_ROUNDS):
+    for _ in range(SCALE_ROUNDS if len(candidates) > BRIEF else 0):
         consider(inverse(step))
     return step
 
