@@ -20,6 +20,7 @@ import torch
 from ..errors import KernelError
 
 _log: list[str] = []
+_callbacks: list[Any] = []
 
 
 @cache
@@ -39,7 +40,7 @@ def _library() -> ModuleType:
         del _log[:-20]
 
     api.llama_log_set(keep, ctypes.c_void_p(0))
-    api._fewbits_keep = keep  # the C side holds a bare pointer to it
+    _callbacks.append(keep)  # the C side holds a bare pointer to it
     api.llama_backend_init()
     return api
 
