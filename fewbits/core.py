@@ -16,6 +16,7 @@ import torch
 
 from .errors import KernelError
 
+ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -23,6 +24,9 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 def load() -> ModuleType | None:
     if os.environ.get("FEWBITS_CORE") == "0":
         return None
+    cap = os.environ.get("FEWBITS_ISA", "")
+    if cap not in ("", *ISAS):
+        raise KernelError(f"FEWBITS_ISA={cap} is no instruction set; it may be {', '.join(ISAS)}")
     try:
         from . import _core  # type: ignore[attr-defined]
     except ImportError as error:

@@ -11,12 +11,11 @@ from .algorithms import ALGORITHMS
 from .errors import FormatError
 from .files.base import Checkpoint
 from .files.stream import StreamFile
-from .files.target import Job
+from .files.target import Job, is_plain
 from .formats import FLOATS, FORMATS, Distortion
+from .formats.base import CHUNK
 from .plan.choices import Decision
 from .qtensor import QTensor
-
-CHUNK = 2**22  # weights compared at once
 
 
 def write_job(
@@ -86,12 +85,11 @@ def _encode(
     name: str, w: torch.Tensor, kind: str, method: tuple[str, dict[str, Any]]
 ) -> tuple[tuple[torch.Tensor, ...], Distortion | None]:
     """One float weight -> its planes and what that cost; None where not a bit changed."""
-    dtype = FLOATS.get(kind)
-    if dtype is None and kind not in FORMATS and not _is_format(kind):
-        dtype = w.dtype  # integers and other dtypes that only pass through
-    if dtype is not None:
+    if is_plain(kind):
         _check_finite(name, w)
-        cast = w.to(dtype)
+        cast = w.to(FLOATS.get(kind, w.dtype))  # integers and the like only pass through
+        if cast is w:
+            return (w,), None
         _check_finite(f"{name} as {kind}", cast)
         return (cast,), _cast_distortion(w, cast)
     fmt = FORMATS.get(kind)
@@ -103,23 +101,11 @@ def _encode(
     return tuple(q.planes[plane.name] for plane in fmt.planes), fmt.distortion(w, q)
 
 
-def _is_format(kind: str) -> bool:
-    try:
-        FORMATS.get(kind)
-    except FormatError:
-        return False
-    return True
-
-
 def _cast_distortion(w: torch.Tensor, cast: torch.Tensor) -> Distortion | None:
     """What a change of dtype cost; None where not a bit changed."""
-    if cast.dtype == w.dtype:
-        return None
     lost = Distortion(0.0, 0.0, 0.0)
     for x, y in zip(w.flatten().split(CHUNK), cast.flatten().split(CHUNK), strict=True):
-        error, x = y.float() - x.float(), x.float()
-        squared, energy = (float(part.square().sum(dtype=torch.float64)) for part in (error, x))
-        lost = lost + Distortion(squared, energy, float(error.abs().max()))
+        lost = lost + Distortion.between(x.float(), y.float())
     return lost if lost.squared > 0 else None
 
 

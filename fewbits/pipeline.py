@@ -74,11 +74,11 @@ def quantize(
     target, decisions = prepare(checkpoint, out, request)
     asked = [request.plan.digest(), request.to, request.search, request.requantize]
     identity = fingerprint(checkpoint, asked)
-    hashing = InputDigests(checkpoint)
     make_directory(target.path.parent)
     with StreamFile.open(
         target.path, target.header, target.spans, identity, request.overwrite, target.align
     ) as file:
+        hashing = InputDigests(checkpoint)
         rows = _write_all(checkpoint, target, decisions, request, file, progress)
         for path in target.stale:
             path.unlink(missing_ok=True)

@@ -14,7 +14,6 @@ from fewbits.formats import FORMATS
 from fewbits.formats.ggml import TYPES
 from fewbits.qtensor import QTensor
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 needs_core = pytest.mark.skipif(not core.available(), reason="the C++ core is not built")
 
 
@@ -62,7 +61,7 @@ def compare_all() -> None:
 
 
 @needs_core
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", core.ISAS)
 def test_core_equals_twin_bit_for_bit(isa: str) -> None:
     script = (
         "from fewbits import core; from tests.test_core import compare_all; compare_all(); print(core.isa())"
@@ -78,6 +77,12 @@ def test_core_equals_twin_bit_for_bit(isa: str) -> None:
     ran = run.stdout.strip()
     if ran != isa:
         pytest.skip(f"this machine has no {isa}; {ran} ran instead")
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWBITS_ISA", "avx1024")
+    with pytest.raises(KernelError, match="avx1024 is no instruction set; it may be portable, avx2, avx512"):
+        core.load.__wrapped__()
 
 
 @needs_core

@@ -79,10 +79,6 @@ class Target:
     notes: tuple[str, ...] = ()
     stale: tuple[Path, ...] = ()
 
-    @property
-    def nbytes(self) -> int:
-        return sum(span.nbytes for span in self.spans)
-
 
 def nearest_ggml(name: str) -> str:
     """What GGUF has for a format that it cannot carry."""

@@ -49,6 +49,13 @@ class Distortion:
     energy: float
     largest: float
 
+    @staticmethod
+    def between(before: torch.Tensor, after: torch.Tensor) -> Distortion:
+        """Of a float tensor and what became of it, both f32; sums in f64."""
+        error = after - before
+        squared, energy = (float((part * part).sum(dtype=torch.float64)) for part in (error, before))
+        return Distortion(squared, energy, float(error.abs().max()))
+
     def __add__(self, other: Distortion) -> Distortion:
         largest = max(self.largest, other.largest)
         return Distortion(self.squared + other.squared, self.energy + other.energy, largest)
@@ -122,16 +129,13 @@ class Format(ABC):
         n, k = q.shape
         alone = all(plane.flat is None and plane.rows in (1, None) for plane in self.planes)
         step = max(1, CHUNK // k) if alone else n
-        squared = energy = largest = 0.0
+        lost = Distortion(0.0, 0.0, 0.0)
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             part = q if step >= n else q.take_rows(torch.arange(rows.start, rows.stop))
             x = w[rows].float()
-            error = part.decode() - x
-            squared += float((error * error).sum(dtype=torch.float64))
-            energy += float((x * x).sum(dtype=torch.float64))
-            largest = max(largest, float(error.abs().max()))
-        return Distortion(squared, energy, largest)
+            lost = lost + Distortion.between(x, part.decode())
+        return lost
 
     def check(self, w: torch.Tensor, name: str = "tensor") -> None:
         """Raise FormatError unless this format can hold a weight of w's shape and values."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .base import Grid
-from .search import inverse
+from .search import inverse, nearest
 
 
 def spread(parameter: torch.Tensor, group: int, columns: slice, k: int) -> torch.Tensor:
@@ -53,8 +53,7 @@ class AffineGrid(Grid):
 class TableGrid(Grid):
     """value = scale * level; `table`: sorted levels (L,), `codes`: the stored code of each level.
 
-    With `boundaries` (L-1,) given, a weight over its scale belongs to the level above a boundary
-    from that value on; the default is half way, a tie going up. A code that no level
+    A weight over its scale belongs to the nearest level, a tie to the upper one. A code that no level
     has (minus zero) stands for the level nearest zero.
     """
 
@@ -63,13 +62,11 @@ class TableGrid(Grid):
     codes: torch.Tensor
     group: int
     k: int
-    boundaries: torch.Tensor | None = None
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         t = (w * inverse(spread(self.scale, self.group, columns, self.k))).contiguous()
         if self.table.ndim == 1:
-            middle = (self.table[1:] + self.table[:-1]) * 0.5 if self.boundaries is None else self.boundaries
-            return self.codes[torch.bucketize(t, middle, right=True)]
+            return self.codes[nearest(self.table, t)]
         middle = ((self.table[:, 1:] + self.table[:, :-1]) * 0.5).contiguous()
         return self.codes[torch.searchsorted(middle, t, right=True)]
 

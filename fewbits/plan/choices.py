@@ -144,9 +144,7 @@ def decide(
 
 
 def _check_known(recipe: str, choices: Mapping[str, Choice]) -> None:
-    types = {
-        choice.type for choice in choices.values() if choice.reason is None or "kept" not in choice.reason
-    }
+    types = {choice.type for choice in choices.values() if not choice.kept}
     unknown = sorted(kind for kind in types if format_of(kind) not in FORMATS)
     if unknown:
         raise PlanError(
@@ -160,7 +158,7 @@ def _is_ggml(format: str) -> bool:
 
 
 def _from_recipe(choice: Choice, rule: Rule | None) -> Decision:
-    if rule is not None and choice.reason and choice.reason.startswith("kept"):
+    if rule is not None and choice.kept:
         return Decision(choice.type, choice.type, choice.reason)
     if rule is not None and not _is_ggml(rule.format):
         return Decision(rule.format, rule.format, None, rule)

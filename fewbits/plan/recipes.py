@@ -58,6 +58,11 @@ class Choice:
     wanted: str
     reason: str | None = None
 
+    @property
+    def kept(self) -> bool:
+        """Is this a tensor that llama.cpp never quantizes?"""
+        return self.reason is not None and self.reason.startswith("kept")
+
 
 @cache
 def block_size(type_: str) -> int:
