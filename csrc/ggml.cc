@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "ggml_encode.h"
+#include "walk.h"
 
 namespace FEWBITS_ISA {
 
@@ -113,6 +114,6 @@ const fewbits::TypeKernels TYPES[] = {
 #define FEWBITS_STRING(x) #x
 #define FEWBITS_NAME(x) FEWBITS_STRING(x)
 extern const fewbits::Kernels kernels;
-const fewbits::Kernels kernels = {FEWBITS_NAME(FEWBITS_ISA), TYPES, int(sizeof TYPES / sizeof *TYPES)};
+const fewbits::Kernels kernels = {FEWBITS_NAME(FEWBITS_ISA), TYPES, int(sizeof TYPES / sizeof *TYPES), walk};
 
 }  // namespace FEWBITS_ISA

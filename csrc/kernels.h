@@ -35,10 +35,32 @@ struct TypeKernels {
     void (*decode)(const uint8_t* in, int64_t blocks, float* out);
 };
 
+// A walk over k columns of n rows (walk.h). Arrays lie column by column, (k, n); group: of each column,
+// the row of step, inverse, base and zeros, which are (groups, n). Of a table: `count` levels.
+struct Walk {
+    int64_t k, n;
+    const float* state;
+    const float* coupling;  // (k, k), rows `stride` apart; its part above the diagonal
+    int64_t stride;
+    const float* pivot;     // (k), or null: moves are from `old`
+    const float* old;       // (k, n), or null
+    const int64_t* group;   // (k)
+    const float *step, *inverse;
+    const float* base;      // or null
+    const float* zeros;     // or null: `zero`
+    float zero;
+    int top;
+    int count;              // 0: an affine grid
+    const float *boundaries, *levels, *level_codes;
+    uint8_t* codes;         // written, (k, n), as the rest
+    float *values, *moves;
+};
+
 struct Kernels {
     const char* isa;
     const TypeKernels* types;
     int count;
+    void (*walk)(const Walk& walk, int64_t tile);  // rows 16 * tile and on
 };
 
 }  // namespace fewbits

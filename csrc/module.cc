@@ -105,6 +105,31 @@ void decode(const std::string& name, uintptr_t src, int64_t src_bytes, uintptr_t
     });
 }
 
+template <class T>
+const T* at(uintptr_t address) {
+    return reinterpret_cast<const T*>(address);
+}
+
+// Addresses by name; 0 for what is absent. fewbits/core.py has checked every shape.
+void walk(std::tuple<int64_t, int64_t, int64_t> sizes,
+          std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t> given,
+          std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, float, int> affine,
+          std::tuple<int, uintptr_t, uintptr_t, uintptr_t> table,
+          std::tuple<uintptr_t, uintptr_t, uintptr_t> out, int threads) {
+    auto [k, n, stride] = sizes;
+    auto [state, coupling, pivot, old, group] = given;
+    auto [step, inverse, base, zeros, zero, top] = affine;
+    auto [count, boundaries, levels, level_codes] = table;
+    auto [codes, values, moves] = out;
+    Walk job{k, n, at<float>(state), at<float>(coupling), stride, at<float>(pivot), at<float>(old),
+             at<int64_t>(group), at<float>(step), at<float>(inverse), at<float>(base), at<float>(zeros),
+             zero, top, count, at<float>(boundaries), at<float>(levels), at<float>(level_codes),
+             reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(values),
+             reinterpret_cast<float*>(moves)};
+    nb::gil_scoped_release release;
+    parallel((n + 15) / 16, threads, [&](int64_t tile) { kernels().walk(job, tile); });
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -112,4 +137,5 @@ NB_MODULE(_core, m) {
     m.def("encode", &encode);
     m.def("measure", &measure);
     m.def("decode", &decode);
+    m.def("walk", &walk);
 }

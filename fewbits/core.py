@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -107,3 +108,66 @@ def decode(name: str, blocks: torch.Tensor, shape: tuple[int, int]) -> torch.Ten
         name, blocks.data_ptr(), blocks.nbytes, out.data_ptr(), out.numel(), torch.get_num_threads()
     )
     return out
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a grid does to a number, laid out for the core: `(groups, n)` each, and `group (k,)` int64, the
+    row of them that a column has. A table (levels, boundaries between them, codes; all f32) or, without
+    one, integers in [0, top] about zero."""
+
+    group: torch.Tensor
+    step: torch.Tensor
+    inverse: torch.Tensor
+    base: torch.Tensor | None = None
+    zero: torch.Tensor | int = 0
+    top: int = 0
+    table: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+
+def walk(
+    state: torch.Tensor,
+    coupling: torch.Tensor,
+    rounding: Rounding,
+    pivot: torch.Tensor | None,
+    old: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """state `(k, n)`, coupling `(k, k)` -> codes u8, values and moves `(k, n)`: see csrc/walk.h.
+
+    pivot `(k,)`: moves are (state - value) / pivot; else from old `(k, n)`, value - old.
+    """
+    k, n = state.shape
+    state, old = state.contiguous(), None if old is None else old.contiguous()
+    shared = [p.contiguous() if isinstance(p, torch.Tensor) else None
+              for p in (rounding.step, rounding.inverse, rounding.base, rounding.zero)]  # fmt: skip
+    groups = rounding.step.shape[0]
+    fits = [part is None or part.shape == (groups, n) for part in shared]
+    fits += [coupling.shape == (k, k), coupling.stride(1) == 1, rounding.group.shape == (k,)]
+    fits += [old is None or old.shape == (k, n), pivot is None or pivot.shape == (k,)]
+    fits += [
+        (pivot is None) != (old is None),
+        int(rounding.group.min()) >= 0,
+        int(rounding.group.max()) < groups,
+    ]
+    floats = [state, coupling, pivot, old, *shared, *(rounding.table or ())]
+    fits += [part is None or part.dtype == torch.float32 for part in floats]
+    if not all(fits):
+        raise KernelError(f"walk over {tuple(state.shape)}: the arrays do not fit one another")
+    levels, boundaries, codes = rounding.table or (None, None, None)
+    out = (torch.empty(k, n, dtype=torch.uint8), torch.empty(k, n), torch.empty(k, n))
+    step, inverse, base, zeros = (_address(part) for part in shared)
+    group = rounding.group.contiguous()
+    zero = float(rounding.zero) if isinstance(rounding.zero, int) else 0.0
+    _module().walk(
+        (k, n, coupling.stride(0)),
+        (_address(state), _address(coupling), _address(pivot), _address(old), _address(group)),
+        (step, inverse, base, zeros, zero, rounding.top),
+        (0 if levels is None else len(levels), _address(boundaries), _address(levels), _address(codes)),
+        tuple(part.data_ptr() for part in out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _address(part: torch.Tensor | None) -> int:
+    return 0 if part is None else part.data_ptr()

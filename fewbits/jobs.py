@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .algorithms import ALGORITHMS
-from .errors import FormatError
+from .algorithms import ALGORITHMS, NEEDS
+from .calibrate.stats import Stats
+from .errors import CalibrationError, FormatError
 from .files.base import Checkpoint
 from .files.stream import StreamFile
 from .files.target import Job, is_plain
 from .formats import FLOATS, FORMATS, Distortion
-from .formats.base import CHUNK
+from .formats.base import CHUNK, Format
 from .plan.choices import Decision
+from .plan.method import Method
+from .plan.rules import Rule
 from .qtensor import QTensor
 
 
-def write_job(
-    checkpoint: Checkpoint, job: Job, decision: Decision, defaults: Mapping[str, Any], file: StreamFile
-) -> None:
-    """Encode one tensor and write its spans; the receipt's row goes into the journal with the last.
+@dataclass(frozen=True)
+class Work:
+    """What the jobs of a run share.
 
-    defaults: options of `rtn` where no rule sets them.
+    method: for the tensors that no rule gives an algorithm. defaults: options of `rtn` where nothing sets
+    them. stats: of a tensor's input, by the tensor's name, where they are known. done: what is known of
+    tensors that come quantized already, by name (what `told_of` gives).
     """
+
+    method: Method
+    defaults: Mapping[str, Any]
+    stats: Callable[[str], Stats | None]
+    done: Mapping[str, Mapping[str, Any]]
+
+
+def write_job(checkpoint: Checkpoint, job: Job, decision: Decision, work: Work, file: StreamFile) -> None:
+    """Encode one tensor and write its spans; the receipt's row goes into the journal with the last."""
     rule = decision.rule
     note: dict[str, Any] = {
         "name": job.sources[0] if len(job.sources) == 1 else job.name,
@@ -37,11 +52,7 @@ def write_job(
         "rule": rule.match if rule else None,
         "nbytes": sum(span.nbytes for span in file.spans_of(job.spans)),
     }
-    algorithm = rule.algorithm if rule else "rtn"
-    options = dict(rule.options) if rule else {}
-    if algorithm == "rtn":
-        options = {**defaults, **options}
-    pieces = _pieces(checkpoint, job, (algorithm, options), note)
+    pieces = _pieces(checkpoint, job, rule, work, note)
     if len(job.spans) == 1:
         file.write(job.spans[0], (planes[0] for planes in pieces), note)
         return
@@ -51,39 +62,53 @@ def write_job(
             file.write(span, plane, note)
 
 
+def chosen(
+    rule: Rule | None, method: Method, defaults: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The algorithm of a weight and its options: the rule's where it names one, else the method's."""
+    if rule is not None and rule.algorithm is not None:
+        algorithm, options = rule.algorithm, dict(rule.options)
+    else:
+        algorithm, options = method.algorithm, {**method.options, **(rule.options if rule else {})}
+    return algorithm, {**(defaults or {}), **options} if algorithm == "rtn" else options
+
+
 def _pieces(
-    checkpoint: Checkpoint, job: Job, method: tuple[str, dict[str, Any]], note: dict[str, Any]
+    checkpoint: Checkpoint, job: Job, rule: Rule | None, work: Work, note: dict[str, Any]
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """The planes of each source in turn; when the last is out, `note` has the algorithm and the error."""
     if not job.sources:
         assert job.entry is not None
         yield (torch.tensor(job.entry.values, dtype=torch.float32),)
         return
-    lost: Distortion | None = None
+    told: list[Mapping[str, Any]] = []
     for name in job.sources:
         value = job.shaped(checkpoint.tensors[name].load())
         if isinstance(value, QTensor) and value.format.name == job.format:
+            told += [work.done[name]] if name in work.done else []
             yield tuple(value.planes[plane.name] for plane in value.format.planes)
             continue
         w = value.decode() if isinstance(value, QTensor) else value
-        planes, cost = _encode(name, w, job.format, method)
-        if cost is not None:
-            lost = cost if lost is None else lost + cost
+        stats = work.stats(name)
+        planes, lost = _encode(name, w, job.format, _method(rule, work, stats), stats)
+        told += [lost] if lost else []
         yield planes
-    if lost is not None:
-        algorithm, options = method
-        note.update(
-            algorithm=algorithm if job.format not in FLOATS else "cast",
-            options=options if job.format not in FLOATS else {},
-            relative_error=lost.relative_error,
-            sqnr_db=lost.sqnr_db,
-            max_abs_error=lost.largest,
-        )
+    note.update(summed(told))
+
+
+def _method(rule: Rule | None, work: Work, stats: Stats | None) -> tuple[str, dict[str, Any]]:
+    """What a weight outside the walk gets: the run's method, or rounding to nearest where that
+    needs statistics and there are none (embeddings). A rule's own algorithm is never exchanged."""
+    algorithm, options = chosen(rule, work.method, work.defaults)
+    by_rule = rule is not None and rule.algorithm is not None
+    if stats is None and not by_rule and NEEDS[algorithm] != "nothing":
+        return "rtn", dict(work.defaults)
+    return algorithm, options
 
 
 def _encode(
-    name: str, w: torch.Tensor, kind: str, method: tuple[str, dict[str, Any]]
-) -> tuple[tuple[torch.Tensor, ...], Distortion | None]:
+    name: str, w: torch.Tensor, kind: str, method: tuple[str, dict[str, Any]], stats: Stats | None
+) -> tuple[tuple[torch.Tensor, ...], dict[str, Any] | None]:
     """One float weight -> its planes and what that cost; None where not a bit changed."""
     if is_plain(kind):
         _check_finite(name, w)
@@ -91,14 +116,65 @@ def _encode(
         if cast is w:
             return (w,), None
         _check_finite(f"{name} as {kind}", cast)
-        return (cast,), _cast_distortion(w, cast)
+        lost = _cast_distortion(w, cast)
+        return (cast,), None if lost is None else told_of("cast", {}, lost)
     fmt = FORMATS.get(kind)
     algorithm, options = method
+    q = quantized(name, w, fmt, method, stats)
+    return tuple(q.planes[plane.name] for plane in fmt.planes), told_of(
+        algorithm, options, fmt.distortion(w, q), stats
+    )
+
+
+def quantized(
+    name: str, w: torch.Tensor, fmt: Format, method: tuple[str, dict[str, Any]], stats: Stats | None
+) -> QTensor:
+    """One weight through an algorithm; its errors name the weight."""
+    algorithm, options = method
     try:
-        q = ALGORITHMS.get(algorithm)(w, fmt, None, **options)
-    except FormatError as error:
-        raise FormatError(f"{name}: {str(error).removeprefix('tensor: ')}") from error
-    return tuple(q.planes[plane.name] for plane in fmt.planes), fmt.distortion(w, q)
+        return ALGORITHMS.get(algorithm)(w, fmt, stats, **options)
+    except (FormatError, CalibrationError) as error:
+        raise type(error)(f"{name}: {str(error).removeprefix('tensor: ')}") from error
+
+
+def told_of(
+    algorithm: str,
+    options: Mapping[str, Any],
+    lost: Distortion,
+    stats: Stats | None = None,
+    output: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    """What a receipt will say of one weight. output: squared error and energy of its output."""
+    return {
+        "algorithm": algorithm,
+        "options": dict(options),
+        "lost": [lost.squared, lost.energy, lost.largest],
+        "tokens": None if stats is None else stats.count,
+        "output": output,
+    }
+
+
+def summed(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of a receipt's row for a tensor made of these weights (the experts of a block)."""
+    if not told:
+        return {}
+    lost = Distortion(*told[0]["lost"])
+    for other in told[1:]:
+        lost = lost + Distortion(*other["lost"])
+    row = {
+        "algorithm": told[0]["algorithm"],
+        "options": told[0]["options"],
+        "relative_error": lost.relative_error,
+        "sqnr_db": lost.sqnr_db,
+        "max_abs_error": lost.largest,
+    }
+    tokens = [one["tokens"] for one in told if one["tokens"] is not None]
+    outputs = [one["output"] for one in told if one["output"] is not None]
+    error, energy = (sum(part) for part in zip(*outputs, strict=True)) if outputs else (0.0, 0.0)
+    return row | {
+        "tokens": min(tokens) if tokens else None,
+        "output_error": math.sqrt(error / energy) if energy > 0 else None,
+    }
 
 
 def _cast_distortion(w: torch.Tensor, cast: torch.Tensor) -> Distortion | None:

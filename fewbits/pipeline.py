@@ -1,7 +1,9 @@
 """quantize() and convert(): the loop that holds one tensor at a time, resumes, and writes the receipt.
 
-    open -> decide what each tensor gets -> lay the output out -> for each tensor:
-        load (mapped) -> encode -> measure -> write (journal)      -> rename -> receipt -> side files
+    open -> decide what each tensor gets -> lay the output out
+         -> block by block, where the method runs the model (blockwise.py): the checkpoint, quantized
+         -> for each tensor: load (mapped) -> encode -> measure -> write (journal)
+         -> rename -> receipt -> side files
 
 Everything that can be refused is refused before the first byte is written. A run killed at any point
 is continued by the same command; finished tensors are recognized by digest, so the result is
@@ -13,30 +15,40 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 
-from .algorithms import ALGORITHMS
+from .algorithms import ALGORITHMS, NEEDS
+from .blockwise import Asked, Run, Streaming, quantize_blocks
+from .calibrate.statistics import Statistics
+from .calibrate.stats import Stats
+from .calibrate.tokens import Tokens
 from .errors import FileError, FormatError, PlanError, raise_all
+from .files.atomic import make_directory, write_atomic
 from .files.base import Checkpoint
+from .files.blockstore import BlockStore
 from .files.gguf_metadata import model_name
 from .files.native import INDEX, WEIGHTS
 from .files.open import open_checkpoint
-from .files.stream import StreamFile, make_directory, write_atomic
-from .files.target import Target, gguf_target, native_target
+from .files.stream import StreamFile
+from .files.target import Job, Target, gguf_target, is_plain, native_target
 from .formats import FLOATS, FORMATS
-from .jobs import write_job
+from .jobs import Work, chosen, write_job
 from .memory import peak_memory, reset_peak_memory
 from .model.archs import architecture, check_complete, engine_notes, require_architecture
+from .model.sites import sites
 from .plan import Plan
 from .plan.choices import Decision, check_feasible, decide, entries_of
+from .plan.method import Method
 from .plan.mixtures import RECIPES
 from .plan.recipes import needing_imatrix
 from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
 from .report.receipt import Receipt, TensorRow
+from .transforms.rotate import rotate
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,7 +60,10 @@ class Request:
     to: a llama.cpp file type (`q4_k_m`) or a format (`int4_g128`); None: only what `plan` says.
     file: "gguf" or "native"; None: gguf for a path that ends in .gguf, native otherwise.
     search: search block parameters rather than take the min-max ones. requantize: allow quantized
-    input. overwrite: replace an output that exists.
+    input. overwrite: replace an output that exists. method: how codes are chosen. tokens: the text that a
+    method which runs the model is calibrated on. statistics: saved ones, for a method that needs no more.
+    streaming: memory and device of a calibrated run. strict: too little calibration data is an error.
+    activations: a scheme for the runtime, kept in a native directory. notes: for the receipt.
     """
 
     to: str | None = None
@@ -57,6 +72,13 @@ class Request:
     search: bool = True
     requantize: bool = False
     overwrite: bool = False
+    method: Method = field(default_factory=Method)
+    tokens: Tokens | None = None
+    statistics: Statistics | None = None
+    streaming: Streaming = field(default_factory=Streaming)
+    strict: bool = False
+    activations: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def quantize(
@@ -71,36 +93,68 @@ def quantize(
     reset_peak_memory()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
     out = Path(out)
+    _check_method(request)
+    notes = request.notes
+    if "rotate" in request.method.transforms:
+        checkpoint, more = rotate(checkpoint, request.streaming.seed)
+        notes += more
     target, decisions = prepare(checkpoint, out, request)
-    asked = [request.plan.digest(), request.to, request.search, request.requantize]
-    identity = fingerprint(checkpoint, asked)
+    identity = fingerprint(checkpoint, _asked_of(request))
     make_directory(target.path.parent)
-    with StreamFile.open(
-        target.path, target.header, target.spans, identity, request.overwrite, target.align
-    ) as file:
+    with (
+        StreamFile.open(
+            target.path, target.header, target.spans, identity, request.overwrite, target.align
+        ) as file,
+        ExitStack() as stack,
+    ):
         hashing = InputDigests(checkpoint)
-        rows = _write_all(checkpoint, target, decisions, request, file, progress)
+        told: Mapping[str, Mapping[str, object]] = {}
+        store = None
+        if request.tokens is not None and not file.renamed:
+            folder = out.with_name(out.name + ".blocks")
+            store = stack.enter_context(BlockStore(folder, identity, request.overwrite))
+            checkpoint, told, more = _block_by_block(checkpoint, target, decisions, request, store, progress)
+            notes += request.tokens.notes + more
+        work = Work(request.method, {"search": request.search}, _stats_of(request), told)
+        rows = _write_all(checkpoint, target, decisions, work, file, progress)
         for path in target.stale:
             path.unlink(missing_ok=True)
         file.finish(keep_journal=True)
         target.finish()
-        receipt = Receipt(
-            source=str(checkpoint.path),
+        receipt = replace(
+            _receipt(checkpoint, target, request, rows),
             target=str(out),
-            tensors=rows,
-            plan=request.plan.to_toml(),
-            plan_digest=request.plan.digest(),
-            recipe=request.to,
             inputs=hashing.result(),
-            outputs=(digest_file(target.path),),
             seconds=time.monotonic() - start,
             peak_memory_bytes=peak_memory(),
-            versions=versions(),
-            notes=target.notes,
+            notes=target.notes + notes,
         )
         write_atomic(target.receipt, receipt.to_json().encode())
+        if store is not None:
+            store.remove()
         file.close_journal()
     return receipt
+
+
+def _receipt(
+    checkpoint: Checkpoint, target: Target, request: Request, rows: tuple[TensorRow, ...]
+) -> Receipt:
+    """What is known when the output lies in its place; the rest is the caller's."""
+    return Receipt(
+        source=str(checkpoint.path),
+        target=str(target.path),
+        tensors=rows,
+        plan=request.plan.to_toml(),
+        plan_digest=request.plan.digest(),
+        recipe=request.to,
+        inputs=(),
+        outputs=(digest_file(target.path),),
+        seconds=0.0,
+        peak_memory_bytes=0,
+        versions=versions(),
+        method=request.method.asked(),
+        calibration=_calibration(request),
+    )
 
 
 def convert(
@@ -131,7 +185,7 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
     to = (recipe.name if recipe else None, None if request.to is None or recipe else _format(request.to))
     decisions = decide(checkpoint, entries, arch, to, request.plan, gguf)
     check_feasible(checkpoint, entries, decisions, request.requantize)
-    _check_algorithms(request.plan)
+    _check_algorithms(request)
     carried = None if request.to or request.plan.rules else _carried_file_type(checkpoint)
     file_type = recipe.file_type if recipe else carried
     if gguf:
@@ -154,21 +208,119 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
     return native_target(checkpoint, out, formats, about), by_source
 
 
-def _check_algorithms(plan: Plan) -> None:
-    """PlanError listing each rule whose algorithm is unknown, or takes no such option."""
-    faults = []
-    for rule in plan.rules:
-        try:
-            takes = [*signature(ALGORITHMS.get(rule.algorithm)).parameters][3:]
-        except PlanError as error:
-            faults.append(f"rule {rule.match!r}: {error}")
-            continue
-        faults += [
-            f"rule {rule.match!r}: {rule.algorithm} has no option {name!r}; it takes {', '.join(takes)}"
-            for name in rule.options
-            if name not in takes
-        ]
+def quantizes_blocks(checkpoint: Checkpoint, out: Path, request: Request) -> bool:
+    """Does any weight of the model's blocks get another format than it has?"""
+    target, _ = prepare(checkpoint, out, request)
+    return bool(_in_blocks(checkpoint, target.jobs))
+
+
+def _in_blocks(checkpoint: Checkpoint, jobs: Sequence[Job]) -> dict[str, Job]:
+    """The weights of the model's blocks that are to be quantized, and the jobs that they belong to."""
+    inside = {site.name for site in sites(checkpoint) if site.block is not None}
+    return {
+        source: job
+        for job in jobs
+        for source in job.sources
+        if source in inside and not is_plain(job.format) and checkpoint.tensors[source].dtype != job.format
+    }
+
+
+def _check_algorithms(request: Request) -> None:
+    """PlanError listing each rule (and the method) whose algorithm is unknown, or takes no such option."""
+    method = request.method
+    faults = _algorithm_faults("method", method.algorithm, method.options)
+    for rule in request.plan.rules:
+        algorithm, _ = chosen(rule, method)
+        faults += _algorithm_faults(f"rule {rule.match!r}", algorithm, rule.options)
     raise_all(PlanError, "plan", faults)
+
+
+def _algorithm_faults(where: str, algorithm: str, options: Mapping[str, object]) -> list[str]:
+    try:
+        takes = [*signature(ALGORITHMS.get(algorithm)).parameters][3:]
+    except PlanError as error:
+        return [f"{where}: {error}"]
+    return [
+        f"{where}: {algorithm} has no option {name!r}; it takes {', '.join(takes)}"
+        for name in options
+        if name not in takes
+    ]
+
+
+def _check_method(request: Request) -> None:
+    """PlanError where a method needs what it is not given: a text, or statistics."""
+    algorithms = {chosen(rule, request.method)[0] for rule in (None, *request.plan.rules)}
+    needs = {NEEDS[name] for name in algorithms if name in NEEDS} - {"nothing"}
+    faults = []
+    if (needs or request.method.streams) and request.tokens is None and request.statistics is None:
+        faults.append(
+            f"{request.method.algorithm} needs calibration data; give tokens, saved statistics, or a method "
+            "without data (rtn, hqq)"
+        )
+    if request.method.streams and request.tokens is None and request.statistics is not None:
+        faults.append(
+            "this method runs the model block by block: saved statistics do not suffice; give it a text, or "
+            "turn off what needs it (sequential, asymmetric, learn, polish, smooth, awq, equalize)"
+        )
+    if "hessian" in needs and request.statistics is not None and "hessian" not in request.statistics.knows:
+        faults.append(
+            f"{request.statistics.source}: has no Hessian, which {request.method.algorithm} needs; use "
+            "--method weighted, or calibrate again"
+        )
+    raise_all(PlanError, "method", faults)
+
+
+def _asked_of(request: Request) -> list[object]:
+    """All that decides the bytes besides the input and the layout."""
+    plain: list[object] = [request.plan.digest(), request.to, request.search, request.requantize]
+    if not request.method.asked() and request.tokens is None and request.statistics is None:
+        return plain
+    streaming = request.streaming
+    return [
+        *plain,
+        request.method.asked(),
+        None if request.tokens is None else request.tokens.digest,
+        None if request.statistics is None else [request.statistics.source, request.statistics.tokens],
+        [streaming.batch, streaming.device, str(streaming.dtype), streaming.seed, request.strict],
+    ]
+
+
+def _calibration(request: Request) -> dict[str, object]:
+    """For the receipt: the text that the result depends on."""
+    if request.tokens is not None:
+        windows = request.tokens.windows
+        about = {"source": request.tokens.source, "sha256": request.tokens.digest}
+        return about | {"windows": windows.shape[0], "context": windows.shape[1], "tokens": windows.numel()}
+    if request.statistics is not None:
+        return {"source": request.statistics.source, "tokens": request.statistics.tokens}
+    return {}
+
+
+def _stats_of(request: Request) -> Callable[[str], Stats | None]:
+    """Saved statistics by tensor name, for the algorithms that need them."""
+    saved = request.statistics
+    if saved is None:
+        return lambda name: None
+    hessian = NEEDS[request.method.algorithm] == "hessian"
+    return lambda name: saved.of(name, hessian)
+
+
+def _block_by_block(
+    checkpoint: Checkpoint,
+    target: Target,
+    decisions: Mapping[str, Decision],
+    request: Request,
+    store: BlockStore,
+    progress: Progress | None,
+) -> tuple[Checkpoint, Mapping[str, Mapping[str, object]], tuple[str, ...]]:
+    """The checkpoint with the weights of its blocks quantized, what each cost, notes."""
+    assert request.tokens is not None
+    asked = {}
+    for source, job in _in_blocks(checkpoint, target.jobs).items():
+        algorithm, options = chosen(decisions[job.name].rule, request.method, {"search": request.search})
+        asked[source] = Asked(FORMATS.get(job.format), algorithm, options)
+    run = Run(checkpoint, asked, request.method, request.tokens, request.streaming, request.strict)
+    return quantize_blocks(run, store, progress)
 
 
 def _format(name: str) -> str:
@@ -214,7 +366,7 @@ def _write_all(
     checkpoint: Checkpoint,
     target: Target,
     decisions: Mapping[str, Decision],
-    request: Request,
+    work: Work,
     file: StreamFile,
     progress: Progress | None,
 ) -> tuple[TensorRow, ...]:
@@ -225,7 +377,7 @@ def _write_all(
         if progress:
             progress(job.name, read, total)
         if not all(span in done for span in job.spans):
-            write_job(checkpoint, job, decisions[job.name], {"search": request.search}, file)
+            write_job(checkpoint, job, decisions[job.name], work, file)
         digest = _digest_of([file.digests[span] for span in job.spans])
         note = file.done()[job.spans[-1]]
         rows.append(TensorRow(**(note | {"shape": tuple(note["shape"]), "digest": digest})))

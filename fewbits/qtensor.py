@@ -7,7 +7,7 @@ weight, validation and the names on disk are all derived from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -113,3 +113,31 @@ class QTensor:
                 )
             moved[plane.name] = value if plane.rows is None else value[order]
         return QTensor(self.format, (n if order is None else int(order.numel()), self.shape[1]), moved)
+
+    @staticmethod
+    def join_columns(parts: Sequence[QTensor]) -> QTensor:
+        """Weights `(n, k_i)` of one format side by side -> `(n, sum of k_i)`; exact, no plane is recoded.
+
+        Raises FormatError where a plane has cells that do not end between the parts.
+        """
+        format, n = parts[0].format, parts[0].shape[0]
+        k = sum(part.shape[1] for part in parts)
+        faults = [
+            f"part {i} is {part.format.name} of {part.shape[0]} rows, part 0 {format.name} of {n}"
+            for i, part in enumerate(parts)
+            if (part.format, part.shape[0]) != (format, n)
+        ]
+        for plane in format.planes:
+            if plane.flat is not None or plane.rows != 1 or plane.columns is None:
+                faults.append(f"plane {plane.name!r} has cells of several rows or of whole rows")
+                continue
+            faults += [
+                f"part {i} has {part.shape[1]} columns, plane {plane.name!r} cells of {plane.columns}"
+                for i, part in enumerate(parts[:-1])
+                if part.shape[1] % plane.columns
+            ]
+        raise_all(FormatError, f"{format.name}: parts cannot be joined; quantize the whole weight", faults)
+        planes = {
+            plane.name: torch.cat([part.planes[plane.name] for part in parts], 1) for plane in format.planes
+        }
+        return QTensor(format, (n, k), planes)

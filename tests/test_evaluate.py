@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.adapters.hf import load_model
+from fewbits.calibrate.sampling import draw
 from fewbits.errors import CalibrationError, FewbitsError, FileError, ModelError
 from fewbits.evaluate import Settings, Text, compare, evaluate, self_text
 from fewbits.evaluate.compare import cut
 from fewbits.evaluate.generation import first_divergence, greedy, repetition_loop
 from fewbits.evaluate.scores import compare as compare_scores
 from fewbits.evaluate.scores import fidelity, mean, perplexity
-from fewbits.evaluate.text import _draw
 from fewbits.files.base import LazyTensor
 from fewbits.files.open import open_checkpoint
 from tests.tiny import save_tiny
@@ -262,7 +262,7 @@ def test_sampled_text_is_repeatable_and_says_where_it_comes_from(parent):
 def test_draws_follow_the_distribution():
     p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     n = 20_000
-    drawn = _draw(p.expand(n, -1), torch.Generator().manual_seed(0)).flatten().bincount(minlength=6) / n
+    drawn = draw(p.expand(n, -1), torch.Generator().manual_seed(0)).flatten().bincount(minlength=6) / n
     # 5 standard deviations of a share are at most 5 * sqrt(0.25 / n)
     assert float((drawn - p).abs().max()) < 5 * (0.25 / n) ** 0.5
     assert drawn[p == 0].sum() == 0

@@ -73,9 +73,9 @@ def test_patterns_see_every_name_of_a_weight(pattern, matches):
     [
         ("*.down_proj=q6_k", Rule("*.down_proj", "q6_k")),
         ("*=gptq:int4_g128", Rule("*", "int4_g128", "gptq")),
-        ("*=q6_k,search=false,seed=3", Rule("*", "q6_k", "rtn", {"search": False, "seed": 3})),
+        ("*=q6_k,search=false,seed=3", Rule("*", "q6_k", None, {"search": False, "seed": 3})),
         ("*=gptq:nf4,damp=0.05,order=act", Rule("*", "nf4", "gptq", {"damp": 0.05, "order": "act"})),
-        ('*=q6_k,a="1",day=2026-01-01', Rule("*", "q6_k", "rtn", {"a": "1", "day": "2026-01-01"})),
+        ('*=q6_k,a="1",day=2026-01-01', Rule("*", "q6_k", None, {"a": "1", "day": "2026-01-01"})),
     ],
 )
 def test_rules_on_the_command_line(written, rule):
@@ -130,3 +130,12 @@ def test_faults_of_a_plan_file_are_all_named(toml, parts):
 
 def test_an_empty_plan_chooses_nothing():
     assert Plan.from_toml("").choose(["a.weight"]) is None
+
+
+def test_a_plan_file_may_say_how_the_whole_run_goes():
+    plan = Plan.from_toml('[run]\nmethod = "gptq"\ntokens = 4096\n\n[[rule]]\nmatch = "*"\nformat = "q6_k"\n')
+    assert plan.run == {"method": "gptq", "tokens": 4096} and plan.rules == (Rule("*", "q6_k"),)
+    assert Plan.from_toml(plan.to_toml()) == plan
+    assert plan.digest() != Plan(plan.rules).digest()
+    with pytest.raises(PlanError, match=r"\[run\] is a table"):
+        Plan.from_toml("run = 3")

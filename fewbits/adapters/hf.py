@@ -33,14 +33,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
     Raises ModelError for an architecture that transformers does not have, and one that lists every
     tensor that is missing, unexpected or of another shape.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     config = _config(checkpoint)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"{checkpoint.path}: transformers has no causal language model for {config.model_type!r}"
-        )
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls = _causal_class(checkpoint, config)
     weights = {name: _decode(tensor.load(), dtype) for name, tensor in checkpoint.tensors.items()}
     if getattr(config, "tie_word_embeddings", False):
         weights.pop("lm_head.weight", None)
@@ -59,6 +53,40 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
                for row in sorted(info["mismatched_keys"])]  # fmt: skip
     raise_all(ModelError, f"{checkpoint.path} as {cls.__name__}", faults)
     return model.eval()
+
+
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """A checkpoint -> its transformers model in evaluation mode, without weights.
+
+    Every parameter lies on the meta device and takes no memory; buffers (rotary frequencies, scales of
+    embeddings) are real. Attention is "sdpa"; experts run one after the other, each a plain linear.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    def hollow(module: Any, name: str, parameter: torch.nn.Parameter) -> Any:
+        return torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    config = _config(checkpoint)
+    cls = _causal_class(checkpoint, config)
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = "eager"
+    hook = register_module_parameter_registration_hook(hollow)
+    try:
+        with _quiet():
+            return cls(config).eval()
+    finally:
+        hook.remove()
+
+
+def _causal_class(checkpoint: Checkpoint, config: Any) -> Any:
+    """transformers' class of causal language models for a config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{checkpoint.path}: transformers has no causal language model for {config.model_type!r}"
+        )
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

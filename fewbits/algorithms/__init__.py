@@ -1,14 +1,27 @@
 """Which codes are chosen? One module an algorithm; importing this package registers every one.
 
-An algorithm is a pure function `(w, format, importance, **options) -> QTensor` of a float weight
-`(n, k)`; its keyword arguments are the options that a plan may set.
+An algorithm is a pure function `(w, format, stats, **options) -> QTensor` of a float weight `(n, k)`;
+its keyword arguments are the options that a plan may set. NEEDS says what it must know of the weight's
+input: "nothing", "mean_square" or "hessian". Without statistics an algorithm that needs them raises
+CalibrationError; nothing falls back in silence.
+
+What they share: `curvature` (the loss, the Hessian and its factor), `sweep` (columns in turn, at the
+speed of matrix products), `descent` (better codes and steps for any QTensor, in closed form).
 """
 
 from ..errors import PlanError
 from ..registry import Registry
+from .curvature import CalibrationWarning
+from .descent import descend
+from .gptq import gptq
+from .hqq import hqq
 from .rtn import rtn
+from .weighted import weighted
 
 ALGORITHMS: Registry = Registry("algorithm", PlanError)
-ALGORITHMS.add("rtn", rtn)
+NEEDS: dict[str, str] = {}
+for _algorithm, _needs in ((rtn, "nothing"), (hqq, "nothing"), (weighted, "mean_square"), (gptq, "hessian")):
+    ALGORITHMS.add(_algorithm.__name__, _algorithm)
+    NEEDS[_algorithm.__name__] = _needs
 
-__all__ = ["ALGORITHMS", "rtn"]
+__all__ = ["ALGORITHMS", "NEEDS", "CalibrationWarning", "descend", "gptq", "hqq", "rtn", "weighted"]

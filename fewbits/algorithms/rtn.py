@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 
+from ..calibrate.stats import Stats
 from ..formats import Format
 from ..qtensor import QTensor
 
 
-def rtn(
-    w: torch.Tensor, format: Format, importance: torch.Tensor | None = None, search: bool = True
-) -> QTensor:
-    """`(n, k)` float -> QTensor; importance `(k,)` or `(n, k)` weighs the squared errors."""
-    return format.encode(w, importance, search)
+def rtn(w: torch.Tensor, format: Format, stats: Stats | None = None, search: bool = True) -> QTensor:
+    """`(n, k)` float -> QTensor. Statistics are not used: see `weighted`."""
+    return format.encode(w, None, search)

@@ -72,8 +72,20 @@ def note(text: str) -> None:
 def quantized(model: Path, out: Path, kind: str, cache: Path) -> dict[str, Any]:
     """Quantize in a process of its own, so that its peak memory is its own -> its receipt."""
     target = out / f"smollm2-{kind.upper()}.gguf"
-    note(f"fewbits quantize demo:smollm2 --to {kind} --out {target}")
-    command = [sys.executable, "-m", "fewbits", "quantize", str(model), "--to", kind, "--out", str(target)]
+    note(f"fewbits quantize demo:smollm2 --to {kind} --effort fast --out {target}")
+    command = [
+        sys.executable,
+        "-m",
+        "fewbits",
+        "quantize",
+        str(model),
+        "--to",
+        kind,
+        "--effort",
+        "fast",
+        "--out",
+        str(target),
+    ]
     done = subprocess.run([*command, "--overwrite", "--json"], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise FewbitsError(

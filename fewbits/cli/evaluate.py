@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..adapters.hub import resolve
 from ..errors import FileError
 from ..files.open import open_checkpoint
 from .progress import StageProgress
 
+if TYPE_CHECKING:
+    from ..evaluate import Simulation
+    from ..files.base import Checkpoint
+
+CALIBRATION, WINDOW = 4096, 512  # tokens to calibrate activations on, and in a window
 HELP = "compare quantized models with their parent: KL divergence, agreement, perplexity, generation"
 EXAMPLES = """Windows and scoring are those of llama-perplexity: windows of --context tokens, the second half
 scored. PARENT and CHILD are Hugging Face or native directories, .gguf files, hub names, in any combination.
 
 examples:
   fewbits evaluate ./Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --text wiki.test.raw
-  fewbits evaluate demo:smollm2 smollm2-Q4_K_M.gguf smollm2-Q3_K_M.gguf --sample 4096 --json"""
+  fewbits evaluate demo:smollm2 smollm2-Q4_K_M.gguf smollm2-Q3_K_M.gguf --sample 4096 --json
+  fewbits evaluate PARENT CHILD --text wiki.test.raw --activations int8_dynamic
+  fewbits evaluate PARENT CHILD --text wiki.test.raw --context 2048 --kv-cache int4"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +45,47 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=int, default=4, metavar="N", help="greedy continuations (default 4)"
     )
+    _simulation_arguments(parser)
     parser.add_argument("--show", action="store_true", help="print the continuations side by side")
     parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def _simulation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("children with quantized activations or cache, simulated")
+    group.add_argument(
+        "--activations", metavar="SCHEME", help="of each weight's input: int8_dynamic, fp8_dynamic, ..."
+    )
+    group.add_argument("--kv-cache", metavar="SCHEME", help="of cached keys and values: int8, int4, int2")
+    group.add_argument(
+        "--activation-text",
+        metavar="FILE",
+        help="calibrate activations on this text, or on the parent's own with `self`: fixes the ranges of a "
+        "static scheme and leaves sites that cannot bear it in float (default: none is left)",
+    )
+    group.add_argument(
+        "--activation-limit", type=float, metavar="DB", help="what a site must keep (default 35)"
+    )
+    group.add_argument("--observer", default="mse", metavar="RULE", help="of static ranges (default mse)")
+
+
+def _simulation(options: argparse.Namespace, parent: Checkpoint, progress: StageProgress) -> Simulation:
+    """The options of `_simulation_arguments`, their calibration text as windows of 512 tokens."""
+    from ..evaluate import Simulation, read_text, self_text
+
+    given = Simulation(options.activations, options.kv_cache, observer=options.observer)
+    if options.activation_limit is not None:
+        given = replace(given, limit_db=options.activation_limit)
+    if options.activation_text is None:
+        return given
+    if options.activation_text == "self":
+        tokens = self_text(parent, CALIBRATION, options.seed + 1, WINDOW, progress).tokens
+    else:
+        tokens = read_text(parent, read_file(Path(options.activation_text)), "calibration").tokens[
+            :CALIBRATION
+        ]
+    width = max(1, min(WINDOW, len(tokens)))
+    windows = tokens[: len(tokens) // width * width].view(-1, width)
+    return replace(given, calibration=windows)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,13 +94,14 @@ def run(options: argparse.Namespace) -> int:
 
     parent = open_checkpoint(resolve(options.parent, options.cache_dir))
     children = [open_checkpoint(resolve(child, options.cache_dir)) for child in options.children]
-    settings = Settings(
-        context=options.context,
-        score_from=options.score_from,
-        max_windows=options.windows,
-        prompts=options.prompts,
-    )
     with StageProgress() as progress:
+        settings = Settings(
+            context=options.context,
+            score_from=options.score_from,
+            max_windows=options.windows,
+            prompts=options.prompts,
+            simulation=_simulation(options, parent, progress),
+        )
         if options.text is not None:
             text = read_text(parent, read_file(options.text), str(options.text))
         else:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from ..adapters.hub import resolve
 from ..errors import FileError, PlanError
+from ..files.base import Checkpoint
 from ..files.open import open_checkpoint
 from ..model.archs import architecture
 from ..pipeline import Request, quantize
 from ..plan import Plan, parse_rule
 from ..plan.mixtures import RECIPES
 from ..report.receipt import Receipt
+from .calibration import calibrated, text_arguments
+from .method import method_arguments, method_of
 from .progress import ByteProgress
 
 HELP = "quantize a model into a GGUF file or a native directory"
@@ -23,12 +26,19 @@ demo:smollm2.
 --to takes a llama.cpp file type (q4_k_m, iq4_xs, q8_0 ...: the same mixture as llama-quantize, written
 as GGUF) or a format (int4_g128, nf4, mxfp4 ...: written as a native directory). `fewbits formats` lists both.
 
+--effort says how much work goes into the codes: fast rounds to nearest (seconds); good, the default, runs
+the model block by block over calibration text (GPTQ); best distils the result as well. Without
+--calibrate the model writes its own text.
+
 A killed run is continued by the same command, with a byte-identical result.
 
 examples:
   fewbits quantize ./Llama-3.2-1B --to q4_k_m
-  fewbits quantize ./Llama-3.2-1B --to q4_k_m --rule '*.down_proj=q6_k' --rule 'lm_head=q8_0'
-  fewbits quantize ./Llama-3.2-1B --to int4_g128 --out llama-int4 --json
+  fewbits quantize ./Llama-3.2-1B --to q4_k_m --effort fast --rule '*.down_proj=q6_k' --rule 'lm_head=q8_0'
+  fewbits quantize ./Llama-3.2-1B --to q3_k_m --calibrate c4.txt --tokens 65536
+  fewbits quantize ./Llama-3.2-1B --to int4_g128 --method gptq --awq --out llama-int4 --json
+  fewbits quantize ./Llama-3.2-1B --to q4_0 --method weighted --calibrate imatrix.gguf
+  fewbits quantize ./Llama-3.2-1B --to int8_channel --activations int8_dynamic --smooth
   fewbits quantize model-BF16.gguf --to q5_k_m --out model-Q5_K_M.gguf"""
 
 
@@ -47,7 +57,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="override the type of the tensors that match, first match wins; repeatable",
     )
     parser.add_argument(
-        "--plan", type=Path, metavar="FILE", help="rules in a TOML file, after those of --rule"
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="TOML: rules, after those of --rule, and a [run] table with options of this command",
     )
     parser.add_argument(
         "--no-search", action="store_true", help="plain min-max block parameters: faster, larger error"
@@ -58,22 +71,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requantize", action="store_true", help="accept a model that is already quantized")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
+    method_arguments(parser)
+    text_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.to is None and options.plan is None and not options.rule:
-        raise PlanError("nothing asked for: give --to TYPE, --rule or --plan")
     plan = read_plan(options.rule, options.plan)
+    follow_plan(options, plan)
+    if options.to is None and not plan.rules:
+        raise PlanError("nothing asked for: give --to TYPE, --rule or --plan")
     path = resolve(options.model, options.cache_dir)
     checkpoint = open_checkpoint(path)
-    recipe = RECIPES.get((options.to or "").lower())
-    as_gguf = recipe is not None and (
-        checkpoint.kind == "gguf" or architecture(checkpoint.config) is not None
-    )
-    out = options.out or default_out(
-        path, options.to or "plan", options.file or ("gguf" if as_gguf else "native")
-    )
-    file = options.file or (("gguf" if as_gguf else "native") if options.out is None else None)
+    out, file = output_of(options, path, checkpoint)
     request = Request(
         to=options.to,
         plan=plan,
@@ -81,11 +90,42 @@ def run(options: argparse.Namespace) -> int:
         search=not options.no_search,
         requantize=options.requantize,
         overwrite=options.overwrite,
+        method=method_of(options),
+        activations=options.activations,
+        strict=options.strict_calibration,
     )
+    request = calibrated(request, checkpoint, out, options)
     with ByteProgress("quantize") as progress:
         receipt = quantize(checkpoint, out, request, progress)
     print(receipt.to_json() if options.json else f"{receipt.table()}\n\nwrote {out}")
     return verdict(receipt, options.strict)
+
+
+def output_of(options: argparse.Namespace, path: Path, checkpoint: Checkpoint) -> tuple[Path, str | None]:
+    """-> where the output goes, and which file type it has (None: its name says)."""
+    recipe = RECIPES.get((options.to or "").lower())
+    as_gguf = recipe is not None and (
+        checkpoint.kind == "gguf" or architecture(checkpoint.config) is not None
+    )
+    kind = options.file or ("gguf" if as_gguf else "native")
+    out = options.out or default_out(path, options.to or "plan", kind)
+    return out, options.file or (kind if options.out is None else None)
+
+
+RUN_KEYS = (
+    "to", "effort", "method", "smooth", "awq", "rotate", "equalize", "polish", "activations",
+    "calibrate", "tokens", "context", "seed",
+)  # fmt: skip
+
+
+def follow_plan(options: argparse.Namespace, plan: Plan) -> None:
+    """Options that the command line leaves open become those of the plan's [run] table."""
+    unknown = [key for key in plan.run if key not in RUN_KEYS]
+    if unknown:
+        raise PlanError(f"{options.plan}: [run] has no key {unknown[0]!r}; known: {', '.join(RUN_KEYS)}")
+    for key, value in plan.run.items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
 
 
 def read_plan(rules: list[str], file: Path | None) -> Plan:

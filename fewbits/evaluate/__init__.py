@@ -13,6 +13,16 @@ perplexity ratio 1 and no divergence in any greedy continuation.
 """
 
 from .compare import Evaluation, ModelScores, Settings, evaluate
+from .simulated import Simulation
 from .text import Text, read_text, self_text
 
-__all__ = ["Evaluation", "ModelScores", "Settings", "Text", "evaluate", "read_text", "self_text"]
+__all__ = [
+    "Evaluation",
+    "ModelScores",
+    "Settings",
+    "Simulation",
+    "Text",
+    "evaluate",
+    "read_text",
+    "self_text",
+]

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +20,7 @@ from ..files.base import Checkpoint
 from ..report.table import Cell, size, table
 from .generation import Continuation, continuation, greedy
 from .scores import Fidelity, Measured, TokenScores, compare, fidelity, negative_log_likelihood, perplexity
+from .simulated import Simulated, Simulation, simulated
 from .text import Text
 
 Progress = Callable[[str, int, int], None]
@@ -33,6 +34,7 @@ class Settings:
     context: tokens in a window. score_from: first position whose prediction counts (default
     context // 2). prompts: how many windows' first `prompt_tokens` are continued by `new_tokens`
     (0: none). scratch: folder for the parent's log-probabilities, f32, windows x scored x vocabulary.
+    simulation: quantized activations and cache, of the children only.
     """
 
     context: int = 512
@@ -42,6 +44,7 @@ class Settings:
     prompt_tokens: int = 24
     new_tokens: int = 48
     scratch: Path | None = None
+    simulation: Simulation = field(default_factory=Simulation)
 
     @property
     def first(self) -> int:
@@ -65,6 +68,7 @@ class ModelScores:
     tokens_per_second: float
     fidelity: Fidelity | None = None
     continuations: tuple[Continuation, ...] = ()
+    simulated: Simulated | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,9 @@ class Evaluation:
         head += ["same tokens", "loops"]
         lines = [_line(model) for model in (self.parent, *self.children)]
         scored = f"{self.windows} windows of {self.context}, scored from position {self.score_from}"
-        return f"{table(head, lines)}\n{self.tokens_scored} tokens scored ({scored}). Text: {self.source}."
+        notes = [f"\n{child.name} ran with {child.simulated}." for child in self.children if child.simulated]
+        text = f"{self.tokens_scored} tokens scored ({scored}). Text: {self.source}."
+        return f"{table(head, lines)}\n{text}{''.join(notes)}"
 
 
 def evaluate(
@@ -126,6 +132,7 @@ def evaluate(
     """
     settings = settings or Settings()
     vocabulary = _check_models(parent, children, settings)
+    settings.simulation.check(vocabulary)
     windows = cut(text, settings, vocabulary)
     run = _Run(windows, settings, vocabulary, decode or _numbers, progress or _silent)
     with tempfile.TemporaryDirectory(dir=settings.scratch, prefix="fewbits-evaluate-") as folder:
@@ -207,12 +214,14 @@ class _Run:
     def child(self, checkpoint: Checkpoint) -> ModelScores:
         model, name = load_model(checkpoint, torch.float32), _name(checkpoint)
         parts, seconds = [], 0.0
-        for i, (log_p, took) in enumerate(self._log_probabilities(model, name)):
-            parts.append(compare(self.store[i], log_p, self.targets[i]))
-            seconds += took
+        with simulated(model, self.settings.simulation) as record:
+            for i, (log_p, took) in enumerate(self._log_probabilities(model, name)):
+                parts.append(compare(self.store[i], log_p, self.targets[i]))
+                seconds += took
+            written = self._continue(model, name)
         scores = TokenScores.join(parts)
-        written = self._continue(model, name)
-        return self._scores(checkpoint, scores.nll_child, seconds, fidelity(scores), written)
+        found = self._scores(checkpoint, scores.nll_child, seconds, fidelity(scores), written)
+        return replace(found, simulated=record[0]) if record[0] != Simulated() else found
 
     def _log_probabilities(self, model: Any, name: str) -> Iterator[tuple[torch.Tensor, float]]:
         """For each window: (scored, vocabulary) f32, and the seconds that the model took."""

@@ -19,11 +19,12 @@ from typing import Any
 from ..errors import FileError, FormatError, raise_all
 from ..formats.base import FORMATS, Format
 from ..qtensor import QTensor
+from .atomic import write_atomic
 from .base import Checkpoint, LazyTensor
 from .huggingface import describe_files, find_side_files, lazy_tensor
 from .json_object import read_json_object
 from .safetensors import DTYPE_NAMES, DTYPES, Entry, lay_out, map_tensor, read_header
-from .stream import Span, write_atomic
+from .stream import Span
 
 VERSION = 1
 INDEX = "fewbits.json"
@@ -92,7 +93,7 @@ def open_native(path: Path) -> Checkpoint:
     faults: list[str] = []
     tensors: dict[str, LazyTensor] = {}
     for name, row in rows.items():
-        found = _quantized(weights, name, row, planes, faults)
+        found = quantized_tensor(weights, name, row, planes, faults)
         if found:
             tensors[name] = found
     raise_all(FileError, str(path), faults)
@@ -132,7 +133,7 @@ def _format_and_shape(name: str, row: Any, faults: list[str]) -> tuple[Format, t
     return found, (shape[0], shape[1])
 
 
-def _quantized(
+def quantized_tensor(
     weights: Path, name: str, row: Any, planes: Mapping[str, Entry], faults: list[str]
 ) -> LazyTensor | None:
     """One row of the index, checked against its planes -> LazyTensor; or None and `faults`."""

@@ -15,7 +15,6 @@ to write from its notes; it is also what the lock is held on.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -27,17 +26,14 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
-import torch
-
 from ..errors import FileError, raise_all
+from .atomic import Chunk, as_bytes, failed, sync_directory
 
 SYNC_BYTES = 256 * 2**20  # written since the last sync: more would be lost work after a power cut
 SYNC_SECONDS = 2.0
 READ_BYTES = 4 * 2**20  # piece in which bytes are read back to check a digest
 
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has fsync only
-
-Chunk = bytes | bytearray | memoryview | torch.Tensor
 
 
 class Span(NamedTuple):
@@ -101,7 +97,7 @@ class StreamFile:
             file._start({"journal": 1, "layout": layout, "input": fingerprint}, overwrite)
         except OSError as error:
             file._close()
-            raise _failed(path, error) from error
+            raise failed(path, error) from error
         except FileError:
             file._close()
             raise
@@ -137,7 +133,7 @@ class StreamFile:
         os.ftruncate(self._log, self._log_end)
         _write_all(self._data, self._header, 0)
         os.fsync(self._log)
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
 
     def _is_complete(self, rows: list[tuple[dict[str, Any], int]]) -> bool:
         """Was the output already renamed into place, by a run that was killed before it said so?"""
@@ -182,13 +178,13 @@ class StreamFile:
             raise FileError(f"{self.path}: {name!r} {fault}; write each entry once")
         digest, position, end = hashlib.sha256(), span.offset, span.offset + span.nbytes
         for chunk in [chunks] if isinstance(chunks, Chunk) else chunks:
-            view = _view(chunk)
+            view = as_bytes(chunk)
             if len(view) > end - position:
                 raise FileError(f"{self.path}: {name!r} got more than its {span.nbytes} bytes")
             try:
                 _write_all(self._data, view, position)
             except OSError as error:
-                raise _failed(self.path, error) from error
+                raise failed(self.path, error) from error
             digest.update(view)
             position += len(view)
         if position != end:
@@ -209,7 +205,7 @@ class StreamFile:
             _write_all(self._log, lines, self._log_end)
             _sync_data(self._log)
         except OSError as error:
-            raise _failed(self.path, error) from error
+            raise failed(self.path, error) from error
         self._log_end += len(lines)
         self._pending, self._pending_bytes, self._synced = [], 0, time.monotonic()
 
@@ -227,9 +223,9 @@ class StreamFile:
                 os.ftruncate(self._data, self.size)
                 os.fsync(self._data)
                 os.replace(self.partial, self.path)
-                _sync_directory(self.path.parent)
+                sync_directory(self.path.parent)
             except OSError as error:
-                raise _failed(self.path, error) from error
+                raise failed(self.path, error) from error
             self.renamed = True
         if not keep_journal:
             self.close_journal()
@@ -240,9 +236,9 @@ class StreamFile:
             raise FileError(f"{self.path}: the journal is still needed; call finish() first")
         try:
             self.journal.unlink(missing_ok=True)
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
         except OSError as error:
-            raise _failed(self.path, error) from error
+            raise failed(self.path, error) from error
 
     def __enter__(self) -> StreamFile:
         return self
@@ -266,33 +262,6 @@ class StreamFile:
             if descriptor >= 0:
                 os.close(descriptor)
         self._data = self._log = -1
-
-
-def make_directory(path: Path) -> None:
-    """Make `path` and its parents unless they are there; FileError where that cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"{path}: this directory cannot be made: {error.strerror}; choose another output"
-        ) from error
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file so that `path` holds either what it held before or all of `data`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise _failed(path, error) from error
 
 
 def _check_layout(path: Path, header: bytes, spans: Sequence[Span]) -> int:
@@ -364,15 +333,6 @@ def _digest(file: BinaryIO, span: Span) -> str:
     return digest.hexdigest()
 
 
-def _view(chunk: Chunk) -> memoryview:
-    """A chunk's bytes as they lie in memory, in C order."""
-    if isinstance(chunk, torch.Tensor):
-        chunk = chunk.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    view = memoryview(chunk)
-    plain = view.format == "B" and view.ndim == 1 and view.contiguous
-    return view if plain else memoryview(view.tobytes())
-
-
 def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
     view = memoryview(data)
     while view:
@@ -382,18 +342,3 @@ def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None
 
 def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, separators=(",", ":")).encode() + b"\n"
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _failed(path: Path, error: OSError) -> FileError:
-    return FileError(
-        f"{path}: cannot be written: {error.strerror or error}; what is done stays in {path.name}.partial: "
-        "see to the cause (space, permission, limits) and run again to resume"
-    )

@@ -24,12 +24,13 @@ from ..formats import FLOATS, FORMATS
 from ..formats.ggml import Ggml
 from ..model.archs import Architecture, GGUFEntry, rope_rows
 from ..qtensor import QTensor
+from .atomic import write_atomic
 from .base import Checkpoint
 from .gguf import gguf_header, gguf_nbytes
 from .gguf_metadata import gguf_metadata, side_files_from_keys
 from .native import INDEX, WEIGHTS, native_index, native_layout, write_side_files
 from .safetensors import DTYPES
-from .stream import Span, write_atomic
+from .stream import Span
 
 ALIGNMENT = 32
 NEAREST = {"int4": "q4_0 or q4_1", "int8": "q8_0", "int5": "q5_1", "int6": "q6_k", "int3": "q3_k",

@@ -33,8 +33,8 @@ import torch
 from ..pack import cell, pack, unpack
 from ..qtensor import Plane, QTensor
 from .base import FLOATS, FORMATS, Format
-from .cells import Cells, choose, saturate, tries
-from .grids import AffineGrid
+from .cells import Cells, Choice, choose, tries
+from .grids import AffineGrid, saturate
 from .levels import code_plane
 from .search import fit_affine, fit_symmetric, inverse, lanes, ordered_sum
 
@@ -64,18 +64,19 @@ class Affine(Format):
         base = parameters[1] if self.zero == "float" else None
         if self.zero != "float":
             zero = parameters[1] if self.zero == "int" else 1 << (self.bits - 1)
-        return AffineGrid(parameters[0], base, zero, self.top, self.cells.columns or k, k)
+        signed = self.zero != "int"
+        return AffineGrid(parameters[0], base, zero, self.top, self.cells.columns or k, k, self.dtype, signed)
 
     def stored(self, parameter: torch.Tensor) -> torch.Tensor:
         """What the parameter is worth once it lies in its plane."""
         return saturate(parameter, self.dtype).float()
 
     def nearest(self, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        """x `(..., G)` on the grid of its group's `(..., 1)` parameters."""
-        flat = tuple(part.reshape(-1, 1) for part in parameters)
-        grid = self.grid(flat, x.shape[-1])
-        rows = x.reshape(-1, x.shape[-1])
-        return grid.value(grid.round(rows)).reshape(x.shape)
+        """Lanes x `(G, N)` on the grid of its group's `(N,)` parameters."""
+        step, base = parameters[0], parameters[1] if self.zero == "float" else None
+        low = 0 if self.zero == "float" else -(1 << (self.bits - 1))
+        level = (x if base is None else x - base).mul(inverse(step)).round_().clamp_(low, low + self.top)
+        return level.mul_(step) if base is None else level.mul_(step).add_(base)
 
     def fit_symmetric(
         self, x: torch.Tensor, weight: torch.Tensor | None, search: bool
@@ -94,33 +95,41 @@ class Affine(Format):
         The search takes the affine fit and its neighbouring zeros, each refitted, and the two zeros
         in the middle; on normal weights it comes within 0.3 % of the error of trying every zero.
         """
-        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-        options = [self.with_zero((high - low) / self.top, low)]
-        if not search:
-            return options[0]
-        for step, zero in (options[0], self.with_zero(*fit_affine(x, weight, self.top))):
-            for move in (-1, 0, 1):
-                once = self.refit(x, weight, step, (zero + move).clamp(0, self.top))
-                options += [once, self.refit(x, weight, *once)]
-        half = 1 << (self.bits - 1)
-        for middle in (half, half - 1):
-            step = fit_symmetric(x, weight, -middle, self.top - middle, signed=False)
-            options.append((self.stored(step), torch.full_like(step, middle)))
-        return choose(x, weight, options, self.nearest)
+        low, high = x.amin(-1).clamp(max=0).flatten(), x.amax(-1).clamp(min=0).flatten()
+        plain = self.with_zero((high - low) / self.top, low)
+        choice = Choice(lanes(x), None if weight is None else lanes(weight))
+        choice.offer(plain, self.levels(choice.x, *plain).mul_(plain[0]))
+        if search:
+            for step, zero in (plain, self.with_zero(*map(torch.flatten, fit_affine(x, weight, self.top)))):
+                for move in (-1, 0, 1):
+                    self.alternate(choice, step, (zero + move).clamp(0, self.top))
+            half = 1 << (self.bits - 1)
+            for middle in (half, half - 1):
+                step = fit_symmetric(x, weight, -middle, self.top - middle, signed=False).flatten()
+                option = self.stored(step), torch.full_like(step, middle)
+                choice.offer(option, self.levels(choice.x, *option).mul_(option[0]))
+        return tuple(part.reshape(x.shape[:-1]) for part in choice.best)
 
     def with_zero(self, step: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         step = self.stored(step)
         return step, torch.round(-base * inverse(step)).clamp(0, self.top)
 
-    def refit(
-        self, x: torch.Tensor, weight: torch.Tensor | None, step: torch.Tensor, zero: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The least-squares scale of the codes that (step, zero) gives, for the same zero."""
-        code = torch.round(x * inverse(step)[..., None]) + zero[..., None]
-        q = code.clamp(0, self.top) - zero[..., None]
-        wq = q if weight is None else q * weight
-        cross, square = (ordered_sum(lanes(part)).reshape(step.shape) for part in (wq * x, wq * q))
-        return self.stored(torch.where(square > 0, cross / square, step)), zero
+    def levels(self, x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Lanes x `(G, N)` -> code - zero of each weight."""
+        return (x * inverse(step)).round_().add_(zero).clamp_(0, self.top).sub_(zero)
+
+    def alternate(self, choice: Choice, step: torch.Tensor, zero: torch.Tensor) -> None:
+        """Offer the least-squares scale of the codes that (step, zero) gives, and that of its own codes."""
+        x, weight = choice.x, choice.weight
+        q, terms = self.levels(x, step, zero), x.new_empty(x.shape[0], 2, x.shape[1])
+        for _ in range(2):
+            wq = q if weight is None else torch.mul(q, weight, out=terms[:, 1])
+            torch.mul(wq, x, out=terms[:, 0])
+            torch.mul(wq, q, out=terms[:, 1])
+            cross, square = ordered_sum(terms)
+            step = self.stored(torch.where(square > 0, cross / square, step))
+            q = self.levels(x, step, zero)
+            choice.offer((step, zero), q * step)
 
     def fit_minimum(
         self, x: torch.Tensor, weight: torch.Tensor | None, search: bool
@@ -139,14 +148,14 @@ class Affine(Format):
             planes["minimum"] = saturate(grid.base, self.dtype)
         return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
-    def decode(self, q: QTensor) -> torch.Tensor:
+    def unpack(self, q: QTensor) -> tuple[AffineGrid, torch.Tensor]:
         scale = q.planes["scale"].float()
         parameters: tuple[torch.Tensor, ...] = (scale,)
         if self.zero == "int":
             parameters += (unpack(q.planes["zero"], self.zero_bits, scale.shape[1]).float(),)
         elif self.zero == "float":
             parameters += (q.planes["minimum"].float(),)
-        return self.grid(parameters, q.shape[1]).value(unpack(q.planes["codes"], self.bits, q.shape[1]))
+        return self.grid(parameters, q.shape[1]), unpack(q.planes["codes"], self.bits, q.shape[1])
 
 
 GRAMMAR = re.compile(

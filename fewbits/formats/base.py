@@ -30,7 +30,18 @@ CHUNK = 2**20
 
 
 class Grid(ABC):
-    """The representable values of one weight once its block parameters are chosen."""
+    """The representable values of one weight once its block parameters are chosen.
+
+    Every grid is linear in the parameters of its groups of columns:
+
+        value = step * level(code) + base        step, base (n, g): one for each row and group
+
+    (an integer zero point is part of the level), which is what refitting in closed form needs.
+    Evaluated in f32 in this order it is `value` bit for bit. Group j covers the columns j * group to
+    (j + 1) * group - 1; the last may be shorter.
+    """
+
+    group: int
 
     @abstractmethod
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
@@ -39,6 +50,33 @@ class Grid(ABC):
     @abstractmethod
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """`(n, c)` codes -> `(n, c)` f32: exactly what `decode` will give for them."""
+
+    @abstractmethod
+    def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        """`(n, c)` codes -> `(n, c)` f32: the value before step and base."""
+
+    @abstractmethod
+    def groups(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """-> step `(n, g)` and base `(n, g)` or None, f32."""
+
+    @abstractmethod
+    def refitted(
+        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+    ) -> Grid:
+        """The grid of the same kind whose groups come nearest to step and base `(n, g)`, as it can store
+        them. base is None where `groups` has none. weight `(n, g)`: how much the error of each group
+        counts where several share a parameter. A plain float type has none and returns itself."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The continuous numbers behind steps and bases, as stored (f16 scales; d and dmin of a K block).
+
+        Each is `(rows, entries)` f32; empty where scales are powers of two or there are none."""
+
+    @abstractmethod
+    def replaced(self, parameters: dict[str, torch.Tensor]) -> Grid:
+        """The same grid with other parameters, not rounded to what is stored (`pack` rounds them).
+        `value` of it is differentiable with respect to them."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +140,25 @@ class Format(ABC):
         """`(n, k)` codes -> QTensor."""
 
     @abstractmethod
+    def unpack(self, q: QTensor) -> tuple[Any, torch.Tensor]:
+        """QTensor -> (Grid, codes `(n, k)`): the inverse of `pack`."""
+
     def decode(self, q: QTensor) -> torch.Tensor:
         """QTensor -> `(n, k)` f32."""
+        grid, codes = self.unpack(q)
+        return grid.value(codes)
+
+    def atom(self, k: int) -> int | None:
+        """How many columns can be fitted and packed alone: the widest cell of any plane. None where a
+        plane has cells of whole rows, of several rows, or of the flattened tensor; then the grid of the
+        whole weight must be fitted first."""
+        widths = []
+        for plane in self.planes:
+            if plane.flat is not None or plane.rows != 1 or plane.columns is None:
+                return None
+            widths.append(plane.columns)
+        width = math.lcm(self.block, *widths)
+        return width if k % width == 0 else None
 
     def encode(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> QTensor:
         """`(n, k)` float -> QTensor: fit, round and pack, a few rows at a time where they stand alone."""

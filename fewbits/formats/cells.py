@@ -27,11 +27,15 @@ class Cells:
     columns: int | None
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`(n, k)` -> `(down, across, rows * columns)`; a short last cell repeats its last row and column."""
+        """`(n, k)` -> `(down, across, rows * columns)`; a short last cell repeats its last row and column.
+
+        The weights of a cell are strided in memory, so that `lanes` of the result is no copy.
+        """
         rows, columns = self.rows or x.shape[0], self.columns or x.shape[1]
         down, across = ceil(x.shape[0] / rows), ceil(x.shape[1] / columns)
         x = _stretch(_stretch(x, down * rows, 0), across * columns, 1)
-        return x.reshape(down, rows, across, columns).transpose(1, 2).flatten(2)
+        cells = x.reshape(down, rows, across, columns).permute(1, 3, 0, 2).contiguous()
+        return cells.reshape(rows * columns, down, across).permute(1, 2, 0)
 
     def importance(self, importance: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
         """`(k,)` or `(n, k)` -> the weight of each gathered square, at most 1; None if all count alike.
@@ -43,22 +47,14 @@ class Cells:
         importance = checked_importance(importance, n, k)
         if importance is None and n % rows == 0 and k % columns == 0:
             return None
-        inside = torch.zeros(ceil(n / rows) * rows, ceil(k / columns) * columns)
-        inside[:n, :k] = 1.0
-        even = self.gather(inside)
+        inside = torch.ones(1 if rows == 1 else n, k)  # one row stands for all where rows stand alone
+        even = self.gather(pad(inside, rows, columns))
         if importance is None:
-            return even
-        padded = torch.zeros_like(inside)
-        padded[:n, :k] = importance
-        weight = self.gather(padded)
+            return even.expand(ceil(n / rows), -1, -1)
+        counts = importance.expand(n, k) if importance.ndim == 2 else importance.expand_as(inside)
+        weight = self.gather(pad(counts, rows, columns))
         weight = torch.where(weight.amax(-1, keepdim=True) > 0, weight, even)
-        return weight / weight.amax(-1, keepdim=True)
-
-    def over_rows(self, parameter: torch.Tensor, n: int) -> torch.Tensor:
-        """`(down, g)` -> `(n, g)`, or `(1, g)` where one row of parameters serves all."""
-        if self.rows in (None, 1):
-            return parameter
-        return parameter.repeat_interleave(self.rows, 0)[:n]
+        return (weight / weight.amax(-1, keepdim=True)).expand(ceil(n / rows), -1, -1)
 
 
 def choose(
@@ -69,21 +65,37 @@ def choose(
 ) -> tuple[torch.Tensor, ...]:
     """Per group, the option of least (weighted) squared error; the first of equal ones.
 
-    x: `(..., G)`. Each option is a tuple of `(...)` parameters and `value(x, *option)` what x becomes
-    under it: storing parameters in few bits moves them, so a fit is judged after they are stored.
+    x: `(..., G)`. Each option is a tuple of `(...)` parameters. `value(lanes(x), *option)`, the option
+    as `(N,)`, is what x becomes under it, in fresh memory: storing parameters in few bits moves them,
+    so a fit is judged after they are stored.
     """
-    best = [part.clone() for part in options[0]]
-    least = None
+    shape, x = x.shape[:-1], lanes(x)
+    choice = Choice(x, None if weight is None else lanes(weight))
     for option in options:
-        error = (value(x, *(part[..., None] for part in option)) - x).square()
-        total = ordered_sum(lanes(error if weight is None else error * weight)).reshape(x.shape[:-1])
-        if least is None:
-            least = total
-            continue
-        better = total < least
-        least = torch.where(better, total, least)
-        best = [torch.where(better, new, old) for new, old in zip(option, best, strict=True)]
-    return tuple(best)
+        flat = tuple(part.reshape(-1) for part in option)
+        choice.offer(flat, value(x, *flat))
+    return tuple(part.reshape(shape) for part in choice.best)
+
+
+class Choice:
+    """The best option so far for each group: lanes x `(G, N)`, options of `(N,)` parameters."""
+
+    def __init__(self, x: torch.Tensor, weight: torch.Tensor | None):
+        self.x, self.weight = x, weight
+        self.best: tuple[torch.Tensor, ...] = ()
+        self.least = torch.empty(0)
+
+    def offer(self, option: tuple[torch.Tensor, ...], value: torch.Tensor) -> None:
+        """value `(G, N)`: what x becomes under the option; overwritten."""
+        error = value.sub_(self.x).square_()
+        total = ordered_sum(error if self.weight is None else error.mul_(self.weight))
+        if not self.best:
+            self.best, self.least = option, total
+            return
+        better = total < self.least
+        self.least = torch.where(better, total, self.least)
+        pairs = zip(option, self.best, strict=True)
+        self.best = tuple(torch.where(better, new, old) for new, old in pairs)
 
 
 def tries(search: bool) -> tuple[bool, ...]:
@@ -91,10 +103,9 @@ def tries(search: bool) -> tuple[bool, ...]:
     return (False, True) if search else (False,)
 
 
-def saturate(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """f32 -> dtype, ties to even; what overflows becomes the largest finite value."""
-    largest = torch.finfo(dtype).max
-    return x.clamp(-largest, largest).to(dtype)
+def pad(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`(n, k)` -> zeros to whole cells."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
 
 
 def _stretch(x: torch.Tensor, size: int, axis: int) -> torch.Tensor:

@@ -20,17 +20,17 @@ Quantization (arXiv 2110.02861), section 2.1, for the dynamic map; Lloyd (1982) 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 
 from ..pack import pack, unpack
 from ..qtensor import Plane, QTensor
-from .base import FLOATS, FORMATS, Format
-from .cells import Cells, choose, saturate
+from .base import FLOATS, FORMATS, Format, Grid
+from .cells import Cells, choose
 from .floats import Element
-from .grids import TableGrid
+from .grids import mean_over_rows, saturate
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
 from .search import inverse
 
@@ -80,6 +80,32 @@ class NestedGrid(LevelGrid):
     nested_absmax: torch.Tensor
     offset: torch.Tensor
 
+    def coded(self, codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> NestedGrid:
+        scale = nested_scale(codes, nested, offset)
+        return replace(self, scale=scale, absmax_codes=codes, nested_absmax=nested, offset=offset)
+
+    def refitted(
+        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+    ) -> NestedGrid:
+        """The better of two: codes anew under the old nested absmax and offset, or all three anew."""
+        weight = torch.ones_like(step) if weight is None else weight
+
+        def error(grid: NestedGrid) -> torch.Tensor:
+            return (grid.scale - step).square() * weight
+
+        fresh = self.coded(*nest(step))
+        codes = nested_codes(step, self.nested_absmax, self.offset)
+        moved = self.coded(codes, self.nested_absmax, self.offset)
+        codes = torch.where(error(moved) < error(self), codes, self.absmax_codes)
+        moved = self.coded(codes, self.nested_absmax, self.offset)
+        return min(moved, fresh, key=lambda grid: float(error(grid).sum(dtype=torch.float64)))
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {"nested_absmax": self.nested_absmax[None], "offset": self.offset}
+
+    def replaced(self, parameters: dict[str, torch.Tensor]) -> NestedGrid:
+        return self.coded(self.absmax_codes, parameters["nested_absmax"][0], parameters["offset"])
+
 
 @dataclass(frozen=True)
 class DoubleQuantized(ScaledLevels):
@@ -87,19 +113,14 @@ class DoubleQuantized(ScaledLevels):
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> NestedGrid:
         """The rule of bitsandbytes; the search also tries both neighbours of each scale's code."""
-        absmax = super().fit(w, importance, search).scale
-        offset = absmax.double().mean().float().reshape(1, 1)
-        flat = (absmax - offset).flatten()
-        blocks = Cells(1, NESTED_BLOCK).gather(flat[None])[0]
-        nested = blocks.abs().amax(-1)
-        codes = DYNAMIC.round(flat * inverse(per_scale(nested, flat.numel()))).reshape(absmax.shape)
+        codes, nested, offset = nest(super().fit(w, importance, search).scale)
         if search:
             x, weight = self.cells.gather(w), self.cells.importance(importance, w.shape)
             options = [((codes.int() + move).clamp(0, 255),) for move in (0, 1, -1)]
-            scaled = per_scale(nested, flat.numel()).reshape(*absmax.shape, 1)
+            scaled = per_scale(nested, codes.numel())
 
             def nearest(x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-                return self.nearest(x, DYNAMIC.values[code.long()] * scaled + offset)
+                return self.nearest(x, DYNAMIC.values[code.long()] * scaled + offset[0])
 
             codes = choose(x, weight, options, nearest)[0].to(torch.uint8)
         return self.nested_grid(codes, nested, offset, w.shape[1])
@@ -110,8 +131,8 @@ class DoubleQuantized(ScaledLevels):
     def nested_grid(
         self, codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor, k: int
     ) -> NestedGrid:
-        scale = DYNAMIC.values[codes.long()] * per_scale(nested, codes.numel()).reshape(codes.shape) + offset
-        return NestedGrid(scale, self.levels, NORMAL_BLOCK, k, codes, nested, offset)
+        shared = (self.levels, NORMAL_BLOCK, k, 1, torch.float32)
+        return NestedGrid(nested_scale(codes, nested, offset), *shared, codes, nested, offset)
 
     def pack(self, grid: LevelGrid, codes: torch.Tensor) -> QTensor:
         assert isinstance(grid, NestedGrid)
@@ -123,15 +144,72 @@ class DoubleQuantized(ScaledLevels):
         }
         return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
-    def decode(self, q: QTensor) -> torch.Tensor:
+    def unpack(self, q: QTensor) -> tuple[NestedGrid, torch.Tensor]:
         codes, absmax, nested, offset = (q.planes[plane.name] for plane in self.planes)
         grid = self.nested_grid(absmax, nested, offset, q.shape[1])
-        return grid.value(unpack(codes, self.bits, q.shape[1], self.order))
+        return grid, unpack(codes, self.bits, q.shape[1], self.order)
+
+
+def nest(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(n, g)` absmax -> their codes `(n, g)` u8, the nested absmax `(blocks,)` and the offset `(1, 1)`."""
+    offset = absmax.double().mean().float().reshape(1, 1)
+    blocks = Cells(1, NESTED_BLOCK).gather((absmax - offset).reshape(1, -1))[0]
+    nested = blocks.abs().amax(-1)
+    return nested_codes(absmax, nested, offset), nested, offset
+
+
+def nested_codes(absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    flat = (absmax - offset).flatten()
+    return DYNAMIC.round(flat * inverse(per_scale(nested, flat.numel()))).reshape(absmax.shape)
+
+
+def nested_scale(codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    return DYNAMIC.values[codes.long()] * per_scale(nested, codes.numel()).reshape(codes.shape) + offset
 
 
 def per_scale(nested: torch.Tensor, count: int) -> torch.Tensor:
     """`(blocks,)` -> `(count,)`: the nested absmax of each absmax."""
     return nested.repeat_interleave(NESTED_BLOCK)[:count]
+
+
+@dataclass(frozen=True)
+class LearnedGrid(Grid):
+    """value = table[code]: sorted levels `(n, L)`, or `(1, L)` for all rows, stored as f16."""
+
+    table: torch.Tensor
+    group: int
+
+    @cached_property
+    def boundaries(self) -> torch.Tensor:
+        return ((self.table[:, 1:] + self.table[:, :-1]) * 0.5).contiguous()
+
+    def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        w = w.contiguous()
+        if self.table.shape[0] == 1:
+            return torch.bucketize(w, self.boundaries[0], right=True).to(torch.uint8)
+        return torch.searchsorted(self.boundaries, w, right=True).to(torch.uint8)
+
+    def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return self.table.expand(codes.shape[0], -1).gather(1, codes.long())
+
+    def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return self.value(codes)
+
+    def groups(self, n: int) -> tuple[torch.Tensor, None]:
+        return torch.ones(n, 1), None
+
+    def refitted(
+        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+    ) -> LearnedGrid:
+        rows = 1 if self.table.shape[0] == step.shape[0] else None
+        table = self.table * mean_over_rows(step.clamp(min=0), rows, weight)
+        return replace(self, table=saturate(table, torch.float16).float())
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {"table": self.table}
+
+    def replaced(self, parameters: dict[str, torch.Tensor]) -> LearnedGrid:
+        return replace(self, table=parameters["table"])
 
 
 @dataclass(frozen=True)
@@ -141,13 +219,15 @@ class KMeans(Format):
     bits: int
     cells: Cells
 
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> TableGrid:
+    def fit(
+        self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
+    ) -> LearnedGrid:
         """Without search, levels spread evenly from the least to the largest weight of the cell.
 
         With it, Lloyd from there and from the quantiles; per cell the better one stays. Needs about
         50 bytes a weight of a cell.
         """
-        x, weight = self.cells.gather(w)[:, 0], self.cells.importance(importance, w.shape)
+        x, weight = self.cells.gather(w)[:, 0].contiguous(), self.cells.importance(importance, w.shape)
         chunk = max(1, (1 << 20) // x.shape[1])
         tables = [
             fit_levels(
@@ -158,23 +238,15 @@ class KMeans(Format):
             )
             for row in range(0, x.shape[0], chunk)
         ]
-        return self.grid(torch.cat(tables), w.shape[1])
+        return LearnedGrid(torch.cat(tables), w.shape[1])
 
-    def grid(self, table: torch.Tensor, k: int) -> TableGrid:
-        one = torch.ones(1, 1)
-        table = table.float()
-        codes = torch.arange(1 << self.bits, dtype=torch.uint8)
-        return TableGrid(one, table if self.cells.rows else table[0], codes, k, k)
+    def pack(self, grid: LearnedGrid, codes: torch.Tensor) -> QTensor:
+        planes = {"codes": pack(codes, self.bits), "table": saturate(grid.table, torch.float16)}
+        return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
-    def pack(self, grid: TableGrid, codes: torch.Tensor) -> QTensor:
-        table = saturate(grid.table, torch.float16).reshape(-1, 1 << self.bits)
-        return QTensor(
-            self, (codes.shape[0], codes.shape[1]), {"codes": pack(codes, self.bits), "table": table}
-        )
-
-    def decode(self, q: QTensor) -> torch.Tensor:
-        grid = self.grid(q.planes["table"], q.shape[1])
-        return grid.value(unpack(q.planes["codes"], self.bits, q.shape[1]))
+    def unpack(self, q: QTensor) -> tuple[LearnedGrid, torch.Tensor]:
+        grid = LearnedGrid(q.planes["table"].float(), q.shape[1])
+        return grid, unpack(q.planes["codes"], self.bits, q.shape[1])
 
 
 def fit_levels(x: torch.Tensor, weight: torch.Tensor, count: int, search: bool) -> torch.Tensor:

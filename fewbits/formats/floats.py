@@ -25,7 +25,7 @@ sections 5 and 6; NVIDIA's NVFP4 as in TensorRT Model Optimizer. Codes of 4 and 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import floor, log2
 from typing import ClassVar
@@ -36,7 +36,8 @@ from ..errors import FormatError
 from ..pack import pack, unpack
 from ..qtensor import Plane, QTensor
 from .base import FLOATS, FORMATS, Format, Grid, checked_importance
-from .cells import Cells, choose, saturate
+from .cells import Cells, choose
+from .grids import saturate
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
 from .search import fit_table, inverse
 
@@ -91,8 +92,15 @@ ELEMENTS = {
     )
 }
 
+SCALES = ELEMENTS["e4m3"].levels  # of the block scales of NVFP4
 # Value of each E8M0 code, OCP MX v1.0 section 5.4.1: no sign, no zero, 255 is NaN.
 E8M0 = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [torch.nan], dtype=torch.float32)
+
+
+def nearest_exponent(step: torch.Tensor) -> torch.Tensor:
+    """f32 -> int32: e of the nearest 2^e, the lower one of two; the least of f32 where step <= 0."""
+    mantissa, exponent = torch.frexp(step)
+    return torch.where(step > 0, exponent - (mantissa <= 0.75).int(), -149)
 
 
 @dataclass(frozen=True)
@@ -100,12 +108,30 @@ class CastGrid(Grid):
     """The values of a torch float type; its codes are the numbers themselves."""
 
     dtype: torch.dtype
+    group: int
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         return saturate(w, self.dtype)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         return codes.float()
+
+    def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return codes.float()
+
+    def groups(self, n: int) -> tuple[torch.Tensor, None]:
+        return torch.ones(n, 1), None
+
+    def refitted(
+        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+    ) -> CastGrid:
+        return self
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def replaced(self, parameters: dict[str, torch.Tensor]) -> CastGrid:
+        return self
 
 
 @dataclass(frozen=True)
@@ -126,13 +152,32 @@ class Cast(Format):
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> Grid:
         checked_importance(importance, *w.shape)
-        return CastGrid(self.dtype)
+        return CastGrid(self.dtype, w.shape[1])
 
     def pack(self, grid: CastGrid, codes: torch.Tensor) -> QTensor:
         return QTensor(self, (codes.shape[0], codes.shape[1]), {"values": codes})
 
-    def decode(self, q: QTensor) -> torch.Tensor:
-        return CastGrid(self.dtype).value(q.planes["values"])
+    def unpack(self, q: QTensor) -> tuple[CastGrid, torch.Tensor]:
+        return CastGrid(self.dtype, q.shape[1]), q.planes["values"]
+
+
+@dataclass(frozen=True)
+class PowerGrid(LevelGrid):
+    """A LevelGrid whose scales are powers of two, the largest with exponent `exponent_max`."""
+
+    exponent_max: int
+
+    def refitted(
+        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+    ) -> PowerGrid:
+        exponent = nearest_exponent(step).clamp(-127, self.exponent_max)
+        return replace(self, scale=E8M0[exponent + 127])
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def replaced(self, parameters: dict[str, torch.Tensor]) -> PowerGrid:
+        return self
 
 
 @dataclass(frozen=True)
@@ -146,26 +191,33 @@ class Microscaling(Format):
         cells = Cells(1, self.block)
         x, weight = cells.gather(w), cells.importance(importance, w.shape)
         rule = torch.frexp(x.abs().amax(-1)).exponent - 1 - self.element.exponent_max
-        # Above the upper limit the largest element would overflow f32.
         options = [
-            (E8M0[(rule + move).clamp(-127, 127 - self.element.exponent_max) + 127],)
+            (E8M0[(rule + move).clamp(-127, self.scale_exponent_max) + 127],)
             for move in ((0, 1, -1) if search else (0,))
         ]
         levels = self.element.levels
-        (scale,) = choose(x, weight, options, lambda x, s: s * levels.values[levels.round(x / s).long()])
-        return LevelGrid(scale, levels, self.block, w.shape[1])
+        (scale,) = choose(x, weight, options, lambda x, scale: levels.nearest(x / scale).mul_(scale))
+        return self.grid(scale, w.shape[1])
 
-    def pack(self, grid: LevelGrid, codes: torch.Tensor) -> QTensor:
+    @property
+    def scale_exponent_max(self) -> int:
+        """Above it the largest element would overflow f32."""
+        return 127 - self.element.exponent_max
+
+    def grid(self, scale: torch.Tensor, k: int) -> PowerGrid:
+        levels, dtype = self.element.levels, torch.float32
+        return PowerGrid(scale, levels, self.block, k, 1, dtype, self.scale_exponent_max)
+
+    def pack(self, grid: PowerGrid, codes: torch.Tensor) -> QTensor:
         planes = {
             "codes": pack(codes, self.element.bits),
             "scale": torch.searchsorted(E8M0[:255], grid.scale).to(torch.uint8),
         }
         return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
-    def decode(self, q: QTensor) -> torch.Tensor:
+    def unpack(self, q: QTensor) -> tuple[PowerGrid, torch.Tensor]:
         codes = unpack(q.planes["codes"], self.element.bits, q.shape[1])
-        grid = LevelGrid(E8M0[q.planes["scale"].long()], self.element.levels, self.block, q.shape[1])
-        return grid.value(codes)
+        return self.grid(E8M0[q.planes["scale"].long()], q.shape[1]), codes
 
 
 @dataclass(frozen=True)
@@ -174,6 +226,26 @@ class TwoLevelGrid(LevelGrid):
 
     scale_codes: torch.Tensor
     global_scale: torch.Tensor
+
+    def coded(self, scale_codes: torch.Tensor, global_scale: torch.Tensor) -> TwoLevelGrid:
+        scale = global_scale * SCALES.values[scale_codes.long()]
+        return replace(self, scale=scale, scale_codes=scale_codes, global_scale=global_scale)
+
+    def refitted(
+        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+    ) -> TwoLevelGrid:
+        """The global scale stays unless a step would overflow it."""
+        top, widest = float(SCALES.sorted[-1]), step.amax()
+        grows = widest > top * self.global_scale
+        global_scale = torch.where(grows, widest / top, self.global_scale)
+        codes = SCALES.round(step.clamp(min=0) * inverse(global_scale))
+        return self.coded(codes, global_scale)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {"global_scale": self.global_scale}
+
+    def replaced(self, parameters: dict[str, torch.Tensor]) -> TwoLevelGrid:
+        return self.coded(self.scale_codes, parameters["global_scale"])
 
 
 @dataclass(frozen=True)
@@ -185,39 +257,40 @@ class NVFP4(Format):
 
         The search adds the best scale of each block and the neighbours of both in e4m3.
         """
-        element, scales = ELEMENTS["e2m1"].levels, ELEMENTS["e4m3"].levels
+        element = ELEMENTS["e2m1"].levels
         cells = Cells(1, self.block)
         x, weight = cells.gather(w), cells.importance(importance, w.shape)
         rule = fit_table(x, weight, element.sorted, search=False, signed=False)
-        top = float(scales.sorted[-1])
+        top = float(SCALES.sorted[-1])
         global_scale = (rule.amax() / top).reshape(1, 1)
         steps = [rule]
         if search:
             steps.append(fit_table(x, weight, element.sorted, signed=False))
         options = [
-            ((scales.round(step * inverse(global_scale)).int() + move).clamp(0, 126),)
+            ((SCALES.round(step * inverse(global_scale)).int() + move).clamp(0, 126),)
             for step in steps
             for move in ((0, 1, -1) if search else (0,))
         ]
 
         def nearest(x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-            scale = global_scale * scales.values[code.long()]
-            return scale * element.values[element.round(x * inverse(scale)).long()]
+            scale = global_scale[0] * SCALES.values[code.long()]
+            return element.nearest(x * inverse(scale)).mul_(scale)
 
         (codes,) = choose(x, weight, options, nearest)
         return self.grid(codes.to(torch.uint8), global_scale, w.shape[1])
 
     def grid(self, scale_codes: torch.Tensor, global_scale: torch.Tensor, k: int) -> TwoLevelGrid:
-        scale = global_scale * ELEMENTS["e4m3"].levels.values[scale_codes.long()]
-        return TwoLevelGrid(scale, ELEMENTS["e2m1"].levels, self.block, k, scale_codes, global_scale)
+        scale = global_scale * SCALES.values[scale_codes.long()]
+        shared = (ELEMENTS["e2m1"].levels, self.block, k, 1, torch.float32)
+        return TwoLevelGrid(scale, *shared, scale_codes, global_scale)
 
     def pack(self, grid: TwoLevelGrid, codes: torch.Tensor) -> QTensor:
         planes = {"codes": pack(codes, 4), "scale": grid.scale_codes, "global_scale": grid.global_scale}
         return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
-    def decode(self, q: QTensor) -> torch.Tensor:
+    def unpack(self, q: QTensor) -> tuple[TwoLevelGrid, torch.Tensor]:
         grid = self.grid(q.planes["scale"], q.planes["global_scale"], q.shape[1])
-        return grid.value(unpack(q.planes["codes"], 4, q.shape[1]))
+        return grid, unpack(q.planes["codes"], 4, q.shape[1])
 
 
 GRAMMAR = re.compile(

@@ -28,7 +28,7 @@ import torch
 from .. import core
 from ..qtensor import Plane, QTensor
 from .base import FORMATS, Distortion, Format, Grid, checked_importance
-from .ggml_fit import exponent_step, fit_values
+from .ggml_fit import exponent_step, fit_values, refit_values
 from .ggml_layout import Field, Half, Runs, ScaleMin4, ScaleMin6, Ternary, Values
 from .grids import AffineGrid, TableGrid
 
@@ -43,14 +43,45 @@ _SUFFIX = "_ggml"
 class GgmlGrid(Grid):
     """A grid of blocks: the coded parameters (`values`), and the grid of values that they mean."""
 
+    format: Ggml
     values: Values = field(repr=False)
     meaning: AffineGrid | TableGrid
+    group: int
+
+    @property
+    def _rows(self) -> int:
+        parameter = self.meaning.step if isinstance(self.meaning, AffineGrid) else self.meaning.scale
+        return parameter.shape[0]
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         return self.meaning.round(w, columns)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         return self.meaning.value(codes, columns)
+
+    def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return self.meaning.level(codes, columns)
+
+    def groups(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.meaning.groups(n)
+
+    def refitted(
+        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+    ) -> GgmlGrid:
+        """Two-level types: `refit_values`."""
+        shape = -1, self.format.block // self.group
+        parts = [None if part is None else part.reshape(shape) for part in (step, base, weight)]
+        assert parts[0] is not None
+        values = refit_values(self.format, self.values, parts[0], parts[1], parts[2])
+        return self.format.grid(values, step.shape[0], self.meaning.k)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        n = self._rows
+        return {name: self.values[name].reshape(n, -1) for name in ("d", "m", "dmin") if name in self.values}
+
+    def replaced(self, parameters: dict[str, torch.Tensor]) -> GgmlGrid:
+        values = {**self.values, **{name: part.reshape(-1, 1) for name, part in parameters.items()}}
+        return self.format.grid(values, self._rows, self.meaning.k)
 
 
 @dataclass(frozen=True)
@@ -80,13 +111,22 @@ class Ggml(Format):
         return self.name.removesuffix(_SUFFIX)
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> GgmlGrid:
+        n, k = w.shape
+        if core.available() and w.device.type == "cpu":
+            return self.grid(self.values(self.encode(w, importance, search)), n, k)
+        return self.fit_twin(w, importance, search)
+
+    def fit_twin(
+        self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
+    ) -> GgmlGrid:
+        """`fit` in plain torch, whether or not the C++ core is there."""
         self.check(w)
         n, k = w.shape
         x = w.float().reshape(-1, self.block // self.group, self.group)
         weight = checked_importance(importance, n, k)
         if weight is not None:
             weight = weight.expand(n, k).reshape(x.shape)
-        return self._grid(fit_values(self, x, weight, search), n, k)
+        return self.grid(fit_values(self, x, weight, search), n, k)
 
     def pack(self, grid: GgmlGrid, codes: torch.Tensor) -> QTensor:
         n, k = codes.shape
@@ -118,26 +158,31 @@ class Ggml(Format):
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> QTensor:
         """`encode` in plain torch, whether or not the C++ core is there."""
-        return super().encode(w, importance, search)
+        grid = self.fit_twin(w, importance, search)
+        return self.pack(grid, grid.round(w.float()))
 
     def decode_twin(self, q: QTensor) -> torch.Tensor:
         """`decode` in plain torch, whether or not the C++ core is there."""
-        n, k = q.shape
-        values = self.unpack(q)
-        codes = values.pop("code").reshape(n, k).to(torch.uint8)
-        return self._grid(values, n, k).value(codes)
+        return super().decode(q)
 
-    def unpack(self, q: QTensor) -> Values:
-        """-> `code` (blocks, block) int32 and the block parameters."""
+    def unpack(self, q: QTensor) -> tuple[GgmlGrid, torch.Tensor]:
+        n, k = q.shape
+        values = self.values(q, codes=True)
+        codes = values.pop("code").reshape(n, k).to(torch.uint8)
+        return self.grid(values, n, k), codes
+
+    def values(self, q: QTensor, codes: bool = False) -> Values:
+        """-> the block parameters, `(blocks, entries)`; with codes also `code` (blocks, block) int32."""
         counts = {"code": self.block, "scale": self.block // self.group, "exponent": 1}
         data = q.planes["blocks"].reshape(-1, self.planes[0].entries)
         sizes = [part.nbytes(counts) for part in self.fields]
         values: Values = {}
         for part, piece in zip(self.fields, data.split(sizes, 1), strict=True):
-            part.unpack(piece, values)
+            if codes or part.name != "code":
+                part.unpack(piece, values)
         return values
 
-    def _grid(self, values: Values, n: int, k: int) -> GgmlGrid:
+    def grid(self, values: Values, n: int, k: int) -> GgmlGrid:
         step, base = group_parameters(self, values)
         rows = n, k // self.group
         meaning: AffineGrid | TableGrid
@@ -146,7 +191,7 @@ class Ggml(Format):
         else:
             shift = None if base is None else base.reshape(rows)
             meaning = AffineGrid(step.reshape(rows), shift, self.zero, self.top, self.group, k)
-        return GgmlGrid(values, meaning)
+        return GgmlGrid(self, values, meaning, self.group)
 
 
 def group_parameters(fmt: Ggml, values: Values) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -4,6 +4,8 @@
                                ->  d, dmin in f16, scale and minimum in small integers
                                ->  d, dmin, scale, minimum again, for the codes that they led to
 
+`refit_values` does the second step for steps and bases that come from elsewhere.
+
 Twin of csrc/ggml_encode.h, equal to it bit for bit: the same operations in the same order.
 """
 
@@ -180,3 +182,98 @@ def fit_exponent(fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search
         better = score > best
         best, chosen = torch.where(better, score, best), torch.where(better, candidate, chosen)
     return {"exponent": chosen[:, None]}
+
+
+def refit_values(
+    fmt: Ggml, old: Values, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None
+) -> Values:
+    """Group steps and bases `(blocks, groups)` -> the coded parameters that come nearest to them.
+
+    Two-level types choose d, dmin and the small integers of a block together, and keep the old ones
+    where no others are nearer. weight `(blocks, groups)`: how much the error of each group counts.
+    """
+    if "exponent" in old:
+        mantissa, exponent = torch.frexp(step)
+        exponent = exponent - (mantissa <= 0.75).int() + 128
+        return {"exponent": torch.where(step > 0, exponent, 0).clamp(0, 254)}
+    if fmt.scale_range is None:
+        d = to_half(step)
+        return {"d": d} if base is None else {"d": d, "m": to_half(base + (step - d) * (fmt.top / 2))}
+    weight = torch.ones_like(step) if weight is None else weight
+    lo, hi = fmt.scale_range
+    if base is None:
+        return recode_steps(old, step, weight, lo, hi)
+    return recode_lines(old, (step, base), weight, hi, fmt.top)
+
+
+# Starts of the search for d and dmin, in the integer that the widest group takes, as a share of the range.
+RECODE_STARTS = (1.0, 0.93)
+
+
+def recode_steps(old: Values, step: torch.Tensor, weight: torch.Tensor, lo: int, hi: int) -> Values:
+    """Steps -> f16 d and integers in [lo, hi] of least sum weight (d * integer - step)^2 per block."""
+    best_d, best = old["d"][:, 0], (old["scale"] + lo).float()
+
+    def error(d: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return ((d[:, None] * scale - step).square() * weight).sum(1)
+
+    least = error(best_d, best)
+    starts = [best_d, *(to_half(extreme(step.T) / (share * float(lo))) for share in RECODE_STARTS)]
+    for d in starts:
+        for _ in range(RECODE_ROUNDS):
+            scale = torch.clamp(torch.round(step * inverse(d)[:, None]), lo, hi)
+            up, down = (weight * scale * step).sum(1), (weight * scale * scale).sum(1)
+            d = torch.where(down > 0, to_half(up / down), d)
+            now = error(d, scale)
+            better = now < least
+            best_d, least = torch.where(better, d, best_d), torch.where(better, now, least)
+            best = torch.where(better[:, None], scale, best)
+    return {"d": best_d[:, None], "scale": best.to(torch.int32) - lo}
+
+
+def recode_lines(old: Values, line: Pair, weight: torch.Tensor, hi: int, top: int) -> Values:
+    """Steps and bases -> d, dmin and integers whose lines lie nearest over codes spread about top / 2.
+
+    The codes of a group are taken to have mean top / 2 and deviation top / 4, as those of a normal
+    weight have; so the minimum makes good at the middle what the rounded scale missed.
+    """
+    step, base = line
+    mean, square = top / 2, (top / 2) ** 2 + (top / 4) ** 2
+    moments = (
+        weight * square,
+        weight * mean,
+        weight,
+        weight * (step * square + base * mean),
+        weight * (step * mean + base),
+    )
+
+    def error(d: torch.Tensor, dmin: torch.Tensor, scale: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
+        a, b = d[:, None] * scale - step, -(dmin[:, None] * drop) - base
+        return ((a * (a * square + 2.0 * mean * b) + b * b) * weight).sum(1)
+
+    best = [old["d"][:, 0], old["dmin"][:, 0], old["scale"].float(), old["minimum"].float()]
+    least = error(*best)
+    widest, deepest = step.amax(1).clamp(min=0), (-base).amax(1).clamp(min=0)
+    starts = [(best[0], best[1])]
+    starts += [(to_half(widest / (s * hi)), to_half(deepest / (s * hi))) for s in RECODE_STARTS]
+    for d, dmin in starts:
+        scale = torch.clamp(torch.round(step * inverse(d)[:, None]), 0, hi)
+        minimum = torch.clamp(torch.round(-base * inverse(dmin)[:, None]), 0, hi)
+        for _ in range(RECODE_ROUNDS):
+            scale, minimum = recode_affine(moments, (d, dmin), (scale, minimum), hi)
+            d, dmin = refit_affine(moments, (d, dmin), (scale, minimum))
+            now = error(d, dmin, scale, minimum)
+            better = now < least
+            least = torch.where(better, now, least)
+            fresh = (d, dmin, scale, minimum)
+            best = [
+                torch.where(better if new.ndim == 1 else better[:, None], new, kept)
+                for new, kept in zip(fresh, best, strict=True)
+            ]
+    d, dmin, scale, minimum = best
+    return {
+        "d": d[:, None],
+        "dmin": dmin[:, None],
+        "scale": scale.to(torch.int32),
+        "minimum": minimum.to(torch.int32),
+    }

@@ -17,7 +17,7 @@ Every field packs `(N, entries)` int32 values of N blocks into `(N, bytes)` u8 a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -25,8 +25,10 @@ Values = dict[str, torch.Tensor]
 
 
 class Field(Protocol):
-    """One field of a block struct: some bytes that hold some bits of one named value."""
+    """One field of a block struct: some bytes that hold some bits of one named value (or of a pair)."""
 
+    @property
+    def name(self) -> str: ...
     def pack(self, values: Values) -> torch.Tensor: ...
     def unpack(self, data: torch.Tensor, values: Values) -> None: ...
     def nbytes(self, counts: dict[str, int]) -> int: ...
@@ -77,7 +79,8 @@ class Half:
     name: str
 
     def pack(self, values: Values) -> torch.Tensor:
-        return values[self.name].to(torch.float16).view(torch.uint8).reshape(-1, 2)
+        largest = torch.finfo(torch.float16).max
+        return values[self.name].clamp(-largest, largest).to(torch.float16).view(torch.uint8).reshape(-1, 2)
 
     def unpack(self, data: torch.Tensor, values: Values) -> None:
         values[self.name] = data.contiguous().view(torch.float16).float()
@@ -94,6 +97,8 @@ class ScaleMin6:
     bytes 4-7   minimum[j]   | (minimum[j+4] >> 4) << 6
     bytes 8-11  scale[j+4] & 15 | (minimum[j+4] & 15) << 4
     """
+
+    name: ClassVar[str] = "scale"
 
     def pack(self, values: Values) -> torch.Tensor:
         s, m = values["scale"], values["minimum"]
@@ -115,6 +120,8 @@ class ScaleMin6:
 class ScaleMin4:
     """One byte a group: scale in the low nibble, minimum in the high one (Q2_K)."""
 
+    name: ClassVar[str] = "scale"
+
     def pack(self, values: Values) -> torch.Tensor:
         return (values["scale"] | values["minimum"] << 4).to(torch.uint8)
 
@@ -131,6 +138,7 @@ class Ternary:
     the first digit in bits 8 and 9. Elements 0-159 lie in 32 bytes, 160-239 in 16 (five digits, runs
     of 32 and 16), 240-255 in the last 4 bytes (four digits, runs of 4)."""
 
+    name: ClassVar[str] = "code"
     parts = ((0, 160, 5, 32), (160, 240, 5, 16), (240, 256, 4, 4))
 
     def pack(self, values: Values) -> torch.Tensor:

@@ -1,30 +1,67 @@
 """The two kinds of grid: evenly spaced values, and a table of levels under a scale.
 
 Parameters are per row and per group of columns, `(n, g)`; group j covers columns j*group to
-(j+1)*group - 1. The arithmetic of `value` is exactly what decoding does, in f32.
+(j+1)*group - 1. Where cells span several rows there is one row of parameters for each of them.
+The arithmetic of `value` is exactly what decoding does, in f32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
 
 import torch
 
 from .base import Grid
-from .search import inverse, nearest
+from .intervals import lookup, pick
+from .search import inverse, middles
 
 
 def spread(parameter: torch.Tensor, group: int, columns: slice, k: int) -> torch.Tensor:
-    """`(n, g)` group parameters -> `(n, c)`, one for each of the chosen columns."""
+    """`(n, g)` group parameters -> `(n, c)`, one for each of the chosen columns; `(n, 1)` if all share it."""
     if parameter.shape[1] == 1:
         return parameter
     start, stop, stride = columns.indices(k)
-    return parameter[:, torch.arange(start, stop, stride) // group]
+    if stride > 0 and stop > start and start // group == (stop - 1) // group:
+        return parameter[:, start // group : start // group + 1]
+    return parameter[:, torch.arange(start, stop, stride, device=parameter.device) // group]
+
+
+def over_rows(parameter: torch.Tensor, rows: int | None, n: int) -> torch.Tensor:
+    """`(down, g)` -> `(n, g)`, or `(1, g)` where one row of parameters serves all."""
+    if rows in (None, 1):
+        return parameter
+    return parameter.repeat_interleave(rows, 0)[:n]
+
+
+def mean_over_rows(x: torch.Tensor, rows: int | None, weight: torch.Tensor | None) -> torch.Tensor:
+    """`(n, g)` -> `(down, g)`: the (weighted) mean of the rows that share one; of equals, the same."""
+    if rows == 1:
+        return x
+    n, g = x.shape
+    down, rows = (1, n) if rows is None else (ceil(n / rows), rows)
+    w = torch.ones_like(x) if weight is None else weight
+    wx, w = (
+        torch.nn.functional.pad(part.double(), (0, 0, 0, down * rows - n)).reshape(down, rows, g).sum(1)
+        for part in (w.double() * x, w)
+    )
+    return torch.where(w > 0, wx / w, 0.0).float()
+
+
+def saturate(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """f32 -> dtype, ties to even; what overflows becomes the largest finite value."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
 
 
 @dataclass(frozen=True)
 class AffineGrid(Grid):
-    """value = step * (code - zero) + base, code in [0, top]; base None means no addition."""
+    """value = step * (code - zero) + base, code in [0, top]; base None means no addition.
+
+    Parameters are `(n, g)`, or `(1, g)` where one row serves all, and are stored as `dtype`; a step
+    may be negative where `signed`.
+    """
 
     step: torch.Tensor
     base: torch.Tensor | None
@@ -32,6 +69,12 @@ class AffineGrid(Grid):
     top: int
     group: int
     k: int
+    dtype: torch.dtype = torch.float16
+    signed: bool = True
+
+    @cached_property
+    def _inverse(self) -> torch.Tensor:
+        return inverse(self.step)
 
     def _parameters(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | int]:
         base = None if self.base is None else spread(self.base, self.group, columns, self.k)
@@ -39,14 +82,41 @@ class AffineGrid(Grid):
         return spread(self.step, self.group, columns, self.k), base, zero
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        step, base, zero = self._parameters(columns)
+        _, base, zero = self._parameters(columns)
         w = w if base is None else w - base
-        return torch.clamp(torch.round(w * inverse(step)) + zero, 0, self.top).to(torch.uint8)
+        code = (w * spread(self._inverse, self.group, columns, self.k)).round_().add_(zero)
+        return code.clamp_(0, self.top).to(torch.uint8)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         step, base, zero = self._parameters(columns)
-        value = step * (codes.float() - zero)
+        value = step * codes.float().sub_(zero)
         return value if base is None else value + base
+
+    def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return codes.float() - self._parameters(columns)[2]
+
+    def groups(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        g = self.step.shape[1]
+        return self.step.expand(n, g), None if self.base is None else self.base.expand(n, g)
+
+    def refitted(
+        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+    ) -> AffineGrid:
+        """The base makes good, for the middle code, what rounding the step missed."""
+        stored = self._stored(step if self.signed else step.clamp(min=0), weight)
+        if base is not None:
+            base = self._stored(base + (step - stored) * (self.top / 2), weight)
+        return replace(self, step=stored, base=base)
+
+    def _stored(self, parameter: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        rows = 1 if self.step.shape[0] == parameter.shape[0] else None
+        return saturate(mean_over_rows(parameter, rows, weight), self.dtype).float()
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {"step": self.step} if self.base is None else {"step": self.step, "base": self.base}
+
+    def replaced(self, parameters: dict[str, torch.Tensor]) -> AffineGrid:
+        return replace(self, step=parameters["step"], base=parameters.get("base"))
 
 
 @dataclass(frozen=True)
@@ -54,7 +124,7 @@ class TableGrid(Grid):
     """value = scale * level; `table`: sorted levels (L,), `codes`: the stored code of each level.
 
     A weight over its scale belongs to the nearest level, a tie to the upper one. A code that no level
-    has (minus zero) stands for the level nearest zero.
+    has (minus zero) stands for the level nearest zero. How scales are stored is its owner's affair.
     """
 
     scale: torch.Tensor
@@ -63,19 +133,37 @@ class TableGrid(Grid):
     group: int
     k: int
 
+    @cached_property
+    def _inverse(self) -> torch.Tensor:
+        return inverse(self.scale)
+
+    @cached_property
+    def levels(self) -> torch.Tensor:
+        """The value of each code up to the largest."""
+        levels = torch.full((int(self.codes.max()) + 1,), float(self.table[self.table.abs().argmin()]))
+        levels[self.codes.long()] = self.table
+        return levels
+
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        t = (w * inverse(spread(self.scale, self.group, columns, self.k))).contiguous()
-        if self.table.ndim == 1:
-            return self.codes[nearest(self.table, t)]
-        middle = ((self.table[:, 1:] + self.table[:, :-1]) * 0.5).contiguous()
-        return self.codes[torch.searchsorted(middle, t, right=True)]
+        inv = spread(self._inverse, self.group, columns, self.k)
+        return pick(self.codes, middles(self.table), w * inv)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        zero = int(self.table.reshape(-1, self.codes.shape[0])[0].abs().argmin())
-        level = torch.full((int(self.codes.max()) + 1,), zero)
-        level[self.codes.long()] = torch.arange(self.codes.shape[0])
-        index = level[codes.long()]
-        scale = spread(self.scale, self.group, columns, self.k)
-        if self.table.ndim == 1:
-            return scale * self.table[index]
-        return scale * torch.gather(self.table, 1, index)
+        return spread(self.scale, self.group, columns, self.k) * self.level(codes)
+
+    def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return lookup(self.levels, codes)
+
+    def groups(self, n: int) -> tuple[torch.Tensor, None]:
+        return self.scale, None
+
+    def refitted(
+        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+    ) -> TableGrid:
+        return replace(self, scale=step)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {"scale": self.scale}
+
+    def replaced(self, parameters: dict[str, torch.Tensor]) -> TableGrid:
+        return replace(self, scale=parameters["scale"])

@@ -6,7 +6,7 @@ of their own: some stand for minus zero, infinity or NaN. All decode; rounding p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -14,8 +14,9 @@ import torch
 from ..pack import cell, pack, unpack
 from ..qtensor import Plane, QTensor
 from .base import Format, Grid
-from .cells import Cells, choose, saturate, tries
-from .grids import spread
+from .cells import Cells, choose, tries
+from .grids import mean_over_rows, over_rows, saturate, spread
+from .intervals import lookup, pick
 from .search import fit_table, inverse
 
 
@@ -52,23 +53,58 @@ class Levels:
 
     def round(self, t: torch.Tensor) -> torch.Tensor:
         """f32 -> u8 codes: nearest, saturating."""
-        return self.codes[torch.bucketize(t.contiguous(), self.boundaries, right=True)]
+        return pick(self.codes, self.boundaries, t)
+
+    def nearest(self, t: torch.Tensor) -> torch.Tensor:
+        """f32 -> the values of those codes."""
+        return pick(self.sorted, self.boundaries, t)
 
 
 @dataclass(frozen=True)
 class LevelGrid(Grid):
-    """value = scale * values[code]; scale `(n, g)` or `(1, g)`, a group spans `group` columns."""
+    """value = scale * values[code]; scale `(down, g)`, one for `rows` rows (None: all) of `group` columns.
+
+    Scales are stored as `dtype` and are not negative.
+    """
 
     scale: torch.Tensor
     levels: Levels
     group: int
     k: int
+    rows: int | None
+    dtype: torch.dtype
+
+    @cached_property
+    def _inverse(self) -> torch.Tensor:
+        return inverse(self.scale)
+
+    def _scale(self, n: int, columns: slice) -> torch.Tensor:
+        return over_rows(spread(self.scale, self.group, columns, self.k), self.rows, n)
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return self.levels.round(w * inverse(spread(self.scale, self.group, columns, self.k)))
+        inv = over_rows(spread(self._inverse, self.group, columns, self.k), self.rows, w.shape[0])
+        return self.levels.round(w * inv)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return spread(self.scale, self.group, columns, self.k) * self.levels.values[codes.long()]
+        return self._scale(codes.shape[0], columns) * self.level(codes)
+
+    def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return lookup(self.levels.values, codes)
+
+    def groups(self, n: int) -> tuple[torch.Tensor, None]:
+        return over_rows(self.scale, self.rows, n).expand(n, -1), None
+
+    def refitted(
+        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+    ) -> LevelGrid:
+        scale = mean_over_rows(step.clamp(min=0), self.rows, weight)
+        return replace(self, scale=saturate(scale, self.dtype).float())
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {"scale": self.scale}
+
+    def replaced(self, parameters: dict[str, torch.Tensor]) -> LevelGrid:
+        return replace(self, scale=parameters["scale"])
 
 
 def code_plane(bits: int) -> Plane:
@@ -96,22 +132,23 @@ class ScaledLevels(Format):
             for tried in tries(search)
         ]
         (scale,) = choose(x, weight, options, self.nearest)
-        return self.grid(scale, w.shape[0], w.shape[1])
+        return self.grid(scale, w.shape[1])
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
         return saturate(scale, self.planes[1].dtype)
 
     def nearest(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return scale * self.levels.values[self.levels.round(x * inverse(scale)).long()]
+        return self.levels.nearest(x * inverse(scale)).mul_(scale)
 
-    def grid(self, scale: torch.Tensor, n: int, k: int) -> LevelGrid:
-        return LevelGrid(self.cells.over_rows(scale, n), self.levels, self.cells.columns or k, k)
+    def grid(self, scale: torch.Tensor, k: int) -> LevelGrid:
+        group, dtype = self.cells.columns or k, self.planes[1].dtype
+        return LevelGrid(scale, self.levels, group, k, self.cells.rows, dtype)
 
     def pack(self, grid: LevelGrid, codes: torch.Tensor) -> QTensor:
-        scale = self.stored(grid.scale[:: self.cells.rows or 1])
-        planes = {"codes": pack(codes, self.bits, order=self.order), self.planes[1].name: scale}
+        scale = self.planes[1].name
+        planes = {"codes": pack(codes, self.bits, order=self.order), scale: self.stored(grid.scale)}
         return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
-    def decode(self, q: QTensor) -> torch.Tensor:
+    def unpack(self, q: QTensor) -> tuple[LevelGrid, torch.Tensor]:
         codes = unpack(q.planes["codes"], self.bits, q.shape[1], self.order)
-        return self.grid(q.planes[self.planes[1].name].float(), *q.shape).value(codes)
+        return self.grid(q.planes[self.planes[1].name].float(), q.shape[1]), codes

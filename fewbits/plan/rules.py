@@ -10,6 +10,10 @@
     algorithm = "gptq"
     options = {damp = 0.05}
 
+    [run]                                what the command line says of the whole run, in its words; once,
+    to = "q4_k_m"                        before the rules; the command line wins
+    method = "gptq"
+
 A pattern is a shell wildcard (`*`, `?`, `[...]`), matched against every name of a weight: its own,
 its own without `.weight`, and the same of its GGUF name. `to_toml` is canonical, so its SHA-256 is
 the plan's digest in a receipt.
@@ -33,11 +37,12 @@ Option = bool | int | float | str
 
 @dataclass(frozen=True)
 class Rule:
-    """What the weights whose name matches get. `options` are keyword arguments of the algorithm."""
+    """What the weights whose name matches get. `options` are keyword arguments of the algorithm; without
+    an algorithm they get the run's own."""
 
     match: str
     format: str
-    algorithm: str = "rtn"
+    algorithm: str | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
 
     def matches(self, names: Sequence[str]) -> bool:
@@ -47,9 +52,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plan:
-    """Ordered rules. Raises PlanError, naming every fault, for rules that cannot be followed."""
+    """Ordered rules, and options of the run. Raises PlanError, naming every fault, for rules that cannot
+    be followed; who reads `run` knows its keys."""
 
     rules: tuple[Rule, ...] = ()
+    run: Mapping[str, Option] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         faults = [
@@ -65,7 +72,9 @@ class Plan:
 
     def to_toml(self) -> str:
         """Canonical TOML: `Plan.from_toml` of it is this plan."""
-        return "\n".join(_rule_toml(rule) for rule in self.rules)
+        head = [f"{_toml(name)} = {_toml(self.run[name])}" for name in sorted(self.run)]
+        tables = ["\n".join(["[run]", *head]) + "\n"] if head else []
+        return "\n".join([*tables, *(_rule_toml(rule) for rule in self.rules)])
 
     @staticmethod
     def from_toml(text: str, where: str = "plan") -> Plan:
@@ -79,11 +88,14 @@ class Plan:
             raise PlanError(
                 f"{where}: 'rule' is one table; write [[rule]], with two brackets, before each rule"
             )
-        faults = [f"unknown key {key!r}; a plan holds [[rule]] tables only" for key in table]
+        run = table.pop("run", {})
+        faults = [f"unknown key {key!r}; a plan holds [run] and [[rule]] tables only" for key in table]
+        if not isinstance(run, dict) or not all(isinstance(value, Option) for value in run.values()):
+            faults.append("[run] is a table of booleans, numbers and strings")
         for i, entry in enumerate(entries):
             faults += [f"rule {i}: {fault}" for fault in _entry_faults(entry)]
         raise_all(PlanError, where, faults)
-        return Plan(tuple(Rule(**entry) for entry in entries))
+        return Plan(tuple(Rule(**entry) for entry in entries), run)
 
     def digest(self) -> str:
         """SHA-256 of the canonical TOML, in hexadecimal."""
@@ -111,7 +123,7 @@ def parse_rule(text: str) -> Rule:
         else:
             values[name] = _value(value)
     raise_all(PlanError, f"rule {text!r}", faults)
-    return Rule(match, format_, algorithm or "rtn", values)
+    return Rule(match, format_, algorithm or None, values)
 
 
 def _value(text: str) -> Option:
@@ -123,7 +135,7 @@ def _value(text: str) -> Option:
 
 
 def _faults(rule: Rule) -> list[str]:
-    faults = [f"{name} is empty" for name in ("match", "format", "algorithm") if not getattr(rule, name)]
+    faults = [f"{name} is empty" for name in ("match", "format", "algorithm") if getattr(rule, name) == ""]
     if rule.format:
         try:
             FORMATS.get(rule.format)
@@ -151,7 +163,8 @@ def _entry_faults(entry: Any) -> list[str]:
 
 def _rule_toml(rule: Rule) -> str:
     lines = ["[[rule]]", f"match = {_toml(rule.match)}", f"format = {_toml(rule.format)}"]
-    lines.append(f"algorithm = {_toml(rule.algorithm)}")
+    if rule.algorithm is not None:
+        lines.append(f"algorithm = {_toml(rule.algorithm)}")
     if rule.options:
         pairs = ", ".join(f"{_toml(name)} = {_toml(rule.options[name])}" for name in sorted(rule.options))
         lines.append(f"options = {{{pairs}}}")

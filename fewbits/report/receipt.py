@@ -30,7 +30,9 @@ class TensorRow:
 
     asked, format: names of formats; they differ only with a `reason`. relative_error: |w' - w| / |w|
     (Frobenius). sqnr_db: 20 log10 of its inverse, None where the error is 0. max_abs_error: largest
-    change of one weight. All three are None for a tensor that was copied. digest: SHA-256 of the
+    change of one weight. All three are None for a tensor that was copied. tokens: how many reached this
+    weight in calibration (of stacked experts: the fewest). output_error: |(w' - w) x| / |w x| over
+    them, None where it is not known. digest: SHA-256 of the
     bytes written; of several planes, that of their hexadecimal digests in order. rule: the pattern of
     the user's rule that decided.
     """
@@ -49,6 +51,8 @@ class TensorRow:
     relative_error: float | None = None
     sqnr_db: float | None = None
     max_abs_error: float | None = None
+    tokens: int | None = None
+    output_error: float | None = None
     rule: str | None = None
 
     @property
@@ -73,7 +77,8 @@ class FileDigest:
 class Receipt:
     """The whole record of one run of `quantize`. Seconds are wall time; memory is peak resident bytes.
 
-    notes: what the user should know besides: what an engine ignores, which types want an imatrix.
+    method: what is not plain rounding. calibration: source, tokens, their SHA-256. notes: what the user
+    should know besides: what an engine ignores, which types want an imatrix, which experts saw nothing.
     """
 
     source: str
@@ -87,6 +92,8 @@ class Receipt:
     peak_memory_bytes: int
     versions: Mapping[str, str]
     recipe: str | None = None
+    method: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

@@ -94,7 +94,10 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def native(model, tmp_path_factory) -> Path:
     at = tmp_path_factory.mktemp("natives") / "native"
-    assert main(["quantize", str(model), "--to", "int4_g32", "--out", str(at), "--json"]) == 0
+    assert (
+        main(["quantize", str(model), "--to", "int4_g32", "--effort", "fast", "--out", str(at), "--json"])
+        == 0
+    )
     return at
 
 
@@ -211,7 +214,23 @@ def test_tokenizer(tmp_path, capsys, model, case):
 def test_truncated(tmp_path, capsys, model, native, kind, share):
     hostile = tmp_path / "hostile"
     if kind == "gguf":
-        assert main(["quantize", str(model), "--to", "q8_0", "--out", str(hostile), "--file", "gguf"]) == 0
+        assert (
+            main(
+                [
+                    "quantize",
+                    str(model),
+                    "--to",
+                    "q8_0",
+                    "--effort",
+                    "fast",
+                    "--out",
+                    str(hostile),
+                    "--file",
+                    "gguf",
+                ]
+            )
+            == 0
+        )
         (tmp_path / "hostile.receipt.json").unlink()
         file = hostile
     else:
@@ -246,6 +265,9 @@ def test_a_side_file_that_is_a_link_elsewhere_is_copied_as_text_only(tmp_path, c
     source = shutil.copytree(model, tmp_path / "source")
     (source / "tokenizer_config.json").unlink()
     (source / "tokenizer_config.json").symlink_to(model / "tokenizer_config.json")
-    assert main(["quantize", str(source), "--to", "nf4", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["quantize", str(source), "--to", "nf4", "--effort", "fast", "--out", str(tmp_path / "out")])
+        == 0
+    )
     copy = tmp_path / "out" / "tokenizer_config.json"
     assert not copy.is_symlink() and copy.read_bytes() == (model / "tokenizer_config.json").read_bytes()

@@ -11,6 +11,7 @@ import torch
 
 from fewbits.errors import FormatError
 from fewbits.formats.base import Format, Grid
+from fewbits.formats.codebook import LearnedGrid
 from fewbits.formats.floats import Cast, CastGrid, Microscaling
 from fewbits.formats.grids import AffineGrid, TableGrid
 from fewbits.formats.levels import LevelGrid
@@ -45,6 +46,8 @@ def rounding_codes(grid: Grid) -> torch.Tensor | None:
         return grid.codes
     if isinstance(grid, LevelGrid):
         return grid.levels.codes
+    if isinstance(grid, LearnedGrid):
+        return torch.arange(grid.table.shape[1], dtype=torch.uint8)
     return None
 
 

@@ -5,7 +5,8 @@ import torch
 
 from fewbits.errors import FormatError
 from fewbits.formats import FORMATS
-from tests.contracts.format_contract import PROMISES, same_planes, weights
+from tests.contracts import format_contract, grid_contract
+from tests.contracts.format_contract import same_planes, weights
 
 PARSED = [
     "int2_channel_asym_bf16",
@@ -23,7 +24,9 @@ PARSED = [
 ]
 
 
-@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize(
+    "promise", format_contract.PROMISES + grid_contract.PROMISES, ids=lambda promise: promise.__name__
+)
 @pytest.mark.parametrize("name", [*FORMATS, *PARSED])
 def test_promise(name, promise):
     promise(FORMATS.get(name))

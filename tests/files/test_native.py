@@ -8,10 +8,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from fewbits.files.atomic import write_atomic
 from fewbits.files.base import Checkpoint
 from fewbits.files.native import native_index, native_layout, open_native, write_side_files
 from fewbits.files.open import open_file_type
-from fewbits.files.stream import StreamFile, write_atomic
+from fewbits.files.stream import StreamFile
 from fewbits.formats.base import FORMATS, Format
 from fewbits.qtensor import Plane, QTensor
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fewbits.errors import FileError
-from fewbits.files.stream import StreamFile, write_atomic
+from fewbits.files.atomic import write_atomic
+from fewbits.files.stream import StreamFile
 from tests.files.stream_cases import BODIES, WHOLE, fill, left_over, python, start
 
 

@@ -1,0 +1,167 @@
+"""A quantized key-value cache, simulated exactly: every token reads what a decoder would read.
+
+A cached key or value (b, heads, t, d) is cut into groups; each group stores its smallest value and a
+step, both f16, and codes of few bits:
+
+    value = code * step + low            code = round((x - low) / step),  0 ... 2^bits - 1
+
+    per token       a group is up to `group` channels of one token:      | c c c c |
+    per channel     a group is one channel of `group` tokens in a row:   | c |
+                                                                         | c |
+    name   keys                    values                  newest tokens in float   bits a number (d = 64)
+    int8   per token, 128          per token, 128          0                        8.5
+    int4   per token, 32           per token, 32           0                        5
+    int2   per channel, 32 tokens  per token, 32           128                      3
+
+int2 is KIVI (arXiv 2402.02750): a few channels of the keys are large in every token, so a step of their
+own saves the others; a group of keys can be stored only once its last token has come, and the newest
+tokens, which are read the most, stay in float.
+
+With n tokens in the cache (its own included), a query reads tokens 0 ... n - residual - 1 quantized,
+for keys only as far as their groups are complete, and the rest in float. That depends on the query, so
+scores are computed from both versions of the keys and each query picks its own. A whole window through
+`attention` thus equals its tokens one by one, each reading a cache with all before it. (A real engine
+computes a prompt in float and then stores it; its prompt is better, its continuation the same.) Tokens
+are counted from the first that a layer holds: where a sliding window has dropped some, groups of keys
+start at the oldest one left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import gcd
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..errors import ModelError, PlanError
+from ..registry import Registry
+
+QUERIES_AT_ONCE = 256  # bounds the scores held: heads x 256 x tokens
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How keys and values are stored. group: numbers that share a step. residual: newest tokens in float."""
+
+    name: str
+    bits: int
+    group: int
+    keys_per_channel: bool = False
+    residual: int = 0
+
+    def bits_per_number(self, d: int) -> float:
+        """Codes, step and low, of a stored key or value of head size `d`: mean of keys and values."""
+        per_token = self.bits + 32 / gcd(self.group, d)
+        return (self.bits + 32 / self.group + per_token) / 2 if self.keys_per_channel else per_token
+
+    def quantized(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens in the cache, int64 -> how many of their keys and of their values are read quantized."""
+        old = (tokens - self.residual).clamp(min=0)
+        return old - old % self.group if self.keys_per_channel else old, old
+
+
+CACHES: Registry[Cache] = Registry("cache scheme", PlanError)
+for _cache in (
+    Cache("int8", 8, 128),
+    Cache("int4", 4, 32),
+    Cache("int2", 2, 32, keys_per_channel=True, residual=128),
+):
+    CACHES.add(_cache.name, _cache)
+
+
+def quantize_dequantize(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """`(..., group)` float -> the same as the codes of each group hold it."""
+    low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
+    low = low.half().float()
+    step = ((high - low) / (2**bits - 1)).half().float()
+    if not bool((low.isfinite() & step.isfinite()).all()):
+        raise ModelError(
+            "a key or value is not finite, or its group's least value or step exceeds 65504, the most that "
+            "f16 holds; evaluate this model with its cache in float"
+        )
+    step = torch.where(step == 0, 1.0, step)
+    codes = ((x.float() - low) / step).round().clamp(0, 2**bits - 1)
+    return (codes * step + low).to(x.dtype)
+
+
+def per_token(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """`(..., t, d)`: groups of gcd(group, d) channels of one token."""
+    return quantize_dequantize(x.unflatten(-1, (-1, gcd(group, x.shape[-1]))), bits).flatten(-2)
+
+
+def per_channel(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """`(..., t, d)`: groups of `group` tokens of one channel; the incomplete last group stays in float."""
+    t = x.shape[-2] - x.shape[-2] % group
+    if not t:
+        return x
+    groups = x[..., :t, :].unflatten(-2, (-1, group)).transpose(-1, -2)
+    stored = quantize_dequantize(groups, bits).transpose(-1, -2).flatten(-3, -2)
+    return torch.cat([stored, x[..., t:, :]], -2)
+
+
+def attention(cache: Cache) -> Callable[..., torch.Tensor]:
+    """-> a function with the arguments of torch's scaled_dot_product_attention that reads such a cache."""
+    return partial(_attend, cache)
+
+
+def _attend(
+    cache: Cache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    **options: Any,
+) -> torch.Tensor:
+    stored_values = per_token(value, cache.bits, cache.group)
+    keys = per_channel if cache.keys_per_channel else per_token
+    stored_keys = keys(key, cache.bits, cache.group)
+    if not cache.residual and not cache.keys_per_channel:  # every query reads the same
+        return scaled_dot_product_attention(
+            query, stored_keys, stored_values, attn_mask, dropout_p, **options
+        )
+    repeats = query.shape[-3] // key.shape[-3]
+    both = [x.repeat_interleave(repeats, -3) for x in (key, stored_keys, value, stored_values)]
+    rows = torch.arange(query.shape[-2], device=query.device)
+    mask = _bias(attn_mask, options.get("is_causal", False), rows, key.shape[-2], query)
+    scale = options.get("scale")
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    present = rows + 1 + key.shape[-2] - query.shape[-2]  # tokens in the cache of each query
+    parts = [
+        _read(cache, query[..., part, :], both, mask[..., part, :], present[part])
+        for part in (slice(i, i + QUERIES_AT_ONCE) for i in range(0, len(rows), QUERIES_AT_ONCE))
+    ]
+    return torch.cat(parts, -2)
+
+
+def _read(
+    cache: Cache,
+    query: torch.Tensor,
+    both: list[torch.Tensor],
+    bias: torch.Tensor,
+    present: torch.Tensor,
+) -> torch.Tensor:
+    """Some queries, scaled, against keys and values in float and as stored."""
+    key, stored_key, value, stored_value = both
+    index = torch.arange(key.shape[-2], device=key.device)
+    old_keys, old_values = (index < edge[:, None] for edge in cache.quantized(present))
+    scores = torch.where(old_keys, query @ stored_key.mT, query @ key.mT) + bias
+    weights = scores.float().softmax(-1).to(value.dtype)
+    return (weights * old_values) @ stored_value + (weights * ~old_values) @ value
+
+
+def _bias(
+    mask: torch.Tensor | None, causal: bool, rows: torch.Tensor, tokens: int, query: torch.Tensor
+) -> torch.Tensor:
+    """What to add to the scores: `(..., queries, tokens)` in the query's type."""
+    if causal:
+        mask = torch.arange(tokens, device=rows.device) <= rows[:, None]
+    if mask is None:
+        return query.new_zeros(len(rows), tokens)
+    if mask.dtype == torch.bool:
+        return query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return mask

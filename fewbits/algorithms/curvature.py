@@ -1,0 +1,131 @@
+"""Curvature: what the Hessian of an input says about errors of the weight that it meets.
+
+Every algorithm here that knows the Hessian minimizes, over the values q (n, k) of a format,
+
+    loss(q) = tr((q - t) H (q - t)^T)        H = mean x x^T + damp * mean(diag) * I
+
+the mean squared error of the layer's output. t is the weight itself, or (asymmetric) the weight that
+gives from the inputs x as they are now what w gave from the float model's x~: the least-squares
+solution of |t x - w x~|^2, t = w + w drift H^-1 (GPTAQ, arXiv 2504.02692, in closed form), or a share
+of the way there, since drift is known from a sample only. Damping
+(GPTQ, arXiv 2210.17323, section 3.3) keeps H invertible and stands for the inputs not seen.
+
+    U upper, H^-1 = U^T U      U_jj^2 is 1 / (what a unit error in column j costs when all later
+                               columns may still correct it)
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from ..calibrate.stats import Stats
+from ..errors import CalibrationError
+
+# On SmolLM2-135M, 32,768 tokens of one text and the loss on another, 0.01 to 0.1 differ by 2 %.
+DAMP = 0.03
+MOST_DAMP = 10.0
+# The share of the drift that is made up for. On the same model, behind ten blocks in Q4_0, 16,384 tokens
+# of one text and the error on another: 25 % less in q, 22 % in gate, 10 % in down than without; 1.0 does
+# no better in q and gate and half as well in down.
+ASYMMETRIC = 0.75
+
+
+class CalibrationWarning(UserWarning):
+    """Calibration went on, but not as asked."""
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """hessian: `(k, k)` f32, damped; factor: U `(k, k)` of it, for columns taken in `order` `(k,)`."""
+
+    hessian: torch.Tensor
+    factor: torch.Tensor
+    order: torch.Tensor
+
+    @staticmethod
+    def of(stats: Stats, damp: float = DAMP, order: torch.Tensor | None = None) -> Curvature:
+        """Of checked statistics. The last one is kept on `stats`: weights that share an input share it."""
+        assert stats.hessian is not None
+        order = torch.arange(stats.columns, device=stats.hessian.device) if order is None else order
+        known = stats.cache.get("curvature")
+        if known is not None and known[0] == damp and torch.equal(known[1].order, order):
+            return known[1]
+        hessian, factor = factorize(stats.hessian, damp, order)
+        stats.cache["curvature"] = damp, Curvature(hessian, factor, order)
+        return stats.cache["curvature"][1]
+
+    def target(self, w: torch.Tensor, stats: Stats, asymmetric: float = ASYMMETRIC) -> torch.Tensor:
+        """`(n, k)` -> the t of the loss, f32. asymmetric: the share of the drift that it makes up for."""
+        w = w.float()
+        if asymmetric == 0 or stats.drift is None:
+            return w
+        moved = (asymmetric * w @ stats.drift)[:, self.order] @ self.factor.T @ self.factor
+        return w + moved[:, self.order.argsort()]
+
+
+def factorize(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(k, k)` -> the damped Hessian and its U; damping is raised, with a warning, until it can be factored.
+
+    With V V^T = H and V upper (a Cholesky factor from the last column to the first), U = V^-1.
+    """
+    mean = float(hessian.diagonal().mean()) or 1.0
+    share = damp
+    while True:
+        damped = hessian.float().clone()
+        damped.diagonal().add_(share * mean)
+        backwards = order.flip(0)
+        lower, fault = torch.linalg.cholesky_ex(damped[backwards][:, backwards])
+        if not int(fault):
+            break
+        if share >= MOST_DAMP:
+            raise CalibrationError(
+                f"the Hessian of {hessian.shape[0]} columns is not positive definite even when {share:g} of "
+                "its mean diagonal is added; the statistics are damaged, collect them again"
+            )
+        share = max(10 * share, DAMP / 10)
+    if share != damp:
+        warnings.warn(
+            f"the Hessian of {hessian.shape[0]} columns is not positive definite: damping raised from "
+            f"{damp:g} to {share:g} of its mean diagonal; more calibration tokens would avoid it",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+    upper = lower.flip(0, 1)
+    eye = torch.eye(len(order), dtype=upper.dtype, device=upper.device)
+    return damped, torch.linalg.solve_triangular(upper, eye, upper=True)
+
+
+def loss(q: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """`(n, k)`, `(n, k)`, `(k, k)` -> `(n,)` f64: the loss of each row."""
+    error = (q - target).double()
+    return ((error @ hessian.double()) * error).sum(1)
+
+
+def require_stats(stats: Stats | None, w: torch.Tensor, algorithm: str, hessian: bool = True) -> Stats:
+    """The statistics, checked; CalibrationError where they are missing, of another width or not finite."""
+    if stats is None or (hessian and stats.hessian is None):
+        what = "the Hessian" if hessian else "statistics"
+        raise CalibrationError(
+            f"{algorithm} needs {what} of the weight's input and has none; calibrate, "
+            "or use an algorithm without data (rtn, hqq)"
+        )
+    if w.ndim == 2 and stats.columns != w.shape[1]:
+        raise CalibrationError(
+            f"the weight has {w.shape[1]} columns, the statistics of its input {stats.columns}; "
+            "they belong to another weight or model: calibrate this one"
+        )
+    bad = {
+        name: int((~torch.isfinite(part)).sum())
+        for name in ("mean_square", "hessian", "drift")
+        if (part := getattr(stats, name)) is not None and (hessian or name == "mean_square")
+    }
+    for name, count in bad.items():
+        if count:
+            raise CalibrationError(
+                f"{name} of the input has {count} entries that are NaN or infinite; "
+                "an earlier block's output has overflowed, or the text has: calibrate in f32"
+            )
+    return stats

@@ -1,0 +1,41 @@
+"""The sweep: settle the columns of a weight one after the other, each knowing what the others became.
+
+Error feedback and coordinate descent are the same walk. Column i, once settled, moves by moves[i],
+and every later column j has its state pulled along: state[j] -= coupling[i, j] * moves[i]. Done
+column by column that is bound by memory; here halves are settled by recursion, and all that the left
+half says to the right one is a single product of matrices:
+
+    settle 0 ... 7   =   settle 0 ... 3,   state[4:8] -= coupling[0:4, 4:8]^T moves[0:4],   settle 4 ... 7
+
+So there is no block size, and nothing depends on one. Arrays lie column by column: (k, n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def sweep(
+    state: torch.Tensor,
+    coupling: torch.Tensor,
+    moves: torch.Tensor,
+    settle: Callable[[int, int], None],
+    unit: int = 1,
+) -> None:
+    """Call `settle(start, stop)` for every `unit` columns of state `(k, n)` in turn, in place.
+
+    settle reads state[start:stop] and writes moves[start:stop]; coupling: `(k, k)`, its part above the
+    diagonal is used.
+    """
+
+    def visit(start: int, stop: int) -> None:
+        if stop - start <= unit:
+            return settle(start, stop)
+        middle = start + max(1, (stop - start) // unit // 2) * unit
+        visit(start, middle)
+        state[middle:stop].addmm_(coupling[start:middle, middle:stop].T, moves[start:middle], alpha=-1)
+        visit(middle, stop)
+
+    visit(0, state.shape[0])

@@ -1,0 +1,1 @@
+"""What the model's activations look like: where text comes from, statistics, capture block by block."""

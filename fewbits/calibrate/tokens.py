@@ -1,0 +1,255 @@
+"""Calibration text as windows of tokens, from a file, a data set, or the model itself.
+
+    text file      t t t t t t t t t t t t ...              as it stands, from the start
+    documents      [bos] t t t [eos] [bos] t t [eos] ...    shuffled by the seed, one after the other
+    self           [bos] t t t t t t ... [bos] t t t t      see sampling.py
+                   |   window    |   window    |            cut without overlap, the rest left out
+
+Where the tokenizer begins every text with bos, each window begins with it, in place of the token that
+stood there: the model has seen no other beginning. Where it parts documents by neither bos nor eos,
+eos stands between. Documents are shuffled among those that hold `SHUFFLE` times the text needed, so that
+a huge file is not read whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..adapters.hf import load_tokenizer
+from ..errors import CalibrationError, raise_all
+from ..files.base import Checkpoint
+from .documents import Document, read_characters, read_dataset, read_json_lines
+from .sampling import ROW, write_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], None]
+
+SHUFFLE = 8
+CHARACTERS = 6  # a token, at most, in a first guess of how much to read
+MARGIN = 64  # tokens beyond the last one needed: where a text is cut, its last tokens are not the whole's
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """windows `(w, c)` int64; where they come from; sha256 of the tokens as int64 LE; what to report."""
+
+    windows: torch.Tensor
+    source: str
+    digest: str
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(windows: torch.Tensor, source: str, notes: tuple[str, ...] = ()) -> Tokens:
+        raw = windows.contiguous().numpy().astype("<i8").tobytes()
+        return Tokens(windows, source, hashlib.sha256(raw).hexdigest(), notes)
+
+    @property
+    def count(self) -> int:
+        return self.windows.numel()
+
+
+def read_tokens(
+    checkpoint: Checkpoint,
+    spec: str,
+    n_tokens: int,
+    context: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tokens:
+    """Calibration text for a model -> at least `n_tokens` tokens in windows of `context`.
+
+    spec: "self", the path of a text or JSON lines file, or hf:NAME[:CONFIG][:SPLIT]. Text that holds
+    less gives the whole windows it has and a note with both numbers. Raises CalibrationError for less
+    than one window, and FileError for a file that cannot be read.
+    """
+    _check(checkpoint, n_tokens, context)
+    wanted = ceil(n_tokens / context)
+    needed = wanted * context
+    tokenizer = load_tokenizer(checkpoint)
+    bos = bos_of(tokenizer)
+    if spec == "self":
+        stream, source, notes = _from_self(checkpoint, tokenizer, needed, context, seed, progress)
+    elif spec.startswith("hf:"):
+        stream, notes = _from_documents(tokenizer, read_dataset(spec), needed, seed, progress)
+        source = f"{spec} (seed {seed})"
+    elif Path(spec).suffix in JSON_LINES:
+        stream, notes = _from_documents(tokenizer, read_json_lines(Path(spec)), needed, seed, progress)
+        source = f"{spec} (seed {seed})"
+    else:
+        stream, source, notes = _from_text(tokenizer, Path(spec), needed), spec, []
+    windows = _cut(checkpoint, stream, source, wanted, context)
+    if bos is not None:
+        windows[:, 0] = bos
+    if len(windows) < wanted:
+        notes.append(
+            f"{source} holds {len(stream)} tokens, {needed} were asked for: calibrating on "
+            f"{windows.numel()} in {len(windows)} windows of {context}"
+        )
+    return Tokens.of(windows, source, tuple(notes))
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer puts before every text, None if it puts none."""
+    bos, empty = tokenizer.bos_token_id, tokenizer("").input_ids
+    return bos if bos is not None and bos in empty[:1] else None
+
+
+def _check(checkpoint: Checkpoint, n_tokens: int, context: int) -> None:
+    faults = []
+    if n_tokens < 1:
+        faults.append(f"{n_tokens} tokens asked for, at least 1 is needed")
+    if context < 8:
+        faults.append(f"windows of {context} tokens asked for, at least 8 are needed")
+    longest = _text_config(checkpoint).get("max_position_embeddings")
+    if longest is not None and context > longest:
+        faults.append(f"windows of {context} tokens asked for, the model has {longest} positions")
+    raise_all(CalibrationError, "calibration text", faults)
+
+
+def _cut(checkpoint: Checkpoint, stream: list[int], source: str, wanted: int, context: int) -> torch.Tensor:
+    """A stream of tokens -> its windows, `(w, context)`, as many as it holds up to `wanted`."""
+    n = min(wanted, len(stream) // context)
+    if n == 0:
+        raise CalibrationError(
+            f"{source}: {len(stream)} tokens, fewer than one window of {context} ({wanted * context} were "
+            "asked for); give more text, a smaller context, or `self` for text that the model writes"
+        )
+    windows = torch.tensor(stream[: n * context], dtype=torch.int64).view(n, context)
+    vocabulary = _text_config(checkpoint).get("vocab_size")
+    if vocabulary is not None and int(windows.max()) >= vocabulary:
+        raise CalibrationError(
+            f"{source}: token {int(windows.max())} is outside the model's vocabulary of {vocabulary}; "
+            "the tokenizer is another model's"
+        )
+    return windows
+
+
+def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    return checkpoint.config.get("text_config", checkpoint.config)
+
+
+# ---- a text file ---------------------------------------------------------------------------------
+
+
+def _from_text(tokenizer: PreTrainedTokenizerBase, path: Path, needed: int) -> list[int]:
+    """The file's first tokens, as if it had been read and tokenized whole."""
+    pieces, text, enough = read_characters(path), "", CHARACTERS * (needed + MARGIN)
+    while True:
+        while len(text) < enough and (piece := next(pieces, None)) is not None:
+            text += piece
+        tokens = tokenizer(text[:enough]).input_ids
+        if len(text) < enough:  # the whole of it
+            return tokens
+        if len(tokens) >= needed + MARGIN:
+            return tokens[:needed]
+        enough *= 2
+
+
+# ---- documents -----------------------------------------------------------------------------------
+
+
+def _from_documents(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterator[Document],
+    needed: int,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[list[int], list[str]]:
+    """Documents, shuffled -> their tokens one after the other, and notes."""
+    writer = _Writer(tokenizer)
+    stream: list[int] = []
+    for document in _shuffled(documents, SHUFFLE * CHARACTERS * needed, seed):
+        stream += writer(document)
+        if progress:
+            progress("tokenizing text", min(len(stream), needed), needed)
+        if len(stream) >= needed:
+            break
+    return stream, writer.notes()
+
+
+def _shuffled(documents: Iterator[Document], characters: int, seed: int) -> Iterator[Document]:
+    """Documents in the order of the seed, among as many as hold `characters`; then among the next so many."""
+    order, held, size = random.Random(seed), [], 0
+    for document in documents:
+        held.append(document)
+        size += len(document if isinstance(document, str) else repr(document))
+        if size >= characters:
+            order.shuffle(held)
+            yield from held
+            held, size = [], 0
+    order.shuffle(held)
+    yield from held
+
+
+class _Writer:
+    """A document -> its tokens, with what parts it from the next. Remembers what did not go as it should."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        empty = tokenizer("").input_ids
+        eos = tokenizer.eos_token_id
+        self.end = [] if empty or eos is None else [eos]
+        self.conversations = 0
+        self.fallen: list[str] = []
+
+    def __call__(self, document: Document) -> list[int]:
+        if isinstance(document, str):
+            return self._text(document)
+        self.conversations += 1
+        rendered = self._render(document)
+        if rendered is None:
+            return self._text("\n\n".join(str(message["content"]) for message in document))
+        return self.tokenizer(rendered, add_special_tokens=False).input_ids
+
+    def notes(self) -> list[str]:
+        if not self.fallen:
+            return []
+        how_many = f"{len(self.fallen)} of {self.conversations} conversations"
+        return [f"{how_many} were joined as plain text: {self.fallen[0]}"]
+
+    def _text(self, text: str) -> list[int]:
+        return self.tokenizer(text).input_ids + self.end
+
+    def _render(self, messages: list[dict[str, Any]]) -> str | None:
+        """By the model's chat template; None, and the reason kept, where that cannot be done."""
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            self.fallen.append("the model has no chat template")
+            return None
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            self.fallen.append(f"the chat template fails ({type(error).__name__}: {error})")
+            return None
+
+
+# ---- the model itself ----------------------------------------------------------------------------
+
+
+def _from_self(
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    needed: int,
+    context: int,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[list[int], str, list[str]]:
+    def step(done: int, total: int) -> None:
+        if progress:
+            progress("writing calibration text", done, total)
+
+    rows, notes = write_rows(checkpoint, tokenizer, bos_of(tokenizer), needed, min(context, ROW), seed, step)
+    stream = [token for row in rows for token in row]
+    return stream, f"text written by the model itself (seed {seed})", notes

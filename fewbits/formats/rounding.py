@@ -1,0 +1,35 @@
+"""What a grid does to a number, laid out for the C++ core: see `core.Rounding`."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core import Rounding
+from .base import Grid
+from .grids import AffineGrid, TableGrid
+from .levels import LevelGrid
+from .search import inverse, middles
+
+LEVELS = 16  # a longer table is searched faster elsewhere
+
+
+def rounding_of(grid: Grid, n: int, columns: torch.Tensor) -> Rounding | None:
+    """A grid, for `columns (k,)` of it in that order -> its Rounding; None where the core has none."""
+    meaning = getattr(grid, "meaning", grid)
+    step, base = meaning.groups(n)
+    group = columns // grid.group
+    if isinstance(meaning, AffineGrid):
+        zero = meaning.zero
+        if isinstance(zero, torch.Tensor):
+            zero = zero.expand(n, step.shape[1]).T.float()
+        return Rounding(group, step.T, inverse(step).T, None if base is None else base.T, zero, meaning.top)
+    if isinstance(meaning, TableGrid) and meaning.table.ndim == 1:
+        table = meaning.table, middles(meaning.table), meaning.codes
+    elif isinstance(meaning, LevelGrid):
+        table = meaning.levels.sorted, meaning.levels.boundaries, meaning.levels.codes
+    else:
+        return None
+    if len(table[0]) > LEVELS:
+        return None
+    levels, boundaries, codes = (part.float().contiguous() for part in table)
+    return Rounding(group, step.T, inverse(step).T, table=(levels, boundaries, codes))

@@ -1,0 +1,67 @@
+"""Halves: a causal language model cut before its output layer.
+
+    tokens (b, c) --blocks--> hidden (b, c, h) --head--> logits (b, c, vocab)
+
+Logits are the largest arrays of a small model: 64 windows of 512 over 49,152 words are 6 GB, their hidden
+states 75 MB. Cut apart, hidden states can be kept, and logits made for one window at a time. The head is
+the model's own forward pass with its blocks taken out, so that scaled or capped logits stay so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+
+
+class Halves:
+    """`blocks` and `head` of a transformers model, which is taken apart."""
+
+    def __init__(self, model: Any, tokens: torch.Tensor):
+        """tokens `(c,)`: on them head(blocks(tokens)) must be what the whole model says, or ModelError."""
+        with torch.no_grad():
+            whole = model(input_ids=tokens[None], use_cache=False).logits
+        self._blocks = getattr(model, model.base_model_prefix)
+        setattr(model, model.base_model_prefix, _Absent())
+        self._model = model
+        with torch.no_grad():
+            halves = self.head(self.blocks(tokens[None]))
+        if not torch.allclose(halves, whole, equal_nan=True):
+            raise ModelError(
+                f"{type(model).__name__}: its output layer reads more than the last hidden states; "
+                "polish cannot cut this architecture in two"
+            )
+
+    def blocks(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(b, c)` int64 -> `(b, c, h)`."""
+        return self._blocks(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(b, c, h)` -> `(b, c, vocab)`."""
+        return self._model(inputs_embeds=hidden, use_cache=False).logits
+
+    def drop_blocks(self) -> None:
+        """Free all but the head."""
+        self._blocks = None
+
+
+class _Absent(torch.nn.Module):
+    """Stands where the blocks were, and passes on the hidden states it is given."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> _Output:
+        return _Output(inputs_embeds)
+
+
+class _Output:
+    """A base model's output with last_hidden_state alone; whatever else is asked for is None."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None

@@ -1,0 +1,224 @@
+"""learn_block(): which way to round each weight of a block, learned from what the block should compute.
+
+Rounding to nearest minimizes the error of weights; what counts is the error of the block's output. So each
+weight is given an offset before it is rounded, each block parameter a factor, and both are learned
+against the float block's output:
+
+    w' = round(w + V * gap; p * (1 + a)) on the format's grid      |V| <= 1/2, V = a = 0 at first
+    minimize mean (block(x; w') - y)^2        V -= lr * sign(dL/dV)        a -= lr_scale * sign(dL/da)
+
+gap is the spacing of the grid near a weight: rounding errors are even in +-gap / 2, so a group's root mean
+square error times sqrt(12) tells it for any grid, evenly spaced or not. Gradients pass the rounding
+straight through (`ste.py`); both rates fall to zero linearly, so that V can just reach either end.
+Codes to start from (of GPTQ, say) that are not the nearest get the smallest V that rounds to them.
+
+Source: AutoRound, arXiv 2309.05516, sections 3.1-3.3 (signed gradient, clipping ranges as factors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from typing import Protocol
+
+import torch
+
+from ..errors import CalibrationError
+from ..formats.base import Format, Grid
+from ..qtensor import QTensor
+from .ste import straight_through
+
+REACH = 0.5  # how far a weight may be moved before it is rounded, in gaps
+
+
+@dataclass(frozen=True)
+class RoundingSettings:
+    """steps: at most, each on `batch` of the inputs. lr: of V in a step, None: 1 / steps. lr_scale: of the
+    factors, as a part of lr. checks: how often, evenly spread, the whole of the inputs is measured;
+    patience: so many checks without a better one end it. While the rate is high V wanders, and the
+    best comes late: fewer than half of the checks end good runs."""
+
+    steps: int = 200
+    lr: float | None = None
+    lr_scale: float = 0.05
+    batch: int = 1
+    checks: int = 10
+    patience: int = 6
+    seed: int = 0
+
+
+EFFORTS = {"light": RoundingSettings(steps=50, checks=5, patience=3), "best": RoundingSettings()}
+
+
+class Runs(Protocol):
+    """What is asked of a block: its output for other weights, differentiable in them."""
+
+    def __call__(
+        self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor: ...
+
+
+def learn_block(
+    block: Runs,
+    weights: Mapping[str, torch.Tensor],
+    formats: Mapping[str, Format],
+    start: Mapping[str, QTensor],
+    inputs: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    settings: RoundingSettings | None = None,
+) -> dict[str, QTensor]:
+    """Weights `(n, k)` of a block, hidden states in and out `(b, t, h)` -> a QTensor for each of `formats`.
+
+    start: the codes to begin with; a weight without is rounded to nearest. On the given inputs the result
+    is never worse than the start, as measured on what is packed. Raises CalibrationError, naming the
+    block, where inputs and targets do not match or an error is not finite.
+    """
+    settings = settings or EFFORTS["best"]
+    where = getattr(block, "name", "block")
+    if not inputs or len(inputs) != len(targets):
+        raise CalibrationError(f"{where}: {len(inputs)} inputs and {len(targets)} targets; 1 each at least")
+    offsets = {
+        name: Offset(weights[name].float(), start.get(name) or fmt.encode(weights[name]))
+        for name, fmt in formats.items()
+    }
+    descent = _Descent(block, offsets, inputs, targets, settings, where)
+    descent.go()
+    return descent.best
+
+
+class Offset:
+    """One weight on its way to codes: V and the factors of its block parameters."""
+
+    def __init__(self, w: torch.Tensor, q: QTensor):
+        self.w, self.start = w, q
+        self.grid, codes = q.format.unpack(q)
+        self.gap = _gap(self.grid, w)
+        self.v = _first(self.grid, w, codes, self.gap)
+        self.low, self.high = self.v.clamp(max=-REACH), self.v.clamp(min=REACH)
+        self.parameters = self.grid.parameters()
+        self.factors = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+
+    def leaves(self) -> list[torch.Tensor]:
+        """V, then the factors, in the order of `step`."""
+        return [self.v, *self.factors.values()]
+
+    def weight(self) -> torch.Tensor:
+        """-> `(n, k)` f32 on the grid, differentiable in `leaves`."""
+        return straight_through(self._grid(), self.w + self.v * self.gap)
+
+    def step(self, gradients: Sequence[torch.Tensor], lr: float, lr_scale: float) -> None:
+        with torch.no_grad():
+            self.v.sub_(lr * gradients[0].sign()).clamp_(self.low, self.high)
+            for factor, gradient in zip(self.factors.values(), gradients[1:], strict=True):
+                factor.sub_(lr_scale * gradient.sign())
+
+    def pack(self) -> QTensor:
+        with torch.no_grad():
+            grid = self._grid()
+            return self.start.format.pack(grid, grid.round(self.w + self.v * self.gap))
+
+    def _grid(self) -> Grid:
+        if not self.factors:
+            return self.grid
+        return self.grid.replaced({name: p * (1 + self.factors[name]) for name, p in self.parameters.items()})
+
+
+def _gap(grid: Grid, w: torch.Tensor) -> torch.Tensor:
+    """`(n, k)` -> `(n, k)`, alike within a group: how far apart representable values lie."""
+    error = (w - grid.value(grid.round(w))).square()
+    parts = [part.mean(1, keepdim=True).sqrt().expand_as(part) for part in error.split(grid.group, 1)]
+    return sqrt(12) * torch.cat(parts, 1)
+
+
+def _first(grid: Grid, w: torch.Tensor, codes: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+    """The smallest V, of a few tried, that rounds to `codes`; 0 where the nearest code is theirs."""
+    value = grid.value(codes)
+    full = torch.where(gap > 0, (value - w) / gap, 0.0)
+    v = torch.zeros_like(w)
+    for share in (0.25, 0.5, 0.75, 1.0):
+        off = grid.value(grid.round(w + v * gap)) != value
+        v = torch.where(off, share * full, v)
+    return v
+
+
+class _Descent:
+    def __init__(
+        self,
+        block: Runs,
+        offsets: Mapping[str, Offset],
+        inputs: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        settings: RoundingSettings,
+        where: str,
+    ):
+        self.block, self.offsets, self.inputs, self.targets = block, offsets, inputs, targets
+        self.settings, self.where = settings, where
+        self.best = {name: offset.start for name, offset in offsets.items()}
+        self.error = self.measure(self.best)
+
+    def go(self) -> None:
+        settings, worse = self.settings, 0
+        every = max(1, settings.steps // settings.checks)
+        for step in range(settings.steps):
+            self.advance(step)
+            if (step + 1) % every and step + 1 < settings.steps:
+                continue
+            found = {name: offset.pack() for name, offset in self.offsets.items()}
+            error = self.measure(found)
+            if error < self.error:
+                self.best, self.error, worse = found, error, 0
+            else:
+                worse += 1
+            if worse == settings.patience:
+                return
+
+    def advance(self, step: int) -> None:
+        """One step of signed gradient descent."""
+        settings = self.settings
+        rate = (settings.lr or 1 / settings.steps) * (1 - step / settings.steps)
+        leaves = [leaf.requires_grad_() for offset in self.offsets.values() for leaf in offset.leaves()]
+        total = [torch.zeros_like(leaf) for leaf in leaves]
+        for i in self.chosen(step):
+            moved = {name: offset.weight() for name, offset in self.offsets.items()}
+            loss = _error(self.block(self.inputs[i], moved), self.targets[i])
+            for sum_, gradient in zip(total, torch.autograd.grad(loss, leaves), strict=True):
+                sum_ += gradient
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+        rest = iter(total)
+        for offset in self.offsets.values():
+            gradients = [next(rest) for _ in offset.leaves()]
+            offset.step(gradients, rate, rate * settings.lr_scale)
+
+    def chosen(self, step: int) -> list[int]:
+        """The inputs of a step: all once in each pass, each pass in an order of its own."""
+        n, batch = len(self.inputs), self.settings.batch
+        places = range(step * batch, (step + 1) * batch)
+        return [shuffled(n, self.settings.seed, place // n)[place % n] for place in places]
+
+    def measure(self, found: Mapping[str, QTensor]) -> float:
+        """The mean squared error of the block's output over all inputs."""
+        weights = {name: q.decode() for name, q in found.items()}
+        with torch.no_grad():
+            errors = [
+                float(_error(self.block(x, weights), y))
+                for x, y in zip(self.inputs, self.targets, strict=True)
+            ]
+        if not isfinite(sum(errors)):
+            bad = next(i for i, error in enumerate(errors) if not isfinite(error))
+            raise CalibrationError(
+                f"{self.where}: the output's error on input {bad} of {len(errors)} is {errors[bad]}; its "
+                "weights or inputs are not finite"
+            )
+        return sum(errors) / len(errors)
+
+
+def shuffled(n: int, seed: int, turn: int) -> list[int]:
+    """0 ... n - 1 in the order of one pass; the same for the same seed and pass."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def _error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output.float() - target.float().to(output.device)).square().mean()

@@ -1,0 +1,114 @@
+"""Gradients through a grid: to its block parameters exactly, to the weights it rounds straight through.
+
+A weight on a grid is value = step(p) * level(code) + base(p), smooth in the block parameters p (scales,
+minima) and a staircase in whatever chose the codes. So
+
+    dL/dp     the chain rule with codes fixed: sums over a group of dL/dvalue * level, and of dL/dvalue,
+              then from step and base to what is stored                                  GridLinear
+    dL/dw     that of the identity wherever w is rounded                               straight_through
+
+(the straight-through estimator: Bengio et al., arXiv 1308.3432). Neither keeps a dense weight for the
+backward pass: it is computed again from codes and parameters, a byte a weight, when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ..algorithms.descent import group_sums
+from ..formats.base import Grid
+
+
+class GridLinear(torch.nn.Module):
+    """y = x W^T + bias, `(..., k) -> (..., n)`, with W on a grid: fixed codes, trainable block parameters.
+
+    `block_parameters`: names of `grid.parameters()` -> f32 nn.Parameter of the same shape.
+    """
+
+    def __init__(self, grid: Grid, codes: torch.Tensor, bias: torch.nn.Parameter | None):
+        super().__init__()
+        self.grid, self.bias = grid, bias
+        self.codes = codes
+        self.block_parameters = torch.nn.ParameterDict(
+            {name: torch.nn.Parameter(value.float().clone()) for name, value in grid.parameters().items()}
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parameters = dict(self.block_parameters)
+        y = _Multiply.apply(x, self.grid, self.codes, tuple(parameters), *parameters.values())
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Multiply(torch.autograd.Function):
+    """x W^T, keeping x, codes and block parameters for the backward pass, but not W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        grid: Grid,
+        codes: torch.Tensor,
+        names: tuple[str, ...],
+        *values: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.grid, ctx.names = grid, names
+        ctx.save_for_backward(x, codes, *values)
+        grid = _replaced(grid, names, values)
+        return functional.linear(x, _spread(grid.level(codes), grid.group, *_groups(grid, codes)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, codes, *values = ctx.saved_tensors
+        leaves = [value.detach().requires_grad_() for value in values]
+        with torch.enable_grad():
+            grid = _replaced(ctx.grid, ctx.names, leaves)
+            groups = _groups(grid, codes)
+        level, to_x = grid.level(codes).detach(), None
+        if ctx.needs_input_grad[0]:
+            to_x = gradient @ _spread(level, grid.group, *(part.detach() for part in groups)).to(
+                gradient.dtype
+            )
+        if not leaves:
+            return (to_x, None, None, None)
+        rows = gradient.flatten(0, -2)
+        to_w = (rows.T @ x.flatten(0, -2).to(rows.dtype)).float()
+        if not groups[0].requires_grad:  # the levels themselves are the parameters
+            with torch.enable_grad():
+                found = torch.autograd.grad(grid.value(codes), leaves, to_w)
+            return (to_x, None, None, None, *found)
+        sums = [group_sums(to_w * level, grid.group)]
+        if len(groups) == 2:
+            sums.append(group_sums(to_w, grid.group))
+        return (to_x, None, None, None, *torch.autograd.grad(groups, leaves, sums))
+
+
+def _replaced(grid: Grid, names: Sequence[str], values: Sequence[torch.Tensor]) -> Grid:
+    return grid.replaced(dict(zip(names, values, strict=True))) if names else grid
+
+
+def _groups(grid: Grid, codes: torch.Tensor) -> list[torch.Tensor]:
+    """Step and, if there is one, base: `(n, g)` each."""
+    return [part for part in grid.groups(codes.shape[0]) if part is not None]
+
+
+def _spread(
+    level: torch.Tensor, group: int, step: torch.Tensor, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(n, k)` levels, `(n, g)` step and base -> `(n, k)` values."""
+    n, k = level.shape
+    whole = functional.pad(level, (0, -k % group)) if k % group else level
+    w = whole.view(n, -1, group) * step[..., None]
+    return (w if base is None else w + base[..., None]).view(n, -1)[:, :k]
+
+
+def straight_through(grid: Grid, w: torch.Tensor) -> torch.Tensor:
+    """`(n, k)` f32 -> the same on the grid; the gradient of w is that of the identity, that of the grid's
+    block parameters is exact where they require one."""
+    with torch.no_grad():
+        codes = grid.round(w)
+    value = grid.value(codes)
+    return value + (w - w.detach())
