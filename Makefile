@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 CACHE ?= $(or $(FEWBITS_CACHE),$(HOME)/.cache/fewbits)
+GPTQMODEL ?= $(CACHE)/gptqmodel
 LLAMA = llama-cpp-python==0.3.36
 
 # Waiting threads of torch must not hold the cores that other work needs.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint engine slow fuzz bench clean
+.PHONY: demo test lint engine slow fuzz bench bench-methods gptqmodel clean
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -35,6 +36,12 @@ bench: $(VENV)/engine
 	$(RUN) bench/encode
 	$(RUN) bench/memory
 
+# Calibrated quantization against its peers; hours. CALIBRATION="--calibration FILE" and TEXT="--text FILE"
+# name texts; without, the model writes them. An interrupted run goes on with what .bench keeps.
+bench-methods: $(VENV)/engine gptqmodel
+	$(RUN) bench/calibrate --gptqmodel $(GPTQMODEL)/bin/python $(CALIBRATION)
+	$(RUN) bench/quality --gptqmodel $(GPTQMODEL)/bin/python --keep .bench $(CALIBRATION) $(TEXT)
+
 # The engine is built from source once (about 5 minutes on 2 cores) and kept as a wheel.
 $(VENV)/engine: $(VENV)/ready
 	mkdir -p $(CACHE)/wheels
@@ -44,6 +51,14 @@ $(VENV)/engine: $(VENV)/ready
 	$(RUN) -m pip install -q --find-links $(CACHE)/wheels $(LLAMA)
 	touch $@
 
+# A peer of the benchmarks, in an environment of its own: it needs other versions than ours.
+gptqmodel: $(GPTQMODEL)/ready
+
+$(GPTQMODEL)/ready:
+	$(PYTHON) -m venv $(GPTQMODEL)
+	$(GPTQMODEL)/bin/python -m pip install -q gptqmodel==7.7.0 sentencepiece
+	touch $@
+
 $(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q torch==2.13.0
@@ -51,4 +66,4 @@ $(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build .demo
+	rm -rf $(VENV) build .demo .bench

@@ -1,12 +1,13 @@
-"""What every benchmark shares: the machine, its memory bandwidth, and the one line of JSON at the end."""
+"""What every benchmark shares: the machine and its limits, other processes watched, the last line of JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,38 @@ def memory_bandwidth(threads: int, mib: int = 512) -> float:
         return data.nbytes / best_of(3, data.sum)
     finally:
         torch.set_num_threads(before)
+
+
+def multiplying(dtype: torch.dtype, rows: int = 4096, n: int = 1536, k: int = 576) -> float:
+    """FLOP per second of a linear layer of the demo model's shape, with torch's threads."""
+    x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
+    torch.nn.functional.linear(x, w)
+    return 2 * rows * n * k / best_of(5, lambda: torch.nn.functional.linear(x, w))
+
+
+def peak_of(
+    command: Sequence[str], out: Path | None = None, environment: Mapping[str, str] | None = None
+) -> tuple[int, float, int]:
+    """Run a command -> its peak resident bytes (VmHWM: mapped file pages count), seconds, exit code.
+
+    out: gets its stdout. environment: added to ours.
+    """
+    start, peak = time.monotonic(), 0
+    with (out or Path(os.devnull)).open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, env={**os.environ, **(environment or {})})
+        status = Path(f"/proc/{process.pid}/status")
+        try:
+            while process.poll() is None:
+                try:
+                    lines = status.read_text().splitlines()
+                except (FileNotFoundError, ProcessLookupError):
+                    break
+                peak = max([peak, *(int(li.split()[1]) * 1024 for li in lines if li.startswith("VmHWM"))])
+                time.sleep(0.05)
+            code = process.wait()
+        finally:
+            process.kill()
+    return peak, time.monotonic() - start, code
 
 
 def machine() -> dict[str, Any]:

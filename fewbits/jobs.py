@@ -101,7 +101,9 @@ def _method(rule: Rule | None, work: Work, stats: Stats | None) -> tuple[str, di
     needs statistics and there are none (embeddings). A rule's own algorithm is never exchanged."""
     algorithm, options = chosen(rule, work.method, work.defaults)
     by_rule = rule is not None and rule.algorithm is not None
-    if stats is None and not by_rule and NEEDS[algorithm] != "nothing":
+    needs = NEEDS[algorithm]
+    known = stats is not None and (needs != "hessian" or stats.hessian is not None)
+    if not known and not by_rule and needs != "nothing":
         return "rtn", dict(work.defaults)
     return algorithm, options
 

@@ -17,17 +17,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from difflib import get_close_matches
-from inspect import signature
 from pathlib import Path
+from typing import Any
 
-from .algorithms import ALGORITHMS, NEEDS
-from .blockwise import Asked, Run, Streaming, quantize_blocks
-from .calibrate.statistics import Statistics
-from .calibrate.stats import Stats
-from .calibrate.tokens import Tokens
-from .errors import FileError, FormatError, PlanError, raise_all
+from .activations.record import record
+from .blockwise import Asked, Run, quantize_blocks
+from .calibrate.statistics import coverage_notes
+from .errors import FileError, FormatError, PlanError
 from .files.atomic import make_directory, write_atomic
 from .files.base import Checkpoint
 from .files.blockstore import BlockStore
@@ -41,44 +39,15 @@ from .jobs import Work, chosen, write_job
 from .memory import peak_memory, reset_peak_memory
 from .model.archs import architecture, check_complete, engine_notes, require_architecture
 from .model.sites import sites
-from .plan import Plan
 from .plan.choices import Decision, check_feasible, decide, entries_of
-from .plan.method import Method
 from .plan.mixtures import RECIPES
 from .plan.recipes import needing_imatrix
 from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
 from .report.receipt import Receipt, TensorRow
+from .request import Request, asked_of, calibration_of, check_algorithms, check_method, needs_of, stats_of
 from .transforms.rotate import rotate
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to do with a checkpoint.
-
-    to: a llama.cpp file type (`q4_k_m`) or a format (`int4_g128`); None: only what `plan` says.
-    file: "gguf" or "native"; None: gguf for a path that ends in .gguf, native otherwise.
-    search: search block parameters rather than take the min-max ones. requantize: allow quantized
-    input. overwrite: replace an output that exists. method: how codes are chosen. tokens: the text that a
-    method which runs the model is calibrated on. statistics: saved ones, for a method that needs no more.
-    streaming: memory and device of a calibrated run. strict: too little calibration data is an error.
-    activations: a scheme for the runtime, kept in a native directory. notes: for the receipt.
-    """
-
-    to: str | None = None
-    plan: Plan = field(default_factory=Plan)
-    file: str | None = None
-    search: bool = True
-    requantize: bool = False
-    overwrite: bool = False
-    method: Method = field(default_factory=Method)
-    tokens: Tokens | None = None
-    statistics: Statistics | None = None
-    streaming: Streaming = field(default_factory=Streaming)
-    strict: bool = False
-    activations: str | None = None
-    notes: tuple[str, ...] = ()
 
 
 def quantize(
@@ -93,13 +62,13 @@ def quantize(
     reset_peak_memory()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
     out = Path(out)
-    _check_method(request)
+    check_method(request)
     notes = request.notes
     if "rotate" in request.method.transforms:
         checkpoint, more = rotate(checkpoint, request.streaming.seed)
         notes += more
     target, decisions = prepare(checkpoint, out, request)
-    identity = fingerprint(checkpoint, _asked_of(request))
+    identity = fingerprint(checkpoint, asked_of(request))
     make_directory(target.path.parent)
     with (
         StreamFile.open(
@@ -115,12 +84,17 @@ def quantize(
             store = stack.enter_context(BlockStore(folder, identity, request.overwrite))
             checkpoint, told, more = _block_by_block(checkpoint, target, decisions, request, store, progress)
             notes += request.tokens.notes + more
-        work = Work(request.method, {"search": request.search}, _stats_of(request), told)
+        found, more = _activations(checkpoint, request)
+        notes += more
+        work = Work(request.method, {"search": request.search}, stats_of(request), told)
+        if request.statistics is not None:
+            names = _in_blocks(checkpoint, target.jobs)
+            notes += coverage_notes(request.statistics, names, "hessian" in needs_of(request))
         rows = _write_all(checkpoint, target, decisions, work, file, progress)
         for path in target.stale:
             path.unlink(missing_ok=True)
         file.finish(keep_journal=True)
-        target.finish()
+        target.finish(found)
         receipt = replace(
             _receipt(checkpoint, target, request, rows),
             target=str(out),
@@ -134,6 +108,20 @@ def quantize(
             store.remove()
         file.close_journal()
     return receipt
+
+
+def _activations(checkpoint: Checkpoint, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a native directory records for the runtime, and the same as a note."""
+    if request.activations is None:
+        return {}, ()
+    found = record(
+        checkpoint, request.activations, None if request.tokens is None else request.tokens.windows
+    )
+    left = found["left"]
+    some = ", ".join(left[:3]) + (" ..." if left[3:] else "")
+    return {"activations": found}, (
+        f"activations: {found['scheme']}" + (f"; {len(left)} inputs stay in float: {some}" if left else ""),
+    )
 
 
 def _receipt(
@@ -153,7 +141,7 @@ def _receipt(
         peak_memory_bytes=0,
         versions=versions(),
         method=request.method.asked(),
-        calibration=_calibration(request),
+        calibration=calibration_of(request),
     )
 
 
@@ -174,6 +162,8 @@ def convert(
 def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target, dict[str, Decision]]:
     """Decide, check and lay out, all from headers: the target, and by job name what each gets."""
     gguf = request.file == "gguf" or (request.file is None and out.suffix == ".gguf")
+    if gguf and request.activations is not None:
+        raise PlanError(f"{out}: a GGUF file says nothing of activations; use a native directory")
     if gguf and checkpoint.kind != "gguf":
         require_architecture(checkpoint.config)
     _check_place(checkpoint, out, gguf, request.overwrite)
@@ -185,7 +175,7 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
     to = (recipe.name if recipe else None, None if request.to is None or recipe else _format(request.to))
     decisions = decide(checkpoint, entries, arch, to, request.plan, gguf)
     check_feasible(checkpoint, entries, decisions, request.requantize)
-    _check_algorithms(request)
+    check_algorithms(request)
     carried = None if request.to or request.plan.rules else _carried_file_type(checkpoint)
     file_type = recipe.file_type if recipe else carried
     if gguf:
@@ -223,86 +213,6 @@ def _in_blocks(checkpoint: Checkpoint, jobs: Sequence[Job]) -> dict[str, Job]:
         for source in job.sources
         if source in inside and not is_plain(job.format) and checkpoint.tensors[source].dtype != job.format
     }
-
-
-def _check_algorithms(request: Request) -> None:
-    """PlanError listing each rule (and the method) whose algorithm is unknown, or takes no such option."""
-    method = request.method
-    faults = _algorithm_faults("method", method.algorithm, method.options)
-    for rule in request.plan.rules:
-        algorithm, _ = chosen(rule, method)
-        faults += _algorithm_faults(f"rule {rule.match!r}", algorithm, rule.options)
-    raise_all(PlanError, "plan", faults)
-
-
-def _algorithm_faults(where: str, algorithm: str, options: Mapping[str, object]) -> list[str]:
-    try:
-        takes = [*signature(ALGORITHMS.get(algorithm)).parameters][3:]
-    except PlanError as error:
-        return [f"{where}: {error}"]
-    return [
-        f"{where}: {algorithm} has no option {name!r}; it takes {', '.join(takes)}"
-        for name in options
-        if name not in takes
-    ]
-
-
-def _check_method(request: Request) -> None:
-    """PlanError where a method needs what it is not given: a text, or statistics."""
-    algorithms = {chosen(rule, request.method)[0] for rule in (None, *request.plan.rules)}
-    needs = {NEEDS[name] for name in algorithms if name in NEEDS} - {"nothing"}
-    faults = []
-    if (needs or request.method.streams) and request.tokens is None and request.statistics is None:
-        faults.append(
-            f"{request.method.algorithm} needs calibration data; give tokens, saved statistics, or a method "
-            "without data (rtn, hqq)"
-        )
-    if request.method.streams and request.tokens is None and request.statistics is not None:
-        faults.append(
-            "this method runs the model block by block: saved statistics do not suffice; give it a text, or "
-            "turn off what needs it (sequential, asymmetric, learn, polish, smooth, awq, equalize)"
-        )
-    if "hessian" in needs and request.statistics is not None and "hessian" not in request.statistics.knows:
-        faults.append(
-            f"{request.statistics.source}: has no Hessian, which {request.method.algorithm} needs; use "
-            "--method weighted, or calibrate again"
-        )
-    raise_all(PlanError, "method", faults)
-
-
-def _asked_of(request: Request) -> list[object]:
-    """All that decides the bytes besides the input and the layout."""
-    plain: list[object] = [request.plan.digest(), request.to, request.search, request.requantize]
-    if not request.method.asked() and request.tokens is None and request.statistics is None:
-        return plain
-    streaming = request.streaming
-    return [
-        *plain,
-        request.method.asked(),
-        None if request.tokens is None else request.tokens.digest,
-        None if request.statistics is None else [request.statistics.source, request.statistics.tokens],
-        [streaming.batch, streaming.device, str(streaming.dtype), streaming.seed, request.strict],
-    ]
-
-
-def _calibration(request: Request) -> dict[str, object]:
-    """For the receipt: the text that the result depends on."""
-    if request.tokens is not None:
-        windows = request.tokens.windows
-        about = {"source": request.tokens.source, "sha256": request.tokens.digest}
-        return about | {"windows": windows.shape[0], "context": windows.shape[1], "tokens": windows.numel()}
-    if request.statistics is not None:
-        return {"source": request.statistics.source, "tokens": request.statistics.tokens}
-    return {}
-
-
-def _stats_of(request: Request) -> Callable[[str], Stats | None]:
-    """Saved statistics by tensor name, for the algorithms that need them."""
-    saved = request.statistics
-    if saved is None:
-        return lambda name: None
-    hessian = NEEDS[request.method.algorithm] == "hessian"
-    return lambda name: saved.of(name, hessian)
 
 
 def _block_by_block(

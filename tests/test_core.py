@@ -64,7 +64,8 @@ def compare_all() -> None:
 @pytest.mark.parametrize("isa", core.ISAS)
 def test_core_equals_twin_bit_for_bit(isa: str) -> None:
     script = (
-        "from fewbits import core; from tests.test_core import compare_all; compare_all(); print(core.isa())"
+        "from fewbits import core; from tests.test_core import compare_all; "
+        "from tests.test_walk import compare_walks; compare_all(); compare_walks(); print(core.isa())"
     )
     run = subprocess.run(
         [sys.executable, "-c", script],

@@ -9,10 +9,12 @@ import torch
 from torch.nn.functional import linear
 
 from fewbits.adapters.blocks import BlockModel
+from fewbits.algorithms.gptq import gptq
+from fewbits.calibrate.stats import Stats
 from fewbits.errors import CalibrationError
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
-from fewbits.learn.rounding import EFFORTS, Offset, RoundingSettings, learn_block
+from fewbits.learn.rounding import EFFORTS, NEAR, REACH, Offset, RoundingSettings, learn_block
 from fewbits.learn.ste import GridLinear, straight_through
 from fewbits.model.sites import sites
 from fewbits.qtensor import QTensor
@@ -147,9 +149,22 @@ def test_learned_rounding_leaves_less_error_on_new_inputs_than_rounding_to_neare
     assert error(block, found, fresh) < LEFT[kind] * error(block, nearest, fresh)
 
 
+def test_codes_chosen_with_care_are_moved_less_and_not_made_worse() -> None:
+    """On this block GPTQ leaves a sixth of what rounding to nearest leaves; there is little to add."""
+    block, inputs, fmt = TwoLayers(), some_inputs(4, 1), FORMATS.get("int4_g32")
+    rows = torch.cat(inputs)
+    reads = {"up": rows, "down": linear(rows, block.weights["up"]).relu()}
+    start = {name: gptq(w, fmt, Stats.of(reads[name])) for name, w in block.weights.items()}
+    for name, w in block.weights.items():
+        assert Offset(w, start[name]).travel == NEAR and Offset(w, fmt.encode(w)).travel == REACH
+    formats, targets = dict.fromkeys(start, fmt), [block(x) for x in inputs]
+    found = learn_block(block, block.weights, formats, start, inputs, targets, EFFORTS["light"])
+    assert error(block, found, inputs) <= error(block, start, inputs)
+
+
 def test_best_leaves_less_than_light() -> None:
-    block, learned_from = TwoLayers(), some_inputs(8, 1)
-    light, best = (error(block, learn(block, "q4_0", EFFORTS[e]), learned_from) for e in ("light", "best"))
+    block, learned_from = TwoLayers(), some_inputs(4, 1)
+    light, best = (error(block, learn(block, "q4_0", EFFORTS[e], 4), learned_from) for e in ("light", "best"))
     assert best < light
 
 
@@ -166,7 +181,7 @@ def test_never_worse_than_the_start() -> None:
     inputs = some_inputs(2, 1)
     formats = dict.fromkeys(block.weights, FORMATS.get("q4_0"))
     start = {name: fmt.encode(block.weights[name]) for name, fmt in formats.items()}
-    wild = RoundingSettings(steps=6, lr=0.5, lr_scale=1.0, checks=6)
+    wild = RoundingSettings(steps=6, travel=8.0, scale_travel=1.0, checks=6)
     found = learn_block(block, block.weights, formats, start, inputs, [block(x) for x in inputs], wild)
     assert same(found, start)
 
@@ -179,7 +194,12 @@ def test_stops_early_when_nothing_improves() -> None:
             calls.append(1)
             return super().__call__(hidden, weights)
 
-    learn(Counting(), "q4_0", RoundingSettings(steps=100, lr=0.5, lr_scale=1.0, checks=50, patience=2), 1)
+    learn(
+        Counting(),
+        "q4_0",
+        RoundingSettings(steps=100, travel=8.0, scale_travel=1.0, checks=50, patience=2),
+        1,
+    )
     assert len(calls) < 20
 
 
@@ -192,7 +212,7 @@ def test_a_real_block_learns(name: str, tmp_path: Path) -> None:
     model = BlockModel(checkpoint)
     weights = model.weights(0)
     block = model.block(0, weights)
-    tokens = torch.randint(3, VOCAB, (4, 2, 24), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, VOCAB, (3, 2, 16), generator=torch.Generator().manual_seed(0))
     inputs = [model.embed(window) for window in tokens]
     targets = [block(x) for x in inputs]
     formats = {
@@ -201,14 +221,15 @@ def test_a_real_block_learns(name: str, tmp_path: Path) -> None:
         if site.block == 0 and site.role != "router"
     }
     start = {name: fmt.encode(weights[name]) for name, fmt in formats.items()}
-    found = learn_block(block, weights, formats, start, inputs, targets, EFFORTS["light"])
+    settings = RoundingSettings(steps=24, checks=3)
+    found = learn_block(block, weights, formats, start, inputs, targets, settings)
 
     def left(q: Mapping[str, QTensor]) -> float:
         decoded = {name: value.decode() for name, value in q.items()}
         pairs = zip(inputs, targets, strict=True)
         return float(sum((block(x, decoded) - y).square().mean() for x, y in pairs))
 
-    assert left(found) < 0.8 * left(start)
+    assert left(found) < 0.5 * left(start)  # measured 0.31 and 0.25
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -222,6 +243,12 @@ def test_an_error_that_is_not_finite_names_the_block_and_the_input() -> None:
     formats = dict.fromkeys(block.weights, FORMATS.get("q4_0"))
     with pytest.raises(CalibrationError, match="toy block: the output's error on input 1 of 3 is nan"):
         learn_block(block, block.weights, formats, {}, inputs, targets)
+
+
+def test_senseless_settings_are_listed() -> None:
+    with pytest.raises(CalibrationError, match="steps is 0; at least 1") as error:
+        RoundingSettings(steps=0, batch=-1)
+    assert "batch is -1" in str(error.value)
 
 
 def test_inputs_without_targets_are_refused() -> None:

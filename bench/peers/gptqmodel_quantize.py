@@ -2,8 +2,9 @@
 
     gptqmodel_quantize.py MODEL TOKENS.json OUT SETTINGS.json
 
-TOKENS.json: windows of token ids. OUT becomes a Hugging Face directory of bf16 weights that hold
-exactly the quantized values, so that anything can evaluate it. The last line of stdout is JSON.
+TOKENS.json: windows of token ids. OUT becomes a Hugging Face directory whose float weights hold
+exactly the quantized values, so that anything can evaluate it; OUT.packed is what GPTQModel saves.
+The last line of stdout is JSON.
 GPTQ's layout: qweight packs eight 4-bit codes of a column in an int32, value = scale * (code - zero).
 """
 
@@ -49,7 +50,9 @@ def main() -> None:
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(packed.glob("*.safetensors")):
         tensors |= load_file(file)
-    floats = load_file(model_dir / "model.safetensors")
+    floats: dict[str, torch.Tensor] = {}
+    for file in sorted(model_dir.glob("*.safetensors")):
+        floats |= load_file(file)
     names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     for name in names:
         planes = {part: tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}

@@ -41,6 +41,7 @@ class Block:
 
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
+    in_place = False  # does `set` write into the tensors that a pass under way may hold already?
 
     def __init__(
         self,
@@ -87,6 +88,8 @@ class Block:
             key, place = places[name]
             if place:
                 self._whole(key)[place] = weight.to(self.device, self.dtype)
+            elif self.in_place:
+                get_tensor(self.module, key).detach().copy_(weight)
             else:
                 put_tensor(self.module, key, weight.detach().to(self.device, self.dtype).contiguous())
 

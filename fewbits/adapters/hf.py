@@ -99,7 +99,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     if "tokenizer.json" not in files:
         if not files:
             raise ModelError(f"{checkpoint.path}: no tokenizer files; copy the model's tokenizer.json there")
-        return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+        except (OSError, ValueError, LookupError, ImportError) as error:
+            raise ModelError(
+                f"{checkpoint.path}: transformers makes no tokenizer of its files; copy the model's "
+                "tokenizer.json there"
+            ) from error
     settings = read_json_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
     given = {f"{name}_token": _content(settings.get(f"{name}_token")) for name in _SPECIAL}
     template = settings.get("chat_template")

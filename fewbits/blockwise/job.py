@@ -23,7 +23,7 @@ from ..transforms import TRANSFORMS, Choice, applied, checked, find_pairs, resca
 from .settings import Run
 
 Told = dict[str, dict[str, Any]]
-Tell = Callable[[str, Site, float | None], None]
+Tell = Callable[[int, str, Site, float | None], None]
 
 # |(w' - w) x| / |w x| of a weight set to zero is 1: beyond this the error has exploded.
 LARGEST_ERROR = 2.0
@@ -82,7 +82,7 @@ class BlockJob:
         """Choose codes for the sites of one stage, and put them into the block."""
         self.notes += captured.notes
         for site in stage:
-            self.tell("", site, self.error)
+            self.tell(self.index, "", site, self.error)
             self._site(site, captured.stats.get(site.name))
         self.block.set({site.name: decoded(self.result[site.name]) for site in stage})
 
@@ -132,7 +132,7 @@ class BlockJob:
         level = self.run.method.learn
         if level is None:
             return
-        self.tell("learning to round ", wanted[-1], self.error)
+        self.tell(self.index, "learning to round ", wanted[-1], self.error)
         formats = {site.name: self.run.asked[site.name].format for site in wanted}
         start = {name: value for name in formats if isinstance(value := self.result[name], QTensor)}
         with torch.enable_grad():

@@ -17,7 +17,6 @@ pass more. Finished blocks of a resumed run are only run, not quantized again.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
@@ -35,10 +34,9 @@ from ..model.sites import Site, sites
 from ..qtensor import QTensor
 from .job import BlockJob, Told, decoded
 from .settings import Run
+from .stages import Batches, quantize_paused, stages_of
 
 Progress = Callable[[str, int, int], None]
-Batches = Sequence[torch.Tensor]  # what Activations are, but for slices
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 # Kinds of notes that are told once, with their number: "kind: what".
 _COUNTED = ("unseen", "few tokens", "dropped", "scaled", "no pairs")
 
@@ -129,19 +127,19 @@ class _Walk:
     def _blocks(self, x: Activations, floats: Activations | None) -> None:
         for i in range(self.model.n_blocks):
             weights = self.model.weights(i)
-            block = self.model.block(i, weights)
-            if not self.store.has(i):
-                self._quantize(i, block, weights, x, floats)
+            more = not all(self.store.has(later) for later in range(i + 1, self.model.n_blocks))
+            if self.store.has(i):
+                block = self._replay(i, weights, floats)
+                through = False
             else:
-                self._replay(i, block, weights, floats)
-            if not all(self.store.has(later) for later in range(i + 1, self.model.n_blocks)):
+                block, through = self._quantize(i, weights, x, floats)
+            if more and not through:
                 advance(block, x, x)
             del weights, block
 
-    def _replay(
-        self, i: int, block: Block, weights: Mapping[str, torch.Tensor], floats: Activations | None
-    ) -> None:
+    def _replay(self, i: int, weights: Mapping[str, torch.Tensor], floats: Activations | None) -> Block:
         """A block that is quantized already: only its effect on what follows is wanted."""
+        block = self.model.block(i, weights)
         for name in weights:
             if name in self.sites:
                 self._tell(i, "done before: ", self.sites[name], None)
@@ -149,36 +147,45 @@ class _Walk:
             advance(block, floats, floats)
         found, _ = self.store.read(i)
         block.set({name: decoded(tensor.load()) for name, tensor in found.items()})
+        return block
 
     def _quantize(
-        self,
-        i: int,
-        block: Block,
-        weights: dict[str, torch.Tensor],
-        x: Activations,
-        floats: Activations | None,
-    ) -> None:
-        """Quantize one block into the store; `block` is left with its quantized weights."""
+        self, i: int, weights: dict[str, torch.Tensor], x: Activations, floats: Activations | None
+    ) -> tuple[Block, bool]:
+        """Quantize one block into the store -> it with its quantized weights; is x its output already?"""
         method = self.run.method
         wanted = [self.sites[name] for name in weights if name in self.sites]
-        job = BlockJob(
-            self.run, i, block, weights, lambda what, site, error: self._tell(i, what, site, error)
-        )
+        job = BlockJob(self.run, i, self.model.block(i, weights), weights, self._tell)
         if wanted:
             job.transform(wanted, x)
-        whole = floats is not None or method.learn is not None
-        reference = self.model.block(i, job.weights) if whole else None
-        for stage in _stages(wanted) if method.sequential else [wanted]:
-            if stage:
+        reference = self.model.block(i, job.weights)
+        through = bool(wanted) and self._fits(wanted, x, floats)
+        if through:
+            job.block = self.model.block(i, {name: w.clone() for name, w in job.weights.items()})
+            job.block.in_place = True
+            quantize_paused(job, wanted, reference, x, floats)
+        elif wanted:
+            for stage in stages_of(wanted) if method.sequential else [wanted]:
                 given = None if floats is None else FloatStream(floats, reference)
-                job.quantize(stage, capture(block, x, stage, job.needs_hessian(stage), given))
-        if reference is not None and wanted and method.learn is not None:
+                job.quantize(stage, capture(job.block, x, stage, job.needs_hessian(stage), given))
+        if wanted and method.learn is not None:
             with Activations((), self.run.streaming.activation_memory, self.run.streaming.scratch) as targets:
                 advance(reference, x if floats is None else floats, targets)
                 job.learn(wanted, cast(Batches, x), cast(Batches, targets))
-        if reference is not None and floats is not None:
+        if floats is not None and not through:
             advance(reference, floats, floats)
         self.store.write(i, job.result, {"told": job.told, "notes": job.notes})
+        return job.block, through
+
+    def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:
+        """May all batches wait inside the block at once? Not experts: batches reach them in another order."""
+        method = self.run.method
+        if not method.sequential or method.learn or any(site.expert is not None for site in wanted):
+            return False
+        width = 6 * x[0].shape[-1] + max(site.shape[1] for site in wanted)
+        streams = 1 if floats is None else 2
+        held = self.run.tokens.windows.numel() * width * x[0].element_size() * streams
+        return held <= self.run.streaming.activation_memory
 
     def _tell(self, i: int, what: str, site: Site, error: float | None) -> None:
         short = ".".join(site.name.removesuffix(".weight").rsplit(".", 2)[-2:])
@@ -191,14 +198,6 @@ class _Walk:
 
 def _size(site: Site) -> int:
     return site.shape[0] * site.shape[1]
-
-
-def _stages(wanted: Sequence[Site]) -> list[list[Site]]:
-    """Sites by the activation they read, experts of a block together, in the order of the modules."""
-    stages: dict[str, list[Site]] = {}
-    for site in wanted:
-        stages.setdefault(_EXPERT.sub(".experts.", site.group), []).append(site)
-    return list(stages.values())
 
 
 def _gathered(notes: Sequence[str]) -> tuple[str, ...]:

@@ -116,8 +116,7 @@ def _run(block: Block, i: int, hidden: torch.Tensor, watch: Any, outputs: Sink |
         output = block(hidden) if watch is None else block.watched(hidden, watch)
     except _Enough:
         return
-    if not bool(torch.isfinite(output.sum())):  # a sum is finite only if every term is
-        _refuse(block, i, hidden, output)
+    check_output(block, i, hidden, output)
     if outputs is None:
         return
     if i < len(outputs):
@@ -142,8 +141,10 @@ def _inputs(
     return found
 
 
-def _refuse(block: Block, i: int, hidden: torch.Tensor, output: torch.Tensor) -> None:
-    """Raise CalibrationError naming the first site of a batch whose input is not finite."""
+def check_output(block: Block, i: int, hidden: torch.Tensor, output: torch.Tensor) -> None:
+    """Raise CalibrationError, naming the first site whose input is not finite, unless batch i's output is."""
+    if bool(torch.isfinite(output.sum())):  # a sum is finite only if every term is
+        return
     bad: list[str] = []
 
     def watch(name: str, x: torch.Tensor) -> None:

@@ -244,15 +244,12 @@ def importance_of(statistics: Statistics, site: Site) -> torch.Tensor:
     stats = statistics.of(site.name, hessian=False)
     if stats is not None:
         return stats.mean_square
-    others = [other for name in _other_experts(statistics, site.name)
-              if (other := statistics.of(name, hessian=False)) is not None]  # fmt: skip
-    if not others:
+    if not _other_experts(statistics, site.name):
         raise CalibrationError(
             f"{site.name}: no token of {statistics.source} reached it, nor another expert of its block; "
             "calibrate with more text, or give it a rule with an algorithm that needs no statistics"
         )
-    total = sum(other.count for other in others)
-    return torch.stack([other.mean_square * (other.count / total) for other in others]).sum(0)
+    return _mean_of_others(statistics, site.name)
 
 
 def importance_notes(statistics: Statistics) -> tuple[str, ...]:
@@ -268,6 +265,34 @@ def importance_notes(statistics: Statistics) -> tuple[str, ...]:
         notes.append(f"{pattern}: {len(names)} of {len(names) + seen} experts saw no token ({numbers}); "
                      "their columns weigh as the mean of the others")  # fmt: skip
     return tuple(notes)
+
+
+def stats_for(statistics: Statistics, name: str, hessian: bool) -> Stats | None:
+    """What is known of a weight's input. An expert that saw no token has the importance of the others, and
+    count 0; None where nothing is known of them either."""
+    seen = statistics.of(name, hessian)
+    if seen is not None or not _other_experts(statistics, name):
+        return seen
+    return Stats(0, None, _mean_of_others(statistics, name))
+
+
+def coverage_notes(statistics: Statistics, names: Iterable[str], hessian: bool) -> tuple[str, ...]:
+    """For the receipt: which of the weights `names` these statistics say too little of."""
+    lacking = [name for name in names if name not in statistics.sites
+               and (hessian or not _other_experts(statistics, name))]  # fmt: skip
+    notes = () if hessian else importance_notes(statistics)
+    if not lacking:
+        return notes
+    more = f" (and {len(lacking) - 1} more)" if lacking[1:] else ""
+    return (*notes, f"unseen: {lacking[0]} met no token and is rounded to nearest{more}")
+
+
+def _mean_of_others(statistics: Statistics, name: str) -> torch.Tensor:
+    """Mean x^2 over the tokens of the block's other experts."""
+    others = [other for key in _other_experts(statistics, name)
+              if (other := statistics.of(key, hessian=False)) is not None]  # fmt: skip
+    total = sum(other.count for other in others)
+    return torch.stack([other.mean_square * (other.count / total) for other in others]).sum(0)
 
 
 def _other_experts(statistics: Statistics, site: str) -> list[str]:

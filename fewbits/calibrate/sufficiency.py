@@ -31,8 +31,13 @@ STANDARD_ERROR = 0.1
 
 def tokens_needed(stats: Stats) -> int:
     """By the rule for what the statistics hold: a Hessian, or mean squares alone."""
-    if stats.hessian is not None:
-        return TOKENS_PER_COLUMN * stats.columns
+    return needed_for(stats.columns, stats.hessian is not None)
+
+
+def needed_for(columns: int, hessian: bool) -> int:
+    """The same, of statistics that are not in memory."""
+    if hessian:
+        return TOKENS_PER_COLUMN * columns
     return ceil((KURTOSIS - 1) / STANDARD_ERROR**2)
 
 

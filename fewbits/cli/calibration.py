@@ -12,6 +12,7 @@ import torch
 from ..adapters.blocks import BlockModel
 from ..blockwise import Streaming
 from ..calibrate.imatrix import open_statistics
+from ..calibrate.statistics import Statistics
 from ..calibrate.tokens import Tokens, read_tokens
 from ..errors import CalibrationError, ModelError
 from ..files.base import Checkpoint
@@ -79,6 +80,18 @@ def tokens_of(
     return read_tokens(checkpoint, source, count, context, options.seed or 0, progress)
 
 
+def from_statistics(request: Request, statistics: Statistics) -> Request:
+    """The request on saved statistics: in one pass, as the model is not run."""
+    method, notes = request.method, (*request.notes, *statistics.notes)
+    if method.sequential or method.asymmetric:
+        method = replace(method, sequential=False, asymmetric=False)
+        notes += (
+            "saved statistics: each weight is fitted to the input it has in the float model, "
+            "not to what the weights quantized before it leave of that",
+        )
+    return replace(request, method=method, statistics=statistics, notes=notes)
+
+
 def calibrated(request: Request, checkpoint: Checkpoint, out: Path, options: argparse.Namespace) -> Request:
     """The request with the text or the statistics that its method needs.
 
@@ -91,7 +104,7 @@ def calibrated(request: Request, checkpoint: Checkpoint, out: Path, options: arg
     source = options.calibrate or "self"
     path = Path(source)
     if path.suffix in STATISTICS:
-        return replace(request, statistics=open_statistics(path, checkpoint))
+        return from_statistics(request, open_statistics(path, checkpoint))
     by_default = not (options.effort or options.method or options.calibrate or request.method.transforms)
     try:
         with StageProgress() as progress:

@@ -14,19 +14,20 @@ from pathlib import Path
 
 from ..errors import FewbitsError
 from ..version import VERSION
-from . import convert, demo, evaluate, formats, inspect, quantize
+from . import calibrate, convert, demo, evaluate, formats, inspect, quantize
 
 EXAMPLES = """examples:
   fewbits quantize demo:smollm2 --to q4_k_m --out smollm2-Q4_K_M.gguf
   fewbits quantize ./Mistral-7B --to iq4_xs --rule '*.down_proj=q6_k'
   fewbits quantize Qwen/Qwen3-0.6B --to int4_g128 --out qwen3-int4
+  fewbits calibrate ./Mistral-7B --calibrate wiki.train.raw --out imatrix.gguf
   fewbits evaluate ./Mistral-7B mistral-IQ4_XS.gguf --text wiki.test.raw
   fewbits inspect mistral-IQ4_XS.gguf
   fewbits demo
 
 exit codes: 0 done, 1 error, 2 usage, 3 done but a rule could not be followed"""
 
-COMMANDS = (quantize, evaluate, inspect, convert, formats, demo)
+COMMANDS = (quantize, calibrate, evaluate, inspect, convert, formats, demo)
 
 
 def parser() -> argparse.ArgumentParser:

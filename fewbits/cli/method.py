@@ -11,8 +11,15 @@ from ..plan.method import EFFORTS, METHODS, Method
 
 def method_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how codes are chosen")
-    group.add_argument("--effort", choices=tuple(EFFORTS), help="quality for time (default good)")
-    group.add_argument("--method", choices=tuple(METHODS), help="the algorithm, instead of an effort")
+    group.add_argument(
+        "--effort", choices=tuple(EFFORTS),
+        help="quality for time: fast rounds to nearest, good (default) is GPTQ, best distils it as well",
+    )  # fmt: skip
+    group.add_argument(
+        "--method", choices=tuple(METHODS),
+        help="instead of an effort: rtn and hqq need no text, weighted a text or an importance matrix, gptq "
+        "a text or Hessians, learned a text",
+    )  # fmt: skip
     group.add_argument(
         "--smooth", nargs="?", type=float, const=-1.0, metavar="ALPHA",
         help="SmoothQuant: move outliers from activations into weights (ALPHA: searched unless given)",

@@ -137,7 +137,8 @@ def read_plan(rules: list[str], file: Path | None) -> Plan:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{file}: the plan cannot be read: {error}") from error
-    return Plan(given + Plan.from_toml(text, str(file)).rules)
+    read = Plan.from_toml(text, str(file))
+    return Plan(given + read.rules, read.run)
 
 
 def default_out(path: Path, to: str, file: str) -> Path:

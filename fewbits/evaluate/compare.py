@@ -214,7 +214,7 @@ class _Run:
     def child(self, checkpoint: Checkpoint) -> ModelScores:
         model, name = load_model(checkpoint, torch.float32), _name(checkpoint)
         parts, seconds = [], 0.0
-        with simulated(model, self.settings.simulation) as record:
+        with simulated(model, self.settings.simulation.of(checkpoint.metadata)) as record:
             for i, (log_p, took) in enumerate(self._log_probabilities(model, name)):
                 parts.append(compare(self.store[i], log_p, self.targets[i]))
                 seconds += took

@@ -7,9 +7,9 @@ scheme needs them for its ranges, a dynamic one does without and then leaves no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Simulation:
     """What children run with. None: float.
 
     calibration: windows `(w, t)` int64 of other text than is scored. observer: the rule for the ranges
-    of a static scheme. limit_db: sites whose output keeps less stay in float.
+    of a static scheme. limit_db: sites whose output keeps less stay in float; left: sites that do anyway.
     """
 
     activations: str | None = None
@@ -32,6 +32,14 @@ class Simulation:
     calibration: torch.Tensor | None = None
     observer: str = "mse"
     limit_db: float = LIMIT_DB
+    left: tuple[str, ...] = ()
+
+    def of(self, metadata: Mapping[str, Any]) -> Simulation:
+        """This, or what a child's own directory says of activations, where this says nothing of them."""
+        said = metadata.get("activations")
+        if self.activations is not None or not isinstance(said, dict):
+            return self
+        return replace(self, activations=str(said.get("scheme")), left=tuple(map(str, said.get("left", ()))))
 
     def __post_init__(self) -> None:
         """PlanError for a name that is not known."""
@@ -89,7 +97,7 @@ def simulated(model: Any, simulation: Simulation) -> Iterator[list[Simulated]]:
     plan, reached = None, set[str]()
     with ExitStack() as stack:
         if scheme is not None:
-            plan = Activations(scheme)
+            plan = Activations(scheme, left=simulation.left)
             if simulation.calibration is not None:
                 found = (simulation.calibration, scheme, simulation.observer, simulation.limit_db)
                 plan = calibrate(model, *found)

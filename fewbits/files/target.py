@@ -64,7 +64,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Target:
-    """A file to be written: `header`, `spans`, the jobs that fill them, and `finish` for the rest.
+    """A file to be written: `header`, `spans`, the jobs that fill them, and `finish` for the rest, which is
+    given what only the finished run knows (native directories keep it in their index).
 
     notes: for the receipt. stale: what speaks of the output that this one replaces, and must be gone
     before it is in place.
@@ -75,7 +76,7 @@ class Target:
     spans: Sequence[Span]
     jobs: tuple[Job, ...]
     receipt: Path
-    finish: Callable[[], None]
+    finish: Callable[[Mapping[str, Any]], None]
     align: int = 1
     notes: tuple[str, ...] = ()
     stale: tuple[Path, ...] = ()
@@ -133,7 +134,7 @@ def gguf_target(
         for (name, shape, kind), offset in zip(infos, offsets, strict=True)
     ]
     receipt = path.with_name(path.name + ".receipt.json")
-    return Target(path, header, spans, tuple(jobs), receipt, lambda: None, ALIGNMENT, stale=(receipt,))
+    return Target(path, header, spans, tuple(jobs), receipt, lambda found: None, ALIGNMENT, stale=(receipt,))
 
 
 def entry_shape(checkpoint: Checkpoint, entry: GGUFEntry) -> tuple[int, ...]:
@@ -168,9 +169,9 @@ def native_target(
 
     side_files = side_files_of(checkpoint)
 
-    def finish() -> None:
+    def finish(found: Mapping[str, Any]) -> None:
         write_side_files(checkpoint, side_files, directory)
-        write_atomic(directory / INDEX, native_index(rows, about))
+        write_atomic(directory / INDEX, native_index(rows, {**about, **found}))
 
     receipt, index = directory / "receipt.json", directory / INDEX
     return Target(directory / WEIGHTS, header, spans, jobs, receipt, finish, stale=(index, receipt))

@@ -5,12 +5,16 @@ weight is given an offset before it is rounded, each block parameter a factor, a
 against the float block's output:
 
     w' = round(w + V * gap; p * (1 + a)) on the format's grid      |V| <= 1/2, V = a = 0 at first
-    minimize mean (block(x; w') - y)^2        V -= lr * sign(dL/dV)        a -= lr_scale * sign(dL/da)
+    minimize mean (block(x; w') - y)^2        V -= rate * sign(dL/dV)        a -= rate' * sign(dL/da)
 
 gap is the spacing of the grid near a weight: rounding errors are even in +-gap / 2, so a group's root mean
 square error times sqrt(12) tells it for any grid, evenly spaced or not. Gradients pass the rounding
 straight through (`ste.py`); both rates fall to zero linearly, so that V can just reach either end.
-Codes to start from (of GPTQ, say) that are not the nearest get the smallest V that rounds to them.
+
+Codes to start from that are not the nearest (GPTQ's) get the smallest V that rounds to them, and then
+travel less: what was balanced against each other is not to be shaken. On a block of a 163M model in
+q4_0 the error left on new inputs, of that of rounding to nearest: learned 0.38, GPTQ 0.25, learned from
+GPTQ's codes 0.22; at the full rate nothing came out of those.
 
 Source: AutoRound, arXiv 2309.05516, sections 3.1-3.3 (signed gradient, clipping ranges as factors).
 """
@@ -24,28 +28,38 @@ from typing import Protocol
 
 import torch
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, raise_all
 from ..formats.base import Format, Grid
 from ..qtensor import QTensor
 from .ste import straight_through
 
 REACH = 0.5  # how far a weight may be moved before it is rounded, in gaps
+NEAR = 0.1  # the same on the whole way from codes that were chosen with care
+CHOSEN = 0.01  # share of codes that are not the nearest from which they count as such
 
 
 @dataclass(frozen=True)
 class RoundingSettings:
-    """steps: at most, each on `batch` of the inputs. lr: of V in a step, None: 1 / steps. lr_scale: of the
-    factors, as a part of lr. checks: how often, evenly spread, the whole of the inputs is measured;
-    patience: so many checks without a better one end it. While the rate is high V wanders, and the
-    best comes late: fewer than half of the checks end good runs."""
+    """How long and how far.
+
+    steps: at most, each on `batch` of the inputs. travel: how far V goes in all, in gaps; None: REACH, but
+    NEAR from chosen codes. scale_travel: how far the factors go, as a part of that. checks: how often,
+    evenly spread, all inputs are measured; patience: so many checks without a better one end it. While
+    the steps are long V wanders, and the best comes late: a small patience ends good runs.
+    """
 
     steps: int = 200
-    lr: float | None = None
-    lr_scale: float = 0.05
+    travel: float | None = None
+    scale_travel: float = 0.05
     batch: int = 1
     checks: int = 10
     patience: int = 6
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        named = ("steps", "batch", "checks", "patience")
+        faults = [f"{name} is {getattr(self, name)}; at least 1" for name in named if getattr(self, name) < 1]
+        raise_all(CalibrationError, "learned rounding", faults)
 
 
 EFFORTS = {"light": RoundingSettings(steps=50, checks=5, patience=3), "best": RoundingSettings()}
@@ -79,7 +93,7 @@ def learn_block(
     if not inputs or len(inputs) != len(targets):
         raise CalibrationError(f"{where}: {len(inputs)} inputs and {len(targets)} targets; 1 each at least")
     offsets = {
-        name: Offset(weights[name].float(), start.get(name) or fmt.encode(weights[name]))
+        name: Offset(weights[name].float().cpu(), start.get(name) or fmt.encode(weights[name].cpu()))
         for name, fmt in formats.items()
     }
     descent = _Descent(block, offsets, inputs, targets, settings, where)
@@ -88,13 +102,14 @@ def learn_block(
 
 
 class Offset:
-    """One weight on its way to codes: V and the factors of its block parameters."""
+    """One weight on its way to codes, on the CPU: V and the factors of its block parameters."""
 
     def __init__(self, w: torch.Tensor, q: QTensor):
         self.w, self.start = w, q
         self.grid, codes = q.format.unpack(q)
         self.gap = _gap(self.grid, w)
         self.v = _first(self.grid, w, codes, self.gap)
+        self.travel = NEAR if float((self.v != 0).float().mean()) > CHOSEN else REACH
         self.low, self.high = self.v.clamp(max=-REACH), self.v.clamp(min=REACH)
         self.parameters = self.grid.parameters()
         self.factors = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
@@ -107,11 +122,13 @@ class Offset:
         """-> `(n, k)` f32 on the grid, differentiable in `leaves`."""
         return straight_through(self._grid(), self.w + self.v * self.gap)
 
-    def step(self, gradients: Sequence[torch.Tensor], lr: float, lr_scale: float) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], share: float, settings: RoundingSettings) -> None:
+        """Go `share` of the whole way down the signs of the gradients of `leaves`."""
+        far = share * (self.travel if settings.travel is None else settings.travel)
         with torch.no_grad():
-            self.v.sub_(lr * gradients[0].sign()).clamp_(self.low, self.high)
+            self.v.sub_(far * gradients[0].sign()).clamp_(self.low, self.high)
             for factor, gradient in zip(self.factors.values(), gradients[1:], strict=True):
-                factor.sub_(lr_scale * gradient.sign())
+                factor.sub_(far * settings.scale_travel * gradient.sign())
 
     def pack(self) -> QTensor:
         with torch.no_grad():
@@ -175,13 +192,12 @@ class _Descent:
 
     def advance(self, step: int) -> None:
         """One step of signed gradient descent."""
-        settings = self.settings
-        rate = (settings.lr or 1 / settings.steps) * (1 - step / settings.steps)
+        settings, n = self.settings, self.settings.steps
         leaves = [leaf.requires_grad_() for offset in self.offsets.values() for leaf in offset.leaves()]
         total = [torch.zeros_like(leaf) for leaf in leaves]
         for i in self.chosen(step):
             moved = {name: offset.weight() for name, offset in self.offsets.items()}
-            loss = _error(self.block(self.inputs[i], moved), self.targets[i])
+            loss = self.loss(i, moved)
             for sum_, gradient in zip(total, torch.autograd.grad(loss, leaves), strict=True):
                 sum_ += gradient
         for leaf in leaves:
@@ -189,7 +205,18 @@ class _Descent:
         rest = iter(total)
         for offset in self.offsets.values():
             gradients = [next(rest) for _ in offset.leaves()]
-            offset.step(gradients, rate, rate * settings.lr_scale)
+            offset.step(gradients, 2 * (settings.steps - step) / (n * (n + 1)), settings)
+
+    def loss(self, i: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The mean squared error of the block's output on input i; it must be finite."""
+        output, target = self.block(self.inputs[i], weights).float(), self.targets[i]
+        error = (output - target.to(output.device, output.dtype)).square().mean()
+        if not isfinite(float(error.detach())):
+            raise CalibrationError(
+                f"{self.where}: the output's error on input {i} of {len(self.inputs)} is {float(error)}; its "
+                "weights or inputs are not finite"
+            )
+        return error
 
     def chosen(self, step: int) -> list[int]:
         """The inputs of a step: all once in each pass, each pass in an order of its own."""
@@ -201,16 +228,7 @@ class _Descent:
         """The mean squared error of the block's output over all inputs."""
         weights = {name: q.decode() for name, q in found.items()}
         with torch.no_grad():
-            errors = [
-                float(_error(self.block(x, weights), y))
-                for x, y in zip(self.inputs, self.targets, strict=True)
-            ]
-        if not isfinite(sum(errors)):
-            bad = next(i for i, error in enumerate(errors) if not isfinite(error))
-            raise CalibrationError(
-                f"{self.where}: the output's error on input {bad} of {len(errors)} is {errors[bad]}; its "
-                "weights or inputs are not finite"
-            )
+            errors = [float(self.loss(i, weights)) for i in range(len(self.inputs))]
         return sum(errors) / len(errors)
 
 
@@ -218,7 +236,3 @@ def shuffled(n: int, seed: int, turn: int) -> list[int]:
     """0 ... n - 1 in the order of one pass; the same for the same seed and pass."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
     return torch.randperm(n, generator=generator).tolist()
-
-
-def _error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (output.float() - target.float().to(output.device)).square().mean()

@@ -1,0 +1,80 @@
+"""Paused: a block's forward pass that stops where an input is wanted, and goes on when it is told to.
+
+    batch 0   ----q k v reached| wait |----o reached| wait |---- ...      one greenlet a batch: a call stack
+    batch 1                    |------|             |----- ...            that can be left and taken up again
+
+Sites can so be quantized in the order in which inputs reach them, each seeing what those before it have
+become, in a single pass through the block: a waiting pass goes on with the weights that are then in the
+module. Nothing runs side by side, and the numbers are those of a pass that is run again for each site.
+What it costs is the memory of the passes under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+
+from ..adapters.block import Block
+
+
+class Paused:
+    """The pass of one batch `(b, t, h)` through a block, stopping where one of `stops` reads its input."""
+
+    def __init__(self, block: Block, hidden: torch.Tensor, stops: Collection[str]):
+        from greenlet import getcurrent, greenlet
+
+        self._block, self._hidden, self._stops = block, hidden, stops
+        self._current = getcurrent
+        self._stack = greenlet(self._run)
+        self.output: torch.Tensor | None = None
+
+    def next(self) -> tuple[str, torch.Tensor] | None:
+        """Go on to the next stop -> its site and input `(rows, k)`; None at the end, where `output` is set.
+        What the pass raises is raised here."""
+        return self._stack.switch()
+
+    def close(self) -> None:
+        """Give up the pass, wherever it is."""
+        if self._stack and not self._stack.dead:
+            self._stack.throw()
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            self.output = self._block.watched(self._hidden, self._watch)
+
+    def _watch(self, name: str, x: torch.Tensor) -> None:
+        if name in self._stops:
+            self._current().parent.switch((name, x))
+
+
+class Passes:
+    """The paused passes of many batches through one block; given up at the end of a `with`."""
+
+    def __init__(self, block: Block, batches: Iterable[torch.Tensor], stops: Collection[str]):
+        self._passes = [Paused(block, hidden, stops) for hidden in batches]
+
+    def __enter__(self) -> Sequence[Paused]:
+        return self._passes
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._passes:
+            each.close()
+
+
+@torch.no_grad()
+def observed_groups(block: Block, hidden: torch.Tensor, sites: Collection[str]) -> list[list[str]]:
+    """The sites by the input that they read, in the order in which inputs reach them, from one short pass."""
+    groups: list[tuple[torch.Tensor, list[str]]] = []
+
+    def watch(name: str, x: torch.Tensor) -> None:
+        if name not in sites:
+            return
+        for seen, names in groups:
+            if seen is x:
+                names.append(name)
+                return
+        groups.append((x, [name]))
+
+    block.watched(hidden[:1, :8], watch)
+    return [names for _, names in groups]

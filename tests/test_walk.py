@@ -1,0 +1,113 @@
+"""The walk over columns: the C++ core equals its twin bit for bit, for every format and instruction set."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fewbits import core
+from fewbits.algorithms.walk import walk, walk_twin
+from fewbits.errors import KernelError
+from fewbits.formats import FORMATS
+from fewbits.formats.rounding import rounding_of
+
+needs_core = pytest.mark.skipif(not core.available(), reason="the C++ core is not built")
+ROWS = (5, 33)  # less than the sixteen that the core takes at once, and two of them with one more
+
+
+def problem(k: int, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """State, coupling, pivot and old of a walk over k columns of n rows, of the size that weights have."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "state": torch.randn(k, n, generator=g) * 0.05,
+        "coupling": torch.randn(k, k, generator=g) * 0.3,
+        "pivot": torch.rand(k, generator=g) + 0.5,
+        "old": torch.randn(k, n, generator=g) * 0.05,
+        "order": torch.randperm(k, generator=g),
+    }
+
+
+def compare_walks() -> int:
+    """Every format, number of rows, and way to move; -> how many formats the core rounds for."""
+    rounded = 0
+    for name in sorted(FORMATS):
+        fmt = FORMATS.get(name)
+        for n in ROWS:
+            w = torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) * 0.05
+            grid = fmt.fit(w, search=False)
+            known = rounding_of(grid, n, torch.arange(256)) is not None
+            rounded += known and n == ROWS[0]
+            if not known:
+                continue
+            for k in (1, 64):
+                given = problem(k, n)
+                columns = torch.randperm(256, generator=torch.Generator().manual_seed(k))[:k]
+                common = (grid, given["state"], given["coupling"], columns)
+                for how in ({"pivot": given["pivot"]}, {"old": given["old"]}):
+                    for fast, slow in zip(walk(*common, **how), walk_twin(*common, **how), strict=True):
+                        assert fast.shape == (k, n) and torch.equal(fast.to(slow.dtype), slow), (
+                            name, n, k, list(how))  # fmt: skip
+    return rounded
+
+
+@needs_core
+def test_core_equals_twin_bit_for_bit() -> None:
+    """With the best instruction set of this machine; tests/test_core.py runs the same with every one."""
+    assert compare_walks() > len(list(FORMATS)) / 2
+
+
+@needs_core
+def test_any_number_of_threads_and_what_is_not_contiguous_give_the_same() -> None:
+    fmt, given = FORMATS.get("q4_k"), problem(256, 300)
+    grid = fmt.fit(given["state"].T.contiguous())
+    wide = torch.zeros(512, 512)
+    wide[:256, :512:2] = given["coupling"]
+    turned = given["state"].T.contiguous().T
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for state, coupling in ((given["state"], given["coupling"]), (turned, wide[:256, :512:2])):
+                found.append(walk(grid, state, coupling, given["order"], given["pivot"]))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_core
+def test_the_walk_leaves_what_it_is_given_alone() -> None:
+    given = problem(64, 8)
+    grid = FORMATS.get("int4_g64").fit(given["state"].T.contiguous())
+    before = {name: value.clone() for name, value in given.items()}
+    walk(grid, given["state"], given["coupling"], given["order"], given["pivot"])
+    assert all(torch.equal(given[name], value) for name, value in before.items())
+
+
+@needs_core
+@pytest.mark.parametrize("change", ["coupling", "pivot", "old", "both", "neither", "group", "step", "dtype"])
+def test_arrays_that_do_not_fit_one_another_are_refused(change: str) -> None:
+    k, n = 64, 8
+    given = problem(k, n)
+    grid = FORMATS.get("int4_g32").fit(given["state"].T.contiguous())
+    rounding = rounding_of(grid, n, torch.arange(k))
+    assert rounding is not None
+    state, coupling, pivot, old = given["state"], given["coupling"], given["pivot"], None
+    if change == "coupling":
+        coupling = coupling[:, :-1].contiguous()
+    elif change == "pivot":
+        pivot = pivot[:-1]
+    elif change == "old":
+        pivot, old = None, given["old"][:, :-1]
+    elif change == "both":
+        old = given["old"]
+    elif change == "neither":
+        pivot = None
+    elif change == "group":
+        rounding = replace(rounding, group=rounding.group + 1)
+    elif change == "step":
+        rounding = replace(rounding, step=rounding.step[:, :-1])
+    elif change == "dtype":
+        state = state.double()
+    with pytest.raises(KernelError, match=r"walk over \(64, 8\): the arrays do not fit one another"):
+        core.walk(state, coupling, rounding, pivot, old)
