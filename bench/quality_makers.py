@@ -141,7 +141,8 @@ def run_gptqmodel(given: Inputs, out: Path, python: Path, windows: int | None = 
     lines = said.read_text().splitlines()
     if code != 0:
         raise SystemExit("\n".join([*lines[-20:], f"{PEER.name} ended with exit code {code}"]))
-    return json.loads(lines[-1]) | {"peak_bytes": peak, "wall": wall}
+    about = next(line for line in reversed(lines) if line.startswith('{"seconds"'))
+    return json.loads(about) | {"peak_bytes": peak, "wall": wall}
 
 
 # ---- what is kept --------------------------------------------------------------------------------

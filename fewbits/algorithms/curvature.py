@@ -77,7 +77,7 @@ def factorize(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> tuple[
         damped = hessian.float().clone()
         damped.diagonal().add_(share * mean)
         backwards = order.flip(0)
-        lower, fault = torch.linalg.cholesky_ex(damped[backwards][:, backwards])
+        lower, fault = torch.linalg.cholesky_ex(damped[backwards[:, None], backwards])
         if not int(fault):
             break
         if share >= MOST_DAMP:
@@ -94,8 +94,10 @@ def factorize(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> tuple[
             stacklevel=2,
         )
     upper = lower.flip(0, 1)
-    eye = torch.eye(len(order), dtype=upper.dtype, device=upper.device)
-    return damped, torch.linalg.solve_triangular(upper, eye, upper=True)
+    del lower  # a Hessian's size each: four of them at once are enough
+    inverse = torch.eye(len(order), dtype=upper.dtype, device=upper.device)
+    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+    return damped, inverse
 
 
 def loss(q: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

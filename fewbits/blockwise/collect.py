@@ -49,7 +49,8 @@ def collect(
         _check_disk(inside, parts)
     found = []
     with torch.no_grad(), Activations((), streaming.activation_memory, streaming.scratch) as x:
-        for batch in tokens.windows.split(streaming.batch):
+        widest = max(max(site.shape) for site in inside.values())
+        for batch in tokens.windows.split(streaming.rows(tokens.windows.shape[1], widest)):
             x.append(model.embed(batch))
         for i in range(model.n_blocks):
             told("block", i, model.n_blocks)

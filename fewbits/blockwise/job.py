@@ -41,7 +41,7 @@ class BlockJob:
         self.result: dict[str, torch.Tensor | QTensor] = {}
         self.told: Told = {}
         self.notes: list[str] = []
-        self.stats: dict[str, Stats] = {}
+        self.stats: dict[str, Stats] = {}  # only where `learn` will measure again: they are large
         self.error: float | None = None
 
     def needs_hessian(self, stage: Sequence[Site]) -> bool:
@@ -93,19 +93,21 @@ class BlockJob:
             self.notes.append(f"unseen: {site.name} met no token and is rounded to nearest")
             algorithm, options = "rtn", {}
         else:
-            stats = self.stats[site.name] = stats.to("cpu")
+            stats = stats.to("cpu")
+            if self.run.method.learn is not None:
+                self.stats[site.name] = stats
             if NEEDS[algorithm] != "nothing":
                 self._check_tokens(site, stats)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             q = quantized(site.name, w, asked.format, (algorithm, options), stats)
         self.notes += [f"{site.name}: {warning.message}" for warning in caught]
-        self._accept(site, w, q, algorithm, options)
+        self._accept(site, q, (algorithm, options), stats)
 
     def _accept(
-        self, site: Site, w: torch.Tensor, q: QTensor, algorithm: str, options: Mapping[str, Any]
+        self, site: Site, q: QTensor, method: tuple[str, Mapping[str, Any]], stats: Stats | None
     ) -> None:
-        stats = self.stats.get(site.name)
+        w = self.weights[site.name].cpu()
         output = None if stats is None else output_error(w, q, stats)
         self.error = None if output is None or not output[1] else (output[0] / output[1]) ** 0.5
         if self.error is not None and not self.error <= LARGEST_ERROR:
@@ -115,7 +117,7 @@ class BlockJob:
                 "or more tokens, and run again"
             )
         self.result[site.name] = q
-        self.told[site.name] = told_of(algorithm, options, q.format.distortion(w, q), stats, output)
+        self.told[site.name] = told_of(*method, q.format.distortion(w, q), stats, output)
 
     def _check_tokens(self, site: Site, stats: Stats) -> None:
         missing = shortfall(stats)
@@ -140,7 +142,8 @@ class BlockJob:
         for site in wanted:
             told = self.told[site.name]
             options = {**told["options"], "learn": level}
-            self._accept(site, self.weights[site.name].cpu(), found[site.name], told["algorithm"], options)
+            method = told["algorithm"], options
+            self._accept(site, found[site.name], method, self.stats.get(site.name))
         self.block.set({name: q.decode() for name, q in found.items()})
 
 

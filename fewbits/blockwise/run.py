@@ -116,8 +116,9 @@ class _Walk:
         streaming, windows = self.run.streaming, self.run.tokens.windows
         limit = streaming.activation_memory // (2 if self.run.method.asymmetric else 1)
         with torch.no_grad(), Activations((), limit, streaming.scratch) as x:
-            for start in range(0, len(windows), streaming.batch):
-                x.append(self.model.embed(windows[start : start + streaming.batch]))
+            widest = max((max(site.shape) for site in self.sites.values()), default=1)
+            for batch in windows.split(streaming.rows(windows.shape[1], widest)):
+                x.append(self.model.embed(batch))
             if not self.run.method.asymmetric:
                 self._blocks(x, None)
                 return

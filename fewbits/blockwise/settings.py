@@ -16,6 +16,9 @@ from ..formats.base import Format
 from ..plan.method import Method
 
 
+WIDEST = 64 * 2**20
+
+
 @dataclass(frozen=True)
 class Asked:
     """What one weight is to get."""
@@ -28,7 +31,7 @@ class Asked:
 @dataclass(frozen=True)
 class Streaming:
     """How a model is run. activation_memory: bytes of hidden states kept in memory, the rest lies in a
-    scratch file in `scratch`. batch: sequences at once. device: "cpu" or "cuda", for the model and the
+    scratch file in `scratch`. batch: sequences at once, fewer where a block is wide. device: "cpu" or "cuda", for the model and the
     Hessians; codes are chosen on the CPU. dtype: of the model's arithmetic."""
 
     activation_memory: int = DEFAULT_LIMIT
@@ -37,6 +40,10 @@ class Streaming:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     seed: int = 0
+
+    def rows(self, context: int, width: int) -> int:
+        """Sequences at once, so that one activation of `width` columns takes WIDEST bytes at most."""
+        return min(self.batch, max(1, WIDEST // (4 * context * width)))
 
 
 @dataclass(frozen=True)
