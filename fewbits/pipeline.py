@@ -173,7 +173,7 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
     entries = entries_of(checkpoint, arch)
     recipe = RECIPES.get((request.to or "").lower())
     to = (recipe.name if recipe else None, None if request.to is None or recipe else _format(request.to))
-    decisions = decide(checkpoint, entries, arch, to, request.plan, gguf)
+    decisions = decide(checkpoint, entries, arch, to, request.plan, gguf, request.calibrated)
     check_feasible(checkpoint, entries, decisions, request.requantize)
     check_algorithms(request)
     carried = None if request.to or request.plan.rules else _carried_file_type(checkpoint)
@@ -182,7 +182,7 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
         formats = {name: decision.format for name, decision in decisions.items()}
         target = gguf_target(checkpoint, out, entries, formats, arch, file_type)
         notes = engine_notes(arch, checkpoint.config) if arch else []
-        coarse = needing_imatrix(recipe.name, formats) if recipe else []
+        coarse = needing_imatrix(recipe.name, formats) if recipe and not request.calibrated else []
         if coarse:
             notes.append(f"{len(coarse)} tensors get types that llama-quantize writes only with an imatrix")
         return replace(target, notes=tuple(notes)), decisions

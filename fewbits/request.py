@@ -13,6 +13,7 @@ from .calibrate.stats import Stats
 from .calibrate.tokens import Tokens
 from .errors import PlanError, raise_all
 from .jobs import chosen
+from .learn.polish import FEWEST
 from .plan import Plan
 from .plan.method import Method
 
@@ -44,6 +45,11 @@ class Request:
     activations: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def calibrated(self) -> bool:
+        """Is anything known of the activations?"""
+        return self.tokens is not None or self.statistics is not None
+
 
 def check_algorithms(request: Request) -> None:
     """PlanError listing each rule (and the method) whose algorithm is unknown, or takes no such option."""
@@ -71,7 +77,7 @@ def check_method(request: Request) -> None:
     """PlanError where a method needs what it is not given: a text, or statistics."""
     needs = needs_of(request)
     faults = []
-    if (needs or request.method.streams) and request.tokens is None and request.statistics is None:
+    if (needs or request.method.streams) and not request.calibrated:
         faults.append(
             f"{request.method.algorithm} needs calibration data; give tokens, saved statistics, or a method "
             "without data (rtn, hqq)"
@@ -88,6 +94,11 @@ def check_method(request: Request) -> None:
             f"{request.statistics.source}: has no Hessian, which {request.method.algorithm} needs; use "
             "--method weighted, or calibrate again"
         )
+    if request.method.polish and request.tokens is not None and len(request.tokens.windows) < FEWEST:
+        faults.append(
+            f"polish needs {FEWEST} windows, a few of them to judge by; the text has "
+            f"{len(request.tokens.windows)}: give more tokens or a smaller context"
+        )
     raise_all(PlanError, "method", faults)
 
 
@@ -101,7 +112,7 @@ def asked_of(request: Request) -> list[object]:
     """All that decides the bytes besides the input and the layout."""
     plain: list[object] = [request.plan.digest(), request.to, request.search, request.requantize]
     plain += [request.activations] if request.activations else []
-    if not request.method.asked() and request.tokens is None and request.statistics is None:
+    if not request.method.asked() and not request.calibrated:
         return plain
     streaming = request.streaming
     return [

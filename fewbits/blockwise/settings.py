@@ -15,8 +15,7 @@ from ..files.base import Checkpoint
 from ..formats.base import Format
 from ..plan.method import Method
 
-
-WIDEST = 64 * 2**20
+WIDEST = 64 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Streaming:
-    """How a model is run. activation_memory: bytes of hidden states kept in memory, the rest lies in a
-    scratch file in `scratch`. batch: sequences at once, fewer where a block is wide. device: "cpu" or "cuda", for the model and the
-    Hessians; codes are chosen on the CPU. dtype: of the model's arithmetic."""
+    """How a model is run.
+
+    activation_memory: bytes of hidden states kept in memory, the rest lies in a scratch file in `scratch`.
+    batch: sequences at once, fewer where a block is wide. device: "cpu" or "cuda", for the model and the
+    Hessians; codes are chosen on the CPU. dtype: of the model's arithmetic.
+    """
 
     activation_memory: int = DEFAULT_LIMIT
     scratch: Path | None = None

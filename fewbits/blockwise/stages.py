@@ -52,7 +52,7 @@ def quantize_paused(
             if names[0] in unseen:
                 job.quantize(stage, Capture({}, tuple(names), ()))
                 continue
-            sums = Sums(stage[0].shape[1], job.needs_hessian(stage), floats is not None, x[0].device)
+            sums = Sums(stage[0].shape[1], job.needs_hessian(stage), floats is not None, job.block.device)
             for i, each in enumerate(passes):
                 other = _stop(others[i], names[0]) if others else None
                 sums.add(_stop(each, names[0]), other)

@@ -9,16 +9,22 @@ quantized model's logits. So its few continuous numbers are distilled against th
 
 Every number is trained in units of its own size, x = x0 + unit * a with a = 0 at the start, so that one
 learning rate suits all: unit is |x0|, at least a tenth of its row's mean. All `a` lie in one flat vector;
-so do Adam's moments; the three are the whole state, and a run continued from it is the run that was
-never stopped.
+so do Adam's moments; these and the best `a` so far are the whole state, and a run continued from it
+is the run that was never stopped.
 
 What counts is what a file will hold: every few steps the numbers are packed (scales rounded to f16,
 norms to their stored dtype) and that model's KL divergence is taken on windows that no step sees. The best
 is returned; the start, if nothing beat it.
 
+How fast: a start far from its parent bears long steps, one chosen by error feedback short ones. A 163M
+model in q4_0, 64 windows of 256 tokens, 4 in a step, KL divergence on 8 windows held out:
+
+    rounded to nearest   0.575 -> 0.219 in 40 steps at lr 2e-3     (other text: 0.553 -> 0.244)
+    GPTQ                 0.0947 -> 0.0880 in the first 8 of 24 steps at 6e-4, -> 0.0908 at 2e-3
+
 The parent runs once for each window: its last hidden states are kept, and only its output layer is used
 again. Sources: Hinton et al., arXiv 1503.02531 (distillation); Kingma and Ba, arXiv 1412.6980 (Adam);
-QLoRA's and EfficientQAT's (arXiv 2407.11062) second phases also train block scales only.
+EfficientQAT, arXiv 2407.11062, whose second phase trains block scales alone.
 """
 
 from __future__ import annotations
@@ -54,18 +60,20 @@ class PolishSettings:
     steps: of `batch` windows each. lr: the largest change of a block parameter in one step, relative;
     lr_vectors: the same of norms and biases; both rise over a tenth of the steps and fall to a tenth on a
     cosine. held_out: windows, the last ones, kept apart to judge; every: steps between two judgements.
-    state: file to continue from if the run is
-    killed, written at each judgement and deleted by nobody but the caller.
+    state: file to continue from if the run is killed, written at each judgement; the caller deletes it.
     """
 
     steps: int = 200
-    lr: float = 1e-3
-    lr_vectors: float = 1e-3
+    lr: float = 5e-4
+    lr_vectors: float = 5e-4
     batch: int = 2
     seed: int = 0
     held_out: int = 8
     every: int = 25
     state: Path | None = None
+
+
+FEWEST = PolishSettings.held_out + PolishSettings.batch  # windows
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,10 @@ def decide(
     to: tuple[str | None, str | None],
     plan: Plan,
     gguf: bool,
+    calibrated: bool = False,
 ) -> dict[str, Decision]:
-    """-> entry name -> Decision. to: (recipe, None), (None, format) or (None, None).
+    """-> entry name -> Decision. to: (recipe, None), (None, format) or (None, None). calibrated: statistics
+    of activations are there, for which llama.cpp's mixtures make exceptions.
 
     Raises PlanError listing every rule that names nothing.
     """
@@ -128,6 +130,7 @@ def decide(
             recipe,
             shapes,
             hyper_of(checkpoint, arch),
+            calibrated,
             overrides=lambda name: (
                 ggml_type(rule.format) if (rule := rules[name]) and _is_ggml(rule.format) else None
             ),
