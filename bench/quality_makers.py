@@ -63,7 +63,8 @@ def ours(given: Inputs, row: Row, effort: str) -> Output:
     kept = _kept(given, name)
     if kept is not None:
         return kept
-    method = replace(EFFORTS[effort], transforms=row.transforms)
+    method = EFFORTS[effort]
+    method = replace(method, transforms=(*row.transforms, *method.transforms))
     what = {"to": row.to, "file": "gguf"} if row.whole else {"plan": Plan((Rule(BLOCKS, row.to),))}
     out = given.folder / (f"{name}.gguf" if row.whole else name)
     request = Request(**what, method=method, tokens=given.tokens, overwrite=True)

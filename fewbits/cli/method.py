@@ -47,7 +47,8 @@ def method_of(options: argparse.Namespace) -> Method:
     base = (
         METHODS[options.method] if options.method else EFFORTS["fast" if plain else options.effort or "good"]
     )
-    transforms = [name for name in ("rotate", "awq", "equalize") if getattr(options, name)]
+    transforms = [*base.transforms]
+    transforms += [n for n in ("rotate", "awq", "equalize") if getattr(options, n) and n not in transforms]
     details = {}
     if options.smooth is not None:
         transforms.append("smooth")

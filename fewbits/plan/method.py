@@ -70,14 +70,14 @@ class Method:
 EFFORTS = {
     "fast": Method(),
     "good": Method("gptq", sequential=True, asymmetric=True),
-    "best": Method("gptq", sequential=True, asymmetric=True, polish=300),
+    "best": Method("gptq", transforms=("awq",), sequential=True, asymmetric=True, polish=100),
 }
 
-# The words of --method. gptq and learned work on the drifting input, as good does.
+# The words of --method: an algorithm by name, without what an effort adds to it.
 METHODS = {
     "rtn": Method(),
     "hqq": Method("hqq"),
     "weighted": Method("weighted"),
-    "gptq": EFFORTS["good"],
+    "gptq": Method("gptq", sequential=True),
     "learned": Method("gptq", sequential=True, asymmetric=True, learn="light"),
 }

@@ -27,7 +27,7 @@ class TwoPlanes(Format):
     def pack(self, grid, codes):
         raise NotImplementedError
 
-    def decode(self, q):
+    def unpack(self, q):
         raise NotImplementedError
 
 

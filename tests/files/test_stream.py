@@ -29,7 +29,7 @@ def test_any_order_any_stop_same_bytes(tmp_path_factory, order, stop, align):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fewbits.files import stream
+from fewbits.files import atomic, stream
 path = Path(sys.argv[1])
 ENTRIES = [(str(i), 8 + 100_000 * i, 100_000) for i in range(6)]
 
@@ -53,7 +53,7 @@ def run(kill_in=None, after=None):
             if str(i) not in file.done():
                 file.write(str(i), body(i, i == kill_in), i)
         file.finish(keep_journal=True)
-        stream.write_atomic(path.with_name("receipt"), repr(sorted(file.done().items())).encode())
+        atomic.write_atomic(path.with_name("receipt"), repr(sorted(file.done().items())).encode())
         file.close_journal()
     return done
 
