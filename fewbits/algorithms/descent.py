@@ -165,6 +165,14 @@ def where_rows(first: torch.Tensor, a: QTensor, b: QTensor) -> QTensor:
     return QTensor(a.format, a.shape, planes)
 
 
+def join_rows(parts: list[QTensor]) -> QTensor:
+    """Parts of a weight, some rows each, of a format whose rows stand alone."""
+    if len(parts) == 1:
+        return parts[0]
+    planes = {name: torch.cat([part.planes[name] for part in parts]) for name in parts[0].planes}
+    return QTensor(parts[0].format, (sum(part.shape[0] for part in parts), parts[0].shape[1]), planes)
+
+
 def join_parts(parts: list[QTensor]) -> QTensor:
     """The inverse of `split_columns`."""
     return parts[0] if len(parts) == 1 else QTensor.join_columns(parts)

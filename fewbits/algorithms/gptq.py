@@ -31,7 +31,7 @@ from ..errors import PlanError, raise_all
 from ..formats import Format, Grid
 from ..qtensor import QTensor
 from .curvature import ASYMMETRIC, DAMP, Curvature, require_stats
-from .descent import descended, join_parts, rows_alone
+from .descent import descended, join_parts, join_rows, rows_alone
 from .sweep import sweep
 from .walk import UNIT, walk
 
@@ -40,6 +40,8 @@ FITS = ("searched", "dynamic", "static")
 SCALINGS = (1.0, 0.9, 0.95, 1.05)
 # Two rounds gain three quarters of what eight do: 5 % of the loss in 4 bits, 12 % in q2_k.
 DESCENT = 2
+# Weights at once where rows stand alone: feedback and descent hold about ten f32 copies of them.
+PIECE = 2**23
 
 
 def gptq(
@@ -59,10 +61,20 @@ def gptq(
     check_options(damp, fit, descent, asymmetric)
     format.check(w)
     stats = require_stats(stats, w, "gptq")
-    k = w.shape[1]
+    n, k = w.shape
     atom = k if fit == "static" else format.atom(k) or k
     curvature = Curvature.of(stats, damp, column_order(stats, atom))
-    target = curvature.target(w, stats, asymmetric)
+    step = max(1, PIECE // k) if rows_alone(format) else n
+    parts = []
+    for start in range(0, n, step):
+        target = curvature.target(w[start : start + step], stats, asymmetric)
+        q = fed_back(target, format, curvature, atom, fit)
+        parts.append(descended(q, target, curvature.hessian, descent) if descent else q)
+    return join_rows(parts)
+
+
+def fed_back(target: torch.Tensor, format: Format, curvature: Curvature, atom: int, fit: str) -> QTensor:
+    """Rows `(n, k)` -> their QTensor, columns taken in the order of the curvature."""
     state = target.T[curvature.order].contiguous()
     moves = torch.empty_like(state)
     parts: dict[int, QTensor] = {}
@@ -77,8 +89,7 @@ def gptq(
         parts[int(curvature.order[start]) // atom] = q
 
     sweep(state, curvature.factor, moves, settle, atom)
-    q = join_parts([parts[i] for i in range(k // atom)])
-    return descended(q, target, curvature.hessian, descent) if descent else q
+    return join_parts([parts[i] for i in range(len(curvature.order) // atom)])
 
 
 def feed_back(

@@ -12,7 +12,7 @@ So there is no block size, and nothing depends on one. Arrays lie column by colu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -29,13 +29,20 @@ def sweep(
     settle reads state[start:stop] and writes moves[start:stop]; coupling: `(k, k)`, its part above the
     diagonal is used.
     """
+    for start, stop, middle in _visits(0, state.shape[0], unit):
+        if middle is None:
+            settle(start, stop)
+        else:
+            state[middle:stop].addmm_(coupling[start:middle, middle:stop].T, moves[start:middle], alpha=-1)
 
-    def visit(start: int, stop: int) -> None:
-        if stop - start <= unit:
-            return settle(start, stop)
-        middle = start + max(1, (stop - start) // unit // 2) * unit
-        visit(start, middle)
-        state[middle:stop].addmm_(coupling[start:middle, middle:stop].T, moves[start:middle], alpha=-1)
-        visit(middle, stop)
 
-    visit(0, state.shape[0])
+def _visits(start: int, stop: int, unit: int) -> Iterator[tuple[int, int, int | None]]:
+    """What is done in turn: columns start ... stop settled (middle None), or those before the middle told
+    to those after it."""
+    if stop - start <= unit:
+        yield start, stop, None
+        return
+    middle = start + max(1, (stop - start) // unit // 2) * unit
+    yield from _visits(start, middle, unit)
+    yield start, stop, middle
+    yield from _visits(middle, stop, unit)

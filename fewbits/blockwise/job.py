@@ -27,6 +27,7 @@ Tell = Callable[[int, str, Site, float | None], None]
 
 # |(w' - w) x| / |w x| of a weight set to zero is 1: beyond this the error has exploded.
 LARGEST_ERROR = 2.0
+ROWS = 1024  # whose output error is taken at once
 
 
 class BlockJob:
@@ -149,12 +150,16 @@ class BlockJob:
 
 def output_error(w: torch.Tensor, q: QTensor, stats: Stats) -> tuple[float, float]:
     """-> mean square of the output's error (q - w) x, and of the output itself."""
-    w = w.float()
-    error = q.decode() - w
-    if stats.hessian is None:
-        first, second = (float((part.square() @ stats.mean_square).sum()) for part in (error, w))
-    else:
-        first, second = (float(((part @ stats.hessian) * part).sum()) for part in (error, w))
+    first = second = 0.0
+    value = q.decode()
+    for rows in torch.arange(w.shape[0]).split(ROWS):
+        x = w[rows].float()
+        for part, wanted in ((value[rows] - x, False), (x, True)):
+            if stats.hessian is None:
+                total = float((part.square() @ stats.mean_square).sum())
+            else:
+                total = float(((part @ stats.hessian) * part).sum())
+            first, second = (first, second + total) if wanted else (first + total, second)
     return max(first, 0.0), second
 
 
