@@ -370,7 +370,7 @@ def test_options_add_to_an_effort():
 
     assert method() == EFFORTS["good"] and method("--effort", "best") == EFFORTS["best"]
     assert method("--method", "gptq") == METHODS["gptq"] and method("--no-search") == EFFORTS["fast"]
-    assert method("--effort", "best", "--awq", "--rotate").transforms == ("awq", "rotate")
+    assert method("--effort", "best", "--awq", "--rotate").transforms == ("rotate", "awq")
     assert method("--smooth", "0.5").transform_options == {"alpha": 0.5}
     assert method("--smooth").transforms == ("smooth",) and method("--polish", "7").polish == 7
     with pytest.raises(PlanError, match="give one of them"):

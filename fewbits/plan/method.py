@@ -70,7 +70,7 @@ class Method:
 EFFORTS = {
     "fast": Method(),
     "good": Method("gptq", sequential=True, asymmetric=True),
-    "best": Method("gptq", transforms=("awq",), sequential=True, asymmetric=True, polish=100),
+    "best": Method("gptq", sequential=True, asymmetric=True, polish=100),
 }
 
 # The words of --method: an algorithm by name, without what an effort adds to it.
