@@ -74,10 +74,11 @@ def factorize(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> tuple[
     mean = float(hessian.diagonal().mean()) or 1.0
     share = damp
     while True:
-        damped = hessian.float().clone()
-        damped.diagonal().add_(share * mean)
         backwards = order.flip(0)
-        lower, fault = torch.linalg.cholesky_ex(damped[backwards[:, None], backwards])
+        turned = hessian.float()[backwards[:, None], backwards]
+        turned.diagonal().add_(share * mean)
+        lower, fault = torch.linalg.cholesky_ex(turned)
+        del turned  # a Hessian's size each: three of them at once are enough
         if not int(fault):
             break
         if share >= MOST_DAMP:
@@ -94,9 +95,12 @@ def factorize(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> tuple[
             stacklevel=2,
         )
     upper = lower.flip(0, 1)
-    del lower  # a Hessian's size each: four of them at once are enough
+    del lower
     inverse = torch.eye(len(order), dtype=upper.dtype, device=upper.device)
     torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+    del upper
+    damped = hessian.float().clone()
+    damped.diagonal().add_(share * mean)
     return damped, inverse
 
 
