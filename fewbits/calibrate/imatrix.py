@@ -34,6 +34,7 @@ from ..files.atomic import write_atomic
 from ..files.base import Checkpoint
 from ..files.gguf import GGUFTensor, GGUFValue, GGUFValueType, gguf_header, map_gguf_tensor, read_gguf
 from ..files.json_object import regular_size
+from ..files.mapped import first_bytes
 from ..model.archs import architecture, gguf_entries, require_architecture
 from ..model.sites import sites
 from .statistics import Statistics, gather, identify
@@ -59,13 +60,7 @@ class _Matrix:
 def open_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
     """Statistics of this checkpoint in any file that is read: our own, GGUF imatrix, or .dat; by content."""
     path = Path(path)
-    regular_size(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
-    if start[8:] == b"{":  # a .dat file has the first letter of a tensor's name there
+    if first_bytes(path, 9)[8:] == b"{":  # a .dat file has the first letter of a tensor's name there
         return load_statistics(path, checkpoint)
     return read_imatrix(path, checkpoint)
 
@@ -78,11 +73,9 @@ def read_imatrix(path: Path, checkpoint: Checkpoint, chunk: int = CHUNK) -> Stat
     truncated, names or columns of another model, values that are not finite or negative, wrong counts.
     """
     path = Path(path)
-    regular_size(path)
+    is_gguf = first_bytes(path, 4) == b"GGUF"
     try:
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-            matrix = _read_gguf(path) if is_gguf else _read_dat(path, chunk)
+        matrix = _read_gguf(path) if is_gguf else _read_dat(path, chunk)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
     raise_all(FileError, str(path), matrix.faults)

@@ -41,10 +41,12 @@ def write_file_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_directory(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise failed(path, error) from error
+        if isinstance(error, OSError):
+            raise failed(path, error) from error
+        raise
 
 
 def as_bytes(chunk: Chunk) -> memoryview:

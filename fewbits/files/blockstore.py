@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 
-from ..errors import FileError, raise_all
+from ..errors import FileError
 from ..qtensor import QTensor
 from .atomic import as_bytes, make_directory, write_atomic, write_file_atomic
 from .base import LazyTensor
-from .huggingface import lazy_tensor
 from .json_object import read_json_object
-from .native import native_layout, quantized_tensor
-from .safetensors import DTYPE_NAMES, read_header
+from .native import indexed_tensors, native_layout
+from .safetensors import DTYPE_NAMES
 
 VERSION = 1
 Value = torch.Tensor | QTensor
@@ -111,17 +110,7 @@ class BlockStore:
                 raise FileError(
                     f"{path}: has changed since it was written; delete {self.folder} and run again"
                 )
-        planes = read_header(path)
-        faults: list[str] = []
-        found: dict[str, LazyTensor] = {}
-        for name, row in rows.items():
-            tensor = quantized_tensor(path, name, row, planes, faults)
-            if tensor:
-                found[name] = tensor
-        raise_all(FileError, str(path), faults)
-        claimed = {f"{n}.{plane.name}" for n in found for plane in found[n].load().format.planes}  # type: ignore[union-attr]
-        found |= {name: lazy_tensor(path, entry) for name, entry in planes.items() if name not in claimed}
-        return found, notes
+        return indexed_tensors(path, rows), notes
 
     def remove(self) -> None:
         """Delete the folder: the output is written."""

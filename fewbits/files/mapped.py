@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..errors import FileError
+from .json_object import regular_size
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -35,6 +36,16 @@ _libc.mmap.argtypes = [
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 MAP_FROM = 64 * 2**10  # bytes; shorter ranges are read
 _MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """Up to `count` bytes from the start of a regular file; FileError for anything else."""
+    regular_size(path)
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def map_bytes(path: Path, offset: int, nbytes: int, name: str = "range") -> torch.Tensor:

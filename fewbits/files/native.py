@@ -89,26 +89,10 @@ def open_native(path: Path) -> Checkpoint:
         )
     config = read_json_object(path / "config.json")
     weights = path / WEIGHTS
-    planes = read_header(weights)
-    faults: list[str] = []
-    tensors: dict[str, LazyTensor] = {}
-    for name, row in rows.items():
-        found = quantized_tensor(weights, name, row, planes, faults)
-        if found:
-            tensors[name] = found
-    raise_all(FileError, str(path), faults)
-    claimed = {f"{name}.{plane.name}" for name in rows for plane in FORMATS.get(tensors[name].dtype).planes}
-    for name, entry in planes.items():
-        if name in tensors:
-            raise FileError(
-                f"{path}: tensor {name!r} stands there both quantized and in float; write it anew"
-            )
-        if name not in claimed:
-            tensors[name] = lazy_tensor(weights, entry)
     return Checkpoint(
         path,
         "native",
-        tensors,
+        indexed_tensors(weights, rows),
         config,
         side_files=find_side_files(path),
         metadata={key: value for key, value in index.items() if key != "tensors"},
@@ -133,7 +117,28 @@ def _format_and_shape(name: str, row: Any, faults: list[str]) -> tuple[Format, t
     return found, (shape[0], shape[1])
 
 
-def quantized_tensor(
+def indexed_tensors(weights: Path, rows: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """A safetensors file of planes and the index of its quantized tensors -> all its tensors, mapped.
+
+    rows: name -> {"format", "shape"}; what they do not claim is float. FileError with every disagreement.
+    """
+    planes = read_header(weights)
+    faults: list[str] = []
+    tensors: dict[str, LazyTensor] = {}
+    for name, row in rows.items():
+        found = _quantized_tensor(weights, name, row, planes, faults)
+        if found:
+            tensors[name] = found
+        if name in planes:
+            faults.append(f"tensor {name!r} stands there both quantized and in float; write it anew")
+    raise_all(FileError, str(weights), faults)
+    claimed = {f"{name}.{plane.name}" for name in rows for plane in FORMATS.get(tensors[name].dtype).planes}
+    return tensors | {
+        name: lazy_tensor(weights, entry) for name, entry in planes.items() if name not in claimed
+    }
+
+
+def _quantized_tensor(
     weights: Path, name: str, row: Any, planes: Mapping[str, Entry], faults: list[str]
 ) -> LazyTensor | None:
     """One row of the index, checked against its planes -> LazyTensor; or None and `faults`."""

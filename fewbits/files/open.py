@@ -18,7 +18,7 @@ from .base import Checkpoint
 from .experts import split_experts
 from .gguf_model import open_gguf
 from .huggingface import open_huggingface
-from .json_object import regular_size
+from .mapped import first_bytes
 from .native import open_native
 
 FileType = Literal["huggingface", "gguf", "native"]
@@ -46,12 +46,7 @@ def open_file_type(path: Path) -> FileType:
         raise FileError(
             f"{path}: has neither config.json nor fewbits.json; give a model directory or a .gguf file"
         )
-    regular_size(path)
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+    magic = first_bytes(path, 4)
     if magic == b"GGUF":
         return "gguf"
     if path.suffix == ".safetensors":
