@@ -130,15 +130,15 @@ def run_gptqmodel(given: Inputs, out: Path, python: Path, windows: int | None = 
 
     windows: fewer than all. In a new environment the first run compiles parts of GPTQModel.
     """
-    tokens, settings, said = (
-        given.folder / f"gptqmodel-{name}.json" for name in ("tokens", "settings", "out")
-    )
+    folder = given.folder.resolve()  # it writes logs where it runs
+    tokens, settings, said = (folder / f"gptqmodel-{name}.json" for name in ("tokens", "settings", "out"))
     tokens.write_text(json.dumps(given.tokens.windows[:windows].tolist()))
     settings.write_text(json.dumps(GPTQ))
-    command = [str(python), str(PEER), str(given.checkpoint.path), str(tokens), str(out), str(settings)]
+    paths = (Path(given.checkpoint.path), tokens, out, settings)
+    command = [str(python.absolute()), str(PEER.resolve()), *(str(path.resolve()) for path in paths)]
     # On two cores it starts only with this many workers said; ours runs on the CPU, so does it.
     cores = {"GPTQMODEL_CPU_WORKERS": str(max(2, torch.get_num_threads())), "CUDA_VISIBLE_DEVICES": ""}
-    peak, wall, code = peak_of(command, said, cores | {"PYTHONPATH": ""})
+    peak, wall, code = peak_of(command, said, cores | {"PYTHONPATH": ""}, folder)
     lines = said.read_text().splitlines()
     if code != 0:
         raise SystemExit("\n".join([*lines[-20:], f"{PEER.name} ended with exit code {code}"]))

@@ -45,15 +45,19 @@ def multiplying(dtype: torch.dtype, rows: int = 4096, n: int = 1536, k: int = 57
 
 
 def peak_of(
-    command: Sequence[str], out: Path | None = None, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    out: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> tuple[int, float, int]:
     """Run a command -> its peak resident bytes (VmHWM: mapped file pages count), seconds, exit code.
 
-    out: gets its stdout. environment: added to ours.
+    out: gets its stdout. environment: added to ours. folder: to run in.
     """
     start, peak = time.monotonic(), 0
     with (out or Path(os.devnull)).open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, env={**os.environ, **(environment or {})})
+        environment = {**os.environ, **(environment or {})}
+        process = subprocess.Popen(command, stdout=file, env=environment, cwd=folder)
         status = Path(f"/proc/{process.pid}/status")
         try:
             while process.poll() is None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -51,6 +54,26 @@ def isa() -> str:
     return "torch" if module is None else module.isa()
 
 
+_threads: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
+def threads() -> int:
+    """How many the core may use: torch's number, also where torch itself is held to one."""
+    return _threads.get() or torch.get_num_threads()
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Inside, torch itself works on one thread: waking others costs more than small operations take."""
+    outside, given = torch.get_num_threads(), _threads.set(threads())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(outside)
+        _threads.reset(given)
+
+
 def encode(
     name: str, w: torch.Tensor, importance: torch.Tensor | None, search: bool, blocks: torch.Tensor
 ) -> int:
@@ -70,7 +93,7 @@ def encode(
         search,
         blocks.data_ptr(),
         blocks.nbytes,
-        torch.get_num_threads(),
+        threads(),
     )
 
 
@@ -83,7 +106,7 @@ def measure(name: str, w: torch.Tensor, blocks: torch.Tensor) -> tuple[float, fl
         w.numel(),
         blocks.data_ptr(),
         blocks.nbytes,
-        torch.get_num_threads(),
+        threads(),
     )
 
 
@@ -104,9 +127,7 @@ def decode(name: str, blocks: torch.Tensor, shape: tuple[int, int]) -> torch.Ten
     """The blocks of GGML type `name` -> `(n, k)` f32."""
     out = torch.empty(shape, dtype=torch.float32)
     blocks = blocks.contiguous()
-    _module().decode(
-        name, blocks.data_ptr(), blocks.nbytes, out.data_ptr(), out.numel(), torch.get_num_threads()
-    )
+    _module().decode(name, blocks.data_ptr(), blocks.nbytes, out.data_ptr(), out.numel(), threads())
     return out
 
 
@@ -164,7 +185,7 @@ def walk(
         (step, inverse, base, zeros, zero, rounding.top),
         (0 if levels is None else len(levels), _address(boundaries), _address(levels), _address(codes)),
         tuple(part.data_ptr() for part in out),
-        torch.get_num_threads(),
+        threads(),
     )
     return out
 

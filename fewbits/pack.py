@@ -41,6 +41,11 @@ def pack(
     count, words = cell(bits, word)
     permutation = _permutation(order, count)
     k = codes.shape[-1]
+    if bits == 4 and order is None and word == torch.uint8 and k % 2 == 0:
+        flat = codes.reshape(-1)
+        flat = flat.clone() if flat.storage_offset() % 2 else flat
+        pairs = flat.view(torch.int16)  # little-endian: the first code is the low byte
+        return (pairs >> 4 | pairs).to(torch.uint8).reshape(*codes.shape[:-1], k // 2)
     padded = codes.new_zeros(*codes.shape[:-1], -(-k // count) * count)
     padded[..., :k] = codes
     cells = padded.reshape(*codes.shape[:-1], -1, count).to(word)
@@ -63,6 +68,9 @@ def unpack(packed: torch.Tensor, bits: int, k: int, order: Sequence[int] | None 
             f"unpack: {k} codes of {bits} bits take {-(-k // count) * words} words of {packed.dtype}, "
             f"not {packed.shape[-1]}"
         )
+    if bits == 4 and order is None and packed.dtype == torch.uint8:
+        pairs = packed.to(torch.int16, memory_format=torch.contiguous_format)
+        return (pairs << 4 | pairs).bitwise_and_(0x0F0F).view(torch.uint8)[..., :k]
     cells = packed.reshape(*packed.shape[:-1], -1, words)
     wordbits, mask = 8 * packed.dtype.itemsize, (1 << bits) - 1
     out = torch.empty(*cells.shape[:-1], count, dtype=torch.uint8, device=packed.device)

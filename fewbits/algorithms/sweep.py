@@ -13,8 +13,13 @@ So there is no block size, and nothing depends on one. Arrays lie column by colu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
+
+from ..core import one_torch_thread
+
+SMALL = 2**19  # numbers that are settled at once: fewer, and threads cost more than they bring
 
 
 def sweep(
@@ -31,7 +36,8 @@ def sweep(
     """
     for start, stop, middle in _visits(0, state.shape[0], unit):
         if middle is None:
-            settle(start, stop)
+            with one_torch_thread() if state[start:stop].numel() < SMALL else nullcontext():
+                settle(start, stop)
         else:
             state[middle:stop].addmm_(coupling[start:middle, middle:stop].T, moves[start:middle], alpha=-1)
 

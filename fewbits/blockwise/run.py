@@ -162,7 +162,9 @@ class _Walk:
         reference = self.model.block(i, job.weights)
         through = bool(wanted) and self._fits(wanted, x, floats)
         if through:
-            job.block = self.model.block(i, {name: w.clone() for name, w in job.weights.items()})
+            # The float stream needs the float weights to the end; without it one copy of the block is enough.
+            weights = job.weights if floats is None else {n: w.clone() for n, w in job.weights.items()}
+            job.block = self.model.block(i, weights)
             job.block.in_place = True
             quantize_paused(job, wanted, reference, x, floats)
         elif wanted:
