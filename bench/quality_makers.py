@@ -23,8 +23,8 @@ from fewbits.blockwise import Streaming
 from fewbits.blockwise.collect import collect
 from fewbits.calibrate.imatrix import gguf_importance, read_imatrix, write_imatrix
 from fewbits.files.base import Checkpoint
+from fewbits.files.layout import is_plain
 from fewbits.files.open import open_checkpoint
-from fewbits.files.target import is_plain
 from fewbits.model.sites import sites
 from fewbits.plan.method import EFFORTS
 from fewbits.plan.mixtures import RECIPES
@@ -160,9 +160,10 @@ def _keep(given: Inputs, name: str, output: Output) -> Output:
 
 
 def opened(given: Inputs, row: Row, output: Output) -> Checkpoint:
-    """The output, ready to be evaluated."""
+    """The output, ready to be evaluated. A rotated model's tables are its own."""
     child = open_checkpoint(Path(output.path))
-    return child if row.whole else with_parents_tables(child, given.checkpoint)
+    own = row.whole or "rotate" in row.transforms
+    return child if own else with_parents_tables(child, given.checkpoint)
 
 
 def bits_of(child: Checkpoint) -> float:

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "ggml_encode.h"
+#include "iq_encode.h"
 #include "walk.h"
 
 namespace FEWBITS_ISA {
@@ -35,11 +36,17 @@ bool to_f32(const void* src, int dtype, int64_t first, int64_t n, float* out) {
     return worst <= LARGEST;
 }
 
+template <class T>
+void decode_type(const uint8_t* blocks, int64_t count, float* out) {
+    if constexpr (T::lattice) decode_lattice<T>(blocks, count, out);
+    else decode_blocks<T>(blocks, count, out);
+}
+
 // Sums by lane in f32 over one tile, then in f64: the same for every instruction set.
 template <class T>
 void measure_tile(const uint8_t* blocks, const float* x, int64_t n, Error* error) {
     alignas(64) float value[256 * LANES];
-    decode_blocks<T>(blocks, n / T::block, value);
+    decode_type<T>(blocks, n / T::block, value);
     F squared = {}, energy = {}, largest = {};
     for (int64_t i = 0; i < n; i += LANES) {
         F v = load(x + i), e = load(value + i) - v;
@@ -81,7 +88,9 @@ void encode(const Job& job, int64_t unit, Error* error) {
         int64_t here = std::min<int64_t>(TILE, n - at);
         uint8_t* out = job.blocks + (first + at) / T::block * T::nbytes();
         int blocks = int(here / T::block);
-        if (job.importance)
+        if constexpr (T::lattice)
+            encode_lattice<T>(x + at, job.importance ? w + at : nullptr, job.search, blocks, out);
+        else if (job.importance)
             encode_tile<T, true>(x + at, w + at, job.search, blocks, out);
         else
             encode_tile<T, false>(x + at, nullptr, job.search, blocks, out);
@@ -101,7 +110,11 @@ void measure(const Job& job, int64_t unit, Error* error) {
 
 template <class T>
 constexpr fewbits::TypeKernels row(const char* name) {
-    return {name, T::block, T::nbytes(), encode<T>, measure<T>, decode_blocks<T>};
+    if constexpr (T::lattice)
+        return {name, T::block, T::nbytes(), encode<T>, measure<T>, decode_type<T>,
+                {T::dim, T::levels, MAX_POINTS, MAX_STARTS, teach<T>}};
+    else
+        return {name, T::block, T::nbytes(), encode<T>, measure<T>, decode_type<T>, {}};
 }
 
 const fewbits::TypeKernels TYPES[] = {
@@ -109,6 +122,8 @@ const fewbits::TypeKernels TYPES[] = {
     row<Q8_0>("q8_0"),     row<Q2_K>("q2_k"),     row<Q3_K>("q3_k"),   row<Q4_K>("q4_k"),
     row<Q5_K>("q5_k"),     row<Q6_K>("q6_k"),     row<IQ4_NL>("iq4_nl"), row<IQ4_XS>("iq4_xs"),
     row<TQ1_0>("tq1_0"),   row<TQ2_0>("tq2_0"),   row<MXFP4>("mxfp4_ggml"),
+    row<IQ3_S>("iq3_s"),   row<IQ3_XXS>("iq3_xxs"), row<IQ2_S>("iq2_s"), row<IQ2_XS>("iq2_xs"),
+    row<IQ2_XXS>("iq2_xxs"), row<IQ1_S>("iq1_s"),   row<IQ1_M>("iq1_m"),
 };
 
 #define FEWBITS_STRING(x) #x

@@ -10,6 +10,7 @@ enum class Kind { symmetric, affine, table, exponent };
 
 template <Kind KIND, int BLOCK, int GROUP, int TOP, int ZERO, int SCALE_LO, int SCALE_HI, class STRUCT>
 struct Type {
+    static constexpr bool lattice = false;
     static constexpr Kind kind = KIND;
     static constexpr int block = BLOCK, group = GROUP, groups = BLOCK / GROUP, top = TOP, zero = ZERO;
     static constexpr int scale_lo = SCALE_LO, scale_hi = SCALE_HI;

@@ -25,6 +25,12 @@ struct Error {
     int64_t refused;
 };
 
+// A type whose codes are points of a lattice must be taught them once, before its first use.
+struct Teach {
+    int dim, levels, most_points, most_starts;
+    void (*teach)(const float* levels, const uint8_t* points, int count, const float* starts, int n_starts);
+};
+
 struct TypeKernels {
     const char* name;
     int block, nbytes;
@@ -33,6 +39,7 @@ struct TypeKernels {
     void (*encode)(const Job& job, int64_t unit, Error* error);
     void (*measure)(const Job& job, int64_t unit, Error* error);
     void (*decode)(const uint8_t* in, int64_t blocks, float* out);
+    Teach teach;
 };
 
 // A walk over k columns of n rows (walk.h). Arrays lie column by column, (k, n); group: of each column,

@@ -105,6 +105,23 @@ void decode(const std::string& name, uintptr_t src, int64_t src_bytes, uintptr_t
     });
 }
 
+// levels f32, points u8 (count, dim), starts f32 (the plain one first): of a type of lattice points.
+void teach(const std::string& name, std::tuple<uintptr_t, int> levels, std::tuple<uintptr_t, int, int> points,
+           std::tuple<uintptr_t, int> starts) {
+    const Teach& t = type(name).teach;
+    auto [values, n_levels] = levels;
+    auto [digits, count, dim] = points;
+    auto [steps, n_starts] = starts;
+    if (!t.teach || n_levels != t.levels || dim != t.dim || count < 4 || count % 4 || count > t.most_points || n_starts < 1 ||
+        n_starts > t.most_starts)
+        throw std::invalid_argument(name + ": these points are not of its lattice");
+    const uint8_t* digit = reinterpret_cast<const uint8_t*>(digits);
+    for (int i = 0; i < count * dim; ++i)
+        if (digit[i] >= n_levels) throw std::invalid_argument(name + ": a point has a level that is none");
+    t.teach(reinterpret_cast<const float*>(values), digit, count, reinterpret_cast<const float*>(steps),
+            n_starts);
+}
+
 template <class T>
 const T* at(uintptr_t address) {
     return reinterpret_cast<const T*>(address);
@@ -137,5 +154,6 @@ NB_MODULE(_core, m) {
     m.def("encode", &encode);
     m.def("measure", &measure);
     m.def("decode", &decode);
+    m.def("teach", &teach);
     m.def("walk", &walk);
 }

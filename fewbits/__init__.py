@@ -23,6 +23,7 @@ from .pipeline import Request, convert, quantize
 from .plan import Plan, Rule
 from .qtensor import Plane, QTensor
 from .report.receipt import Receipt
+from .runtime import load, quantize_model
 from .version import VERSION as __version__
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "Rule",
     "__version__",
     "convert",
+    "load",
     "open",
     "quantize",
+    "quantize_model",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +22,10 @@ from .errors import KernelError
 
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# Types whose codes are points of a lattice: levels `(L,)` f32, points `(P, dim)` as indices of levels, and
+# where the search for a step starts, `(s,)` f32. formats/iq.py names them; the core is taught when it loads.
+LATTICES: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
 
 
 @cache
@@ -41,7 +45,21 @@ def load() -> ModuleType | None:
             stacklevel=3,
         )
         return None
+    for name, table in LATTICES.items():
+        _teach(_core, name, *table())
     return _core
+
+
+def _teach(
+    module: ModuleType, name: str, levels: torch.Tensor, points: torch.Tensor, starts: torch.Tensor
+) -> None:
+    digits = points.to(torch.uint8).contiguous()
+    module.teach(
+        name,
+        (levels.data_ptr(), len(levels)),
+        (digits.data_ptr(), *digits.shape),
+        (starts.data_ptr(), len(starts)),
+    )
 
 
 def available() -> bool:

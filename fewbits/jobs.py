@@ -13,10 +13,12 @@ from .algorithms import ALGORITHMS, NEEDS
 from .calibrate.stats import Stats
 from .errors import CalibrationError, FormatError
 from .files.base import Checkpoint
+from .files.layout import is_plain
 from .files.stream import StreamFile
-from .files.target import Job, is_plain
+from .files.target import Job
 from .formats import FLOATS, FORMATS, Distortion
 from .formats.base import CHUNK, Format
+from .formats.recode import recoded
 from .plan.choices import Decision
 from .plan.method import Method
 from .plan.rules import Rule
@@ -86,13 +88,20 @@ def _pieces(
         value = job.shaped(checkpoint.tensors[name].load())
         if isinstance(value, QTensor) and value.format.name == job.format:
             told += [work.done[name]] if name in work.done else []
-            yield tuple(value.planes[plane.name] for plane in value.format.planes)
+            yield job.pack(value)
             continue
+        if isinstance(value, QTensor) and not is_plain(job.format):
+            same = recoded(value, FORMATS.get(job.format))
+            if same is not None:
+                w = same.decode()
+                told += [work.done.get(name) or told_of("recoded", {}, Distortion.between(w, w))]
+                yield job.pack(same)
+                continue
         w = value.decode() if isinstance(value, QTensor) else value
         stats = work.stats(name)
-        planes, lost = _encode(name, w, job.format, _method(rule, work, stats), stats)
+        value, lost = _encode(name, w, job.format, _method(rule, work, stats), stats)
         told += [lost] if lost else []
-        yield planes
+        yield job.pack(value) if isinstance(value, QTensor) else (value,)
     note.update(summed(told))
 
 
@@ -110,22 +119,20 @@ def _method(rule: Rule | None, work: Work, stats: Stats | None) -> tuple[str, di
 
 def _encode(
     name: str, w: torch.Tensor, kind: str, method: tuple[str, dict[str, Any]], stats: Stats | None
-) -> tuple[tuple[torch.Tensor, ...], dict[str, Any] | None]:
-    """One float weight -> its planes and what that cost; None where not a bit changed."""
+) -> tuple[torch.Tensor | QTensor, dict[str, Any] | None]:
+    """One float weight -> what becomes of it and what that cost; None where not a bit changed."""
     if is_plain(kind):
         _check_finite(name, w)
         cast = w.to(FLOATS.get(kind, w.dtype))  # integers and the like only pass through
         if cast is w:
-            return (w,), None
+            return w, None
         _check_finite(f"{name} as {kind}", cast)
         lost = _cast_distortion(w, cast)
-        return (cast,), None if lost is None else told_of("cast", {}, lost)
+        return cast, None if lost is None else told_of("cast", {}, lost)
     fmt = FORMATS.get(kind)
     algorithm, options = method
     q = quantized(name, w, fmt, method, stats)
-    return tuple(q.planes[plane.name] for plane in fmt.planes), told_of(
-        algorithm, options, fmt.distortion(w, q), stats
-    )
+    return q, told_of(algorithm, options, fmt.distortion(w, q), stats)
 
 
 def quantized(

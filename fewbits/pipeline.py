@@ -30,15 +30,16 @@ from .files.atomic import make_directory, write_atomic
 from .files.base import Checkpoint
 from .files.blockstore import BlockStore
 from .files.gguf_metadata import model_name
-from .files.native import INDEX, WEIGHTS
+from .files.layout import LAYOUTS, Layout, is_plain, other_containers
 from .files.open import open_checkpoint
 from .files.stream import StreamFile
-from .files.target import Job, Target, gguf_target, is_plain, native_target
+from .files.target import Job, Target, directory_target, gguf_refusal, gguf_target
 from .formats import FLOATS, FORMATS
 from .jobs import Work, chosen, write_job
 from .memory import peak_memory, reset_peak_memory
 from .model.archs import architecture, check_complete, engine_notes, require_architecture
 from .model.sites import sites
+from .plan.carry import carried
 from .plan.choices import Decision, check_feasible, decide, entries_of
 from .plan.mixtures import RECIPES
 from .plan.recipes import needing_imatrix
@@ -86,6 +87,7 @@ def quantize(
             notes += request.tokens.notes + more
         found, more = _activations(checkpoint, request)
         notes += more
+        target = replace(target, jobs=target.told(found)) if target.told else target
         work = Work(request.method, {"search": request.search}, stats_of(request), told)
         if request.statistics is not None:
             names = _in_blocks(checkpoint, target.jobs)
@@ -151,22 +153,26 @@ def convert(
     file: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    requantize: bool = False,
 ) -> Receipt:
-    """Write a checkpoint to another file type without quantizing: every tensor keeps its format.
+    """Write a checkpoint to another file type without quantizing: every tensor keeps its values.
 
-    Raises FormatError, naming the nearest, where the file type cannot carry a format.
+    A format that the file type lacks becomes another with the same values (q4_0 is int4_g32) where there
+    is one; else FormatError names the nearest. requantize: quantize to that, and tell the added error.
     """
-    return quantize(source, out, Request(file=file, overwrite=overwrite), progress)
+    return quantize(source, out, Request(file=file, overwrite=overwrite, requantize=requantize), progress)
 
 
 def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target, dict[str, Decision]]:
     """Decide, check and lay out, all from headers: the target, and by job name what each gets."""
-    gguf = request.file == "gguf" or (request.file is None and out.suffix == ".gguf")
+    file = request.file or ("gguf" if out.suffix == ".gguf" else "native")
+    gguf = file == "gguf"
+    layout = None if gguf else LAYOUTS.get(file).told(request.activations)
     if gguf and request.activations is not None:
         raise PlanError(f"{out}: a GGUF file says nothing of activations; use a native directory")
     if gguf and checkpoint.kind != "gguf":
         require_architecture(checkpoint.config)
-    _check_place(checkpoint, out, gguf, request.overwrite)
+    _check_place(checkpoint, out, layout, request.overwrite)
     arch = architecture(checkpoint.config)
     if arch is not None:
         check_complete(arch, checkpoint.config, checkpoint.tensors.keys())
@@ -174,11 +180,14 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
     recipe = RECIPES.get((request.to or "").lower())
     to = (recipe.name if recipe else None, None if request.to is None or recipe else _format(request.to))
     decisions = decide(checkpoint, entries, arch, to, request.plan, gguf, request.calibrated)
+    refusal = gguf_refusal if layout is None else layout.refusal
+    tables = layout is None or layout.tables
+    decisions = carried(checkpoint, entries, decisions, refusal, request.requantize, tables)
     check_feasible(checkpoint, entries, decisions, request.requantize)
     check_algorithms(request)
-    carried = None if request.to or request.plan.rules else _carried_file_type(checkpoint)
-    file_type = recipe.file_type if recipe else carried
-    if gguf:
+    known = None if request.to or request.plan.rules else _carried_file_type(checkpoint)
+    file_type = recipe.file_type if recipe else known
+    if layout is None:
         formats = {name: decision.format for name, decision in decisions.items()}
         target = gguf_target(checkpoint, out, entries, formats, arch, file_type)
         notes = engine_notes(arch, checkpoint.config) if arch else []
@@ -195,7 +204,7 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
         "file_type": file_type,
     }
     formats = {name: decision.format for name, decision in by_source.items()}
-    return native_target(checkpoint, out, formats, about), by_source
+    return directory_target(checkpoint, out, formats, layout, about), by_source
 
 
 def quantizes_blocks(checkpoint: Checkpoint, out: Path, request: Request) -> bool:
@@ -244,19 +253,25 @@ def _format(name: str) -> str:
         ) from error
 
 
-def _check_place(checkpoint: Checkpoint, out: Path, gguf: bool, overwrite: bool) -> None:
+def _check_place(checkpoint: Checkpoint, out: Path, layout: Layout | None, overwrite: bool) -> None:
     """FileError where the output would stand on its own input, or on a model of another kind."""
     if not out.exists():
         return
-    if out.is_dir() == gguf:
-        raise FileError(f"{out}: exists and is {'a' if gguf else 'not a'} directory; choose another output")
+    if out.is_dir() == (layout is None):
+        kind = "a" if layout is None else "not a"
+        raise FileError(f"{out}: exists and is {kind} directory; choose another output")
     if any(out.samefile(path) for path in [checkpoint.path, *input_files(checkpoint)]):
         raise FileError(f"{out}: is the input itself; choose another output")
-    ours = [out / INDEX, out / f"{WEIGHTS}.journal"]
-    if not gguf and not overwrite and (out / "config.json").exists() and not any(p.exists() for p in ours):
+    if layout is None or overwrite:
+        return
+    ours = [out / "receipt.json", out / f"{layout.weights}.journal"]
+    if (out / "config.json").exists() and not any(p.exists() for p in ours):
         raise FileError(
             f"{out}: holds a model that fewbits did not write; choose another output, or pass overwrite"
         )
+    for name in other_containers(layout):
+        if (out / name).exists():
+            raise FileError(f"{out / name}: exists; choose another output or pass overwrite")
 
 
 def _carried_file_type(checkpoint: Checkpoint) -> int | None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from fewbits.cli.main import COMMANDS, main
 from fewbits.errors import PlanError
 from fewbits.files.open import open_checkpoint
 from fewbits.report.receipt import Receipt
+from fewbits.verify import Outcome
 from tests.tiny import CORPUS, save_tiny
 
-NAMES = [module.__name__.rsplit(".", 1)[-1] for module in COMMANDS]
+NAMES = [module.__name__.rsplit(".", 1)[-1].replace("_", "-") for module in COMMANDS]
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +32,15 @@ def child(model, tmp_path_factory) -> Path:
     return at
 
 
+SAME = Outcome("an engine", "same", "1.0", 0.1, 0.001, 8, 1.0)
+
+
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch):
-    """-> (exit code, stdout, stderr) of a command run in an empty directory."""
+    """-> (exit code, stdout, stderr) of a command run in an empty directory. No engine is installed."""
     monkeypatch.chdir(tmp_path)
+    missing = Outcome("none", "not checked", reason="no engine is installed")
+    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given: missing)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -173,7 +180,7 @@ ERRORS = {
         ["quantize", "{model}", "--to", "q8_0", "--out", "{child}/x.gguf"],
         "cannot be made",
     ),
-    "output of no format": (["convert", "{model}", "--out", "{model}"], "is the input itself"),
+    "output of no format": (["convert", "{model}", "{model}"], "is the input itself"),
     "already quantized": (["quantize", "{child}", "--to", "q4_0", "--out", "x.gguf"], "--requantize"),
     "text": (["evaluate", "{model}", "{child}", "--text", "none.txt"], "none.txt: cannot be read"),
     "text not UTF-8": (["evaluate", "{model}", "{child}", "--text", "{child}"], "is not UTF-8"),
@@ -227,21 +234,36 @@ def test_wrong_usage_is_exit_code_2(run, arguments):
 def test_every_command_shows_examples(run, name):
     code, out, err = run(name, "--help")
     assert (code, err) == (0, "")
-    assert f"examples:\n  fewbits {name}" in out
+    assert f"examples:\n  fewbits {name.replace('_', '-')}" in out
     assert "examples:" in run("--help")[1] and name in run("--help")[1]
+
+
+# What the engine says at the end
+
+
+@pytest.mark.parametrize(("outcome", "code"), [(SAME, 0), (replace(SAME, verdict="differs", kl=5.0), 4)])
+def test_the_engine_has_the_last_word(model, run, monkeypatch, outcome, code):
+    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given: outcome)
+    got, _, err = run("quantize", model, "--to", "q8_0", "--no-search", "--effort", "fast", "--out", "m.gguf")
+    assert got == code and outcome.line() in err
+    assert receipt("m.gguf.receipt.json").verified == outcome.to_dict()
+    assert Path("m.gguf.README.md").exists()
+    assert run("verify", "m.gguf") == (code, outcome.line() + "\n", "")
+    assert run("convert", "m.gguf", "again.gguf", "--no-verify")[0] == 0
+    assert receipt("again.gguf.receipt.json").verified == {}
 
 
 # The other commands
 
 
 def test_convert(child, run):
-    code, out, err = run("convert", child, "--out", "native")
+    code, out, err = run("convert", child, "native")
     assert (code, err) == (0, "") and out.endswith("wrote native\n")
-    code, out, err = run("convert", "native", "--out", "again.gguf", "--json")
+    code, out, err = run("convert", "native", "again.gguf", "--json")
     assert (code, err) == (0, "") and Receipt.from_json(out).target == "again.gguf"
     assert Path("again.gguf").read_bytes() == child.read_bytes()
-    assert run("convert", "native", "--out", "again.gguf")[0] == 1
-    assert run("convert", "native", "--out", "again.gguf", "--overwrite")[0] == 0
+    assert run("convert", "native", "again.gguf")[0] == 1
+    assert run("convert", "native", "again.gguf", "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize("which", ["model", "child", "native"])

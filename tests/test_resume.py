@@ -68,8 +68,7 @@ if point == "receipt":
     pipeline.write_atomic = dying(pipeline.write_atomic, before=True)
 if point == "side":
     import fewbits.files.target as target
-    import fewbits.files.native as native
-    native.write_atomic = target.write_atomic = dying(native.write_atomic)
+    target.write_atomic = dying(target.write_atomic)
 if point == "journal":
     StreamFile.close_journal = dying(StreamFile.close_journal, before=True)
 pipeline.quantize(source, out, pipeline.Request(to))
@@ -335,7 +334,7 @@ def test_an_index_of_the_old_output_never_stands_beside_new_weights(model, tmp_p
     """nf4 and fp4 have the same planes: the old index would read the new codes as the wrong numbers."""
     quantize(model, tmp_path / "n", Request("fp4"))
     monkeypatch.setitem(quantize.__globals__, "write_atomic", None)
-    monkeypatch.setattr("fewbits.files.target.write_side_files", interrupted)
+    monkeypatch.setattr("fewbits.files.target.copy_side_files", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(model, tmp_path / "n", Request("nf4", overwrite=True))
     assert not (tmp_path / "n/fewbits.json").exists()

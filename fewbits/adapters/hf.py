@@ -8,22 +8,28 @@ the rotary buffers. Nothing is fetched: a checkpoint is local by now.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import ModelError, raise_all
-from ..files.base import Checkpoint
+from ..files.base import Checkpoint, LazyTensor
 from ..files.gguf_tokenizer import tokenizer_json
 from ..files.json_object import read_json_object
+from ..files.layout import Kind
+from ..files.native import quantization_config
+from ..formats.base import FLOATS
 from ..qtensor import QTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_DTYPES = {dtype: name for name, dtype in FLOATS.items()}
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # here -> in GGUF's key
 
 
@@ -34,10 +40,85 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
     tensor that is missing, unexpected or of another shape.
     """
     config = _config(checkpoint)
+    weights = {name: _decode(tensor.load(), dtype) for name, tensor in _needed(checkpoint, config).items()}
+    return _filled(checkpoint, config, weights, dtype)
+
+
+def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A checkpoint -> its transformers model, as `load_model` has it, but quantized weights stay packed.
+
+    Floats are `dtype`. Generates with the checkpoint's generation_config. Errors: those of `load_model`.
+    """
+    from transformers import GenerationConfig
+
+    config = _config(checkpoint)
+    weights: dict[str, torch.Tensor] = {}
+    kinds: dict[str, Kind] = {}
+    for name, tensor in _needed(checkpoint, config).items():
+        value = tensor.load()
+        if isinstance(value, QTensor):
+            weights |= {f"{name}.{plane}": part.clone() for plane, part in value.planes.items()}
+            kinds[name] = (value.format.name, value.shape)
+        else:
+            weights[name] = _decode(value, dtype)
+    if kinds:
+        config.quantization_config = quantization_config(kinds)
+    model = _filled(checkpoint, config, weights, dtype)
+    if "generation_config.json" in checkpoint.side_files:
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    return model
+
+
+def model_checkpoint(model: PreTrainedModel) -> tuple[dict[str, str], Checkpoint]:
+    """A model in memory as a checkpoint under the names that files have; and name in files -> in the model.
+
+    Tied copies are left out. What files hold otherwise (fused experts) has the model's name.
+    """
+    from .hf_quantizer import file_names
+
+    state = model.state_dict()
+    for key in model.all_tied_weights_keys:
+        state.pop(key, None)
+    names = file_names(model, state)
+    names |= {key: key for key in state if key not in names.values()}
+    tensors = {
+        name: LazyTensor(name, tuple(value.shape), _DTYPES[value.dtype], value.nbytes, "memory",
+                         partial(state.__getitem__, key))
+        for name, key in names.items() if (value := state[key]).dtype in _DTYPES
+    }  # fmt: skip
+    path = Path(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    return names, Checkpoint(path, "huggingface", tensors, model.config.to_dict())
+
+
+def pack_weights(model: PreTrainedModel, found: Mapping[str, tuple[str, QTensor]]) -> PreTrainedModel:
+    """Replace weights of a model, in place. found: name in files -> (name in the model, quantized).
+
+    ModelError lists those that belong to no linear map or embedding.
+    """
+    from .hf_quantizer import pack_in_place
+    from .packed import packable
+
+    faults = [
+        f"{key} belongs to a {type(module).__name__}, which cannot be packed; leave it out by a rule"
+        for key, q in found.values()
+        if not packable(module := model.get_submodule(key.rpartition(".")[0]), q.shape)
+    ]
+    raise_all(ModelError, type(model).__name__, faults)
+    packed: PreTrainedModel = pack_in_place(model, found)
+    return packed
+
+
+def _needed(checkpoint: Checkpoint, config: Any) -> dict[str, LazyTensor]:
+    """The tensors that fill a model: all, but for an output that is tied and stored nevertheless."""
+    tied = getattr(config, "tie_word_embeddings", False)
+    return {n: tensor for n, tensor in checkpoint.tensors.items() if not (tied and n == "lm_head.weight")}
+
+
+def _filled(
+    checkpoint: Checkpoint, config: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of a config with these weights; ModelError lists all that do not fit."""
     cls = _causal_class(checkpoint, config)
-    weights = {name: _decode(tensor.load(), dtype) for name, tensor in checkpoint.tensors.items()}
-    if getattr(config, "tie_word_embeddings", False):
-        weights.pop("lm_head.weight", None)
     with _quiet():
         model, info = cls.from_pretrained(
             None,
@@ -182,3 +263,38 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def known_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A config with every field that the installed transformers derives (layer types, windows), or None for a
+    model type that it does not have."""
+    from transformers import CONFIG_MAPPING
+
+    given = {key: value for key, value in deepcopy(dict(config)).items() if key != "quantization_config"}
+    if given.get("model_type") not in CONFIG_MAPPING:
+        return None
+    with _quiet():
+        full = CONFIG_MAPPING[given["model_type"]].from_dict(given)
+    found: dict[str, Any] = full.get_text_config().to_dict()
+    return found
+
+
+def causal_models() -> set[str]:
+    """The model types of which the installed transformers has a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def quantization_methods() -> set[str]:
+    """The values of quant_method that the installed transformers reads."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return set(AUTO_QUANTIZATION_CONFIG_MAPPING)
+
+
+def gguf_architectures() -> set[str]:
+    """The architectures whose GGUF files the installed transformers reads (and decodes to float)."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    return {name.replace("_", "") for name in GGUF_SUPPORTED_ARCHITECTURES}

@@ -2,13 +2,14 @@
 
 path/to/directory        Hugging Face directory, or a native one
 path/to/model.gguf       GGUF
-org/name[@revision]      the hub: safetensors, json and tokenizer files only
+org/name[@revision]      the hub: safetensors, json and tokenizer files only (`upload` writes there)
 demo:smollm2             the demo model, made once and kept
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import FileError
@@ -68,3 +69,27 @@ def _download(name: str, revision: str | None, cache_dir: Path) -> Path:
             "online once, or give a local directory"
         ) from error
     return Path(found)
+
+
+def upload(repo: str, files: Mapping[str, Path], private: bool) -> str:
+    """Files by their name in the repository -> its address; the repository is made unless it is there.
+
+    Raises FileError for a name that is none, and for what the hub refuses.
+    """
+    if _HUB_NAME.fullmatch(repo) is None or "@" in repo:
+        raise FileError(f"{repo}: is no repository; give org/name")
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    added = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    try:
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.create_commit(repo, added, commit_message="Quantized by fewbits")
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileError(
+            f"{repo}: not uploaded ({type(error).__name__}: {reason}); log in (hf auth login), go online, "
+            "and run `fewbits push` again: the output is whole"
+        ) from error
+    return str(address)

@@ -60,7 +60,9 @@ def descended(q: QTensor, target: torch.Tensor, hessian: torch.Tensor, rounds: i
         now = value[columns].T.contiguous()
         grid, changed = refit(q.format, grid, codes, pull[columns].T.contiguous(), inner)
         pull_here = pull[columns] + inner @ (changed - now).T
-        codes, best = recode(grid, codes, changed, pull_here, inner)
+        best = changed
+        if q.format.vector == 1:  # a vector's best point is not known column by column
+            codes, best = recode(grid, codes, changed, pull_here, inner)
         parts[start // atom] = grid, codes
         moves[columns] = (now - best).T
         value[columns] = best.T

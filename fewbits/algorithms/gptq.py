@@ -41,7 +41,7 @@ SCALINGS = (1.0, 0.9, 0.95, 1.05)
 # Two rounds gain three quarters of what eight do: 5 % of the loss in 4 bits, 12 % in q2_k.
 DESCENT = 2
 # Weights at once where rows stand alone: feedback and descent hold about ten f32 copies of them.
-PIECE = 2**23
+PIECE = 2**22
 
 
 def gptq(
@@ -63,7 +63,7 @@ def gptq(
     stats = require_stats(stats, w, "gptq")
     n, k = w.shape
     atom = k if fit == "static" else format.atom(k) or k
-    curvature = Curvature.of(stats, damp, column_order(stats, atom))
+    curvature = Curvature.of(stats, damp, column_order(stats, atom, format.vector))
     step = max(1, PIECE // k) if rows_alone(format) else n
     parts = []
     for start in range(0, n, step):
@@ -97,6 +97,7 @@ def feed_back(
 ) -> tuple[QTensor, torch.Tensor]:
     """Round state `(k, n)`, whose row i is the grid's column columns[i] -> QTensor, err `(k, n)`."""
     state, errors, codes = state.clone(), torch.empty_like(state), []
+    grid = grid.weighted(factor.diagonal().pow(-2)[columns.argsort()])
 
     def settle(start: int, stop: int) -> None:
         here = slice(start, stop)
@@ -125,12 +126,14 @@ def feed_searched(
     return q.take_rows(best), errors[:, best]
 
 
-def column_order(stats: Stats, atom: int) -> torch.Tensor:
-    """-> `(k,)`: the columns as they are taken, atom by atom."""
+def column_order(stats: Stats, atom: int, vector: int = 1) -> torch.Tensor:
+    """-> `(k,)`: the columns as they are taken, atom by atom, and those of a vector together."""
     assert stats.hessian is not None
     diagonal = stats.hessian.diagonal().reshape(-1, atom)
     atoms = diagonal.sum(1).argsort(dim=0, descending=True, stable=True)
-    inside = diagonal.argsort(dim=1, descending=True, stable=True)
+    together = diagonal.reshape(len(diagonal), -1, vector).sum(2)
+    vectors = together.argsort(dim=1, descending=True, stable=True)
+    inside = (vectors[..., None] * vector + torch.arange(vector, device=vectors.device)).flatten(1)
     return (inside[atoms] + atoms[:, None] * atom).flatten()
 
 

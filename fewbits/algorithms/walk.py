@@ -5,6 +5,9 @@
              = value_j - old_j                                 coordinate descent
     state_i -= coupling_ji move_j                              for every later column i
 
+Where a grid's codes are points of a lattice, a vector of columns is rounded at once, each as it then is;
+the errors of its columns are then told on one by one all the same.
+
 `walk` does an atom's worth of columns; what it moves in the columns after them, `sweep` carries there.
 The loop below is the twin of csrc/walk.h, equal to it bit for bit.
 """
@@ -56,10 +59,12 @@ def walk_twin(
     state, codes = state.clone(), []
     values, moves = torch.empty_like(state), torch.empty_like(state)
     for j, place in enumerate(columns.tolist()):
-        column = slice(place, place + 1)
-        code = grid.round(state[j][:, None], column)
-        codes.append(code[:, 0])
-        values[j] = grid.value(code, column)[:, 0]
+        if j % grid.vector == 0:
+            here = slice(j, j + grid.vector)
+            columns_here = slice(place, place + grid.vector)
+            code = grid.round(state[here].T, columns_here)
+            codes.append(code.T)
+            values[here] = grid.value(code, columns_here).T
         moves[j] = (state[j] - values[j]) / pivot[j] if pivot is not None else values[j] - old[j]  # type: ignore[index]
         state[j + 1 :] -= coupling[j, j + 1 :, None] * moves[j]
-    return torch.stack(codes), values, moves
+    return torch.cat(codes), values, moves

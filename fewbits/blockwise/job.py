@@ -34,7 +34,8 @@ class BlockJob:
     """Block `index` of a run. weights: all its tensors, f32; rewritten by `transform`.
 
     result: what the block's tensors became. told: what each quantized one cost. notes: for the receipt.
-    tell: is called before each site with its last neighbour's output error.
+    tell: is called before each site with its last neighbour's output error. keeps: are the float weights of
+    finished sites still needed?
     """
 
     def __init__(self, run: Run, index: int, block: Block, weights: dict[str, torch.Tensor], tell: Tell):
@@ -44,6 +45,7 @@ class BlockJob:
         self.notes: list[str] = []
         self.stats: dict[str, Stats] = {}  # only where `learn` will measure again: they are large
         self.error: float | None = None
+        self.keeps = True
 
     def needs_hessian(self, stage: Sequence[Site]) -> bool:
         return any(NEEDS[self.run.asked[site.name].algorithm] == "hessian" for site in stage)
@@ -85,7 +87,10 @@ class BlockJob:
         for site in stage:
             self.tell(self.index, "", site, self.error)
             self._site(site, captured.stats.get(site.name))
-        self.block.set({site.name: decoded(self.result[site.name]) for site in stage})
+        for site in stage:
+            self.block.set({site.name: decoded(self.result[site.name])})
+            if not self.keeps:
+                del self.weights[site.name]
 
     def _site(self, site: Site, stats: Stats | None) -> None:
         asked, w = self.run.asked[site.name], self.weights[site.name].cpu()

@@ -159,11 +159,12 @@ class _Walk:
         job = BlockJob(self.run, i, self.model.block(i, weights), weights, self._tell)
         if wanted:
             job.transform(wanted, x)
-        reference = self.model.block(i, job.weights)
+        # Float stream and learning need the float weights to the end; else one copy of the block is enough.
+        job.keeps = floats is not None or method.learn is not None
+        reference = self.model.block(i, job.weights) if job.keeps else job.block
         through = bool(wanted) and self._fits(wanted, x, floats)
         if through:
-            # The float stream needs the float weights to the end; without it one copy of the block is enough.
-            weights = job.weights if floats is None else {n: w.clone() for n, w in job.weights.items()}
+            weights = {n: w.clone() for n, w in job.weights.items()} if job.keeps else job.weights
             job.block = self.model.block(i, weights)
             job.block.in_place = True
             quantize_paused(job, wanted, reference, x, floats)

@@ -13,7 +13,7 @@ from ..files.open import open_checkpoint
 from .progress import StageProgress
 
 if TYPE_CHECKING:
-    from ..evaluate import Simulation
+    from ..evaluate import Evaluation, ModelScores, Simulation
     from ..files.base import Checkpoint
 
 CALIBRATION, WINDOW = 4096, 512  # tokens to calibrate activations on, and in a window
@@ -47,6 +47,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     _simulation_arguments(parser)
     parser.add_argument("--show", action="store_true", help="print the continuations side by side")
+    parser.add_argument(
+        "--record", action="store_true", help="keep the figures in the children's receipts and cards"
+    )
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
@@ -108,10 +111,32 @@ def run(options: argparse.Namespace) -> int:
             text = self_text(parent, options.sample, options.seed, options.context, progress)
         tokenizer = load_tokenizer(parent)
         result = evaluate(parent, children, text, settings, tokenizer.decode, progress)
+    if options.record:
+        for path, child in zip(options.children, result.children, strict=True):
+            record(Path(path), result, child)
     print(result.to_json() if options.json else result.table())
     if options.show and not options.json:
         print(f"\n{result.samples()}")
     return 0
+
+
+def record(path: Path, result: Evaluation, child: ModelScores) -> None:
+    """Keep a child's figures in its receipt and card."""
+    from ..release import measured
+
+    if child.fidelity is None:
+        return
+    figures = {
+        "text": result.source,
+        "tokens": result.tokens_scored,
+        "context": result.context,
+        "kl": child.fidelity.kl.value,
+        "kl_error": child.fidelity.kl.error,
+        "agreement": child.fidelity.agreement.value,
+        "perplexity": child.perplexity.value,
+        "parent_perplexity": result.parent.perplexity.value,
+    }
+    measured(path, figures)
 
 
 def read_file(path: Path) -> str:

@@ -1,7 +1,7 @@
 """fewbits: quantize a language model, measure what it cost, write what the runtime loads.
 
 Exit codes: 0 all that was asked is done; 1 an error, said in one message; 2 wrong usage; 3 done, but
-a tensor that a rule names did not get what the rule asks; 130 interrupted.
+a tensor that a rule names did not get what the rule asks, or a plan that does not fit; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from pathlib import Path
 
 from ..errors import FewbitsError
 from ..version import VERSION
-from . import calibrate, convert, demo, evaluate, formats, inspect, quantize
+from . import calibrate, convert, demo, evaluate, formats, inspect, lm_eval, plan, push, quantize, verify
 
 EXAMPLES = """examples:
   fewbits quantize demo:smollm2 --to q4_k_m --out smollm2-Q4_K_M.gguf
   fewbits quantize ./Mistral-7B --to iq4_xs --rule '*.down_proj=q6_k'
   fewbits quantize Qwen/Qwen3-0.6B --to int4_g128 --out qwen3-int4
+  fewbits plan ./Mistral-7B --to iq4_xs --context 8192
   fewbits calibrate ./Mistral-7B --calibrate wiki.train.raw --out imatrix.gguf
   fewbits evaluate ./Mistral-7B mistral-IQ4_XS.gguf --text wiki.test.raw
   fewbits inspect mistral-IQ4_XS.gguf
   fewbits demo
 
-exit codes: 0 done, 1 error, 2 usage, 3 done but a rule could not be followed"""
+exit codes: 0 done, 1 error, 2 usage, 3 done but a rule could not be followed, 4 done but the engine that
+the output is for computes something else"""
 
-COMMANDS = (quantize, calibrate, evaluate, inspect, convert, formats, demo)
+COMMANDS = (quantize, plan, calibrate, evaluate, lm_eval, inspect, convert, verify, push, formats, demo)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fewbits {VERSION}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
-        name = module.__name__.rsplit(".", 1)[-1]
+        name = module.__name__.rsplit(".", 1)[-1].replace("_", "-")
         sub = subparsers.add_parser(
             name,
             help=module.HELP,

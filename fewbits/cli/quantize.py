@@ -9,6 +9,7 @@ from pathlib import Path
 from ..adapters.hub import resolve
 from ..errors import FileError, PlanError
 from ..files.base import Checkpoint
+from ..files.layout import LAYOUTS
 from ..files.open import open_checkpoint
 from ..model.archs import architecture
 from ..pipeline import Request, quantize
@@ -18,6 +19,7 @@ from ..report.receipt import Receipt
 from .calibration import calibrated, text_arguments
 from .method import method_arguments, method_of
 from .progress import ByteProgress
+from .verify import concluded, verify_arguments
 
 HELP = "quantize a model into a GGUF file or a native directory"
 EXAMPLES = """MODEL is a Hugging Face directory, a .gguf file, a hub name org/name[@revision], or
@@ -47,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="TYPE", help="file type or format (see `fewbits formats`)")
     parser.add_argument("--out", type=Path, metavar="PATH", help="output file (.gguf) or directory")
     parser.add_argument(
-        "--file", choices=("gguf", "native"), help="output file type (default: by --to and --out)"
+        "--file", choices=("gguf", *LAYOUTS), help="output file type (default: by --to and --out)"
     )
     parser.add_argument(
         "--rule",
@@ -73,6 +75,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
     method_arguments(parser)
     text_arguments(parser)
+    verify_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -97,8 +100,9 @@ def run(options: argparse.Namespace) -> int:
     request = calibrated(request, checkpoint, out, options)
     with ByteProgress("quantize") as progress:
         receipt = quantize(checkpoint, out, request, progress)
+    receipt, code = concluded(receipt, checkpoint, out, options)
     print(receipt.to_json() if options.json else f"{receipt.table()}\n\nwrote {out}")
-    return verdict(receipt, options.strict)
+    return code or verdict(receipt, options.strict)
 
 
 def output_of(options: argparse.Namespace, path: Path, checkpoint: Checkpoint) -> tuple[Path, str | None]:

@@ -28,7 +28,8 @@ from ..qtensor import QTensor
 from .atomic import as_bytes, make_directory, write_atomic, write_file_atomic
 from .base import LazyTensor
 from .json_object import read_json_object
-from .native import indexed_tensors, native_layout
+from .layout import laid_out, planes_of
+from .native import NATIVE, indexed_tensors
 from .safetensors import DTYPE_NAMES
 
 VERSION = 1
@@ -76,12 +77,12 @@ class BlockStore:
 
     def write(self, block: int, tensors: Mapping[str, Value], notes: Mapping[str, Any]) -> None:
         """Keep a block; durable when this returns. notes: any JSON values."""
-        rows = [(name, _kind(value), tuple(value.shape)) for name, value in tensors.items()]
-        header, _ = native_layout(rows)
+        rows = {name: (_kind(value), tuple(value.shape)) for name, value in tensors.items()}
+        header, _, _ = laid_out(NATIVE, rows)
         parts: list[bytes | memoryview] = [header]
         for value in tensors.values():
             if isinstance(value, QTensor):
-                parts += [as_bytes(value.planes[plane.name]) for plane in value.format.planes]
+                parts += [as_bytes(plane) for plane in planes_of(value)]
             else:
                 parts.append(as_bytes(value))
         digest = hashlib.sha256()

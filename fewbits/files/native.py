@@ -3,96 +3,151 @@
     fewbits.json        {"version": 1, "tensors": {"model.layers.0.mlp.up_proj.weight":
                           {"format": "int4_g128", "shape": [n, k]}, ...}, ...}
     model.safetensors   planes as `<tensor>.<plane>`, tensors left in float under their own name
-    config.json, tokenizer.json, ...
+    config.json         {..., "quantization_config": {"quant_method": "fewbits", "version": 1,
+                          "formats": {"int4_g128": {"model.layers.0.mlp.up_proj.weight": [n, k], ...}, ...}}}
+    tokenizer.json, ...
 
-fewbits.json is written last: a directory that has it is complete.
+fewbits.json is written last: a directory that has it is complete. quantization_config says the same to
+transformers; it alone stands in a directory that transformers saved, which opens as well.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError, FormatError, raise_all
+import torch
+
+from ..errors import FileError, FormatError, PlanError
 from ..formats.base import FORMATS, Format
 from ..qtensor import QTensor
-from .atomic import write_atomic
 from .base import Checkpoint, LazyTensor
-from .huggingface import describe_files, find_side_files, lazy_tensor
+from .huggingface import describe_files, find_side_files
 from .json_object import read_json_object
-from .safetensors import DTYPE_NAMES, DTYPES, Entry, lay_out, map_tensor, read_header
-from .stream import Span
+from .layout import (
+    LAYOUTS,
+    Array,
+    Decoded,
+    Held,
+    Kind,
+    Layout,
+    Place,
+    Shape,
+    is_plain,
+    open_tensors,
+    planes_of,
+)
+from .safetensors import read_header
 
 VERSION = 1
+METHOD = "fewbits"
 INDEX = "fewbits.json"
 WEIGHTS = "model.safetensors"
 
 
-def native_layout(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, list[Span]]:
-    """`(name, format or float dtype, shape)` in order -> header of model.safetensors and its entries.
+class Native(Layout):
+    """Carries every format, in any mixture."""
 
-    A dtype name (`bf16`, `f32` ...) lays the tensor out under its own name; any other name is a
-    format, laid out as one entry `<tensor>.<plane>` for each plane, in the format's order.
-    """
-    rows: list[tuple[str, str, tuple[int, ...]]] = []
-    faults: list[str] = []
-    for name, kind, shape in tensors:
-        if kind.upper() in DTYPES:
-            rows.append((name, kind, shape))
+    name = "native"
+    method = METHOD
+    tables = True
+
+    def told(self, activations: str | None) -> Native:
+        if activations is not None and activations.endswith("_static"):
+            raise PlanError(
+                f"{activations}: a native directory records dynamic schemes only; use int8_dynamic, or write "
+                "compressed-tensors"
+            )
+        return self
+
+    def refusal(self, format: Format) -> str | None:
+        return None
+
+    def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
+        return [Array(f"{name}.{plane.name}", plane.dtype, plane.shape(*shape)) for plane in format.planes]
+
+    def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
+        return planes_of(q)
+
+    def unpack(self, format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
+        names = [plane.name for plane in format.planes]
+        return QTensor(format, shape, dict(zip(names, arrays, strict=True)))
+
+    def settings(
+        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+    ) -> dict[str, Mapping[str, Any]]:
+        quantized = {
+            name: {"format": kind, "shape": list(shape)}
+            for name, (kind, shape) in rows.items()
+            if not is_plain(kind)
+        }
+        known = {**config, "quantization_config": quantization_config(rows)} if quantized else config
+        return {"config.json": known, INDEX: {"version": VERSION, **about, "tensors": quantized}}
+
+    def find(
+        self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
+    ) -> dict[str, Held | Decoded]:
+        """config: {"tensors": the rows of fewbits.json}, or the quantization_config of config.json."""
+        rows = config["tensors"] if "tensors" in config else _rows(config, faults)
+        found = {name: _held(name, row, faults) for name, row in rows.items()}
+        return {name: held for name, held in found.items() if held is not None}
+
+
+NATIVE = LAYOUTS.add("native", Native())
+
+
+def quantization_config(rows: Mapping[str, Kind]) -> dict[str, Any]:
+    """What config.json says of the quantized ones of these tensors."""
+    return {"quant_method": METHOD, "version": VERSION, "formats": named_formats(rows)}
+
+
+def named_formats(rows: Mapping[str, Kind]) -> dict[str, dict[str, list[int]]]:
+    """Tensors -> format -> {tensor: [n, k]}, the quantized ones."""
+    formats: dict[str, dict[str, list[int]]] = {}
+    for name, (kind, shape) in rows.items():
+        if not is_plain(kind):
+            formats.setdefault(kind, {})[name] = list(shape)
+    return formats
+
+
+def _rows(settings: Mapping[str, Any], faults: list[str]) -> dict[str, dict[str, Any]]:
+    """quantization_config -> rows as fewbits.json has them."""
+    formats = settings.get("formats")
+    if settings.get("version") != VERSION or not isinstance(formats, dict):
+        faults.append(
+            f"quantization_config has version {str(settings.get('version'))[:40]}, this program reads "
+            f"{VERSION} with its formats; use the fewbits that wrote it"
+        )
+        return {}
+    rows: dict[str, dict[str, Any]] = {}
+    for kind, tensors in formats.items():
+        if not isinstance(tensors, dict):
+            faults.append(f"quantization_config: {str(tensors)[:80]} are not tensors of {kind!r} and shapes")
             continue
-        if len(shape) != 2:
-            faults.append(f"tensor {name!r}: {kind} holds (n, k) weights, not {shape}")
-            continue
-        for plane in FORMATS.get(kind).planes:
-            rows.append((f"{name}.{plane.name}", DTYPE_NAMES[plane.dtype], plane.shape(*shape)))
-    raise_all(FileError, WEIGHTS, faults)
-    header, entries = lay_out(rows, metadata)
-    return header, [Span(entry.name, entry.offset, entry.nbytes) for entry in entries]
-
-
-def native_index(tensors: Iterable[tuple[str, str, tuple[int, ...]]], about: Mapping[str, Any]) -> bytes:
-    """The bytes of fewbits.json for the tensors given to `native_layout`; `about` is added as it is."""
-    rows = {
-        name: {"format": kind, "shape": list(shape)}
-        for name, kind, shape in tensors
-        if kind.upper() not in DTYPES
-    }
-    return json.dumps({"version": VERSION, **about, "tensors": rows}, indent=1).encode() + b"\n"
-
-
-def write_side_files(checkpoint: Checkpoint, files: Mapping[str, Path | bytes], directory: Path) -> None:
-    """Write the checkpoint's config.json, and `files` (paths are copied), into `directory`."""
-    config = json.dumps(checkpoint.config, indent=2, ensure_ascii=False)
-    write_atomic(directory / "config.json", config.encode() + b"\n")
-    for name, source in files.items():
-        try:
-            data = source if isinstance(source, bytes) else source.read_bytes()
-        except OSError as error:
-            raise FileError(f"{source!s}: cannot be read: {error.strerror}") from error
-        write_atomic(directory / name, data)
+        faults += [
+            f"tensor {name!r} is {kind} and {rows[name]['format']}" for name in tensors if name in rows
+        ]
+        rows |= {name: {"format": kind, "shape": shape} for name, shape in tensors.items()}
+    return rows
 
 
 def open_native(path: Path) -> Checkpoint:
     """A native directory -> Checkpoint; all that disagrees between index and planes in one FileError."""
     path = Path(path)
     index = read_json_object(path / INDEX)
-    rows = index.get("tensors")
-    if index.get("version") != VERSION or not isinstance(rows, dict):
+    if index.get("version") != VERSION or not isinstance(index.get("tensors"), dict):
         raise FileError(
             f"{path / INDEX}: version {str(index.get('version'))[:40]}, this program reads {VERSION}; "
             "use the fewbits that wrote it"
         )
     config = read_json_object(path / "config.json")
+    config.pop("quantization_config", None)
     weights = path / WEIGHTS
     return Checkpoint(
         path,
         "native",
-        indexed_tensors(weights, rows),
+        indexed_tensors(weights, index["tensors"]),
         config,
         side_files=find_side_files(path),
         metadata={key: value for key, value in index.items() if key != "tensors"},
@@ -100,7 +155,16 @@ def open_native(path: Path) -> Checkpoint:
     )
 
 
-def _format_and_shape(name: str, row: Any, faults: list[str]) -> tuple[Format, tuple[int, int]] | None:
+def indexed_tensors(weights: Path, rows: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """A safetensors file of planes and the index of its quantized tensors -> all its tensors, mapped.
+
+    rows: name -> {"format", "shape"}; what they do not claim is float. FileError with every disagreement.
+    """
+    places = {name: Place(weights, entry) for name, entry in read_header(weights).items()}
+    return open_tensors(NATIVE, {"tensors": rows}, places, weights)
+
+
+def _held(name: str, row: Any, faults: list[str]) -> Held | None:
     """What one row of the index says; or None, with what is wrong appended to `faults`."""
     shape: Any = row.get("shape") if isinstance(row, dict) else None
     form: Any = row.get("format") if isinstance(row, dict) else None
@@ -114,57 +178,4 @@ def _format_and_shape(name: str, row: Any, faults: list[str]) -> tuple[Format, t
     except FormatError as error:
         faults.append(f"tensor {name!r}: {error}")
         return None
-    return found, (shape[0], shape[1])
-
-
-def indexed_tensors(weights: Path, rows: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """A safetensors file of planes and the index of its quantized tensors -> all its tensors, mapped.
-
-    rows: name -> {"format", "shape"}; what they do not claim is float. FileError with every disagreement.
-    """
-    planes = read_header(weights)
-    faults: list[str] = []
-    tensors: dict[str, LazyTensor] = {}
-    for name, row in rows.items():
-        found = _quantized_tensor(weights, name, row, planes, faults)
-        if found:
-            tensors[name] = found
-        if name in planes:
-            faults.append(f"tensor {name!r} stands there both quantized and in float; write it anew")
-    raise_all(FileError, str(weights), faults)
-    claimed = {f"{name}.{plane.name}" for name in rows for plane in FORMATS.get(tensors[name].dtype).planes}
-    return tensors | {
-        name: lazy_tensor(weights, entry) for name, entry in planes.items() if name not in claimed
-    }
-
-
-def _quantized_tensor(
-    weights: Path, name: str, row: Any, planes: Mapping[str, Entry], faults: list[str]
-) -> LazyTensor | None:
-    """One row of the index, checked against its planes -> LazyTensor; or None and `faults`."""
-    said = _format_and_shape(name, row, faults)
-    if said is None:
-        return None
-    form, shape = said
-    parts: dict[str, Entry] = {}
-    for plane in form.planes:
-        entry = planes.get(f"{name}.{plane.name}")
-        needed = (DTYPE_NAMES[plane.dtype], plane.shape(*shape))
-        if entry is None:
-            faults.append(f"tensor {name!r}: plane {plane.name!r} is missing")
-        elif (entry.dtype, entry.shape) != needed:
-            faults.append(
-                f"tensor {name!r}: plane {plane.name!r} is {entry.dtype} {entry.shape}, "
-                f"{form.name} {shape} needs {needed[0]} {needed[1]}"
-            )
-        else:
-            parts[plane.name] = entry
-    if len(parts) < len(form.planes):
-        return None
-    nbytes = sum(entry.nbytes for entry in parts.values())
-    load = partial(_load, weights, form, shape, parts)
-    return LazyTensor(name, shape, form.name, nbytes, weights.name, load, quantized=True)
-
-
-def _load(weights: Path, form: Format, shape: tuple[int, int], parts: Mapping[str, Entry]) -> QTensor:
-    return QTensor(form, shape, {name: map_tensor(weights, entry) for name, entry in parts.items()})
+    return Held(found, (shape[0], shape[1]))

@@ -2,6 +2,7 @@
 
     directory with fewbits.json      native         native.py
     directory with config.json       huggingface    huggingface.py
+      and model.onnx, no weights     onnx           onnx.py
     file that begins with "GGUF"     gguf           gguf_model.py
 
 A new file type to read is a row of OPENERS and a test of content in `open_file_type`.
@@ -14,16 +15,19 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import FileError
+from . import awq, bitsandbytes, compressed, gptq, mlx  # noqa: F401  they register their layouts
 from .base import Checkpoint
 from .experts import split_experts
 from .gguf_model import open_gguf
-from .huggingface import open_huggingface
+from .huggingface import BIN, INDEX, SINGLE, open_huggingface
 from .mapped import first_bytes
 from .native import open_native
+from .onnx import GRAPH, open_onnx
 
-FileType = Literal["huggingface", "gguf", "native"]
+FileType = Literal["huggingface", "gguf", "native", "onnx"]
 OPENERS: dict[FileType, Callable[[Path], Checkpoint]] = {
     "gguf": open_gguf,
+    "onnx": open_onnx,
     "native": lambda path: split_experts(open_native(path)),
     "huggingface": lambda path: split_experts(open_huggingface(path)),
 }
@@ -42,13 +46,14 @@ def open_file_type(path: Path) -> FileType:
         if (path / "fewbits.json").is_file():
             return "native"
         if (path / "config.json").is_file():
-            return "huggingface"
+            weights = any((path / name).exists() for name in (SINGLE, INDEX, BIN, f"{BIN}.index.json"))
+            return "onnx" if (path / GRAPH).is_file() and not weights else "huggingface"
         raise FileError(
             f"{path}: has neither config.json nor fewbits.json; give a model directory or a .gguf file"
         )
     magic = first_bytes(path, 4)
     if magic == b"GGUF":
         return "gguf"
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".onnx"):
         raise FileError(f"{path}: is one file of a model; give its directory, with config.json")
     raise FileError(f"{path}: is neither a GGUF file (it begins {magic!r}) nor a model directory")

@@ -1,6 +1,6 @@
 """What an output consists of before a byte of it is written: its layout, and the work that fills it.
 
-A target is one StreamFile (a GGUF file, or the model.safetensors of a native directory), the jobs
+A target is one StreamFile (a GGUF file, or the file of all arrays in a directory), the jobs
 that fill it, and the small files beside it. A job is one tensor of the output:
 
     sources (Hugging Face names)  ->  load, reorder rows, add  ->  encode or cast  ->  spans of the file
@@ -11,8 +11,9 @@ span with one chunk for each; in a native directory every plane of a tensor is a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gguf.constants import Keys
 
 from ..errors import FileError, FormatError, raise_all
 from ..formats import FLOATS, FORMATS
+from ..formats.base import Format
 from ..formats.ggml import Ggml
 from ..model.archs import Architecture, GGUFEntry, rope_rows
 from ..qtensor import QTensor
@@ -28,8 +30,7 @@ from .atomic import write_atomic
 from .base import Checkpoint
 from .gguf import gguf_header, gguf_nbytes
 from .gguf_metadata import gguf_metadata, side_files_from_keys
-from .native import INDEX, WEIGHTS, native_index, native_layout, write_side_files
-from .safetensors import DTYPES
+from .layout import Layout, gathered, is_plain, laid_out, other_containers, planes_of
 from .stream import Span
 
 ALIGNMENT = 32
@@ -40,7 +41,8 @@ NEAREST = {"int4": "q4_0 or q4_1", "int8": "q8_0", "int5": "q5_1", "int6": "q6_k
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of the output. `format`: a float dtype name or a format; `entry` for GGUF only."""
+    """One tensor of the output. `format`: a float dtype name or a format; `entry` for GGUF only. pack: a
+    weight as the arrays of its spans."""
 
     name: str
     sources: tuple[str, ...]
@@ -48,6 +50,7 @@ class Job:
     format: str
     spans: tuple[str, ...]
     entry: GGUFEntry | None = None
+    pack: Callable[[QTensor], tuple[torch.Tensor, ...]] = planes_of
 
     def shaped(self, value: torch.Tensor | QTensor) -> torch.Tensor | QTensor:
         """One source as this output wants it: rows reordered, the constant added."""
@@ -67,8 +70,8 @@ class Target:
     """A file to be written: `header`, `spans`, the jobs that fill them, and `finish` for the rest, which is
     given what only the finished run knows (native directories keep it in their index).
 
-    notes: for the receipt. stale: what speaks of the output that this one replaces, and must be gone
-    before it is in place.
+    told: the jobs, once that is known. notes: for the receipt. stale: what speaks of the output that this
+    one replaces, and must be gone before it is in place.
     """
 
     path: Path
@@ -80,6 +83,7 @@ class Target:
     align: int = 1
     notes: tuple[str, ...] = ()
     stale: tuple[Path, ...] = ()
+    told: Callable[[Mapping[str, Any]], tuple[Job, ...]] | None = None
 
 
 def nearest_ggml(name: str) -> str:
@@ -103,6 +107,15 @@ def ggml_type(format: str) -> str:
     return found.type_name
 
 
+def gguf_refusal(format: Format) -> str | None:
+    """None where GGUF carries the format; else why not."""
+    try:
+        ggml_type(format.name)
+    except FormatError as error:
+        return str(error)
+    return None
+
+
 def gguf_target(
     checkpoint: Checkpoint,
     path: Path,
@@ -123,11 +136,7 @@ def gguf_target(
             continue
         infos.append((entry.name, shape, type_name))
         jobs.append(Job(entry.name, entry.sources, shape, formats[entry.name], (entry.name,), entry))
-    faults = [
-        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {fault}"
-        for fault, names in refused.items()
-    ]
-    raise_all(FormatError, str(path), faults)
+    raise_all(FormatError, str(path), gathered(refused))
     header, offsets = gguf_header(gguf_metadata(checkpoint, arch, file_type), infos)
     spans = [
         Span(name, offset, gguf_nbytes(kind, shape))
@@ -148,33 +157,50 @@ def entry_shape(checkpoint: Checkpoint, entry: GGUFEntry) -> tuple[int, ...]:
     return shape if len(entry.sources) == 1 else (len(entry.sources), *shape)
 
 
-def native_target(
-    checkpoint: Checkpoint, directory: Path, formats: Mapping[str, str], about: Mapping[str, Any]
+def directory_target(
+    checkpoint: Checkpoint,
+    directory: Path,
+    formats: Mapping[str, str],
+    layout: Layout,
+    about: Mapping[str, Any],
 ) -> Target:
-    """A native directory: every tensor of the checkpoint, each in `formats[name]`; one span a plane."""
-    rows = [(name, formats[name], tensor.shape) for name, tensor in checkpoint.tensors.items()]
-    header, spans = native_layout(rows)
+    """A directory of one layout: every tensor of the checkpoint, each in `formats[name]`."""
+    layout = layout.of(checkpoint.config)
+    rows = {name: (formats[name], tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    header, spans, keys = laid_out(layout, rows)
+    small = layout.settings(rows, checkpoint.config, about)
     jobs = tuple(
-        Job(
-            name,
-            (name,),
-            shape,
-            kind,
-            (name,)
-            if is_plain(kind)
-            else tuple(f"{name}.{plane.name}" for plane in FORMATS.get(kind).planes),
-        )
-        for name, kind, shape in rows
+        Job(name, (name,), shape, kind, keys[name], pack=layout.pack) for name, (kind, shape) in rows.items()
     )
 
-    side_files = side_files_of(checkpoint)
+    def told(found: Mapping[str, Any]) -> tuple[Job, ...]:
+        return tuple(
+            job if is_plain(job.format) else replace(job, pack=layout.packer(job.name, found)) for job in jobs
+        )
+
+    side_files = {name: file for name, file in side_files_of(checkpoint).items() if name != "README.md"}
 
     def finish(found: Mapping[str, Any]) -> None:
-        write_side_files(checkpoint, side_files, directory)
-        write_atomic(directory / INDEX, native_index(rows, {**about, **found}))
+        copy_side_files(side_files, directory)
+        for name, content in layout.settings(rows, checkpoint.config, {**about, **found}).items():
+            if not isinstance(content, bytes):
+                text = json.dumps(content, indent=2 if name == "config.json" else 1, ensure_ascii=False)
+                content = text.encode() + b"\n"
+            write_atomic(directory / name, content)
 
-    receipt, index = directory / "receipt.json", directory / INDEX
-    return Target(directory / WEIGHTS, header, spans, jobs, receipt, finish, stale=(index, receipt))
+    receipt = directory / "receipt.json"
+    stale = (*(directory / name for name in [*small, *other_containers(layout)]), receipt)
+    return Target(directory / layout.weights, header, spans, jobs, receipt, finish, stale=stale, told=told)
+
+
+def copy_side_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
+    """Write `files` (paths are copied) into `directory`."""
+    for name, source in files.items():
+        try:
+            data = source if isinstance(source, bytes) else source.read_bytes()
+        except OSError as error:
+            raise FileError(f"{source!s}: cannot be read: {error.strerror}") from error
+        write_atomic(directory / name, data)
 
 
 def side_files_of(checkpoint: Checkpoint) -> Mapping[str, Path | bytes]:
@@ -185,8 +211,3 @@ def side_files_of(checkpoint: Checkpoint) -> Mapping[str, Path | bytes]:
         name: value.plain() for name, value in checkpoint.metadata.items() if name.startswith("tokenizer.")
     }
     return side_files_from_keys(keys) if Keys.Tokenizer.LIST in keys else {}
-
-
-def is_plain(kind: str) -> bool:
-    """Is this the name of a dtype as files have it, and not of a format?"""
-    return kind.upper() in DTYPES

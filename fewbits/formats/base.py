@@ -37,11 +37,17 @@ class Grid(ABC):
         value = step * level(code) + base        step, base (n, g): one for each row and group
 
     (an integer zero point is part of the level), which is what refitting in closed form needs.
+    Where codes are points of a lattice, `vector` columns are rounded together: `columns` are whole vectors.
     Evaluated in f32 in this order it is `value` bit for bit. Group j covers the columns j * group to
     (j + 1) * group - 1; the last may be shorter.
     """
 
     group: int
+    vector: int = 1
+
+    def weighted(self, importance: torch.Tensor) -> Grid:
+        """importance `(k,)`: how much the errors inside a vector count. Of no matter to single columns."""
+        return self
 
     @abstractmethod
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
@@ -124,6 +130,8 @@ class Format(ABC):
     block: int
     planes: tuple[Plane, ...]
 
+    # Columns that are rounded together; see Grid.
+    vector: ClassVar[int] = 1
     # A group's squared errors are summed in f32: 2^112 leaves room for 2^15 terms.
     LARGEST: ClassVar[float] = 2.0**56
 

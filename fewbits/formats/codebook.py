@@ -3,18 +3,23 @@
     nf4 fp4        16 levels in [-1, 1] times the largest magnitude of 64 weights, as bitsandbytes
                    codes    u8    2 codes in a byte, the first in the HIGH nibble
                    absmax   f32   one per 64 weights
+                   (nf4_g{32 ... 4096}: one per so many)
     nf4_dq fp4_dq  the same with absmax itself in 8 bits (double quantization):
                    absmax   u8    code of a dynamic map; absmax = map[code] * nested_absmax + offset
                    nested_absmax f32 per 256 absmax, running on over rows; offset f32, their mean
+    int8_absmax    LLM.int8: the integers -127 ... 127 over 127 times the largest magnitude of the row
+                   codes    u8    two's complement; -128 means nothing
+                   absmax   f32   one per row
     pow2_{bits}    0 and +-2^-i, i = 0 ... 2^(bits-1) - 2, times a scale; a multiplication is a shift
     kmeans{bits}   2^bits levels in f16, learned for each row (`_channel`) or for all (`_tensor`)
 
-Grammar: `pow2_{2..5}[_g{columns}|_channel|_tensor][_f16|_bf16|_f32]` (g128 and f16 by default) and
-`kmeans{1..8}_{channel|tensor}`.
+Grammar: `{nf4|fp4}[_g{columns}][_dq]` (g64 by default), `kmeans{1..8}_{channel|tensor}` and
+`pow2_{2..5}[_g{columns}|_channel|_tensor][_f16|_bf16|_f32]` (g128 and f16 by default).
 
 Sources: QLoRA (arXiv 2305.14314), sections 3 and appendix E; bitsandbytes 0.50 for the values of the
 tables, its order of operations and the unused eighth level of fp4; 8-bit Optimizers via Block-wise
-Quantization (arXiv 2110.02861), section 2.1, for the dynamic map; Lloyd (1982) for k-means.
+Quantization (arXiv 2110.02861), section 2.1, for the dynamic map; LLM.int8() (arXiv 2208.07339),
+section 3, for int8_absmax; Lloyd (1982) for k-means.
 """
 
 from __future__ import annotations
@@ -51,7 +56,10 @@ NF4 = Levels(
 _FP4_MAGNITUDES = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
 FP4 = Levels(torch.cat([_FP4_MAGNITUDES, -_FP4_MAGNITUDES]), ties="below")
 
-NORMAL_BLOCK = 64  # weights under one absmax
+# By byte: a signed integer over 127. bitsandbytes never makes -128.
+INT8 = Levels(torch.cat([torch.arange(128.0), torch.tensor([torch.nan]), torch.arange(-127.0, 0.0)]) / 127)
+
+NORMAL_BLOCK = 64  # weights under one absmax, unless the name says otherwise
 NESTED_BLOCK = 256  # absmax under one nested absmax
 
 
@@ -131,7 +139,8 @@ class DoubleQuantized(ScaledLevels):
     def nested_grid(
         self, codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor, k: int
     ) -> NestedGrid:
-        shared = (self.levels, NORMAL_BLOCK, k, 1, torch.float32)
+        assert self.cells.columns is not None
+        shared = (self.levels, self.cells.columns, k, 1, torch.float32)
         return NestedGrid(nested_scale(codes, nested, offset), *shared, codes, nested, offset)
 
     def pack(self, grid: LevelGrid, codes: torch.Tensor) -> QTensor:
@@ -315,10 +324,33 @@ def lloyd(x: torch.Tensor, sums: torch.Tensor, levels: torch.Tensor, rounds: int
     return levels
 
 
+NORMAL = re.compile(r"(?P<levels>nf4|fp4)(?:_g(?P<block>32|64|128|256|512|1024|2048|4096))?(?P<nested>_dq)?")
 POW2 = re.compile(
     r"pow2_(?P<bits>[2-5])(?:_g(?P<group>[1-9]\d{0,5})|_(?P<whole>channel|tensor))?(?:_(?P<dtype>f16|bf16|f32))?"
 )
 KMEANS = re.compile(r"kmeans(?P<bits>[1-8])_(?P<whole>channel|tensor)")
+
+
+def parse_normal(name: str) -> ScaledLevels | None:
+    """`nf4`, `fp4_g128_dq` ... -> the format; None for any other name."""
+    match = NORMAL.fullmatch(name)
+    if match is None:
+        return None
+    block, levels = int(match["block"] or NORMAL_BLOCK), NF4 if match["levels"] == "nf4" else FP4
+    canonical = normal_name(match["levels"], block, match["nested"] is not None)
+    shared = (levels, 4, Cells(1, block), (1, 0))
+    if match["nested"] is None:
+        planes = (code_plane(4), Plane("absmax", torch.float32, columns=block))
+        return ScaledLevels(canonical, block, planes, *shared)
+    nested = Plane("nested_absmax", torch.float32, flat=block * NESTED_BLOCK)
+    offset = Plane("offset", torch.float32, rows=None, columns=None)
+    absmax = Plane("absmax", torch.uint8, columns=block)
+    return DoubleQuantized(canonical, block, (code_plane(4), absmax, nested, offset), *shared)
+
+
+def normal_name(levels: str, block: int, nested: bool) -> str:
+    """The name of a format of bitsandbytes: `nf4`, `fp4_g128_dq`."""
+    return f"{levels}{'' if block == NORMAL_BLOCK else f'_g{block}'}{'_dq' if nested else ''}"
 
 
 def parse_pow2(name: str) -> ScaledLevels | None:
@@ -351,23 +383,12 @@ def parse_kmeans(name: str) -> KMeans | None:
     return KMeans(name, 1, (code_plane(bits), table), bits, Cells(rows, None))
 
 
-FORMATS.add_parser(parse_pow2)
-FORMATS.add_parser(parse_kmeans)
-for _name, _levels in (("nf4", NF4), ("fp4", FP4)):
-    _absmax = Plane("absmax", torch.float32, columns=NORMAL_BLOCK)
-    _nested = (
-        Plane("absmax", torch.uint8, columns=NORMAL_BLOCK),
-        Plane("nested_absmax", torch.float32, flat=NORMAL_BLOCK * NESTED_BLOCK),
-        Plane("offset", torch.float32, rows=None, columns=None),
-    )
-    _shared = (_levels, 4, Cells(1, NORMAL_BLOCK), (1, 0))
-    FORMATS.add(_name, ScaledLevels(_name, NORMAL_BLOCK, (code_plane(4), _absmax), *_shared))
-    FORMATS.add(
-        f"{_name}_dq", DoubleQuantized(f"{_name}_dq", NORMAL_BLOCK, (code_plane(4), *_nested), *_shared)
-    )
+for _parse in (parse_normal, parse_pow2, parse_kmeans):
+    FORMATS.add_parser(_parse)
 for _name in (
-    "pow2_3_g128",
-    "pow2_4_g128",
+    *("nf4", "nf4_dq", "fp4", "fp4_dq", "pow2_3_g128", "pow2_4_g128"),
     *(f"kmeans{b}_{c}" for b in (2, 3, 4) for c in ("channel", "tensor")),
 ):
     FORMATS.add(_name, FORMATS.get(_name))
+_rows = (code_plane(8), Plane("absmax", torch.float32, columns=None))
+FORMATS.add("int8_absmax", ScaledLevels("int8_absmax", 1, _rows, INT8, 8, Cells(1, None)))

@@ -220,6 +220,13 @@ class Microscaling(Format):
         return self.grid(E8M0[q.planes["scale"].long()], q.shape[1]), codes
 
 
+def reciprocal_twice(x: torch.Tensor) -> torch.Tensor:
+    """f32 -> the f32, within two ulps, that is the reciprocal of its own reciprocal: files that store the
+    reciprocal hold it exactly. (Taken thrice it is what it was after once.) x itself where that overflows."""
+    twice = 1 / (1 / x)
+    return torch.where(torch.isfinite(1 / x) | (x == 0), twice, x)
+
+
 @dataclass(frozen=True)
 class TwoLevelGrid(LevelGrid):
     """A LevelGrid whose scale is global_scale `(1, 1)` f32 times e4m3 codes `(n, g)` u8."""
@@ -237,7 +244,7 @@ class TwoLevelGrid(LevelGrid):
         """The global scale stays unless a step would overflow it."""
         top, widest = float(SCALES.sorted[-1]), step.amax()
         grows = widest > top * self.global_scale
-        global_scale = torch.where(grows, widest / top, self.global_scale)
+        global_scale = torch.where(grows, reciprocal_twice(widest / top), self.global_scale)
         codes = SCALES.round(step.clamp(min=0) * inverse(global_scale))
         return self.coded(codes, global_scale)
 
@@ -245,7 +252,7 @@ class TwoLevelGrid(LevelGrid):
         return {"global_scale": self.global_scale}
 
     def replaced(self, parameters: dict[str, torch.Tensor]) -> TwoLevelGrid:
-        return self.coded(self.scale_codes, parameters["global_scale"])
+        return self.coded(self.scale_codes, reciprocal_twice(parameters["global_scale"]))
 
 
 @dataclass(frozen=True)
@@ -262,7 +269,7 @@ class NVFP4(Format):
         x, weight = cells.gather(w), cells.importance(importance, w.shape)
         rule = fit_table(x, weight, element.sorted, search=False, signed=False)
         top = float(SCALES.sorted[-1])
-        global_scale = (rule.amax() / top).reshape(1, 1)
+        global_scale = reciprocal_twice(rule.amax() / top).reshape(1, 1)
         steps = [rule]
         if search:
             steps.append(fit_table(x, weight, element.sorted, signed=False))

@@ -13,9 +13,7 @@ Two-level types are fitted group by group (`search.py`), then the group paramete
 d (and dmin) are refitted by least squares against the codes they led to (`ggml_fit.py`).
 
 The only plane is `blocks`, the struct's bytes: what a GGUF file stores is what the format is.
-The remaining IQ types of llama.cpp (IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S) choose their codes
-from lattice points, eight or four weights at a time: they need a Grid of vectors and belong in a
-module of their own, `ggml_iq.py`, with rows like these.
+The other IQ types choose lattice points, eight or four weights at a time: `iq.py` has their rows.
 """
 
 from __future__ import annotations

@@ -31,12 +31,14 @@ _OUTSIDE = {"embed": "token_embd.weight", "output": "output.weight", "position":
 
 @dataclass(frozen=True)
 class Decision:
-    """What one tensor of the output gets: asked, given, why they differ, and by which rule."""
+    """What one tensor of the output gets: asked, given, why they differ, and by which rule. exact: the
+    source is quantized otherwise, and format has the very same values."""
 
     asked: str
     format: str
     reason: str | None = None
     rule: Rule | None = None
+    exact: bool = False
 
 
 def entries_of(checkpoint: Checkpoint, arch: Architecture | None) -> list[GGUFEntry]:
@@ -135,7 +137,6 @@ def decide(
                 ggml_type(rule.format) if (rule := rules[name]) and _is_ggml(rule.format) else None
             ),
         )
-        _check_known(recipe, choices)
         decisions = {name: _from_recipe(choices[name], rules[name]) for name in choices}
     else:
         quantizable = {site.name: site for site in sites(checkpoint)}
@@ -144,16 +145,6 @@ def decide(
         }
     _check_rules(plan, entries, decisions)
     return decisions
-
-
-def _check_known(recipe: str, choices: Mapping[str, Choice]) -> None:
-    types = {choice.type for choice in choices.values() if not choice.kept}
-    unknown = sorted(kind for kind in types if format_of(kind) not in FORMATS)
-    if unknown:
-        raise PlanError(
-            f"{recipe} needs {', '.join(unknown)}, which fewbits does not write yet; take a file type of "
-            "about that size that it does: q2_k, q3_k_s, iq4_xs (`fewbits formats` lists the types)"
-        )
 
 
 def _is_ggml(format: str) -> bool:
@@ -225,7 +216,7 @@ def check_feasible(
         except FewbitsError as error:
             faults.append(str(error))
             continue
-        if source.quantized and not requantize:
+        if source.quantized and not requantize and not decisions[entry.name].exact:
             again.append(f"{entry.name} is {source.dtype}")
     if again:
         faults.append(

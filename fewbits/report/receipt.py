@@ -79,6 +79,8 @@ class Receipt:
 
     method: what is not plain rounding. calibration: source, tokens, their SHA-256. notes: what the user
     should know besides: what an engine ignores, which types want an imatrix, which experts saw nothing.
+    verified: what the engine made of the output: engine, version, verdict, differences.
+    evaluation: against the parent, if it was measured. about: the parent's license and name.
     """
 
     source: str
@@ -95,6 +97,9 @@ class Receipt:
     method: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    verified: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -121,7 +121,7 @@ def test_gguf(tmp_path, capsys, model, case, command):
     path.write_bytes(GGUF[case])
     options = {
         "quantize": ["quantize", path, "--to", "q4_0", "--out", tmp_path / "out.gguf"],
-        "convert": ["convert", path, "--out", tmp_path / "out"],
+        "convert": ["convert", path, tmp_path / "out"],
         "evaluate": ["evaluate", model, path, "--sample", 64, "--context", 32],
     }
     assert "hostile.gguf" in refused(capsys, path, *options[command])
@@ -185,13 +185,13 @@ LYING_KEYS = {
 def test_a_key_that_lies(tmp_path, capsys, model, name, lie):
     """A sound GGUF file but for one key."""
     sound = tmp_path / "sound.gguf"
-    assert main(["convert", str(model), "--out", str(sound)]) == 0
+    assert main(["convert", str(model), str(sound)]) == 0
     file = read_gguf(sound)
     infos = [(t.name, t.shape, t.type_name) for t in file.tensors.values()]
     size = len(gguf_header(file.values, infos)[0])
     hostile = tmp_path / "hostile.gguf"
     hostile.write_bytes(gguf_header(file.values | {name: lie}, infos)[0] + sound.read_bytes()[size:])
-    message = refused(capsys, hostile, "convert", hostile, "--out", tmp_path / "out")
+    message = refused(capsys, hostile, "convert", hostile, tmp_path / "out")
     field = {
         "block_count": "num_hidden_layers",
         "head_count": "num_attention_heads",
@@ -237,7 +237,7 @@ def test_truncated(tmp_path, capsys, model, native, kind, share):
         file = shutil.copytree(native if kind == "native" else model, hostile) / "model.safetensors"
     os.truncate(file, int(file.stat().st_size * share))
     assert file.name in refused(capsys, hostile, "inspect", hostile)
-    message = refused(capsys, hostile, "convert", hostile, "--out", tmp_path / "out")
+    message = refused(capsys, hostile, "convert", hostile, tmp_path / "out")
     assert "truncated" in message or "claims" in message or "ends at byte" in message
 
 
@@ -247,7 +247,7 @@ def test_a_native_index_that_lies(tmp_path, capsys, native):
     for number, tensor_ in enumerate(index["tensors"].values()):
         tensor_["format"] = ["int8_g32", "q4_0", "none", "nf4"][number % 4]
     (source / "fewbits.json").write_text(json.dumps(index))
-    message = refused(capsys, source, "convert", source, "--out", tmp_path / "out")
+    message = refused(capsys, source, "convert", source, tmp_path / "out")
     assert "unknown format 'none'" in message and "is missing" in message
 
 

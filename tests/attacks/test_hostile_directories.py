@@ -22,11 +22,11 @@ def directory(path, **files):
     return path
 
 
-def index(path, **weight_map):
+def index(path, name="model.safetensors", **weight_map):
     path.mkdir(exist_ok=True)
     write(path / "config.json", b"{}")
     body = {"weight_map": weight_map}
-    write(path / "model.safetensors.index.json", json.dumps(body).encode())
+    write(path / f"{name}.index.json", json.dumps(body).encode())
     return path
 
 
@@ -49,6 +49,12 @@ def test_a_shard_name_never_leaves_the_directory(tmp_path, shard):
         open_huggingface(index(tmp_path / "m", a=shard))
 
 
+@pytest.mark.parametrize("shard", ["../secret.bin", "a/b.bin", "x.safetensors"])
+def test_a_shard_of_pickles_never_leaves_the_directory(tmp_path, shard):
+    with pytest.raises(FileError, match="not a plain file name"):
+        open_huggingface(index(tmp_path / "m", "pytorch_model.bin", a=shard))
+
+
 def test_a_tensor_that_its_shard_has_not(tmp_path):
     model = index(tmp_path / "m", a="one.safetensors", ghost="one.safetensors")
     write(model / "one.safetensors", ONE)
@@ -64,9 +70,11 @@ def test_an_index_without_a_map(tmp_path, body):
         open_huggingface(model)
 
 
-def test_pickles_are_never_loaded(tmp_path):
-    model = directory(tmp_path / "m", config__json={}, pytorch_model__bin=b"\x80\x04cposix\nsystem\n.")
-    with pytest.raises(FileError, match=r"only pickles \(pytorch_model\.bin\)[\s\S]*save_pretrained"):
+@pytest.mark.parametrize("name", ["model.pt", "model.ckpt", "training_args.bin"])
+def test_other_pickles_are_never_loaded(tmp_path, name):
+    model = directory(tmp_path / "m", config__json={})
+    write(model / name, b"\x80\x04cposix\nsystem\n.")
+    with pytest.raises(FileError, match=rf"only pickles \({name}\)[\s\S]*save_pretrained"):
         open_huggingface(model)
 
 

@@ -15,6 +15,7 @@ from fewbits.formats.codebook import LearnedGrid
 from fewbits.formats.floats import Cast, CastGrid, Microscaling
 from fewbits.formats.grids import AffineGrid, TableGrid
 from fewbits.formats.levels import LevelGrid
+from fewbits.qtensor import QTensor
 
 ROWS = 5
 # Fits compare f32 sums of up to ROWS * 256 squares, each addition wrong by half an ulp at the most.
@@ -54,6 +55,10 @@ def rounding_codes(grid: Grid) -> torch.Tensor | None:
 def every_code(grid: Grid, n: int, k: int) -> torch.Tensor:
     """`(n, k)` codes among which each that can be stored occurs (random bit patterns for plain floats)."""
     generator = torch.Generator().manual_seed(0)
+    if grid.vector > 1:  # any bytes are codes
+        format = grid.format
+        blocks = torch.randint(0, 256, (n, format.nbytes(1, k)), generator=generator, dtype=torch.uint8)
+        return format.unpack(QTensor(format, (n, k), {"blocks": blocks}))[1]
     if isinstance(grid, CastGrid):
         nbytes = grid.dtype.itemsize
         bits = torch.randint(0, 256, (n, k * nbytes), generator=generator, dtype=torch.uint8)
@@ -110,6 +115,8 @@ def rounding_is_nearest(format: Format) -> None:
     """By brute force over all codes; half an ulp of the quotient w / scale may decide a tie."""
     w = sample(format)
     grid = format.fit(w)
+    if format.vector > 1:
+        return points_are_near(format, grid, w)
     codes = rounding_codes(grid)
     chosen = (grid.value(grid.round(w)) - w).abs()
     if codes is None:
@@ -122,11 +129,24 @@ def rounding_is_nearest(format: Format) -> None:
     assert bool((chosen <= nearest + 2**-22 * w.abs().amax()).all())
 
 
+def points_are_near(format: Format, grid: Grid, w: torch.Tensor) -> None:
+    """A vector's point is as near as others; tests/formats/test_iq.py compares with all."""
+    codes = grid.round(w)
+
+    def far(codes: torch.Tensor) -> torch.Tensor:
+        return (grid.value(codes) - w).square().unflatten(1, (-1, format.vector)).sum(2)
+
+    others = every_code(grid, 64 * len(w), w.shape[1]).reshape(64, *w.shape)
+    nearest = torch.stack([far(other) for other in others]).amin(0)
+    assert bool((far(codes) <= nearest * (1 + SUM_ERROR)).all())
+
+
 def slices_equal_the_whole(format: Format) -> None:
     w = sample(format)
     grid = format.fit(w)
     codes = grid.round(w)
-    for columns in (slice(0, 1), slice(31, 33), slice(5, 200), slice(128, None), slice(3, 250, 7)):
+    single = (slice(0, 1), slice(31, 33), slice(5, 200), slice(128, None), slice(3, 250, 7))
+    for columns in single if format.vector == 1 else (slice(8, 16), slice(24, 200), slice(128, None)):
         part = grid.round(w[:, columns], columns)
         assert torch.equal(part, codes[:, columns])
         assert torch.equal(grid.value(part, columns), grid.value(codes)[:, columns])

@@ -8,13 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from fewbits.files.atomic import write_atomic
-from fewbits.files.base import Checkpoint
-from fewbits.files.native import native_index, native_layout, open_native, write_side_files
+from fewbits.files.layout import laid_out
+from fewbits.files.native import NATIVE, open_native
 from fewbits.files.open import open_file_type
-from fewbits.files.stream import StreamFile
+from fewbits.files.target import copy_side_files
 from fewbits.formats.base import FORMATS, Format
 from fewbits.qtensor import Plane, QTensor
+from tests.files.directories import write_directory
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,10 @@ def random_qtensor(form, n, k):
 
 def stream_native(path, tensors):
     """What a pipeline does: layout, stream, side files, index last."""
-    path.mkdir()
-    rows = [
-        (name, value.format.name if isinstance(value, QTensor) else "bf16", tuple(value.shape))
-        for name, value in tensors.items()
-    ]
-    header, entries = native_layout(rows, {"format": "fewbits"})
-    with StreamFile.open(path / "model.safetensors", header, entries, "run") as file:
-        for name, value in tensors.items():
-            parts = value.planes if isinstance(value, QTensor) else {None: value}
-            for plane, body in parts.items():
-                file.write(f"{name}.{plane}" if plane else name, body)
-        file.finish()
+    write_directory(path, "native", tensors, {"model_type": "llama"}, {"by": "test"})
     side = path.parent / "tokenizer.json"
     side.write_text("{}")
-    parent = Checkpoint(path, "huggingface", {}, {"model_type": "llama"}, {"tokenizer.json": side})
-    write_side_files(parent, parent.side_files, path)
-    write_atomic(path / "fewbits.json", native_index(rows, {"by": "test"}))
+    copy_side_files({"tokenizer.json": side}, path)
 
 
 def test_round_trip(tmp_path, two_planes):
@@ -110,9 +97,10 @@ def test_the_weights_are_plain_safetensors(tmp_path, two_planes):
 
 def test_the_golden_bytes(two_planes):
     """The layout is what it was: files written before stay readable."""
-    rows = [("w", "test_two_planes", (1, 32)), ("n", "f32", (2,))]
-    header, entries = native_layout(rows)
+    rows = {"w": ("test_two_planes", (1, 32)), "n": ("f32", (2,))}
+    header, entries, _ = laid_out(NATIVE, rows)
     assert json.loads(header[8:]) == {
+        "__metadata__": {"format": "pt"},
         "w.codes": {"dtype": "U8", "shape": [1, 16], "data_offsets": [0, 16]},
         "w.scales": {"dtype": "F16", "shape": [1, 1], "data_offsets": [16, 18]},
         "n": {"dtype": "F32", "shape": [2], "data_offsets": [18, 26]},
@@ -122,7 +110,11 @@ def test_the_golden_bytes(two_planes):
         ("w.scales", 16, 2),
         ("n", 18, 8),
     ]
-    assert json.loads(native_index(rows, {})) == {
+    assert list(NATIVE.settings(rows, {}, {})) == [
+        "config.json",
+        "fewbits.json",
+    ]  # it is complete with the last
+    assert NATIVE.settings(rows, {}, {})["fewbits.json"] == {
         "version": 1,
         "tensors": {"w": {"format": "test_two_planes", "shape": [1, 32]}},
     }

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from fewbits.formats.ggml import TYPES, Ggml, format_of
+from fewbits.formats.ggml import TYPES as SCALAR_TYPES
+from fewbits.formats.ggml import Ggml, format_of
+from fewbits.formats.iq import IQ_TYPES
 from fewbits.qtensor import QTensor
 
+TYPES = (*SCALAR_TYPES, *IQ_TYPES)
 ROWS, BLOCKS = 64, 8
 
 

@@ -1,0 +1,235 @@
+"""`fewbits plan`: what a quantization will give and take, before any work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil, isfinite
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+from ..adapters.blocks import BlockModel
+from ..adapters.hub import resolve
+from ..calibrate.imatrix import open_statistics
+from ..calibrate.tokens import Tokens
+from ..errors import ModelError, PlanError
+from ..files.base import Checkpoint
+from ..files.open import open_checkpoint
+from ..pipeline import Request, quantizes_blocks
+from ..plan.method import EFFORTS, Method
+from ..preflight import Preflight, parameters, preflight
+from ..preflight.cache import KINDS
+from ..report.table import Cell, size, table
+from .calibration import STATISTICS, from_statistics, streaming_of
+from .method import method_arguments, method_of
+from .quantize import follow_plan, output_of, read_plan
+
+HELP = "say what a quantization will give and take, before any work"
+EXAMPLES = """Reads headers, and measures this machine for a second or two. Sizes are exact, memory is a
+bound, times are rough; tokens/s are what memory bandwidth allows at most.
+
+--engine NAME[=VERSION] makes an engine that cannot load the result exit code 3 (llama.cpp=b4000: that build,
+installed or not); so does --memory N, if running the result needs more.
+
+examples:
+  fewbits plan ./Llama-3.2-1B --to q4_k_m --context 8192 --batch 4
+  fewbits plan Qwen/Qwen3-0.6B --to int4_g128 --file gptq --engine vllm
+  fewbits plan ./Llama-3.2-1B --to q8_0 --engine llama.cpp=b4000 --memory 8 --json
+  fewbits plan --params 65e9"""
+NOT = 3
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?")
+    parser.add_argument("--to", metavar="TYPE", help="file type or format (see `fewbits formats`)")
+    parser.add_argument("--file", metavar="FILETYPE", help="output file type (default: by --to)")
+    parser.add_argument(
+        "--rule", action="append", default=[], metavar="PATTERN=FORMAT", help="as for quantize; repeatable"
+    )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="TOML, as for quantize")
+    parser.add_argument("--requantize", action="store_true", help="accept a model that is already quantized")
+    parser.add_argument("--no-search", action="store_true", help="plain min-max block parameters")
+    parser.add_argument("--params", type=float, metavar="N", help="no model: bytes of N parameters by format")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    result = parser.add_argument_group("running the result")
+    result.add_argument(
+        "--context", type=int, default=4096, dest="run_context", metavar="N", help="tokens (default 4096)"
+    )
+    result.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (default 1)")
+    result.add_argument("--kv-cache", choices=KINDS, default="f16", help="(default f16)")
+    result.add_argument(
+        "--engine", action="append", default=[], metavar="NAME[=VERSION]", help="must load it; repeatable"
+    )
+    result.add_argument("--memory", type=float, metavar="GIB", help="must suffice to run it")
+    method_arguments(parser)
+    text = parser.add_argument_group("calibration")
+    text.add_argument("--calibrate", metavar="SOURCE", help="as for quantize; a text is not read")
+    text.add_argument("--tokens", type=int, metavar="N", help="how many (default 32768)")
+    text.add_argument("--activation-memory", type=float, default=2.0, metavar="GIB", help="(default 2)")
+    parser.set_defaults(context=None, seed=None, scratch=None, device="cpu", compute="auto", out=None)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.params is not None:
+        return show_parameters(options)
+    if options.model is None:
+        raise PlanError("nothing to plan: give MODEL and --to TYPE, or --params N")
+    if options.run_context < 1 or options.batch < 1:
+        raise PlanError(f"--context {options.run_context} --batch {options.batch}: each is at least 1")
+    rules = read_plan(options.rule, options.plan)
+    follow_plan(options, rules)
+    if options.to is None and not rules.rules:
+        raise PlanError("nothing asked for: give --to TYPE, --rule or --plan")
+    path = resolve(options.model, options.cache_dir)
+    checkpoint = open_checkpoint(path)
+    _, file = output_of(options, path, checkpoint)
+    request = Request(
+        to=options.to,
+        plan=rules,
+        file=file,
+        search=not options.no_search,
+        requantize=options.requantize,
+        method=method_of(options),
+        activations=options.activations,
+    )
+    request, writes_text = with_stand_in(request, checkpoint, options)
+    stated = dict(engine_of(text) for text in options.engine)
+    place = options.run_context, options.batch, options.kv_cache
+    found = preflight(checkpoint, request, place, stated, writes_text)
+    unfit = objections(found, stated, options.memory)
+    if options.json:
+        print(json.dumps(found.as_dict() | {"unfit": unfit}, indent=1, ensure_ascii=False))
+    else:
+        print("\n\n".join(sections(found)))
+    for line in unfit:
+        print(f"fewbits plan: {line}", file=sys.stderr)
+    return NOT if unfit else 0
+
+
+def engine_of(text: str) -> tuple[str, str | None]:
+    """`llama.cpp=b4000` -> (name, version)."""
+    name, _, version = text.partition("=")
+    return name, version or None
+
+
+def with_stand_in(
+    request: Request, checkpoint: Checkpoint, options: argparse.Namespace
+) -> tuple[Request, bool]:
+    """The request as `quantize` would carry it out, with zeros for its text; does the model write that?"""
+    if not request.method.needs_data:
+        return request, False
+    if not quantizes_blocks(checkpoint, Path(uuid4().hex), request):
+        return replace(request, method=Method()), False
+    source = options.calibrate or "self"
+    if Path(source).suffix in STATISTICS:
+        return from_statistics(request, open_statistics(Path(source), checkpoint)), False
+    try:
+        BlockModel(checkpoint)
+    except ModelError as error:
+        if options.effort or options.method or options.calibrate or request.method.transforms:
+            raise
+        note = f"not calibrated, rounded to nearest instead: {error}"
+        return replace(request, method=EFFORTS["fast"], notes=(note,)), False
+    context = options.context or 512
+    windows = torch.zeros(ceil((options.tokens or 32768) / context), context, dtype=torch.int64)
+    tokens = Tokens.of(windows, "not read")
+    return replace(request, tokens=tokens, streaming=streaming_of(options)), source == "self"
+
+
+def objections(found: Preflight, stated: dict[str, str | None], memory: float | None) -> list[str]:
+    """What speaks against it: a named engine that cannot load the result, memory that does not suffice."""
+    lines = [
+        f"{verdict.engine} {verdict.version or ''} cannot load this: {verdict.why}".replace("  ", " ")
+        for verdict in found.engines
+        if verdict.engine in stated
+        and (verdict.loads is False or (stated[verdict.engine] is None and not verdict.installed))
+    ]
+    if memory is not None and found.run_memory > memory * 2**30:
+        lines.append(f"running the result takes {size(found.run_memory)}, more than {memory:g} GiB")
+    return lines
+
+
+def sections(found: Preflight) -> list[str]:
+    """The estimate as text."""
+    return [
+        output_table(found),
+        cache_table(found),
+        work_table(found),
+        speed_table(found),
+        engine_table(found),
+        *(f"fused group of two formats: {mixed}" for mixed in found.fused),
+        *(f"note: {note}" for note in found.notes),
+    ]
+
+
+def output_table(found: Preflight) -> str:
+    rows: list[list[Cell]] = [
+        [part.name, part.weights, size(part.nbytes), part.bits_per_weight if part.weights else None]
+        for part in found.parts
+    ]
+    rows.append([f"file ({found.file})", found.weights, size(found.output), found.bits_per_weight])
+    return table(["output", "weights", "size", "bits/weight"], rows)
+
+
+def cache_table(found: Preflight) -> str:
+    if found.kv is None:
+        return "key-value cache: not known"
+    head = ["key-value cache", "bits", "a token", f"{found.context} tokens x {found.batch}"]
+    rows: list[list[Cell]] = []
+    for kind in KINDS:
+        whole = found.kv.nbytes(kind, found.context, found.batch)
+        rows.append([kind, found.kv.bits(kind), size(found.kv.per_token(kind)), size(whole)])
+    return table(head, rows)
+
+
+def work_table(found: Preflight) -> str:
+    work = found.work
+    times: list[list[Cell]] = [[what, rounded(spent)] for what, spent in work.seconds.items()]
+    rows: list[list[Cell]] = [
+        ["quantize: peak memory", size(work.peak_memory), work.way],
+        ["quantize: disk", size(work.disk), f"{size(work.output)} to stay"],
+        ["run: memory", size(found.run_memory), f"weights + {size(found.cache)} {found.kind} cache + "
+         f"{size(found.overhead)} overhead"],
+    ]  # fmt: skip
+    times.append(["in all, roughly", rounded(work.total_seconds)])
+    need = table(["need", "bytes", ""], rows)
+    return f"{need}\n\n{table(['time to quantize', 'seconds'], times, digits=2)}"
+
+
+def speed_table(found: Preflight) -> str:
+    rows: list[list[Cell]] = [
+        [name, rounded(rate), bound and rounded(bound), {True: "yes", False: "no", None: ""}[fits]]
+        for name, rate, bound, fits in found.speeds()
+    ]
+    return table(["machine", "GB/s", "tokens/s at most", "fits"], rows, digits=3)
+
+
+def rounded(value: float) -> float | int:
+    return round(value) if value >= 10 else value
+
+
+def engine_table(found: Preflight) -> str:
+    words = {True: "yes", False: "no", None: "?"}
+    rows: list[list[Cell]] = [[v.engine, v.version, words[v.loads], v.why] for v in found.engines]
+    return table(["engine", "version", "loads", "why"], rows)
+
+
+def show_parameters(options: argparse.Namespace) -> int:
+    """--params: bytes by format, of a number alone."""
+    if options.model is not None or options.to is not None:
+        raise PlanError("--params speaks of no model; leave MODEL and --to out")
+    if not isfinite(options.params) or options.params < 1:
+        raise PlanError(f"--params {options.params:g}: at least 1 parameter")
+    found = parameters(options.params)
+    if options.json:
+        rows = [dict(zip(("format", "bits_per_weight", "nbytes"), row, strict=True)) for row in found]
+        print(json.dumps({"parameters": options.params, "rows": rows}, indent=1))
+        return 0
+    lines: Sequence[Sequence[Cell]] = [[name, bits, size(nbytes)] for name, bits, nbytes in found]
+    print(table([f"{options.params:g} parameters", "bits/weight", "size"], lines))
+    return 0

@@ -1,0 +1,73 @@
+"""`fewbits verify`: does the engine make of a file what its bytes mean?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..files.base import Checkpoint
+from ..release import finished, push
+from ..report.receipt import Receipt
+from ..verify import Outcome, verify
+
+HELP = "load an output in its engine and compare logits and greedy tokens"
+EXAMPLES = """examples:
+  fewbits verify model-Q4_K_M.gguf
+  fewbits verify model-gptq --json
+
+exit code 4: the engine computes something else, or cannot load the file"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="PATH")
+    limits(parser)
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+
+
+def limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verify-seconds", type=float, default=600, metavar="S", help="the engine's time limit (default 600)"
+    )
+    parser.add_argument("--verify-memory", type=float, metavar="GIB", help="and its memory limit")
+
+
+def verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """For the commands that write a model."""
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not load the output in its engine at the end"
+    )
+    limits(parser)
+    parser.add_argument("--push", metavar="ORG/NAME", help="upload the output to the hub at the end")
+
+
+def run(options: argparse.Namespace) -> int:
+    outcome = outcome_of(options.path, options)
+    print(json.dumps(outcome.to_dict()) if options.json else outcome.line())
+    return code_of(outcome)
+
+
+def outcome_of(path: Path, options: argparse.Namespace) -> Outcome:
+    memory = None if options.verify_memory is None else int(options.verify_memory * 2**30)
+    return verify(path, options.verify_seconds, memory)
+
+
+def code_of(outcome: Outcome) -> int:
+    return 0 if outcome.verdict in ("same", "not checked") else 4
+
+
+def concluded(
+    receipt: Receipt, parent: Checkpoint, out: Path, options: argparse.Namespace
+) -> tuple[Receipt, int]:
+    """Verify a new output, audit it, write receipt and card, push it if asked -> the receipt, exit code."""
+    outcome = None if options.no_verify else outcome_of(out, options)
+    if outcome is not None and outcome.engine == "none":
+        outcome = None  # a directory of ours: no engine is waiting for it
+    receipt = finished(receipt, parent, out, outcome)
+    if outcome is not None:
+        print(f"fewbits: {outcome.line()}", file=sys.stderr)
+    code = 0 if outcome is None else code_of(outcome)
+    if options.push and code == 0:
+        print(f"fewbits: uploaded to {push(out, options.push)}", file=sys.stderr)
+    return receipt, code

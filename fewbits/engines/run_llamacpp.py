@@ -1,0 +1,59 @@
+"""A GGUF file in llama.cpp, through the C API of llama-cpp-python; cache in f32, no flash attention."""
+
+import ctypes
+import json
+import sys
+
+import numpy as np
+
+
+def main(model_path: str, task_path: str, result_path: str) -> None:
+    import llama_cpp
+    from llama_cpp import llama_cpp as api
+
+    with open(task_path) as file:
+        task = json.load(file)
+    api.llama_backend_init()
+    params = api.llama_model_default_params()
+    params.n_gpu_layers = 0
+    model = api.llama_model_load_from_file(model_path.encode(), params)
+    if not model:
+        sys.exit("llama.cpp cannot load the file")
+    ids, total = list(task["tokens"]), len(task["tokens"]) + task["new"]
+    params = api.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = total
+    params.n_threads = params.n_threads_batch = task["threads"]
+    params.type_k = params.type_v = 0  # GGML_TYPE_F32
+    params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = api.llama_init_from_model(model, params)
+    if not context:
+        sys.exit(f"llama.cpp cannot make a context of {total} tokens")
+    vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    logits = decode(api, context, ids, 0, vocabulary)
+    last = logits[-1]
+    for _ in range(task["new"]):
+        ids.append(int(last.argmax()))
+        last = decode(api, context, ids[-1:], len(ids) - 1, vocabulary)[-1]
+    np.savez(result_path, logits=logits, new=np.array(ids[len(task["tokens"]) :]))
+    print(json.dumps({"engine": "llama-cpp-python", "version": llama_cpp.__version__}))
+
+
+def decode(api, context, ids: list[int], start: int, vocabulary: int) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """Logits `(t, vocabulary)` of the tokens at positions start, start + 1, ..."""
+    batch = api.llama_batch_init(len(ids), 0, 1)
+    batch.n_tokens = len(ids)
+    for place, token in enumerate(ids):
+        batch.token[place], batch.pos[place] = token, start + place
+        batch.n_seq_id[place], batch.seq_id[place][0], batch.logits[place] = 1, 0, True
+    if api.llama_decode(context, batch) != 0:
+        sys.exit(f"llama.cpp failed to decode {len(ids)} tokens")
+    flat = np.ctypeslib.as_array(
+        ctypes.cast(api.llama_get_logits(context), ctypes.POINTER(ctypes.c_float)), (len(ids) * vocabulary,)
+    )
+    found = flat.reshape(len(ids), vocabulary).copy()
+    api.llama_batch_free(batch)
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,333 @@
+"""compressed-tensors: the file type of vLLM and llm-compressor, several formats of weights under one config.
+
+    config.json   {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized",
+                   "config_groups": {"group_0": {"targets": ["Linear"], "weights": {...}, ...}},
+                   "ignore": ["lm_head"], ...}}
+
+What the config's words mean is in compressed_config.py, the arrays are in compressed_arrays.py. Integers
+lie packed unless integer activations meet them (W8A8): then those of 8 bits lie in bytes, which is what
+the engines have kernels for. A static scheme adds input_scale f32 (1,) to each weight, and
+input_zero_point i8 where it is asymmetric. Engines hold the scales of integers in the model's type: those
+of a bf16 model are rounded to it unless the format has them so (int4_g128_bf16).
+
+One scheme has the target "Linear"; of several, each names its modules, for vLLM looks at the class before
+it takes q, k, v apart (find_matched_target). vLLM holds those three in one matrix, gate and up too, and
+all experts of a block: they must have one scheme. The scales of a KV cache and of inputs that other tools
+write are read over: they say nothing of weights.
+
+Source: compressed-tensors 0.20, quantization/lifecycle/; vLLM, quantization/compressed_tensors/utils.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..errors import FormatError, PlanError, raise_all
+from ..formats.affine import Affine
+from ..formats.base import FORMATS, Format
+from ..formats.floats import NVFP4, Microscaling
+from ..model.fused import fused_groups, mixed_groups
+from ..model.sites import Site, role_of, sites
+from ..qtensor import QTensor
+from .compressed_arrays import ARRAYS, PACK, UNPACK
+from .compressed_config import (
+    ACTIVATIONS,
+    BYTES,
+    FLOAT,
+    METHOD,
+    MICROSCALED,
+    PACKED,
+    Scheme,
+    is_e4m3,
+    nearest,
+    read_schemes,
+    storage_of,
+    weights_of,
+)
+from .integers import integers
+from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
+from .safetensors import map_tensor
+
+NEVER = 9  # no integer of ours has so many bits
+INPUTS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
+_CACHED = ("k_proj", "v_proj", "q_proj")
+_NUMBER = re.compile(r"\.\d+")
+
+
+@dataclass(frozen=True)
+class Compressed(Layout):
+    """in_bytes: integers of so many bits or more lie in bytes. activations: the scheme they meet, by name."""
+
+    in_bytes: int = NEVER
+    activations: str | None = None
+    name = METHOD
+    method = METHOD
+
+    @property
+    def static(self) -> bool:
+        return self.activations is not None and not ACTIVATIONS[self.activations]["dynamic"]
+
+    def told(self, activations: str | None) -> Compressed:
+        if activations is None:
+            return self
+        if activations not in ACTIVATIONS:
+            raise PlanError(
+                f"a {METHOD} file cannot say activations {activations}; it can say {', '.join(ACTIVATIONS)}"
+            )
+        integer = ACTIVATIONS[activations]["type"] == "int"
+        return replace(self, in_bytes=8 if integer else NEVER, activations=activations)
+
+    def refusal(self, format: Format) -> str | None:
+        carried = isinstance(format, NVFP4) or is_e4m3(format)
+        carried |= isinstance(format, Affine) and format.zero != "float"
+        carried |= isinstance(format, Microscaling) and format.element.name in MICROSCALED
+        if carried:
+            return None
+        return f"a {METHOD} file cannot carry {format.name}; the nearest it has is {nearest(format)}"
+
+    def layout_of(self, name: str) -> Compressed:
+        """The layout of one weight: what is outside the blocks, and a router, meets activations in float."""
+        return self if _NUMBER.search(name) and role_of(name) != "router" else Compressed()
+
+    def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
+        module, layout = module_of(name), self.layout_of(name) if self.activations else self
+        found = ARRAYS[storage_of(format, layout.in_bytes)](format, shape, name)
+        if layout.static:
+            found.append(("input_scale", torch.float32, (1,)))
+            if not ACTIVATIONS[str(self.activations)]["symmetric"]:
+                found.append(("input_zero_point", torch.int8, (1,)))
+        return [Array(f"{module}.{part}", dtype, size) for part, dtype, size in found]
+
+    def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
+        return PACK[storage_of(q.format, self.in_bytes)](q)
+
+    def unpack(self, format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
+        return UNPACK[storage_of(format, self.in_bytes)](format, shape, arrays)
+
+    def packer(self, name: str, about: Mapping[str, Any]) -> Callable[[QTensor], tuple[torch.Tensor, ...]]:
+        if not self.layout_of(name).static:
+            return self.layout_of(name).pack
+        step, zero = about["activations"]["ranges"][name]
+        inputs = [torch.tensor([step], dtype=torch.float32)]
+        if not ACTIVATIONS[str(self.activations)]["symmetric"]:
+            inputs.append(torch.tensor([zero], dtype=torch.int8))
+        return lambda q: (*self.pack(q), *inputs)
+
+    def settings(
+        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+    ) -> dict[str, Mapping[str, Any]]:
+        formats = {name: "float" if is_plain(kind) else kind for name, (kind, _) in rows.items()}
+        quantized = {name: FORMATS.get(kind) for name, kind in formats.items() if kind != "float"}
+        shapes = {name: SimpleNamespace(shape=shape) for name, (_, shape) in rows.items()}
+        found = sites(SimpleNamespace(tensors=shapes, config=config))
+        faults = [
+            f"{mixed}: they are one matrix in vLLM; give all of them one format"
+            for mixed in mixed_groups(found, formats)
+        ]
+        faults += [
+            f"{name}: embeddings in {quantized[name].name} are not loaded; leave them in float with a rule"
+            for name in quantized
+            if role_of(name) in ("embed", "position")
+        ]
+        if self.static:
+            faults += [
+                f"{site.name}: the inputs of experts have no range of their own; use a dynamic scheme"
+                for site in found
+                if site.expert is not None and site.name in quantized
+            ]
+        left = _left(found, (about.get("activations") or {}).get("left", ()))
+        groups: dict[str, list[str]] = {}
+        for name, format in quantized.items():
+            scheme = self.layout_of(name)._scheme(name, format, name in left, faults)
+            groups.setdefault(json.dumps(scheme), []).append(module_of(name))
+        raise_all(PlanError, METHOD, faults)
+        if not groups:
+            return {"config.json": config}
+        return {"config.json": {**config, "quantization_config": _settings(groups, rows)}}
+
+    def _scheme(self, name: str, format: Format, left: bool, faults: list[str]) -> dict[str, Any]:
+        """weights, input_activations and format, as a config group has them."""
+        weights, inputs = weights_of(format), None
+        if self.activations is not None and not left:
+            inputs = dict(ACTIVATIONS[self.activations])
+            if inputs["type"] != weights["type"] and not (
+                weights["type"] == "int" and inputs["type"] == "float"
+            ):
+                faults.append(f"{name}: no engine multiplies {format.name} with {self.activations}")
+            if weights["type"] == "float" and not is_e4m3(format):
+                faults.append(f"{name}: {format.name} cannot meet {self.activations}; leave activations out")
+        storage = storage_of(format, self.in_bytes)
+        return {
+            "weights": weights,
+            "input_activations": inputs,
+            "output_activations": None,
+            "format": storage,
+        }
+
+    def find(
+        self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
+    ) -> dict[str, Held | Decoded]:
+        schemes = read_schemes(config, faults)
+        if faults:
+            return {}
+        found: dict[str, Held | Decoded] = {}
+        modules = dict.fromkeys(key.rpartition(".")[0] for key in places if _marks(key, places[key]))
+        for module in modules:
+            scheme = schemes.of(module)
+            if scheme is None or schemes.ignores(module):
+                why = "ignore leaves it in float" if scheme else "no config group has it as a target"
+                faults.append(f"{module}: is quantized, and {why}; the config is of another model")
+                continue
+            held = _held(module, scheme, places, faults)
+            if held is not None:
+                found[f"{module}.weight"] = held
+        return found
+
+
+# ---- the config that is written ----------------------------------------------------------------------
+
+
+def _left(found: Sequence[Site], said: Sequence[str]) -> set[str]:
+    """The weights whose inputs stay in float: those said, and all of a group that an engine fuses. Experts
+    may be said as one, as in `layers.0.mlp.experts.down_proj`."""
+    left = set(said)
+    experts = {name.split(".experts.")[0] for name in said if ".experts." in name}
+    left |= {site.name for site in found if site.name.split(".experts.")[0] in experts}
+    for group in fused_groups(found).values():
+        left |= set(group) if left & set(group) else set()
+    return left
+
+
+def _settings(groups: Mapping[str, Sequence[str]], rows: Mapping[str, Kind]) -> dict[str, Any]:
+    """groups: a scheme as JSON -> the modules that have it."""
+    quantized = {module for modules in groups.values() for module in modules}
+    left = [
+        module_of(name)
+        for name, (_, shape) in rows.items()
+        if len(shape) == 2
+        and name.endswith(".weight")
+        and module_of(name) not in quantized
+        and role_of(name) not in ("embed", "position")
+    ]
+    if not any(role_of(name) == "output" for name in rows):
+        left.append("lm_head")  # a linear layer that shares the weight of the embeddings
+    found = {}
+    for i, (scheme, modules) in enumerate(groups.items()):
+        others = {*left, *quantized} - {*modules}
+        targets = ["Linear"] if len(groups) == 1 else _targets(modules, others)
+        found[f"group_{i}"] = {"targets": targets, **json.loads(scheme)}
+    storages = {group["format"] for group in found.values()}
+    return {
+        "quant_method": METHOD,
+        "format": storages.pop() if len(storages) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": found,
+        "ignore": _targets(left, quantized),
+        "kv_cache_scheme": None,
+    }
+
+
+def _targets(modules: Sequence[str], others: Set[str]) -> list[str]:
+    """Modules by name, or those that differ in numbers alone by one regex, where it fits none of `others`."""
+    taken = {_NUMBER.sub(".*", module) for module in others}
+    found = []
+    for module in modules:
+        pattern = _NUMBER.sub(".*", module)
+        regex = r"\.\d+".join(map(re.escape, pattern.split(".*")))
+        found.append(module if pattern == module or pattern in taken else f"re:{regex}$")
+    return list(dict.fromkeys(found))
+
+
+# ---- the weights that are found ----------------------------------------------------------------------
+
+
+def _marks(key: str, place: Place) -> bool:
+    """Does this array belong to a quantized weight?"""
+    tail = key.rpartition(".")[2]
+    return tail in ("weight_packed", "weight_scale") or (
+        tail == "weight" and place.entry.dtype in ("I8", "F8_E4M3")
+    )
+
+
+def _held(
+    module: str, scheme: Scheme, places: Mapping[str, Place], faults: list[str]
+) -> Held | Decoded | None:
+    scale, shape = places.get(f"{module}.weight_scale"), _shape(module, scheme, places, faults)
+    if shape is None:
+        return None
+    try:
+        format = scheme.format(scale.entry.dtype.lower() if scale else "f16")
+        layout = Compressed(2 if scheme.storage == BYTES else NEVER)
+        layout.arrays(module, format, shape)
+    except FormatError as error:
+        faults.append(f"{module}: {scheme.bits} bits by {scheme.strategy} under {scheme.group}: {error}")
+        return None
+    extra = [f"{module}.{part}" for part in INPUTS]
+    parent, _, last = module.rpartition(".")
+    extra += [f"{parent}.{last[0]}_{part}" for part in ("scale", "zero_point") if last in _CACHED]
+    extra = [key for key in extra if key in places]
+    order = f"{module}.weight_g_idx"
+    if order not in places or scheme.storage != PACKED:
+        return Held(format, shape, tuple(extra), layout)
+    return _ordered(Held(format, shape, (*extra, order), layout), module, places, faults)
+
+
+def _ordered(
+    held: Held, module: str, places: Mapping[str, Place], faults: list[str]
+) -> Held | Decoded | None:
+    """A weight with weight_g_idx, the group of each column; all -1 where columns are in order."""
+    assert held.layout is not None
+    columns = held.format.cells.columns or held.shape[1]  # type: ignore[attr-defined]
+    order, k = map_tensor(*places[f"{module}.weight_g_idx"]).long(), held.shape[1]
+    if order.shape == (k,) and (torch.equal(order, torch.arange(k) // columns) or int(order.max()) == -1):
+        return held
+    if order.shape != (k,) or int(order.min()) < 0 or int(order.max()) >= k // columns:
+        faults.append(
+            f"{module}: weight_g_idx {tuple(order.shape)} does not say the group of each of {k} columns, of "
+            f"which there are {k // columns}; it is damaged"
+        )
+        return None
+    keys = tuple(array.key for array in held.layout.arrays(f"{module}.weight", held.format, held.shape))
+    if not all(key in places for key in keys):
+        return held  # told with what is missing when it is opened
+
+    def decode(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+        assert held.layout is not None
+        codes, scale, zero = integers(held.layout.unpack(held.format, held.shape, arrays))
+        return (codes.float() - zero[:, order]) * scale[:, order].float()
+
+    return Decoded(held.shape, (*keys, *held.extra), decode)
+
+
+def _shape(module: str, scheme: Scheme, places: Mapping[str, Place], faults: list[str]) -> Shape | None:
+    """(n, k) of a weight, or None and a fault."""
+    plain = scheme.storage in (BYTES, FLOAT, MICROSCALED["e4m3"])
+    key = f"{module}.weight" if plain else f"{module}.weight_packed"
+    said = places.get(f"{module}.weight_shape")
+    if (
+        scheme.storage == PACKED
+        and said is not None
+        and (said.entry.dtype, said.entry.shape) == ("I64", (2,))
+    ):
+        n, k = map_tensor(*said).tolist()
+        if 0 < n < 2**31 and 0 < k < 2**31:
+            return n, k
+        faults.append(f"{module}: weight_shape is {n} x {k}; it is damaged")
+    elif key not in places:
+        faults.append(f"{module}: plane {key.rpartition('.')[2]!r} is missing, which {scheme.storage} needs")
+    elif len(shape := places[key].entry.shape) != 2 or 0 in shape:
+        faults.append(f"{module}: plane {key.rpartition('.')[2]!r} is {shape}, no weight (n, k)")
+    else:
+        word = 32 if scheme.storage == PACKED else 8
+        return shape[0], shape[1] if plain else shape[1] * word // scheme.bits
+    return None
+
+
+LAYOUTS.add(METHOD, Compressed())

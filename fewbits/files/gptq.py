@@ -1,0 +1,258 @@
+"""GPTQ's layout: integers packed along the input in int32, as AutoGPTQ made it and GPTQModel, transformers
+and vLLM read it.
+
+    w (n, k) = (code - zero) * scale          one scale and zero for each row and group of columns
+
+    <module>.qweight  i32 (k / 32 * bits, n)        codes of a column of w^T, the first in the low bits
+    <module>.scales   f16 (groups, n)
+    <module>.qzeros   i32 (groups, n / 32 * bits)   zeros; `gptq` stores zero - 1, `gptq_v2` the zero itself
+    <module>.g_idx    i32 (k,)                      the group of each column
+
+Symmetric weights have the zero 2^(bits-1). Version 1 cannot say the zero 0 to everyone: GPTQModel takes the
+1 from whole words (2, 4 and 8 bits), so that it is borrowed from the next weight's zero, and adds it to whole
+words, as is done here; readers that add it to each zero decode something else. So `gptq`, which everything
+reads, is written for symmetric weights only, and `gptq_v2` for both. Columns quantized in another order
+(desc_act) belong to groups that no format of ours has: such a weight opens as floats.
+
+`dynamic` holds what differs from module to module: "+:regex" changes settings, "-:regex" leaves a module in
+float; the first that matches from a name's first letter counts. GPTQModel 7.7 has more layouts under this
+method, which are refused: `gptq_p`, and 5, 6 and 7 bits, whose codes lie in bit planes.
+Source: GPTQModel 7.7, quantization/config.py, utils/model.py and nn_modules/qlinear.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import FormatError
+from ..formats.affine import Affine
+from ..formats.base import FORMATS, Format
+from ..pack import pack, unpack
+from ..qtensor import QTensor
+from ..version import VERSION
+from .integers import from_integers, group_of, integer_name, integers, scale_dtype
+from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
+from .safetensors import map_tensor
+
+BITS = (2, 3, 4, 8)
+WORD = 32  # bits, and rows and columns that are packed together
+GROUP_SIZE = 128  # where a config says none: GPTQModel 7.7 and transformers
+FORMATS_READ = ("gptq", "gptq_v2")
+
+
+@dataclass(frozen=True)
+class GPTQ(Layout):
+    """version: of checkpoint_format: 1 is `gptq`, 2 is `gptq_v2`."""
+
+    version: int
+    method = "gptq"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "gptq" if self.version == 1 else "gptq_v2"
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        return settings.get("quant_method") == "gptq" and (_said_format(settings) == "gptq_v2") == (
+            self.version == 2
+        )
+
+    def refusal(self, format: Format) -> str | None:
+        if not isinstance(format, Affine) or format.zero == "float":
+            return f"a {self.name} file cannot carry {format.name}; the nearest it has is int4_g128"
+        faults = []
+        bits, zero, columns = format.bits, format.zero == "int", format.cells.columns
+        if bits not in BITS:
+            faults.append(f"{bits} bits")
+            bits = min(BITS, key=lambda known: (known < bits, abs(known - bits)))
+        if format.dtype != torch.float16:
+            faults.append("scales that are not f16")
+        if format.cells.rows != 1:
+            faults.append("one scale for the whole tensor")
+        if faults:
+            near = integer_name(bits, columns, zero)
+            return f"a {self.name} file cannot carry {' or '.join(faults)}; the nearest it has is {near}"
+        if zero and self.version == 1:
+            return "version 1 of GPTQ's layout cannot carry every zero point; write gptq_v2"
+        return None
+
+    def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
+        assert isinstance(format, Affine)
+        (n, k), module = shape, module_of(name)
+        if k % WORD or n % WORD:
+            raise FormatError(
+                f"{name}: GPTQ's layout packs {WORD} rows and columns together, {n} x {k} is not whole; "
+                "leave this tensor in float with a rule, or use another file type"
+            )
+        groups = -(-k // group_of(format, k))
+        return [
+            Array(f"{module}.qweight", torch.int32, (k // WORD * format.bits, n)),
+            Array(f"{module}.scales", format.dtype, (groups, n)),
+            Array(f"{module}.qzeros", torch.int32, (groups, n // WORD * format.bits)),
+            Array(f"{module}.g_idx", torch.int32, (k,)),
+        ]
+
+    def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
+        codes, scale, zero = integers(q)
+        bits, k = q.format.bits, q.shape[1]  # type: ignore[attr-defined]
+        stored = zero.T.contiguous() - int(self.version == 1)
+        return (
+            pack(codes, bits, torch.int32).T.contiguous(),
+            scale.T.contiguous(),
+            pack(stored, bits, torch.int32),
+            (torch.arange(k) // group_of(q.format, k)).to(torch.int32),
+        )
+
+    def unpack(self, format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
+        codes, scale, zero = self._integers(format, shape, arrays)
+        return from_integers(format, shape, codes, scale, zero)
+
+    def _integers(
+        self, format: Format, shape: Shape, arrays: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        assert isinstance(format, Affine)
+        qweight, scales, qzeros, _ = arrays
+        codes = unpack(qweight.T.contiguous(), format.bits, shape[1])
+        whole, added = WORD % format.bits == 0, int(self.version == 1)
+        words = qzeros + added * sum(1 << at for at in range(0, WORD, format.bits)) if whole else qzeros
+        zero = unpack(words.contiguous(), format.bits, shape[0]).T.contiguous()
+        return codes, scales.T.contiguous(), zero if whole else zero + added & format.top
+
+    def settings(
+        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+    ) -> dict[str, Mapping[str, Any]]:
+        kinds = {module_of(name): _scheme(FORMATS.get(k)) for name, (k, _) in rows.items() if not is_plain(k)}
+        common = Counter(kinds.values()).most_common(1)[0][0] if kinds else (4, 128, True)
+        dynamic: dict[str, dict[str, Any]] = {
+            f"+:^{re.escape(module)}$": _said(scheme) for module, scheme in kinds.items() if scheme != common
+        }
+        left = _left_in_float(rows, kinds)
+        dynamic |= {f"-:^{re.escape(module)}$": {} for module in left}
+        settings = {
+            "quant_method": "gptq",
+            **_said(common),
+            "desc_act": False,
+            "lm_head": "lm_head" in kinds,
+            "checkpoint_format": self.name,
+            "pack_dtype": "int32",
+            "true_sequential": True,
+            "meta": {"quantizer": [f"fewbits:{VERSION}"]},
+        }
+        settings |= {"dynamic": dynamic} if dynamic else {}
+        return {"quantize_config.json": settings, "config.json": {**config, "quantization_config": settings}}
+
+    def find(
+        self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
+    ) -> dict[str, Held | Decoded]:
+        said, other = _said_format(config), config.get("format", _said_format(config))
+        if said not in FORMATS_READ or other != said or config.get("pack_dtype", "int32") != "int32":
+            faults.append(
+                f"checkpoint_format {str(said)[:20]!r}, format {str(other)[:20]!r}, pack_dtype "
+                f"{str(config.get('pack_dtype', 'int32'))[:20]!r}; read are gptq and gptq_v2 in int32: save "
+                "it as one of them with the tool that wrote it"
+            )
+            return {}
+        found: dict[str, Held | Decoded] = {}
+        changes = _patterns(config.get("dynamic"), faults)
+        for key in places:
+            module = key.removesuffix(".qweight")
+            if module != key:
+                held = self._find(module, _settings_of(config, changes, module), places, faults)
+                if held is not None:
+                    found[f"{module}.weight"] = held
+        return found
+
+    def _find(
+        self, module: str, said: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
+    ) -> Held | Decoded | None:
+        bits, group = said.get("bits", 4), said.get("group_size", GROUP_SIZE)
+        sym = bool(said.get("sym", True))
+        shape = places[f"{module}.qweight"].entry.shape
+        whole = len(shape) == 2 and bits in BITS and shape[0] % bits == 0 and shape[1] % WORD == 0
+        if not whole or type(group) is not int or group == 0 or group < -1 or 0 in shape:
+            faults.append(
+                f"{module}: bits {str(bits)[:20]}, group_size {str(group)[:20]} and qweight {shape} are no "
+                f"GPTQ weight; bits are {', '.join(map(str, BITS))}, group_size -1 or more, {WORD} rows and "
+                "columns are packed together"
+            )
+            return None
+        n, k = shape[1], shape[0] * WORD // bits
+        columns = None if group == -1 or group >= k else group
+        format = FORMATS.get(integer_name(bits, columns, not sym, scale_dtype(places, f"{module}.scales")))
+        arrays = self.arrays(f"{module}.weight", format, (n, k))
+        keys = tuple(array.key for array in arrays)
+        if not all(key in places and places[key].entry.shape == shape for key, _, shape in arrays):
+            return Held(format, (n, k))  # what is missing or of another shape is told when it is opened
+        order, width = map_tensor(*places[keys[3]]), columns or k
+        if torch.equal(order.long(), torch.arange(k) // width):
+            return Held(format, (n, k))
+        if int(order.min()) < 0 or int(order.max()) >= -(-k // width):
+            faults.append(
+                f"{module}: g_idx names group {int(order.max())}, there are {-(-k // width)}; it is damaged"
+            )
+            return None
+
+        def decode(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+            codes, scale, zero = self._integers(format, (n, k), arrays)
+            groups = arrays[3].long()
+            return (codes.float() - zero[:, groups]) * scale[:, groups].float()
+
+        return Decoded((n, k), keys, decode)
+
+
+def _scheme(format: Format) -> tuple[int, int, bool]:
+    """bits, group_size (-1: the row), symmetric."""
+    assert isinstance(format, Affine)
+    return format.bits, format.cells.columns or -1, format.zero == "none"
+
+
+def _said(scheme: tuple[int, int, bool]) -> dict[str, Any]:
+    return dict(zip(("bits", "group_size", "sym"), scheme, strict=True))
+
+
+def _left_in_float(rows: Mapping[str, Kind], kinds: Mapping[str, Any]) -> list[str]:
+    """Modules that a reader would take for quantized: matrices beside quantized ones in the blocks."""
+    parts = {re.sub(r"\.\d+\.", ".*.", module) for module in kinds}
+    return [
+        module
+        for name, (_, shape) in rows.items()
+        if (module := module_of(name)) != name
+        and module not in kinds
+        and len(shape) == 2
+        and re.sub(r"\.\d+\.", ".*.", module) in parts
+    ]
+
+
+def _said_format(config: Mapping[str, Any]) -> Any:
+    return config.get("checkpoint_format", config.get("format", "gptq"))
+
+
+def _patterns(dynamic: Any, faults: list[str]) -> list[tuple[re.Pattern[str], Mapping[str, Any]]]:
+    """`dynamic` -> what each module's name is matched with, and the settings that it changes."""
+    found: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
+    for pattern, changes in dynamic.items() if isinstance(dynamic, dict) else ():
+        try:
+            if isinstance(changes, dict):
+                found.append((re.compile(re.sub(r"^[+-]:", "", pattern)), changes))
+                continue
+            faults.append(f"dynamic {pattern[:60]!r} changes {str(changes)[:20]}; it holds settings")
+        except re.error as error:
+            faults.append(f"dynamic {pattern[:60]!r} is no regular expression: {error}")
+    return found
+
+
+def _settings_of(
+    config: Mapping[str, Any], patterns: Sequence[tuple[re.Pattern[str], Mapping[str, Any]]], module: str
+) -> Mapping[str, Any]:
+    """The settings of one module: the whole's, changed by the first pattern that matches."""
+    return {**config, **next((changes for pattern, changes in patterns if pattern.match(module)), {})}
+
+
+for _version in (1, 2):
+    _layout = GPTQ(_version)
+    LAYOUTS.add(_layout.name, _layout)

@@ -1,0 +1,68 @@
+"""Integer weights as codes, scales and zeros: what the layouts of int2 to int8 have in common.
+
+    w (n, k) = (code - zero) * scale        codes (n, k) u8, scales and zeros (n, groups)
+
+A symmetric format stores no zero: its codes are offset by 2^(bits-1), which is the zero of every group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import FormatError
+from ..formats.affine import Affine
+from ..formats.base import FLOATS, Format
+from ..pack import pack, unpack
+from ..qtensor import QTensor
+from .layout import Place
+
+
+def integers(q: QTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight of int{2..8}, with or without integer zeros -> codes `(n, k)` u8, scales `(n, g)` as they are
+    stored, zeros `(n, g)` u8."""
+    format = q.format
+    assert isinstance(format, Affine)
+    codes, scale = unpack(q.planes["codes"], format.bits, q.shape[1]), q.planes["scale"]
+    if format.zero == "int":
+        return codes, scale, unpack(q.planes["zero"], format.zero_bits, scale.shape[1])
+    return codes, scale, torch.full(scale.shape, 1 << (format.bits - 1), dtype=torch.uint8)
+
+
+def from_integers(
+    format: Format, shape: tuple[int, int], codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> QTensor:
+    """The inverse of `integers`; FormatError where a symmetric format is given another zero than its own."""
+    assert isinstance(format, Affine)
+    planes = {"codes": pack(codes, format.bits), "scale": scale}
+    if format.zero == "int":
+        planes["zero"] = pack(zero, format.zero_bits)
+        return QTensor(format, shape, planes)
+    half = 1 << (format.bits - 1)
+    wrong = zero[zero != half]
+    if len(wrong):
+        raise FormatError(
+            f"{len(wrong)} of {zero.numel()} zero points are not {half}, such as {int(wrong[0])}, where the "
+            "settings say symmetric; they are wrong, or of another version of the layout (one off: gptq and "
+            "gptq_v2 are taken for each other)"
+        )
+    return QTensor(format, shape, planes)
+
+
+def group_of(format: Format, k: int) -> int:
+    """Columns that share a scale."""
+    assert isinstance(format, Affine)
+    return format.cells.columns or k
+
+
+def integer_name(bits: int, columns: int | None, zero: bool, dtype: str = "f16") -> str:
+    """The format's name: `int4_g128_asym`; columns None: a row."""
+    group = "channel" if columns is None else f"g{columns}"
+    return f"int{bits}_{group}{'_asym' if zero else ''}{'' if dtype == 'f16' else '_' + dtype}"
+
+
+def scale_dtype(places: Mapping[str, Place], key: str) -> str:
+    """`f16`, `bf16` or `f32`: of the scales a file holds; f16 where they are something else."""
+    dtype = places[key].entry.dtype.lower() if key in places else ""
+    return dtype if dtype in FLOATS else "f16"

@@ -1,0 +1,217 @@
+"""MLX's layout: affine groups packed along the input in u32, as mlx and mlx-lm read and write them.
+
+    w (n, k) = scale * code + bias            one scale and bias for each row and group of columns
+
+    <module>.weight   u32 (n, k / 32 * bits)  codes of a row, the first in the low bits; they straddle words
+    <module>.scales   (n, groups)             f16, bf16 or f32
+    <module>.biases   (n, groups)             of the scales' dtype
+
+MLX has no zero points: bias = -zero * scale. A product with a power of two keeps every digit, so a symmetric
+weight, whose zero is 2^(bits-1), has both in its own dtype. An integer zero adds up to 8 digits to the 11 of
+f16 or the 8 of bf16: such a weight has both in f32, which holds 24, for 64 bits a group instead of 32. Under
+f32 scales no zero is carried: scale * code takes more than 24 digits, so that scale * code + bias is rounded.
+A weight with a float minimum goes as it is, minimum = bias.
+
+MLX decodes and multiplies in the type that the scales' and the input's promote to: in f16 only if both are,
+in f32 if either is, or if one is f16 and the other bf16. In f32 it decodes the very values of the format.
+
+config.json has the same settings twice, `quantization` (mlx-lm) and `quantization_config`: bits, group_size,
+and under a module's name what differs there. Which formats the biases came from is ours to say, in
+`fewbits`: {"format", "modules"}; other tools pass it over, and without it a weight opens as `_asym_float`, of
+the same values. The zero of a group whose scale is 0 is not kept: it reads as 0. Other modes than affine, and
+experts in one array, are refused.
+Source: mlx 0.32, mlx.core.quantize and mlx.nn.quantize; mlx-lm, utils.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import FormatError
+from ..formats.affine import Affine
+from ..formats.base import FORMATS, Format
+from ..pack import pack, unpack
+from ..qtensor import QTensor
+from .integers import from_integers, integer_name, integers, scale_dtype
+from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+DEFAULT = {"bits": 4, "group_size": 64, "mode": "affine"}
+SETTINGS = ("quantization", "quantization_config")
+WORD = 32
+
+
+class MLX(Layout):
+    """int2 to int8 in groups, with any kind of zero."""
+
+    name = "mlx"
+    tables = True
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        return "quant_method" not in settings and "bits" in settings and "group_size" in settings
+
+    def refusal(self, format: Format) -> str | None:
+        if not isinstance(format, Affine):
+            return f"an mlx file cannot carry {format.name}; the nearest it has is int4_g64"
+        faults, bits, columns, dtype = [], format.bits, format.cells.columns, format.dtype
+        if bits not in BITS:
+            faults.append(f"{bits} bits")
+        if format.cells.rows != 1 or columns not in GROUPS:
+            faults.append(f"scales other than of {', '.join(map(str, GROUPS))} columns")
+        if format.zero != "float" and dtype == torch.float32:
+            faults.append("zeros under f32 scales, whose products f32 cannot hold")
+        if not faults:
+            return None
+        bits = bits if bits in BITS else 8
+        columns = min(GROUPS, key=lambda known: abs(known - (columns or GROUPS[1])))
+        near = integer_name(bits, columns, format.zero == "int")
+        return f"an mlx file cannot carry {' or '.join(faults)}; the nearest it has is {near}"
+
+    def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
+        assert isinstance(format, Affine)
+        (n, k), module, group = shape, module_of(name), format.cells.columns or 1
+        if k % group:
+            raise FormatError(
+                f"{name}: MLX's layout has whole groups, row length {k} is not a multiple of {group}; use a "
+                "format with smaller groups or add a rule"
+            )
+        dtype = torch.float32 if format.zero == "int" else format.dtype
+        return [
+            Array(f"{module}.weight", torch.uint32, (n, k // WORD * format.bits)),
+            Array(f"{module}.scales", dtype, (n, k // group)),
+            Array(f"{module}.biases", dtype, (n, k // group)),
+        ]
+
+    def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
+        format = q.format
+        assert isinstance(format, Affine)
+        if format.zero == "float":
+            codes, scale = unpack(q.planes["codes"], format.bits, q.shape[1]), q.planes["scale"]
+            bias = q.planes["minimum"]
+        else:
+            codes, scale, zero = integers(q)
+            scale = scale.float() if format.zero == "int" else scale
+            bias = _bias(scale, zero)
+            lost = int((bias.isinf() & ~scale.isinf()).sum())
+            if lost:
+                raise FormatError(
+                    f"{format.name}: {lost} scales times their zeros are past the range of {bias.dtype}, so "
+                    "MLX's biases cannot hold them; use a format with float minima"
+                )
+        return pack(codes, format.bits, torch.int32).view(torch.uint32), scale, bias
+
+    def unpack(self, format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
+        assert isinstance(format, Affine)
+        words, scale, bias = arrays
+        codes = unpack(words.view(torch.int32), format.bits, shape[1])
+        if format.zero == "float":
+            return QTensor(
+                format, shape, {"codes": pack(codes, format.bits), "scale": scale, "minimum": bias}
+            )
+        half = 1 << (format.bits - 1)
+        if format.zero == "none":
+            zero = torch.full(scale.shape, half, dtype=torch.uint8)
+        else:
+            zero = torch.where(scale == 0, 0, -bias / scale).round().clamp(0, format.top).to(torch.uint8)
+        stored = scale.to(format.dtype)
+        wrong = ~(_bias(scale, zero) == bias) | (stored.to(scale.dtype) != scale)
+        if wrong.any():
+            raise FormatError(
+                f"{int(wrong.sum())} of {bias.numel()} biases are no whole multiple of their {format.dtype} "
+                f"scales, where `fewbits` in the config says {format.name}; without it they open as floats"
+            )
+        return from_integers(format, shape, codes, stored, zero)
+
+    def settings(
+        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+    ) -> dict[str, Mapping[str, Any]]:
+        kinds = {module_of(name): kind for name, (kind, _) in rows.items() if not is_plain(kind)}
+        common = Counter(kinds.values()).most_common(1)[0][0] if kinds else "int4_g64"
+        other = {module: kind for module, kind in kinds.items() if kind != common}
+        settings: dict[str, Any] = _said(common)
+        settings |= {module: _said(kind) for module, kind in other.items() if _said(kind) != _said(common)}
+        settings["fewbits"] = {"format": common, "modules": other}
+        return {"config.json": {**config, **dict.fromkeys(SETTINGS, settings)}}
+
+    def find(
+        self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
+    ) -> dict[str, Held | Decoded]:
+        found: dict[str, Held | Decoded] = {}
+        for key in places:
+            module = key.removesuffix(".scales")
+            if module != key and f"{module}.weight" in places:
+                held = _find(module, config, places, faults)
+                if held is not None:
+                    found[f"{module}.weight"] = held
+        return found
+
+
+def _bias(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """-zero * scale in the scale's dtype; 0, not -0, where the zero is 0."""
+    return 0 - scale * zero.to(scale.dtype)
+
+
+def _said(kind: str) -> dict[str, Any]:
+    format = FORMATS.get(kind)
+    assert isinstance(format, Affine)
+    return {**DEFAULT, "bits": format.bits, "group_size": format.cells.columns}
+
+
+def _find(
+    module: str, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
+) -> Held | None:
+    """One module's weight as its settings have it; or None and `faults`."""
+    said = {**DEFAULT, **(config[module] if isinstance(config.get(module), dict) else config)}
+    bits, group, mode = said["bits"], said["group_size"], said["mode"]
+    shape = places[f"{module}.weight"].entry.shape
+    if mode != "affine" or bits not in BITS or group not in GROUPS:
+        faults.append(
+            f"{module}: mode {str(mode)[:20]!r}, {str(bits)[:20]} bits, group_size {str(group)[:20]}; read "
+            f"are affine, bits {', '.join(map(str, BITS))}, groups of {', '.join(map(str, GROUPS))}"
+        )
+        return None
+    k = shape[1] * WORD // bits if len(shape) == 2 else 0
+    if 0 in (*shape, k) or k * bits != shape[1] * WORD or k % group:
+        faults.append(
+            f"{module}: weight {shape} has no whole groups of {group} columns in {bits} bits"
+            + ("; experts in one array are not read: save them one by one" if len(shape) == 3 else "")
+        )
+        return None
+    name = integer_name(bits, group, False, "f16") + "_asym_float"
+    dtype = scale_dtype(places, f"{module}.scales")
+    floats = FORMATS.get(name if dtype == "f16" else f"{name}_{dtype}")
+    return Held(_meant(module, config, said, faults) or floats, (shape[0], k))
+
+
+def _meant(
+    module: str, config: Mapping[str, Any], said: Mapping[str, Any], faults: list[str]
+) -> Affine | None:
+    """The format that `fewbits` names for a module, if any; a fault where the settings say another."""
+    ours = config.get("fewbits")
+    if not isinstance(ours, dict):
+        return None
+    modules = ours.get("modules")
+    name = (modules if isinstance(modules, dict) else {}).get(module) or ours.get("format")
+    try:
+        format: Format | None = FORMATS.get(str(name))
+    except FormatError:
+        format = None
+    if isinstance(format, Affine) and (format.bits, format.cells.columns, format.cells.rows) == (
+        said["bits"],
+        said["group_size"],
+        1,
+    ):
+        return format
+    faults.append(
+        f"{module}: `fewbits` says {str(name)[:40]}, the settings {said['bits']} bits in groups of "
+        f"{said['group_size']}; remove `fewbits` from config.json to open it as floats"
+    )
+    return None
+
+
+LAYOUTS.add("mlx", MLX())

@@ -1,0 +1,148 @@
+"""Fitting IQ blocks: signs, the step of each group, and the few bits that a block has for them.
+
+    signs     each weight's own; where only an even number may be minus, the flip that costs least
+    step      several starts, each the least-squares step of the points that it led to
+    shift     (IQ1) of the first start for the others, of the first coded steps for the rest
+    block     d in f16 and odd integers for the groups' steps, refitted to the points they led to
+    points    searched again under the steps as stored
+
+Twin of csrc/iq_encode.h, equal to it bit for bit: the same operations in the same order. Weights lie
+group by group, `(group, G)`; vectors are runs of `dim` of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .ggml_fit import to_half
+from .ggml_layout import Values
+from .search import inverse, lanes, ordered_sum
+
+if TYPE_CHECKING:
+    from .iq import Iq
+
+RECODE_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Groups side by side, `(group, G)`: weights with their signs taken off, the signs, importances."""
+
+    x: torch.Tensor
+    minus: torch.Tensor
+    w: torch.Tensor
+
+    @staticmethod
+    def of(fmt: Iq, x: torch.Tensor, weight: torch.Tensor | None) -> Tile:
+        """`(blocks, groups, group)` f32 each."""
+        rows = lanes(x)
+        w = torch.ones_like(rows) if weight is None else lanes(weight)
+        if fmt.signs == "none":
+            return Tile(rows, torch.zeros_like(rows, dtype=torch.bool), w)
+        minus = rows < 0
+        size = torch.where(minus, -rows, rows)
+        if fmt.signs == "even":
+            cost = (w * size).reshape(-1, 8, rows.shape[1])
+            odd = minus.reshape(cost.shape).sum(1) % 2 == 1
+            flip = torch.zeros_like(cost, dtype=torch.bool)
+            flip.scatter_(1, cost.argmin(1)[:, None], odd[:, None])
+            flip = flip.reshape(rows.shape)
+            size, minus = torch.where(flip, -size, size), minus ^ flip
+        return Tile(size, minus, w)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best points of groups under a step: places `(group / dim, G)`, shifts, and their moments."""
+
+    places: torch.Tensor
+    shift: torch.Tensor | None
+    level: torch.Tensor
+    cross: torch.Tensor
+    square: torch.Tensor
+
+
+def vectors(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`(group, G)` -> `(group / dim * G, dim)`."""
+    return x.reshape(-1, dim, x.shape[1]).transpose(1, 2).reshape(-1, dim)
+
+
+def points_of(fmt: Iq, t: Tile, step: torch.Tensor, shift: torch.Tensor | None = None) -> Found:
+    """step `(G,)`; shift `(shifts, G)`: 1 where levels are lowered, searched if not given."""
+    dim, count = fmt.lattice.dim, t.x.shape[0] // fmt.lattice.dim
+    wx, w = t.w * t.x, t.w
+    parts = vectors(wx, dim), vectors(w, dim), step.repeat(count)
+    shape = count, len(step)
+    if not fmt.shift:
+        places = fmt.lattice.search(*parts)[0].reshape(shape)
+        lowered = None
+    else:
+        (up, cost_up), (down, cost_down) = (
+            fmt.lattice.search(*parts, shift=sign * fmt.delta) for sign in (1, -1)
+        )
+        if shift is None:
+            each = fmt.shift // dim
+            costs = (c.reshape(-1, each, len(step)).transpose(0, 1) for c in (cost_up, cost_down))
+            cost_up, cost_down = (ordered_sum(c) for c in costs)
+            shift = (cost_down < cost_up).to(torch.int32)
+        lowered = shift.repeat_interleave(count // len(shift), 0)
+        places = torch.where(lowered > 0, down.reshape(shape), up.reshape(shape))
+    level = fmt.lattice.levels[fmt.lattice.points[places]].transpose(1, 2).reshape(t.x.shape)
+    if lowered is not None:
+        level = level + (1 - 2 * lowered.repeat_interleave(dim, 0)) * fmt.delta
+    return Found(places, shift, level, ordered_sum(wx * level), ordered_sum(w * level * level))
+
+
+def fit_steps(fmt: Iq, t: Tile, search: bool) -> torch.Tensor:
+    """-> the step of each group, `(G,)`."""
+    edge = torch.maximum(t.x, -t.x).amax(0)
+    step = edge / fmt.last
+    if not search:
+        return step
+    best = torch.zeros_like(step)
+    shift = None
+    for factor in fmt.starts:
+        found = points_of(fmt, t, edge * factor, shift)
+        step, best = keep_better(found, step, best)
+        shift = found.shift
+    return step
+
+
+def keep_better(found: Found, step: torch.Tensor, best: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    fitted = found.cross / found.square
+    score = found.cross * fitted
+    better = (found.cross > 0) & (score > best)
+    return torch.where(better, fitted, step), torch.where(better, score, best)
+
+
+def fit_block(fmt: Iq, x: torch.Tensor, weight: torch.Tensor | None, search: bool) -> Values:
+    """`(blocks, groups, group)` f32 -> d, scale and shift of each block."""
+    t = Tile.of(fmt, x, weight)
+    shape = x.shape[:2]
+    step = fit_steps(fmt, t, search).reshape(shape)
+    hi = 2 * fmt.scale_top + 1
+    d = to_half(step.amax(1) / (hi * fmt.unit))
+    odd = nearest_odd(step, d * fmt.unit, hi)
+    shift = None
+    for _ in range(RECODE_ROUNDS if search else 0):
+        found = points_of(fmt, t, ((d * fmt.unit)[:, None] * odd).reshape(-1), shift)
+        shift = found.shift
+        cross, square = found.cross.reshape(shape), found.square.reshape(shape)
+        odd = torch.where(square > 0, nearest_odd(cross / square, d * fmt.unit, hi), odd)
+        up, down = ordered_sum((odd * cross).T), ordered_sum((odd * odd * square).T)
+        d = torch.where((up > 0) & (down > 0), to_half(up / down / fmt.unit), d)
+    values = {"d": d[:, None], "scale": ((odd - 1) / 2).to(torch.int32)}
+    if fmt.shift and shift is None:
+        shift = points_of(fmt, t, ((d * fmt.unit)[:, None] * odd).reshape(-1)).shift
+    if shift is not None:
+        values["shift"] = shift.T.reshape(len(d), -1)
+    return values
+
+
+def nearest_odd(step: torch.Tensor, unit: torch.Tensor, hi: int) -> torch.Tensor:
+    """`(blocks, groups)` steps -> the odd integers in [1, hi] that come nearest to step / unit."""
+    half = torch.round((step * inverse(unit)[:, None] - 1.0) * 0.5)
+    return torch.clamp(half, 0, (hi - 1) // 2) * 2.0 + 1.0

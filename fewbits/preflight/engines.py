@@ -1,0 +1,174 @@
+"""Can an engine load what is to be written? Told from names: the file type, the architecture, the types of
+the tensors, what is installed. Nothing is loaded; `None` is said where names do not tell.
+
+    llama.cpp      GGUF; architectures of model/archs.toml; builds are known only as far as SINCE goes
+    transformers   the installed version is asked for its model types and quantization methods
+    vLLM           gptq, awq, compressed-tensors; fused groups in one format; architectures are not asked
+    others         their own file type alone
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from ..adapters import hf
+from ..errors import PlanError
+from ..model.fused import Mixed
+
+# An architecture or type -> the last build of llama.cpp that is known to lack it and the first that is known
+# to have it, and the same of llama-cpp-python; between them it is not known. From reports of loading:
+# llama.cpp issues 13157 and 15099, pull request 15091; LLamaSharp 1173; node-llama-cpp 440; jan 6068;
+# llama-cpp-python 2008, 2048, 2130. What is not here is taken to be older than any build still in use.
+SINCE: Mapping[str, tuple[str, str]] = {
+    "gemma3": ("0 4880", "0.3.2 0.3.16"),
+    "qwen3": ("5026 5220", "0.3.8 0.3.15"),
+    "qwen3moe": ("5026 5220", "0.3.8 0.3.15"),
+    "mxfp4": ("6090 6097", "0.3.14 0.3.15"),
+}
+# quant_method -> what transformers needs besides (its quantizers/quantizer_*.py)
+NEEDED = {
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel", "accelerate"),
+    "compressed-tensors": ("compressed-tensors",),
+    "bitsandbytes": ("accelerate", "bitsandbytes"),
+}
+FUSING = ("gptq", "awq", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is to be written, as engines see it.
+
+    file: its file type. method: quant_method of config.json, None if it says nothing. gguf: architecture in
+    GGUF's words, None if it has no row. types: of its tensors. quantized: is any of them?
+    """
+
+    file: str
+    method: str | None
+    config: Mapping[str, Any]
+    gguf: str | None
+    types: frozenset[str]
+    quantized: bool
+    mixed: Sequence[Mixed] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """loads: None where it cannot be told. version: installed, or as stated; None: not installed."""
+
+    engine: str
+    version: str | None
+    installed: bool
+    loads: bool | None
+    why: str
+
+
+Answer = tuple[bool | None, str]
+
+
+def verdicts(output: Output, stated: Mapping[str, str | None]) -> list[Verdict]:
+    """One for each engine. stated: name -> the version to answer for; None: the installed one.
+
+    PlanError for a name that is no engine."""
+    unknown = [name for name in stated if name not in ENGINES]
+    if unknown:
+        raise PlanError(f"unknown engine {unknown[0]!r}; known: {', '.join(ENGINES)}")
+    return [_verdict(name, output, stated.get(name)) for name in ENGINES]
+
+
+def _verdict(name: str, output: Output, stated: str | None) -> Verdict:
+    package, answer = ENGINES[name]
+    found = _version(package)
+    loads, why = answer(output, stated, stated or found)
+    if stated is None and found is None and loads is not False:
+        loads, why = None, f"not installed (pip install {package}); {why}"
+    return Verdict(name, stated or found, found is not None, loads, why)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def _llamacpp(output: Output, stated: str | None, version: str | None) -> Answer:
+    if output.file != "gguf":
+        return False, f"reads GGUF, not {output.file}; --file gguf"
+    if output.gguf is None:
+        return None, "its architecture has no row in archs.toml; the file is written as it came"
+    kinds = {name.removesuffix("_ggml") for name in output.types}
+    asked = [output.gguf, *sorted(kinds & SINCE.keys())]
+    unsure = []
+    for name in asked:
+        if version is None or name not in SINCE:
+            continue
+        lacking, having = SINCE[name]["." in version].split()
+        if _numbers(version) <= _numbers(lacking):
+            return False, f"{name} came after {lacking}; the first known to have it is {having}"
+        if _numbers(version) < _numbers(having):
+            unsure.append(f"{name} is known to be in {having}, not whether in {version}")
+    return (None, "; ".join(unsure)) if unsure else (True, f"knows architecture {output.gguf} and all types")
+
+
+def _transformers(output: Output, stated: str | None, version: str | None) -> Answer:
+    if stated is not None and stated != _version("transformers"):
+        return None, "only the installed version can be asked for its models"
+    if version is None:
+        return None, "its models cannot be asked"
+    kind = output.config.get("model_type")
+    if kind not in hf.causal_models():
+        return False, f"has no causal language model of type {kind!r}"
+    if output.file == "gguf":
+        known = output.gguf in hf.gguf_architectures()
+        return known, f"{'decodes' if known else 'does not read'} GGUF of {output.gguf}" + (
+            " to float: no memory is saved" if known else ""
+        )
+    if not output.quantized:
+        return True, f"{kind}, in float"
+    if output.method is None:
+        return False, f"does not read the {output.file} directory; --file gptq, or evaluate with fewbits"
+    if not any(name.startswith(output.method) for name in hf.quantization_methods()):
+        return False, f"has no quantization method {output.method!r}"
+    missing = [package for package in NEEDED.get(output.method, ()) if _version(package) is None]
+    if missing:
+        return False, f"needs {' and '.join(missing)} (pip install {' '.join(missing)})"
+    return True, f"{kind}, {output.method}"
+
+
+def _vllm(output: Output, stated: str | None, version: str | None) -> Answer:
+    if output.file == "gguf":
+        return None, "reads GGUF through a plug-in of its own only"
+    if output.quantized and output.method not in FUSING:
+        return False, f"does not read {output.file}; it reads {', '.join(FUSING)}"
+    if output.mixed:
+        groups = "group" if len(output.mixed) == 1 else "groups"
+        return False, f"{len(output.mixed)} fused {groups} of two formats, such as {output.mixed[0].group}"
+    return None, "file type and fused groups are as it wants them; its architectures are not asked"
+
+
+def _own(name: str) -> Callable[[Output, str | None, str | None], Answer]:
+    def answer(output: Output, stated: str | None, version: str | None) -> Answer:
+        if output.file != name:
+            return False, f"reads {name}, not {output.file}"
+        return None, "the file type is its own; its architectures are not asked"
+
+    return answer
+
+
+# name -> the package it comes in, and what it answers
+ENGINES: Mapping[str, tuple[str, Callable[[Output, str | None, str | None], Answer]]] = {
+    "llama.cpp": ("llama-cpp-python", _llamacpp),
+    "transformers": ("transformers", _transformers),
+    "vllm": ("vllm", _vllm),
+    "onnxruntime": ("onnxruntime", _own("onnx")),
+    "mlx": ("mlx-lm", _own("mlx")),
+}

@@ -1,0 +1,92 @@
+"""verify() in the real engines: what is right is `same`, what is wrong is told."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fewbits.verify as verify_module
+from fewbits import Plan, Request, Rule, quantize
+from fewbits.verify import ENGINES, Outcome, compared, verify
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("verify") / "model")
+
+
+def blocks(format):
+    return Plan((Rule("model.layers.*_proj", format),))
+
+
+@pytest.mark.engine
+def test_a_right_file_is_the_same(model, tmp_path):
+    out = tmp_path / "m.gguf"
+    quantize(model, out, Request(plan=blocks("q4_0"), file="gguf"))
+    outcome = verify(out)
+    assert outcome.verdict == "same" and outcome.version and outcome.kl < 0.01 and outcome.greedy >= 6
+
+
+@pytest.mark.engine
+def test_another_meaning_of_the_bytes_differs(model, tmp_path, monkeypatch):
+    """Zero points off by one, as when versions of a layout are confused: here on our side."""
+    out = tmp_path / "m.gguf"
+    quantize(model, out, Request(plan=blocks("q4_0"), file="gguf"))
+    real = verify_module.decoded
+
+    def off_by_one(checkpoint, tokens):
+        tensors = {name: shifted(tensor) for name, tensor in checkpoint.tensors.items()}
+        return real(replace(checkpoint, tensors=tensors), tokens)
+
+    monkeypatch.setattr(verify_module, "decoded", off_by_one)
+    outcome = verify(out)
+    assert outcome.verdict == "differs" and outcome.kl > 10 * verify_module.SAME
+
+
+def shifted(tensor):
+    """The same tensor with every code one step off."""
+    if not tensor.quantized:
+        return tensor
+    q = tensor.load()
+    grid, codes = q.format.unpack(q)
+    moved = grid.value(codes) + grid.groups(codes.shape[0])[0].abs().repeat_interleave(grid.group, 1)
+    return replace(tensor, dtype="f32", quantized=False, load=lambda: moved)
+
+
+@pytest.mark.engine
+def test_limits_end_the_engine(model, tmp_path):
+    out = tmp_path / "m.gguf"
+    quantize(model, out, Request(plan=blocks("q8_0"), file="gguf"))
+    assert "more than 0 s" in str(verify(out, seconds=0).reason)
+    late = verify(out, memory=2**20)
+    assert late.verdict == "failed" and "GiB of memory" in str(late.reason)
+
+
+@pytest.mark.engine
+def test_floats_in_transformers(model):
+    outcome = verify(model)
+    assert outcome.verdict == "same" and outcome.largest < 1e-3
+
+
+def test_an_engine_that_is_not_there_is_named(model, tmp_path, monkeypatch):
+    out = tmp_path / "m"
+    quantize(model, out, Request(plan=blocks("int4_g32"), file="gptq"))
+    monkeypatch.setenv("FEWBITS_GPTQMODEL", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("fewbits.verify.importlib.util.find_spec", lambda name: None)
+    outcome = verify(out)
+    assert outcome.verdict == "not checked" and "make gptqmodel" in outcome.line()
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_logits_decide(model, wrong):
+    ours = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 4
+    theirs = ours.flip(1) if wrong else ours + 0.01
+    found = {"logits": theirs.numpy(), "new": [1, 2], "version": "1"}
+    outcome = compared("an engine", found, ours, [1, 2], 1.0)
+    assert outcome.verdict == ("differs" if wrong else "same") and outcome.greedy == 2
+
+
+def test_every_engine_says_how_to_get_it():
+    assert all(engine.install and engine.packages for engine in ENGINES.values())
+    assert "pip install" in Outcome("x", "not checked", reason="y is not installed (pip install y)").line()

@@ -1,0 +1,114 @@
+"""GPTQ directories: the package's bytes, what configs say, and what contradicts itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewbits.errors import FewbitsError, FileError, FormatError
+from fewbits.files.layout import LAYOUTS
+from fewbits.files.open import open_checkpoint
+from tests.files.directories import write_directory
+from tests.files.integer_cases import formula
+
+# Made by GPTQModel 7.7.0: FEWBITS_UPDATE_GOLDEN=1 pytest -m engine tests/engines/test_gptqmodel.py
+GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "gptq" / "gptqmodel.safetensors")
+CASES = sorted({tuple(key.split(".")[:2]) for key in GOLDEN})
+PARTS = ("qweight", "scales", "qzeros", "g_idx")
+NAME = "model.layers.0.mlp.up_proj.weight"
+MODULE = NAME.removesuffix(".weight")
+
+
+@pytest.mark.parametrize(("format", "layout"), CASES)
+def test_the_bytes_are_the_package_s(format, layout):
+    q, golden = formula(format), [GOLDEN[f"{format}.{layout}.{part}"] for part in PARTS]
+    carried = LAYOUTS.get(layout).refusal(q.format) is None
+    assert carried == (layout == "gptq_v2" or not format.endswith("_asym"))
+    if carried:
+        for ours, theirs, part in zip(LAYOUTS.get(layout).pack(q), golden, PARTS, strict=True):
+            assert torch.equal(ours, theirs), part
+    back = LAYOUTS.get(layout).unpack(q.format, q.shape, golden)  # v1 too, whose zeros borrow
+    assert all(torch.equal(back.planes[plane], value) for plane, value in q.planes.items())
+
+
+def directory(path, changes=None, format="int4_g32"):
+    """Three weights of one format; changes: of the config. None removes a key."""
+    tensors = {NAME.replace("0", str(i)): formula(format) for i in range(3)}
+    write_directory(path, "gptq", tensors)
+    config = json.loads((path / "config.json").read_text())
+    settings = {**config["quantization_config"], **(changes or {})}
+    config["quantization_config"] = {key: value for key, value in settings.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_quantize_config_json_alone_is_enough(tmp_path):
+    path = directory(tmp_path / "m")
+    (path / "config.json").write_text("{}")
+    assert open_checkpoint(path).tensors[NAME].dtype == "int4_g32"
+
+
+def test_other_settings_of_a_module(tmp_path):
+    pattern = {r"+:.*\.[01]\.mlp\.up": {"sym": False}, r"model\.layers\.1": {"bits": 8}}
+    tensors = open_checkpoint(directory(tmp_path / "m", {"dynamic": pattern})).tensors
+    assert [tensor.dtype for tensor in tensors.values()] == ["int4_g32_asym", "int4_g32_asym", "int4_g32"]
+
+
+def test_the_group_size_that_no_config_says(tmp_path):
+    path = directory(tmp_path / "m", {"group_size": None}, "int4_g64")  # 128 columns or more: the row has 64
+    assert open_checkpoint(path).tensors[NAME].dtype == "int4_channel"
+
+
+def test_another_version_is_detected_by_its_zeros(tmp_path):
+    path = directory(tmp_path / "m", {"checkpoint_format": "gptq_v2", "format": "gptq_v2"})
+    with pytest.raises(FormatError, match=r"64 of 64 zero points are not 8, such as 7.*one off"):
+        open_checkpoint(path).tensors[NAME].load()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 5}, "bits 5, group_size 32"),
+        ({"bits": 8}, r"plane 'scales' is F16 \(2, 32\), int8_channel \(32, 32\) needs F16 \(1, 32\)"),
+        ({"group_size": 0}, "group_size 0"),
+        ({"group_size": 16}, r"plane 'scales' is F16 \(2, 32\), int4_g16 .* needs F16 \(4, 32\)"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'.*read are gptq and gptq_v2"),
+        ({"checkpoint_format": "gptq_p"}, "checkpoint_format 'gptq_p'"),
+        ({"format": "gptq_v2"}, "checkpoint_format 'gptq', format 'gptq_v2'"),
+        ({"pack_dtype": "int16"}, "pack_dtype 'int16'"),
+        ({"dynamic": {"+:(": {"bits": 8}}}, r"dynamic '\+:\(' is no regular expression"),
+    ],
+)
+def test_what_contradicts_is_told(tmp_path, changes, message):
+    path = directory(tmp_path / "m", changes)
+    with pytest.raises(FileError, match=message):
+        open_checkpoint(path)
+
+
+def permuted(path, order):
+    """The directory, with another g_idx for its weights."""
+    from safetensors.torch import save_file
+
+    arrays = load_file(path / "model.safetensors")
+    changed = {key: order.clone() if key.endswith("g_idx") else value for key, value in arrays.items()}
+    save_file(changed, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_columns_in_another_order_open_as_floats(tmp_path):
+    order = (torch.arange(64) % 2).int()
+    tensor = open_checkpoint(permuted(directory(tmp_path / "m"), order)).tensors[NAME]
+    assert (tensor.dtype, tensor.quantized, tensor.shape) == ("f32", False, (32, 64))
+    q = formula("int4_g32")
+    scale, group = q.planes["scale"].float(), torch.arange(64) // 32
+    codes = q.decode() / scale[:, group]
+    assert torch.equal(tensor.load(), codes * scale[:, order.long()])
+
+
+@pytest.mark.parametrize("group", [-1, 2])
+def test_a_group_that_is_not_there_is_told(tmp_path, group):
+    order = torch.full((64,), group, dtype=torch.int32)
+    with pytest.raises(FewbitsError, match="g_idx names group"):
+        open_checkpoint(permuted(directory(tmp_path / "m"), order))

@@ -1,0 +1,113 @@
+"""What follows the writing: the audit tells differences, the card says what is known, the push is careful."""
+
+import json
+import shutil
+
+import pytest
+
+from fewbits import Request, quantize
+from fewbits.audit import audit
+from fewbits.cli.main import main
+from fewbits.errors import FileError
+from fewbits.files.open import open_checkpoint
+from fewbits.release import card_path, finished, measured, push, read_receipt
+from fewbits.report.card import front_matter
+from fewbits.verify import Outcome
+from tests.tiny import save_tiny
+
+SAID = "---\nlicense: apache-2.0\nbase_model: org/base\ntags:\n- x\n---\n# Parent\n"
+SAME = Outcome("llama.cpp", "same", "1.0", 0.1, 0.001, 8, 1.0)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    path = save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("release") / "parent")
+    (path / "README.md").write_text(SAID)
+    (path / "LICENSE").write_text("free")
+    return open_checkpoint(path)
+
+
+@pytest.fixture(params=["m.gguf", "m"])
+def output(parent, tmp_path, request):
+    out = tmp_path / request.param
+    return out, quantize(parent, out, Request("q8_0" if out.suffix else "int8_g32"))
+
+
+def test_nothing_is_lost_on_the_way(parent, output):
+    assert audit(parent, open_checkpoint(output[0])) == []
+
+
+LOSSES = {
+    "chat_template.jinja": "chat template is missing",
+    "tokenizer.json": "tokenizer cannot be loaded",
+    "LICENSE": "LICENSE of the parent is missing",
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_told(parent, tmp_path, name):
+    out = tmp_path / "m"
+    quantize(parent, out, Request("int8_g32"))
+    (out / name).unlink()
+    assert any(LOSSES[name] in found for found in audit(parent, open_checkpoint(out)))
+
+
+def test_other_special_tokens_and_added_tokens_are_told(parent, tmp_path):
+    out = shutil.copytree(parent.path, tmp_path / "m")
+    settings = json.loads((out / "tokenizer_config.json").read_text()) | {"eos_token": "<s>"}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert any("eos token is 1, the parent's 2" in found for found in audit(parent, open_checkpoint(out)))
+
+
+def test_the_card_inherits_and_says_what_is_known(parent, output):
+    out, receipt = output
+    receipt = finished(receipt, parent, out, SAME)
+    card = card_path(out).read_text()
+    front = front_matter(card)
+    assert front["license"] == "apache-2.0" and front["base_model"] == "org/base"
+    assert front["base_model_relation"] == "quantized"
+    assert "same" in card and "not measured" in card and "Parent" not in card
+    figures = {"text": "t", "tokens": 9, "context": 8, "kl": 0.25, "kl_error": 0.01, "agreement": 0.5,
+               "perplexity": 3.0, "parent_perplexity": 2.0}  # fmt: skip
+    measured(out, figures)
+    assert "0.2500" in card_path(out).read_text() and read_receipt(out).evaluation["kl"] == 0.25
+    assert read_receipt(out).verified["verdict"] == "same"
+
+
+class Hub:
+    """Keeps what it is given."""
+
+    files: dict
+
+    def create_repo(self, repo, private, exist_ok):
+        return f"https://hub.test/{repo}"
+
+    def create_commit(self, repo, operations, commit_message):
+        Hub.files = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
+
+
+def test_push_takes_card_and_receipt_along(parent, output, monkeypatch, capsys):
+    out, receipt = output
+    finished(receipt, parent, out, SAME)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert main(["push", str(out), "org/name"]) == 0
+    assert capsys.readouterr().out.strip() == "https://hub.test/org/name"
+    assert {"README.md", "receipt.json" if out.is_dir() else "m.gguf.receipt.json"} <= set(Hub.files)
+    assert ("model.safetensors" if out.is_dir() else "m.gguf") in Hub.files
+
+
+def test_what_the_engine_refused_is_not_uploaded(parent, output, monkeypatch):
+    out, receipt = output
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    finished(receipt, parent, out, Outcome("llama.cpp", "differs", "1.0", 9.0, 5.0, 0, 1.0))
+    with pytest.raises(FileError, match=r"llama\.cpp does not make of it what it means"):
+        push(out, "org/name")
+    with pytest.raises(FileError, match="only what fewbits wrote has a receipt"):
+        push(parent.path, "org/name")
+
+
+def test_a_name_that_is_none_is_refused(parent, output):
+    out, receipt = output
+    finished(receipt, parent, out, None)
+    with pytest.raises(FileError, match="give org/name"):
+        push(out, "name")
