@@ -10,7 +10,7 @@ LLAMA = llama-cpp-python==0.3.36
 # Waiting threads of torch must not hold the cores that other work needs.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint engine slow fuzz bench bench-methods gptqmodel clean
+.PHONY: demo test lint engine slow fuzz bench bench-methods doors gptqmodel mlx clean
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -36,19 +36,24 @@ bench: $(VENV)/engine
 	$(RUN) bench/encode
 	$(RUN) bench/memory
 
+# Every format through every file type into its engine; an hour. GPTQModel and mlx-lm have environments apart.
+doors: $(VENV)/engine gptqmodel mlx
+	$(RUN) bench/doors
+
 # Calibrated quantization against its peers; hours. CALIBRATION="--calibration FILE" and TEXT="--text FILE"
 # name texts; without, the model writes them. An interrupted run goes on with what .bench keeps.
 bench-methods: $(VENV)/engine gptqmodel
 	$(RUN) bench/calibrate --gptqmodel $(GPTQMODEL)/bin/python $(CALIBRATION)
 	$(RUN) bench/quality --gptqmodel $(GPTQMODEL)/bin/python --keep .bench $(CALIBRATION) $(TEXT)
 
-# The engine is built from source once (about 5 minutes on 2 cores) and kept as a wheel.
+# llama.cpp is built from source once (about 5 minutes on 2 cores) and kept as a wheel.
 $(VENV)/engine: $(VENV)/ready
 	mkdir -p $(CACHE)/wheels
 	ls $(CACHE)/wheels/llama_cpp_python-0.3.36-*.whl >/dev/null 2>&1 || \
 		CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(RUN) -m pip wheel -q --no-deps --no-binary llama-cpp-python \
 		-w $(CACHE)/wheels $(LLAMA)
 	$(RUN) -m pip install -q --find-links $(CACHE)/wheels $(LLAMA)
+	$(RUN) -m pip install -q -e '.[engines]'
 	touch $@
 
 # A peer of the benchmarks, in an environment of its own: it needs other versions than ours.
@@ -57,6 +62,13 @@ gptqmodel: $(GPTQMODEL)/ready
 $(GPTQMODEL)/ready:
 	$(PYTHON) -m venv $(GPTQMODEL)
 	$(GPTQMODEL)/bin/python -m pip install -q gptqmodel==7.7.0 sentencepiece
+	touch $@
+
+mlx: $(CACHE)/mlx/ready
+
+$(CACHE)/mlx/ready:
+	$(PYTHON) -m venv $(CACHE)/mlx
+	$(CACHE)/mlx/bin/python -m pip install -q 'mlx[cpu]' mlx-lm
 	touch $@
 
 $(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)

@@ -21,7 +21,7 @@ import torch
 
 from fewbits.adapters.hub import resolve
 from fewbits.calibrate.tokens import Tokens, read_tokens
-from fewbits.evaluate import Text, read_text, self_text
+from fewbits.evaluation import Text, read_text, self_text
 from fewbits.files.base import Checkpoint
 from fewbits.files.open import open_checkpoint
 

@@ -16,6 +16,7 @@ from .errors import (
     ModelError,
     PlanError,
 )
+from .evaluation import evaluate
 from .files.base import Checkpoint
 from .files.open import open_checkpoint as open
 from .formats import FORMATS, Format
@@ -45,6 +46,7 @@ __all__ = [
     "Rule",
     "__version__",
     "convert",
+    "evaluate",
     "load",
     "open",
     "quantize",

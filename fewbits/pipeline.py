@@ -30,7 +30,7 @@ from .files.atomic import make_directory, write_atomic
 from .files.base import Checkpoint
 from .files.blockstore import BlockStore
 from .files.gguf_metadata import model_name
-from .files.layout import LAYOUTS, Layout, is_plain, other_containers
+from .files.layout import LAYOUTS, Layout, is_plain, others_files
 from .files.open import open_checkpoint
 from .files.stream import StreamFile
 from .files.target import Job, Target, directory_target, gguf_refusal, gguf_target
@@ -56,8 +56,12 @@ def quantize(
 ) -> Receipt:
     """Quantize `source` into `out` as `request` says -> the receipt, which is also written beside it.
 
-    progress: called with (tensor name, bytes read, bytes in all). Raises PlanError, ModelError,
-    FormatError or FileError before or during the work; a started output stays resumable.
+    progress: called with (tensor name, bytes read, bytes in all). Raises PlanError, ModelError, FormatError
+    or FileError; a started output stays resumable.
+
+        >>> receipt = fewbits.quantize(tiny, out, fewbits.Request(to="int4_g64"))
+        >>> {row.format for row in receipt.tensors if row.relative_error}
+        {'int4_g64'}
     """
     start = time.monotonic()
     reset_peak_memory()
@@ -97,14 +101,10 @@ def quantize(
             path.unlink(missing_ok=True)
         file.finish(keep_journal=True)
         target.finish(found)
-        receipt = replace(
-            _receipt(checkpoint, target, request, rows),
-            target=str(out),
-            inputs=hashing.result(),
-            seconds=time.monotonic() - start,
-            peak_memory_bytes=peak_memory(),
-            notes=target.notes + notes,
-        )
+        receipt = _receipt(checkpoint, target, request, rows)
+        receipt = replace(receipt, target=str(out), inputs=hashing.result(), notes=target.notes + notes)
+        seconds = time.monotonic() - start
+        receipt = replace(receipt, seconds=seconds, peak_memory_bytes=peak_memory())
         write_atomic(target.receipt, receipt.to_json().encode())
         if store is not None:
             store.remove()
@@ -159,6 +159,11 @@ def convert(
 
     A format that the file type lacks becomes another with the same values (q4_0 is int4_g32) where there
     is one; else FormatError names the nearest. requantize: quantize to that, and tell the added error.
+
+        >>> receipt = fewbits.quantize(tiny, out, fewbits.Request(to="int4_g32"))
+        >>> receipt = fewbits.convert(out, out.with_suffix(".gguf"))
+        >>> sorted({row.format for row in receipt.tensors if row.reason})
+        ['f32', 'q4_0']
     """
     return quantize(source, out, Request(file=file, overwrite=overwrite, requantize=requantize), progress)
 
@@ -269,7 +274,7 @@ def _check_place(checkpoint: Checkpoint, out: Path, layout: Layout | None, overw
         raise FileError(
             f"{out}: holds a model that fewbits did not write; choose another output, or pass overwrite"
         )
-    for name in other_containers(layout):
+    for name in others_files(layout):
         if (out / name).exists():
             raise FileError(f"{out / name}: exists; choose another output or pass overwrite")
 

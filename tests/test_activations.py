@@ -23,7 +23,7 @@ from fewbits.activations.observers import HALF, divergence, percentile, squared_
 from fewbits.activations.quantizers import fit, quantize
 from fewbits.adapters.simulate import changed_attention, changed_inputs
 from fewbits.errors import CalibrationError, ModelError, PlanError
-from fewbits.evaluate import Settings, Simulation, Text, evaluate
+from fewbits.evaluation import Settings, Simulation, Text, evaluate
 from fewbits.files.open import open_checkpoint
 from tests.tiny import save_tiny, tiny_model
 

@@ -32,6 +32,7 @@ def child(model, tmp_path_factory) -> Path:
     return at
 
 
+MISSING = Outcome("an engine", "not checked", reason="it is not installed (pip install it)")
 SAME = Outcome("an engine", "same", "1.0", 0.1, 0.001, 8, 1.0)
 
 
@@ -39,8 +40,7 @@ SAME = Outcome("an engine", "same", "1.0", 0.1, 0.001, 8, 1.0)
 def run(capsys, tmp_path, monkeypatch):
     """-> (exit code, stdout, stderr) of a command run in an empty directory. No engine is installed."""
     monkeypatch.chdir(tmp_path)
-    missing = Outcome("none", "not checked", reason="no engine is installed")
-    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given: missing)
+    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given: MISSING)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -59,7 +59,7 @@ def run(capsys, tmp_path, monkeypatch):
 
 def test_quantize_prints_the_receipt_and_writes_it(model, run):
     code, out, err = run("quantize", model, "--to", "q8_0", "--effort", "fast", "--json")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"fewbits: {MISSING.line()}\n")
     receipt = Receipt.from_json(out)
     assert receipt.target == "tiny-Q8_0.gguf"
     assert Path("tiny-Q8_0.gguf.receipt.json").read_text() == out.rstrip("\n") + "\n"
@@ -260,7 +260,9 @@ def test_convert(child, run):
     code, out, err = run("convert", child, "native")
     assert (code, err) == (0, "") and out.endswith("wrote native\n")
     code, out, err = run("convert", "native", "again.gguf", "--json")
-    assert (code, err) == (0, "") and Receipt.from_json(out).target == "again.gguf"
+    assert (code, err) == (0, f"fewbits: {MISSING.line()}\n") and Receipt.from_json(
+        out
+    ).target == "again.gguf"
     assert Path("again.gguf").read_bytes() == child.read_bytes()
     assert run("convert", "native", "again.gguf")[0] == 1
     assert run("convert", "native", "again.gguf", "--overwrite")[0] == 0

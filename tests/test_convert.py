@@ -87,3 +87,14 @@ def test_a_quantized_table_has_no_place_beside_linear_weights(model, tmp_path):
     quantize(model, tmp_path / "m.gguf", Request("q4_0", file="gguf"))
     with pytest.raises(FewbitsError, match=r"embed_tokens.*requantize"):
         convert(tmp_path / "m.gguf", tmp_path / "g", "gptq")
+
+
+def test_floats_come_back_when_asked_for(model, tmp_path):
+    """The values decoded, in the model's float type: f32 here, so exactly."""
+    quantize(model, tmp_path / "n", Request(plan=blocks("q4_0")))
+    with pytest.raises(FewbitsError, match="holds floats only"):
+        convert(tmp_path / "n", tmp_path / "f", "huggingface")
+    convert(tmp_path / "n", tmp_path / "f", "huggingface", requantize=True)
+    wanted, found = values(tmp_path / "n"), values(tmp_path / "f")
+    assert all(torch.equal(found[name], w) for name, w in wanted.items())
+    assert not any(tensor.quantized for tensor in open_checkpoint(tmp_path / "f").tensors.values())

@@ -10,7 +10,7 @@ from fewbits.activations import CACHES, Cache, attention
 from fewbits.activations.kv_cache import per_channel, per_token, quantize_dequantize
 from fewbits.adapters.simulate import changed_attention
 from fewbits.errors import ModelError
-from fewbits.evaluate import Settings, Simulation, Text, evaluate
+from fewbits.evaluation import Settings, Simulation, Text, evaluate
 from fewbits.files.open import open_checkpoint
 from tests.tiny import save_tiny, tiny_model
 

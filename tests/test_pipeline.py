@@ -247,9 +247,7 @@ def test_a_native_directory_made_of_a_gguf_file_runs(llama, tmp_path):
 def test_a_format_that_gguf_cannot_carry_names_the_nearest_and_writes_nothing(llama, tmp_path):
     quantize(llama, tmp_path / "n", Request("nf4", rules("*.up_proj=int4_g32")))
     before = written(tmp_path)
-    with pytest.raises(
-        FormatError, match=r"11 more: .* cannot carry nf4; the nearest it has is iq4_nl"
-    ):
+    with pytest.raises(FormatError, match=r"11 more: .* cannot carry nf4; the nearest it has is iq4_nl"):
         convert(tmp_path / "n", tmp_path / "m.gguf")
     assert written(tmp_path) == before
 

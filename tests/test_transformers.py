@@ -17,6 +17,8 @@ from fewbits.files.open import open_checkpoint
 from fewbits.verify import ENGINES, verify
 from tests.packed_models import IDS, auto, logits, planes, quantized
 
+UP = "model.layers.0.mlp.up_proj.weight"
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
@@ -128,6 +130,15 @@ def test_half_precision_casts_floats_and_no_plane(llama, open_model):
     x = torch.randn(3, 256, dtype=torch.bfloat16)
     ours, theirs = (m.model.layers[0].mlp(x) for m in (model, moved))
     assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+
+
+def test_a_module_that_is_kept_in_f32_has_the_same_planes(llama, monkeypatch):
+    """transformers casts what matches such a name while loading."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"up_proj"})
+    up = auto(llama, torch.bfloat16).model.layers[0].mlp.up_proj.weight
+    assert torch.equal(up.decode(torch.float32), open_checkpoint(llama).tensors[UP].load().decode())
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -252,6 +263,9 @@ def test_a_config_that_contradicts_the_planes_is_refused(tmp_path, llama, change
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(FileError, match=said):
         open_checkpoint(tmp_path / "m")
+    if "formats" in change and isinstance(change["formats"], dict) and "plane" not in said:
+        with pytest.raises(FileError, match=said):
+            auto(tmp_path / "m")
 
 
 # ---- registering ---------------------------------------------------------------------------------

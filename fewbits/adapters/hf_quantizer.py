@@ -31,9 +31,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import ModelError
-from ..files.native import METHOD, VERSION, named_formats
-from ..formats.base import FORMATS, Format
+from ..errors import FileError, ModelError, raise_all
+from ..files.layout import Held
+from ..files.native import METHOD, NATIVE, VERSION, named_formats
+from ..formats.base import Format
 from ..qtensor import QTensor
 from .packed import PackedWeight, pack, packable, packed_modules, unpack_module
 
@@ -57,11 +58,11 @@ class FewbitsConfig(QuantizationConfigMixin):
             )
 
     def rows(self) -> dict[str, tuple[Format, Shape]]:
-        return {
-            tensor: (FORMATS.get(name), (shape[0], shape[1]))
-            for name, tensors in self.formats.items()
-            for tensor, shape in tensors.items()
-        }
+        """tensor -> its format and shape; FileError lists what is neither."""
+        faults: list[str] = []
+        held = NATIVE.find(self.to_dict(), {}, faults)
+        raise_all(FileError, "quantization_config", faults)
+        return {name: (row.format, row.shape) for name, row in held.items() if isinstance(row, Held)}
 
     def drop(self, tensors: set[str]) -> None:
         kept = {

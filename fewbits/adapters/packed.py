@@ -145,7 +145,7 @@ def pack_module(module: nn.Module, weight: PackedWeight, own: bool = True) -> No
         module.weight = weight
     else:
         module.__dict__["weight"] = weight
-    # transformers fills what no file had, each with the values of its class, and skips what says this.
+    # transformers fills at random what no file had, and skips what says this (a tied head may come first).
     weight._is_hf_initialized = True  # type: ignore[assignment]
 
 

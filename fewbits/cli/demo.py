@@ -97,7 +97,7 @@ def quantized(model: Path, out: Path, kind: str, cache: Path) -> dict[str, Any]:
 
 def measure(model: Path, children: list[Path], progress: StageProgress) -> dict[str, Any]:
     """Evaluate all on text that the parent writes -> `Evaluation` as data."""
-    from ..evaluate import Settings, evaluate, self_text
+    from ..evaluation import Settings, evaluate, self_text
 
     parent = open_checkpoint(model)
     note(f"sampling {WINDOWS * CONTEXT} tokens from the parent, then scoring all models on them")
@@ -113,7 +113,7 @@ def write_sentences(model: Path, children: list[Path]) -> dict[str, str]:
     import torch
 
     from ..adapters.hf import load_model, load_tokenizer
-    from ..evaluate.generation import greedy
+    from ..evaluation.generation import greedy
 
     parent = open_checkpoint(model)
     tokenizer = load_tokenizer(parent)

@@ -13,7 +13,7 @@ from ..files.open import open_checkpoint
 from .progress import StageProgress
 
 if TYPE_CHECKING:
-    from ..evaluate import Evaluation, ModelScores, Simulation
+    from ..evaluation import Evaluation, ModelScores, Simulation
     from ..files.base import Checkpoint
 
 CALIBRATION, WINDOW = 4096, 512  # tokens to calibrate activations on, and in a window
@@ -73,7 +73,7 @@ def _simulation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _simulation(options: argparse.Namespace, parent: Checkpoint, progress: StageProgress) -> Simulation:
     """The options of `_simulation_arguments`, their calibration text as windows of 512 tokens."""
-    from ..evaluate import Simulation, read_text, self_text
+    from ..evaluation import Simulation, read_text, self_text
 
     given = Simulation(options.activations, options.kv_cache, observer=options.observer)
     if options.activation_limit is not None:
@@ -93,7 +93,7 @@ def _simulation(options: argparse.Namespace, parent: Checkpoint, progress: Stage
 
 def run(options: argparse.Namespace) -> int:
     from ..adapters.hf import load_tokenizer
-    from ..evaluate import Settings, evaluate, read_text, self_text
+    from ..evaluation import Settings, evaluate, read_text, self_text
 
     parent = open_checkpoint(resolve(options.parent, options.cache_dir))
     children = [open_checkpoint(resolve(child, options.cache_dir)) for child in options.children]

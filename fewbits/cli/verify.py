@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from ..files.base import Checkpoint
+from ..files.open import open_checkpoint
 from ..release import finished, push
 from ..report.receipt import Receipt
-from ..verify import Outcome, verify
+from ..verify import Outcome, file_type_of, verify
 
 HELP = "load an output in its engine and compare logits and greedy tokens"
 EXAMPLES = """examples:
@@ -61,9 +62,9 @@ def concluded(
     receipt: Receipt, parent: Checkpoint, out: Path, options: argparse.Namespace
 ) -> tuple[Receipt, int]:
     """Verify a new output, audit it, write receipt and card, push it if asked -> the receipt, exit code."""
-    outcome = None if options.no_verify else outcome_of(out, options)
-    if outcome is not None and outcome.engine == "none":
-        outcome = None  # a directory of ours: no engine is waiting for it
+    # A native directory is ours: no other engine is waiting for it.
+    ours = file_type_of(open_checkpoint(out)) == "native"
+    outcome = None if options.no_verify or ours else outcome_of(out, options)
     receipt = finished(receipt, parent, out, outcome)
     if outcome is not None:
         print(f"fewbits: {outcome.line()}", file=sys.stderr)

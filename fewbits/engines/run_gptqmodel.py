@@ -16,8 +16,9 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     torch.set_num_threads(task["threads"])
     with open(f"{model_path}/config.json") as file:
         awq = json.load(file)["quantization_config"]["quant_method"] == "awq"
-    dtype = torch.float16 if awq else torch.float32  # its AWQ kernel takes f16 only
-    model = GPTQModel.load(model_path, device="cpu", backend=BACKEND.TORCH, dtype=dtype).model.eval()
+    model = GPTQModel.load(model_path, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model.eval()
+    if not awq:  # loaded in f32 it is refused; its AWQ kernel takes f16 only
+        model = model.float()
     ids = list(task["tokens"])
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].float()

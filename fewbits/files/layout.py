@@ -5,8 +5,8 @@
     config.json                  {"quantization_config": {"quant_method": "gptq", "bits": 4, ...}}
 
 A layout only moves bits: `pack` and `unpack` are exact inverses, so a weight goes from one layout to any
-other that carries its format without being quantized again. One file a layout; LAYOUTS has them all. The file is
-safetensors unless a layout has another container (`weights`, `placed`).
+other that carries its format without being quantized again. One file a layout; LAYOUTS has them all. The
+file is safetensors unless a layout has another container (`weights`, `placed`).
 """
 
 from __future__ import annotations
@@ -73,11 +73,13 @@ class Decoded:
 
 class Layout(ABC):
     """name: as `--to` takes it. method: quant_method in config.json, None if no config names it. tables: may
-    tables of embeddings be quantized, or linear weights only? weights: the file of all arrays."""
+    tables of embeddings be quantized, or linear weights only? weights: the file of all arrays.
+    marks: other files by which a directory is taken for one of this layout."""
 
     name: str
     method: ClassVar[str | None] = None
     weights: ClassVar[str] = "model.safetensors"
+    marks: ClassVar[tuple[str, ...]] = ()
     tables: ClassVar[bool] = False
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
@@ -141,9 +143,11 @@ class Layout(ABC):
 LAYOUTS: Registry[Layout] = Registry("file type", FileError)
 
 
-def other_containers(layout: Layout) -> list[str]:
-    """The names under which other file types keep their arrays in the same directory."""
-    return sorted({LAYOUTS.get(name).weights for name in LAYOUTS} - {layout.weights})
+def others_files(layout: Layout) -> list[str]:
+    """What would make a directory one of another layout, and is none of this one's."""
+    known = [LAYOUTS.get(name) for name in LAYOUTS]
+    found = {name for other in known for name in (other.weights, *other.marks)}
+    return sorted(found - {layout.weights, *layout.marks})
 
 
 def planes_of(q: QTensor) -> tuple[torch.Tensor, ...]:

@@ -136,7 +136,7 @@ class MLX(Layout):
         settings: dict[str, Any] = _said(common)
         settings |= {module: _said(kind) for module, kind in other.items() if _said(kind) != _said(common)}
         settings["fewbits"] = {"format": common, "modules": other}
-        return {"config.json": {**config, **dict.fromkeys(SETTINGS, settings)}}
+        return {"config.json": {**_older_rope(config), **config, **dict.fromkeys(SETTINGS, settings)}}
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
@@ -149,6 +149,18 @@ class MLX(Layout):
                 if held is not None:
                     found[f"{module}.weight"] = held
         return found
+
+
+def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling where mlx-lm looks for them: transformers 5 writes rope_parameters alone,
+    and what is missing would silently be 10000."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope:
+        return {}
+    found: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return found
 
 
 def _bias(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,7 @@ class Native(Layout):
     name = "native"
     method = METHOD
     tables = True
+    marks = (INDEX,)
 
     def told(self, activations: str | None) -> Native:
         if activations is not None and activations.endswith("_static"):

@@ -12,6 +12,9 @@
                               <tensor>.zero   u8, of the scales' shape
     float                     <tensor>        as it is
 
+onnxruntime makes its own MatMulNBits of a DequantizeLinear with zeros, and rounds the inputs to 8 bits there,
+unless the session's qdq_matmulnbits_accuracy_level is 0; all else is multiplied in f32.
+
 Only directories that fewbits wrote are read: in another graph a weight has no name that tells what it is.
 MatMulNBits has 4 bits since onnxruntime 1.17 and 8 since 1.22 (pull requests 17890, 24491); both tried with
 1.32. Source: onnxruntime, docs/ContribOperators.md; onnx, docs/ExternalData.md.
@@ -27,9 +30,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import FileError, FormatError, raise_all
+from ..errors import FileError, raise_all
 from ..formats.affine import Affine
-from ..formats.base import FORMATS, Format
+from ..formats.base import Format
 from ..qtensor import QTensor
 from .base import Checkpoint
 from .huggingface import describe_files, find_side_files
@@ -58,7 +61,7 @@ GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 PAGE = 4096  # bytes
 GROUPS = (16, 32, 64, 128, 256)
-GRAPH_LIMIT = 256 * 2**20  # bytes; 126 blocks take less than 2 MiB
+GRAPH_LIMIT = 64 * 2**20  # bytes; 126 blocks take less than 2 MiB
 
 
 class Onnx(Layout):
@@ -66,6 +69,7 @@ class Onnx(Layout):
 
     name = "onnx"
     weights: ClassVar[str] = DATA
+    marks = (GRAPH,)
 
     def refusal(self, format: Format) -> str | None:
         if not isinstance(format, Affine):
@@ -97,7 +101,11 @@ class Onnx(Layout):
         else:
             group, codes = format.cells.columns, torch.uint8
             groups = -(-k // group)
-            sizes = [(n, groups, group * format.bits // 8), (n * groups,), (n * -(-groups * format.bits // 8),)]
+            sizes = [
+                (n, groups, group * format.bits // 8),
+                (n * groups,),
+                (n * -(-groups * format.bits // 8),),
+            ]
         found = [Array(f"{name}.codes", codes, sizes[0]), Array(f"{name}.scale", format.dtype, sizes[1])]
         return found + ([Array(f"{name}.zero", torch.uint8, sizes[2])] if format.zero == "int" else [])
 
@@ -173,8 +181,8 @@ def open_onnx(path: Path) -> Checkpoint:
     index = parse_json_object(said[0].encode(), f"{path / GRAPH}: metadata 'fewbits'")
     if index.get("version") != VERSION or not isinstance(index.get("tensors"), dict):
         raise FileError(
-            f"{path / GRAPH}: version {str(index.get('version'))[:40]}, this program reads {VERSION}; use the "
-            "fewbits that wrote it"
+            f"{path / GRAPH}: version {str(index.get('version'))[:40]}, this program reads {VERSION}; use "
+            "the fewbits that wrote it"
         )
     places = _places(model.graph.initializer, path)
     return Checkpoint(
@@ -234,7 +242,9 @@ def _entry(tensor: Any, kinds: Mapping[int, str], faults: list[str]) -> Entry | 
     said, before = {entry.key: entry.value for entry in tensor.external_data}, len(faults)
     dtype, shape = kinds.get(tensor.data_type), tuple(tensor.dims)
     if dtype is None:
-        faults.append(f"tensor {tensor.name!r}: type {tensor.data_type}; read are {', '.join(TYPES.values())}")
+        faults.append(
+            f"tensor {tensor.name!r}: type {tensor.data_type}; read are {', '.join(TYPES.values())}"
+        )
     if said.get("location") != DATA:
         faults.append(f"tensor {tensor.name!r}: lies in {said.get('location', '')[:80]!r}; read is {DATA!r}")
     if len(shape) > MAX_DIMS or any(size < 0 for size in shape):

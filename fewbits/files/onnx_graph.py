@@ -3,12 +3,12 @@
     input_ids (b, t) i64 -> Gather -> blocks -> norm -> output -> logits (b, t, vocabulary) f32
 
     block     x + o(attention(q, k, v of norm(x)));   x + down(silu(gate) * up) of norm(x)
-    weight    groups: MatMulNBits(x, codes, scales[, zeros]) of com.microsoft; a row or the tensor: x times the
-              transpose of DequantizeLinear(codes, scales[, zeros]); float: of the weight itself
+    weight    groups: MatMulNBits(x, codes, scales[, zeros]) of com.microsoft; a row or the tensor: x times
+              the transpose of DequantizeLinear(codes, scales[, zeros]); float: of the weight itself
 
-The mask is causal, or a window's, and made inside; all tokens go through at each call: there is no input for a
-mask or for a cache of keys and values. All arithmetic is f32: what is stored in f16 or bf16 passes a Cast,
-which onnxruntime does once, when it loads. Grouped queries are an axis of their own, so keys are not repeated.
+The mask is causal, or a window's, and made inside; all tokens go through at each call: there is no input for
+a mask or for a cache of keys and values. All arithmetic is f32: what is stored in f16 or bf16 passes a Cast,
+which onnxruntime does once, when it loads. Grouped queries are an axis of their own: no key is repeated.
 Constants of the graph lie in it; all arrays that are a tensor's lie outside, under the tensor's name.
 Spec: onnx.ai/onnx/operators, opset 18; onnxruntime, docs/ContribOperators.md.
 """
@@ -39,8 +39,8 @@ LOWEST = float(torch.finfo(torch.float32).min)
 
 @dataclass(frozen=True)
 class Decoder:
-    """What the graph needs of config.json. frequencies: of the head_dim / 2 pairs, radians a token. windows: of
-    each block, tokens; None: all."""
+    """What the graph needs of config.json. frequencies: of the head_dim / 2 pairs, radians a token. windows:
+    of each block, tokens; None: all."""
 
     hidden: int
     heads: int
@@ -68,15 +68,20 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
     hidden, heads, blocks, kv_heads = (int(str(value)) for value in sizes.values())
     head_dim = config.get("head_dim") or hidden // heads
     if not _is_count(head_dim) or head_dim % 2 or heads % kv_heads:
-        faults.append(f"{heads} heads of {str(head_dim)[:20]} with {kv_heads} keys and values are no attention")
+        faults.append(
+            f"{heads} heads of {str(head_dim)[:20]} with {kv_heads} keys and values are no attention"
+        )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         faults.append(f"hidden_act is {str(config['hidden_act'])[:20]!r}; the graph has silu")
+    eps = config.get("rms_norm_eps", 1e-6)
+    if type(eps) not in (int, float):
+        faults.append(f"rms_norm_eps is {str(eps)[:20]!r}")
     rope, _ = rope_parameters(config)
     frequencies = () if faults else _frequencies(rope, int(head_dim), faults)
     windows = _windows(config, blocks, faults)
     raise_all(PlanError, "this model as an onnx file; use gguf or native", faults)
-    eps, tied = float(config.get("rms_norm_eps", 1e-6)), bool(config.get("tie_word_embeddings", False))
-    return Decoder(hidden, heads, kv_heads, int(head_dim), eps, frequencies, windows, tied)
+    tied = bool(config.get("tie_word_embeddings", False))
+    return Decoder(hidden, heads, kv_heads, int(head_dim), float(eps), frequencies, windows, tied)
 
 
 def _is_count(value: Any) -> bool:
@@ -103,6 +108,8 @@ def _windows(config: Mapping[str, Any], blocks: int, faults: list[str]) -> tuple
     window, types = config.get("sliding_window"), config.get("layer_types")
     if config["model_type"] == "llama" or window is None:
         return (None,) * blocks
+    if not _is_count(window):
+        faults.append(f"sliding_window is {str(window)[:20]!r}")
     if config["model_type"] == "mistral" and types is None:
         return (window,) * blocks
     if isinstance(types, list) and len(types) == blocks:
@@ -140,10 +147,10 @@ def _shapes(
     optional: dict[str, tuple[int, ...]] = {}
     for i in range(len(d.windows)):
         block = f"model.layers.{i}"
-        width, inner, q, kv = d.hidden, 0, d.heads * d.head_dim, d.kv_heads * d.head_dim
+        width, q, kv = d.hidden, d.heads * d.head_dim, d.kv_heads * d.head_dim
         inner = rows.get(f"{block}.mlp.up_proj.weight", ("", (0,)))[1][0]
-        shapes = ((q, width), (kv, width), (kv, width), (width, q))
-        shapes += ((inner, width), (inner, width), (width, inner))
+        shapes = [(q, width), (kv, width), (kv, width), (width, q)]
+        shapes += [(inner, width), (inner, width), (width, inner)]
         for part, shape in zip(PER_BLOCK, shapes, strict=True):
             module = f"{block}.{'self_attn' if len(part) == 1 else 'mlp'}.{part}_proj"
             needed[f"{module}.weight"], optional[f"{module}.bias"] = shape, shape[:1]
@@ -165,9 +172,7 @@ class Graph:
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         name = f"{kind}/{len(self.nodes)}"
-        self.nodes.append(
-            self.helper.make_node(kind, inputs, [name], name=name, domain=domain, **attributes)
-        )
+        self.nodes.append(self.helper.make_node(kind, inputs, [name], name=name, domain=domain, **attributes))
         return name
 
     def ints(self, *values: int) -> str:
@@ -234,7 +239,7 @@ _SHORT = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 @dataclass(frozen=True)
 class Positions:
-    """cos, sin `(t, head_dim / 2)`; masks by window: `(t, t)`, 0 where row i sees column j and LOWEST elsewhere."""
+    """cos, sin: `(t, head_dim / 2)`. masks, by window: `(t, t)`, 0 where row i sees column j, else LOWEST."""
 
     cos: str
     sin: str
@@ -257,7 +262,7 @@ def _positions(g: Graph) -> Positions:
 
 
 def _heads(g: Graph, x: str, groups: int, norm: str) -> str:
-    """`(b, t, kv_heads * groups * head_dim)` -> `(b, kv_heads, groups, t, head_dim)`, each head normalized."""
+    """`(b, t, kv_heads * groups * head_dim)` -> `(b, kv_heads, groups, t, head_dim)`, each with its norm."""
     d = g.decoder
     x = g.op("Reshape", x, g.ints(0, 0, d.kv_heads, groups, d.head_dim))
     x = g.norm(x, norm) if norm in g.rows else x

@@ -34,7 +34,14 @@ OPENERS: dict[FileType, Callable[[Path], Checkpoint]] = {
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A Hugging Face directory, native directory or GGUF file -> Checkpoint; experts one weight each."""
+    """A directory or file of any type above -> Checkpoint; experts one weight each. Only headers are read.
+
+    >>> model = fewbits.open(tiny)
+    >>> model.tensors["model.norm.weight"].shape
+    (256,)
+    >>> model.tensors["model.norm.weight"].load().dtype
+    torch.float32
+    """
     path = Path(path)
     return OPENERS[open_file_type(path)](path)
 

@@ -30,7 +30,7 @@ from .atomic import write_atomic
 from .base import Checkpoint
 from .gguf import gguf_header, gguf_nbytes
 from .gguf_metadata import gguf_metadata, side_files_from_keys
-from .layout import Layout, gathered, is_plain, laid_out, other_containers, planes_of
+from .layout import Layout, gathered, is_plain, laid_out, others_files, planes_of
 from .stream import Span
 
 ALIGNMENT = 32
@@ -189,7 +189,7 @@ def directory_target(
             write_atomic(directory / name, content)
 
     receipt = directory / "receipt.json"
-    stale = (*(directory / name for name in [*small, *other_containers(layout)]), receipt)
+    stale = (*(directory / name for name in [*small, *others_files(layout)]), receipt)
     return Target(directory / layout.weights, header, spans, jobs, receipt, finish, stale=stale, told=told)
 
 

@@ -64,8 +64,9 @@ def carried(
                 break
         else:
             if requantize:
-                near = nearest(decision.format, refusal, sources[0].shape)
-                found[entry.name] = Decision(near, near, f"quantized again, from {decision.format}")
+                near = nearest(decision.format, refusal, sources[0].shape) or _float_of(checkpoint)
+                how = "decoded" if near in FLOATS else "quantized again"
+                found[entry.name] = Decision(near, near, f"{how}, from {decision.format}")
     raise_all(PlanError, str(checkpoint.path), faults)
     return found
 
@@ -81,7 +82,7 @@ def _float_of(checkpoint: Checkpoint) -> str:
     return {"float32": "f32", "float16": "f16"}.get(said, "bf16")
 
 
-def nearest(format: str, refusal: Refusal, shape: tuple[int, ...]) -> str:
+def nearest(format: str, refusal: Refusal, shape: tuple[int, ...]) -> str | None:
     """The carried format that takes the shape and has most like bits per weight; rather more than less."""
     n, k = shape[-2:]
     wanted = FORMATS.get(format).bits_per_weight(n, k)
@@ -95,7 +96,7 @@ def nearest(format: str, refusal: Refusal, shape: tuple[int, ...]) -> str:
         for name in FORMATS
         if name not in FLOATS and refusal(FORMATS.get(name)) is None and _takes(FORMATS.get(name), n, k)
     ]
-    return min(fits, key=distance, default=format)
+    return min(fits, key=distance, default=None)
 
 
 def way(format: str, refusal: Refusal) -> str | None:

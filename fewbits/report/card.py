@@ -21,7 +21,7 @@ from .table import Cell, size, table
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 INHERITED = ("license", "license_name", "license_link", "language")
-LIBRARY = {"gguf": "gguf", "mlx": "mlx"}
+LIBRARY = {"gguf": "gguf", "mlx": "mlx", "onnx": "onnx"}
 RUN = {
     "gguf": "llama-cli -m {name} -p 'Once upon a time'",
     "gptq": "vllm serve {name}        # or GPTQModel.load({name!r})",
@@ -30,6 +30,7 @@ RUN = {
     "compressed-tensors": "vllm serve {name}",
     "bitsandbytes": "AutoModelForCausalLM.from_pretrained({name!r})      # with bitsandbytes installed",
     "mlx": "mlx_lm.generate --model {name} --prompt 'Once upon a time'",
+    "onnx": "onnxruntime.InferenceSession('{name}/model.onnx').run(['logits'], {{'input_ids': tokens}})",
     "native": "import fewbits; AutoModelForCausalLM.from_pretrained({name!r})",
     "huggingface": "AutoModelForCausalLM.from_pretrained({name!r})",
 }

@@ -46,7 +46,7 @@ def one_block(quantized: dict, vocabulary: int = 8) -> dict:
     shapes |= {f"{attention}.o_proj.weight": (64, 256), f"{mlp}.down_proj.weight": (64, 512)}
     shapes |= {f"{mlp}.{part}_proj.weight": (512, 64) for part in ("gate", "up")}
     shapes |= {f"model.layers.0.{norm}_layernorm.weight": (64,) for norm in ("input", "post_attention")}
-    shapes |= {name: (vocabulary, 64) for name in ("lm_head.weight", "model.embed_tokens.weight")}
+    shapes |= dict.fromkeys(("lm_head.weight", "model.embed_tokens.weight"), (vocabulary, 64))
     shapes["model.norm.weight"] = (64,)
     return {name: quantized.get(name, torch.randn(shape).bfloat16()) for name, shape in shapes.items()}
 

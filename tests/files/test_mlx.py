@@ -135,3 +135,21 @@ def test_a_mixture_is_said_by_module(tmp_path):
     assert {name: tensor.dtype for name, tensor in found.items()} == {
         name: q.format.name for name, q in tensors.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 5e5}),
+        (
+            {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0},
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        ),
+    ],
+)
+def test_rotary_settings_stand_where_mlx_lm_looks_for_them(rope, said):
+    config = MLX.settings({}, {"rope_parameters": rope}, {})["config.json"]
+    assert {key: config.get(key) for key in said} == said and config["rope_parameters"] == rope
+    assert (
+        MLX.settings({}, {"rope_parameters": rope, "rope_theta": 7.0}, {})["config.json"]["rope_theta"] == 7.0
+    )

@@ -17,11 +17,12 @@ import torch
 from ..adapters.hf import load_model
 from ..errors import CalibrationError, FileError, ModelError, raise_all
 from ..files.base import Checkpoint
+from ..files.open import open_checkpoint
 from ..report.table import Cell, size, table
 from .generation import Continuation, continuation, greedy
 from .scores import Fidelity, Measured, TokenScores, compare, fidelity, negative_log_likelihood, perplexity
 from .simulated import Simulated, Simulation, simulated
-from .text import Text
+from .text import Text, read_text
 
 Progress = Callable[[str, int, int], None]
 Decode = Callable[[list[int]], str]
@@ -118,18 +119,28 @@ class Evaluation:
 
 
 def evaluate(
-    parent: Checkpoint,
-    children: Sequence[Checkpoint],
-    text: Text,
+    parent: Checkpoint | str | Path,
+    children: Sequence[Checkpoint | str | Path],
+    text: Text | str,
     settings: Settings | None = None,
     decode: Decode | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Compare every child with its parent on `text`.
+    """Compare every child with its parent on `text`, a string or tokens (read_text, self_text).
 
     decode: tokens -> text for the samples (default: the token numbers). Raises CalibrationError for
     too little text, ModelError for models that cannot be compared, FileError for a full scratch disk.
+
+        >>> receipt = fewbits.quantize(tiny, out, fewbits.Request(to="int8_g32"))
+        >>> found = fewbits.evaluate(tiny, [out], "the quick brown fox " * 200)
+        >>> 0 < found.children[0].fidelity.kl.value < 0.01
+        True
     """
+    parent, *children = (
+        given if isinstance(given, Checkpoint) else open_checkpoint(Path(given))
+        for given in (parent, *children)
+    )
+    text = read_text(parent, text, "the text given") if isinstance(text, str) else text
     settings = settings or Settings()
     vocabulary = _check_models(parent, children, settings)
     settings.simulation.check(vocabulary)
