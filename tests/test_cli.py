@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,6 @@ def child(model, tmp_path_factory) -> Path:
 
 
 MISSING = Outcome("an engine", "not checked", reason="it is not installed (pip install it)")
-SAME = Outcome("an engine", "same", "1.0", 0.1, 0.001, 8, 1.0)
 
 
 @pytest.fixture
@@ -236,21 +234,6 @@ def test_every_command_shows_examples(run, name):
     assert (code, err) == (0, "")
     assert f"examples:\n  fewbits {name.replace('_', '-')}" in out
     assert "examples:" in run("--help")[1] and name in run("--help")[1]
-
-
-# What the engine says at the end
-
-
-@pytest.mark.parametrize(("outcome", "code"), [(SAME, 0), (replace(SAME, verdict="differs", kl=5.0), 4)])
-def test_the_engine_has_the_last_word(model, run, monkeypatch, outcome, code):
-    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given: outcome)
-    got, _, err = run("quantize", model, "--to", "q8_0", "--no-search", "--effort", "fast", "--out", "m.gguf")
-    assert got == code and outcome.line() in err
-    assert receipt("m.gguf.receipt.json").verified == outcome.to_dict()
-    assert Path("m.gguf.README.md").exists()
-    assert run("verify", "m.gguf") == (code, outcome.line() + "\n", "")
-    assert run("convert", "m.gguf", "again.gguf", "--no-verify")[0] == 0
-    assert receipt("again.gguf.receipt.json").verified == {}
 
 
 # The other commands

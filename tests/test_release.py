@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -111,3 +112,16 @@ def test_a_name_that_is_none_is_refused(parent, output):
     finished(receipt, parent, out, None)
     with pytest.raises(FileError, match="give org/name"):
         push(out, "name")
+
+
+@pytest.mark.parametrize(("outcome", "code"), [(SAME, 0), (replace(SAME, verdict="differs", kl=5.0), 4)])
+def test_the_engine_has_the_last_word(parent, tmp_path, monkeypatch, capsys, outcome, code):
+    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given: outcome)
+    out, again = tmp_path / "m.gguf", tmp_path / "again.gguf"
+    assert main(["quantize", str(parent.path), "--to", "q8_0", "--effort", "fast", "--out", str(out)]) == code
+    assert outcome.line() in capsys.readouterr().err
+    assert read_receipt(out).verified == outcome.to_dict() and card_path(out).exists()
+    assert main(["verify", str(out)]) == code
+    assert capsys.readouterr().out == outcome.line() + "\n"
+    assert main(["convert", str(out), str(again), "--no-verify"]) == 0
+    assert read_receipt(again).verified == {}
