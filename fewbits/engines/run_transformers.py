@@ -15,17 +15,28 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     torch.set_num_threads(task["threads"])
     for name in task.get("imports", []):
         __import__(name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=torch.float32, device_map="cpu", local_files_only=True
+    try:
+        logits, new = run(model_path, task, torch.float32)
+    except RuntimeError:  # compressed-tensors decodes some types to bf16 whatever the model computes in
+        logits, new = run(model_path, task, "auto")
+    np.savez(result_path, logits=logits.numpy(), new=np.array(new))
+    print(json.dumps({"engine": "transformers", "version": transformers.__version__}))
+
+
+@torch.no_grad()
+def run(model_path: str, task: dict, dtype: torch.dtype | str) -> tuple[torch.Tensor, list[int]]:
+    """Logits `(t, vocabulary)` f32 of the tokens, and the greedy tokens after them."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=dtype, device_map="cpu", local_files_only=True
     ).eval()
     ids = list(task["tokens"])
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].float()
-        for _ in range(task["new"]):
-            last = logits[-1] if len(ids) == len(task["tokens"]) else model(torch.tensor([ids])).logits[0, -1]
-            ids.append(int(last.argmax()))
-    np.savez(result_path, logits=logits.numpy(), new=np.array(ids[len(task["tokens"]) :]))
-    print(json.dumps({"engine": "transformers", "version": transformers.__version__}))
+    logits = last = model(torch.tensor([ids])).logits[0].float()
+    for _ in range(task["new"]):
+        ids.append(int(last[-1].argmax()))
+        last = model(torch.tensor([ids])).logits[0]
+    return logits, ids[len(task["tokens"]) :]
 
 
 if __name__ == "__main__":
