@@ -14,20 +14,18 @@ from uuid import uuid4
 import torch
 
 from ..adapters.blocks import BlockModel
-from ..adapters.hub import resolve
 from ..calibrate.imatrix import open_statistics
 from ..calibrate.tokens import Tokens
 from ..errors import ModelError, PlanError
 from ..files.base import Checkpoint
-from ..files.open import open_checkpoint
 from ..pipeline import Request, quantizes_blocks
 from ..plan.method import EFFORTS, Method
 from ..preflight import Preflight, parameters, preflight
 from ..preflight.cache import KINDS
 from ..report.table import Cell, size, table
 from .calibration import STATISTICS, from_statistics, streaming_of
-from .method import method_arguments, method_of
-from .quantize import follow_plan, output_of, read_plan
+from .method import method_arguments
+from .quantize import requested
 
 HELP = "say what a quantization will give and take, before any work"
 EXAMPLES = """Reads headers, and measures this machine for a second or two. Sizes are exact, memory is a
@@ -72,6 +70,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--tokens", type=int, metavar="N", help="how many (default 32768)")
     text.add_argument("--activation-memory", type=float, default=2.0, metavar="GIB", help="(default 2)")
     parser.set_defaults(context=None, seed=None, scratch=None, device="cpu", compute="auto", out=None)
+    parser.set_defaults(overwrite=False, strict_calibration=False)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -81,22 +80,7 @@ def run(options: argparse.Namespace) -> int:
         raise PlanError("nothing to plan: give MODEL and --to TYPE, or --params N")
     if options.run_context < 1 or options.batch < 1:
         raise PlanError(f"--context {options.run_context} --batch {options.batch}: each is at least 1")
-    rules = read_plan(options.rule, options.plan)
-    follow_plan(options, rules)
-    if options.to is None and not rules.rules:
-        raise PlanError("nothing asked for: give --to TYPE, --rule or --plan")
-    path = resolve(options.model, options.cache_dir)
-    checkpoint = open_checkpoint(path)
-    _, file = output_of(options, path, checkpoint)
-    request = Request(
-        to=options.to,
-        plan=rules,
-        file=file,
-        search=not options.no_search,
-        requantize=options.requantize,
-        method=method_of(options),
-        activations=options.activations,
-    )
+    checkpoint, _, request = requested(options)
     request, writes_text = with_stand_in(request, checkpoint, options)
     stated = dict(engine_of(text) for text in options.engine)
     place = options.run_context, options.batch, options.kv_cache

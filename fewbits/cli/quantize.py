@@ -79,6 +79,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    checkpoint, out, request = requested(options)
+    request = calibrated(request, checkpoint, out, options)
+    with ByteProgress("quantize") as progress:
+        receipt = quantize(checkpoint, out, request, progress)
+    receipt, code = concluded(receipt, checkpoint, out, options)
+    print(receipt.to_json() if options.json else f"{receipt.table()}\n\nwrote {out}")
+    return code or verdict(receipt, options.strict)
+
+
+def requested(options: argparse.Namespace) -> tuple[Checkpoint, Path, Request]:
+    """The model, where its output goes, and what is asked for, but for calibration data."""
     plan = read_plan(options.rule, options.plan)
     follow_plan(options, plan)
     if options.to is None and not plan.rules:
@@ -97,12 +108,7 @@ def run(options: argparse.Namespace) -> int:
         activations=options.activations,
         strict=options.strict_calibration,
     )
-    request = calibrated(request, checkpoint, out, options)
-    with ByteProgress("quantize") as progress:
-        receipt = quantize(checkpoint, out, request, progress)
-    receipt, code = concluded(receipt, checkpoint, out, options)
-    print(receipt.to_json() if options.json else f"{receipt.table()}\n\nwrote {out}")
-    return code or verdict(receipt, options.strict)
+    return checkpoint, out, request
 
 
 def output_of(options: argparse.Namespace, path: Path, checkpoint: Checkpoint) -> tuple[Path, str | None]:
