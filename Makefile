@@ -15,8 +15,9 @@ export OMP_WAIT_POLICY = PASSIVE
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
 
+# One process a core, one thread each.
 test: $(VENV)/ready
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -208,7 +208,7 @@ def compared(
         return Outcome(engine, "differs", found["version"], seconds=seconds, reason=reason)
     theirs = theirs[:, : ours.shape[1]]
     p, q = ours.log_softmax(-1).double(), theirs.log_softmax(-1).double()
-    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    kl = max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))  # rounding may leave -1e-12
     same = next((i for i, (a, b) in enumerate(zip(new, found["new"], strict=True)) if a != b), len(new))
     verdict = "same" if kl < SAME else "differs"
     return Outcome(engine, verdict, found["version"], float((ours - theirs).abs().max()), kl, same, seconds)

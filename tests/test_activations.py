@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
@@ -117,6 +117,7 @@ def same(a, b):
 
 
 @settings(max_examples=40)
+@example([[0.0], [0.25]])
 @given(st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), max_size=6), min_size=1, max_size=4))
 def test_merged_histograms_are_the_histogram_of_the_whole(batches):
     parts = [Histogram.of(torch.tensor(batch)) for batch in batches]

@@ -61,7 +61,8 @@ class Histogram:
             raise CalibrationError(
                 f"{bad} of {x.numel()} activations are NaN or infinite; the model is damaged"
             )
-        exponent = max(LEAST, frexp(max(-low, high))[1])
+        largest = max(-low, high)
+        exponent = max(LEAST, frexp(largest)[1]) if largest else LEAST  # frexp(0) says 0
         index = (x * (HALF / 2.0**exponent)).floor().long() + HALF
         return Histogram(x.numel(), low, high, exponent, torch.bincount(index.cpu(), minlength=2 * HALF))
 
