@@ -28,9 +28,7 @@ def run(model_path: str, task: dict, dtype: torch.dtype | str) -> tuple[torch.Te
     """Logits `(t, vocabulary)` f32 of the tokens, and the greedy tokens after them."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=dtype, device_map="cpu", local_files_only=True
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, local_files_only=True).eval()
     ids = list(task["tokens"])
     logits = last = model(torch.tensor([ids])).logits[0].float()
     for _ in range(task["new"]):
