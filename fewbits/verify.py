@@ -133,6 +133,8 @@ class Outcome:
             return f"not checked: {self.reason}"
         if self.verdict == "failed":
             return f"{self.engine} failed: {self.reason}"
+        if self.kl is None:
+            return f"{self.verdict} in {self.engine} {self.version}: {self.reason}"
         return (
             f"{self.verdict} in {self.engine} {self.version}: KL divergence {self.kl:.2g}, largest logit "
             f"difference {self.largest:.3g}, {self.greedy} of {NEW} greedy tokens, {self.seconds:.0f} s"

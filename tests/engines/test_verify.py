@@ -90,3 +90,9 @@ def test_logits_decide(model, wrong):
 def test_every_engine_says_how_to_get_it():
     assert all(engine.install and engine.packages for engine in ENGINES.values())
     assert "pip install" in Outcome("x", "not checked", reason="y is not installed (pip install y)").line()
+
+
+def test_logits_of_another_shape_are_told():
+    found = {"logits": torch.zeros(5, 3).numpy(), "new": [1], "version": "1"}
+    outcome = compared("an engine", found, torch.zeros(5, 40), [1], 1.0)
+    assert outcome.verdict == "differs" and "(5, 3), the file means (5, 40)" in outcome.line()
