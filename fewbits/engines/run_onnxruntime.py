@@ -1,9 +1,49 @@
-"""A directory with model.onnx in onnxruntime, on the CPU."""
+"""A directory with model.onnx in onnxruntime, on the CPU.
+
+    prompt     input_ids (1, t), past of length 0      ->  logits of all its tokens, present
+    each step  the token last chosen, past = present   ->  logits of one token, present, one token longer
+
+So the logits are the prompt's, and the tokens after it come through the cache, as they do for a user. A graph
+of input_ids alone has no cache: all tokens go through it at each step.
+"""
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
+
+
+class Decoder:
+    """A session, and what it remembers of the tokens that it was given."""
+
+    def __init__(self, session: Any):
+        self.session = session
+        self.inputs = {entry.name: entry.shape for entry in session.get_inputs()}
+        self.present = [entry.name for entry in session.get_outputs() if entry.name.startswith("present.")]
+        self.past = {
+            name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
+            for name, shape in self.inputs.items()
+            if name.startswith("past_key_values.")
+        }
+        self.ids: list[int] = []
+
+    def __call__(self, new: list[int]) -> np.ndarray:
+        """Tokens that follow those of the calls before -> their logits `(t, vocabulary)`."""
+        before, self.ids = len(self.ids), self.ids + new
+        fed = new if self.past else self.ids
+        place = np.arange(len(self.ids) - len(fed), len(self.ids), dtype=np.int64)
+        given = {
+            "input_ids": np.array([fed], np.int64),
+            "attention_mask": np.ones((1, len(self.ids)), np.int64),
+            "position_ids": place[None],
+        }
+        given = {name: value for name, value in given.items() if name in self.inputs}
+        logits, *present = self.session.run(["logits", *self.present], given | self.past)
+        names = [name.replace("present.", "past_key_values.", 1) for name in self.present]
+        self.past = dict(zip(names, present, strict=True))
+        found: np.ndarray = logits[0, 0 if self.past else before :]
+        return found
 
 
 def main(model_path: str, task_path: str, result_path: str) -> None:
@@ -14,21 +54,15 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = task["threads"]
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(
-        f"{model_path}/model.onnx", options, providers=["CPUExecutionProvider"]
+    decode = Decoder(
+        onnxruntime.InferenceSession(f"{model_path}/model.onnx", options, providers=["CPUExecutionProvider"])
     )
-
-    def run(ids: list[int]) -> np.ndarray:
-        """Logits `(t, vocabulary)`."""
-        found: np.ndarray = session.run(["logits"], {"input_ids": np.array([ids])})[0][0]
-        return found
-
-    ids = list(task["tokens"])
-    logits = last = run(ids)
+    logits = last = decode(list(task["tokens"]))
+    new: list[int] = []
     for _ in range(task["new"]):
-        ids.append(int(last[-1].argmax()))
-        last = run(ids)
-    np.savez(result_path, logits=logits, new=np.array(ids[len(task["tokens"]) :]))
+        new.append(int(last[-1].argmax()))
+        last = decode(new[-1:])
+    np.savez(result_path, logits=logits, new=np.array(new))
     print(json.dumps({"engine": "onnxruntime", "version": onnxruntime.__version__}))
 
 

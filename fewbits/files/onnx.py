@@ -1,8 +1,9 @@
 """ONNX: the graph of a decoder, and its weights in a file beside it, as onnxruntime reads them.
 
-    model.onnx        the graph (onnx_graph.py); metadata "fewbits": {"version": 1, "tensors": {name:
-                      {"format": "int4_g32", "shape": [n, k]}, ...}}
-    model.onnx.data   arrays, each at a multiple of 4096 bytes, where a system can map it
+    model.onnx          the graph (onnx_graph.py); metadata "fewbits": {"version": 1, "tensors": {name:
+                        {"format": "int4_g32", "shape": [n, k]}, ...}}
+    model.onnx.data     arrays, each at a multiple of 4096 bytes, where a system can map it
+    genai_config.json   for onnxruntime-genai: the graph's inputs, special tokens (onnx_decoder.py)
 
     int4, int8 in groups      <tensor>.codes  u8 (n, groups, group * bits / 8)   first code in the low bits
       of 16 to 256 columns    <tensor>.scale  (n * groups)                       f16, bf16 or f32
@@ -16,8 +17,9 @@ onnxruntime makes its own MatMulNBits of a DequantizeLinear with zeros, and roun
 unless the session's qdq_matmulnbits_accuracy_level is 0; all else is multiplied in f32.
 
 Only directories that fewbits wrote are read: in another graph a weight has no name that tells what it is.
-MatMulNBits has 4 bits since onnxruntime 1.17 and 8 since 1.22 (pull requests 17890, 24491); both tried with
-1.32. Source: onnxruntime, docs/ContribOperators.md; onnx, docs/ExternalData.md.
+Of those the arrays and the metadata count, not the nodes: one whose graph has no cache, as fewbits wrote it
+first, opens as well. MatMulNBits has 4 bits since onnxruntime 1.17 and 8 since 1.22 (pull requests 17890,
+24491); both tried with 1.32. Source: onnxruntime, docs/ContribOperators.md; onnx, docs/ExternalData.md.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from ..formats.base import Format
 from ..qtensor import QTensor
 from .base import Checkpoint
 from .huggingface import describe_files, find_side_files
-from .integers import integer_name
+from .integers import integer_name, out_of_order
 from .json_object import parse_json_object, read_json_object, regular_size
 from .layout import (
     LAYOUTS,
@@ -53,12 +55,14 @@ from .layout import (
     open_tensors,
 )
 from .native import NATIVE
+from .onnx_decoder import genai_config
 from .onnx_graph import TYPES, decoder_graph, onnx_helper
 from .safetensors import DTYPES, MAX_DIMS, Entry
 
 VERSION = 1
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
+GENAI = "genai_config.json"
 PAGE = 4096  # bytes
 GROUPS = (16, 32, 64, 128, 256)
 GRAPH_LIMIT = 64 * 2**20  # bytes; 126 blocks take less than 2 MiB
@@ -69,9 +73,11 @@ class Onnx(Layout):
 
     name = "onnx"
     weights: ClassVar[str] = DATA
-    marks = (GRAPH,)
+    marks = (GRAPH, GENAI)
 
     def refusal(self, format: Format) -> str | None:
+        if format.ordered:
+            return out_of_order(self, format)
         if not isinstance(format, Affine):
             return f"an onnx file cannot carry {format.name}; the nearest it has is int4_g128"
         bits, columns, faults = format.bits, format.cells.columns, []
@@ -148,7 +154,7 @@ class Onnx(Layout):
         }
         said = json.dumps({"version": VERSION, "tensors": quantized})
         graph = decoder_graph(config, rows, self.placed(arrays)[1], DATA, said)
-        return {"config.json": config, GRAPH: graph}
+        return {"config.json": config, GENAI: genai_config(config, rows, GRAPH), GRAPH: graph}
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]

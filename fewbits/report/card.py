@@ -30,7 +30,7 @@ RUN = {
     "compressed-tensors": "vllm serve {name}",
     "bitsandbytes": "AutoModelForCausalLM.from_pretrained({name!r})      # with bitsandbytes installed",
     "mlx": "mlx_lm.generate --model {name} --prompt 'Once upon a time'",
-    "onnx": "onnxruntime.InferenceSession('{name}/model.onnx').run(['logits'], {{'input_ids': tokens}})",
+    "onnx": "onnxruntime_genai.Model({name!r})        # or onnxruntime, with the inputs of Optimum's exports",
     "native": "import fewbits; AutoModelForCausalLM.from_pretrained({name!r})",
     "huggingface": "AutoModelForCausalLM.from_pretrained({name!r})",
 }

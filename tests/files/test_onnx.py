@@ -7,7 +7,7 @@ import torch
 
 from fewbits.errors import FewbitsError, FileError, PlanError
 from fewbits.files.layout import LAYOUTS
-from fewbits.files.onnx_graph import decoder_of
+from fewbits.files.onnx_decoder import decoder_of
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.pipeline import convert, quantize
@@ -98,6 +98,7 @@ def test_the_package_s_reference_decodes_the_very_values(format):
         ({"hidden_size": "64", "num_attention_heads": 0}, r"hidden_size is 64\n?.*num_attention_heads is 0"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
         ({"model_type": "mistral", "sliding_window": -1}, "sliding_window is '-1'"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is '0'"),
         ({"head_dim": 32}, r"q_proj\.weight' is \(256, 64\), the config says \(128, 64\)"),
         ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}, "layer_types"),
     ],
@@ -237,7 +238,7 @@ def test_a_run_that_was_killed_gives_the_same_bytes(tmp_path, source):
     with pytest.raises(FewbitsError):
         open_checkpoint(tmp_path / "killed")
     quantize(source, tmp_path / "killed", request)
-    for name in ("model.onnx", "model.onnx.data", "config.json"):
+    for name in ("model.onnx", "model.onnx.data", "config.json", "genai_config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
@@ -265,7 +266,8 @@ def test_another_file_type_in_its_place(tmp_path, source):
         quantize(source, out, Request(to="int4_g32", file="onnx"))
     quantize(source, out, Request(to="int4_g32", file="onnx", overwrite=True))
     assert open_checkpoint(out).metadata["layout"] == "onnx"
-    with pytest.raises(FileError, match=r"model\.onnx: exists"):
+    with pytest.raises(FileError, match=r"genai_config\.json: exists"):
         quantize(source, out, Request(to="int4_g32", file="gptq"))
     quantize(source, out, Request(to="int4_g32", file="gptq", overwrite=True))
     assert open_checkpoint(out).metadata["layout"] == "gptq"
+    assert not any((out / name).exists() for name in ("model.onnx", "model.onnx.data", "genai_config.json"))
