@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.hf import load_model, next_logits
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.errors import ModelError, PlanError
@@ -160,7 +160,7 @@ def test_the_cache_is_as_large_as_the_models_own(tiny, name):
     window = sum(layer.numbers for layer in kv.layers if layer.window == 8)
     for tokens in (5, 20):
         with torch.no_grad():
-            cache = model(torch.ones(2, tokens, dtype=torch.int64), use_cache=True).past_key_values
+            _, cache = next_logits(model, torch.ones(2, tokens, dtype=torch.int64))
         held = sum(2 * (layer.keys.numel() + layer.values.numel()) for layer in cache.layers)
         between = 2 * 2 * window if tokens > 8 else 0
         assert kv.nbytes("f16", tokens, 2) == held + between

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,16 @@ def _causal_class(checkpoint: Checkpoint, config: Any) -> Any:
             f"{checkpoint.path}: transformers has no causal language model for {config.model_type!r}"
         )
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def next_logits(model: Any, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+    """Tokens `(b, t)` after those of a cache -> logits `(b, vocabulary)` after the last, and the cache.
+
+    The cache is called `cache` from transformers 5.24 on, `past_key_values` before.
+    """
+    name = "cache" if "cache" in signature(getattr(model, "forward", model)).parameters else "past_key_values"
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+    return out.logits[:, -1], getattr(out, name)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapters.hf import load_model
+from ..adapters.hf import load_model, next_logits
 from ..errors import CalibrationError, ModelError
 from ..files.base import Checkpoint
 
@@ -57,11 +57,10 @@ def sample(
     tokens, ids, cache = [heads], heads, None
     with torch.inference_mode():
         for i in range(heads.shape[1], length):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = out.past_key_values, out.logits[:, -1].float()
+            logits, cache = next_logits(model, ids, cache)
             if not bool(logits.isfinite().all()):
                 raise ModelError(f"the model's output is not finite at token {i}; its weights are damaged")
-            ids = draw((logits / temperature).softmax(-1), generator)
+            ids = draw((logits.float() / temperature).softmax(-1), generator)
             ids = steer(ids) if steer else ids
             tokens.append(ids)
             if step:

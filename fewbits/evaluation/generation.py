@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..adapters.hf import next_logits
+
 LONGEST_PERIOD = 16
 REPEATS = 3
 
@@ -41,9 +43,8 @@ def greedy(
     with torch.inference_mode():
         ids, cache = prompts, None
         for i in range(new_tokens):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            ids = out.logits[:, -1].argmax(-1, keepdim=True)
+            logits, cache = next_logits(model, ids, cache)
+            ids = logits.argmax(-1, keepdim=True)
             tokens.append(ids)
             if progress:
                 progress(i + 1, new_tokens)
