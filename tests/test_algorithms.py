@@ -5,12 +5,13 @@ import torch
 
 from fewbits.algorithms import ALGORITHMS, CalibrationWarning, descend, gptq, hqq, weighted
 from fewbits.algorithms.curvature import Curvature, loss
-from fewbits.algorithms.descent import group_sums, join_parts, solve_steps, split_columns
+from fewbits.algorithms.descent import join_parts, solve_steps, split_columns
 from fewbits.algorithms.gptq import FITS, column_order, feed_back
 from fewbits.algorithms.sweep import sweep
 from fewbits.calibrate.stats import Stats
 from fewbits.errors import CalibrationError, PlanError
 from fewbits.formats import FORMATS
+from fewbits.formats.grids import AffineGrid
 from tests.contracts.algorithm_contract import output_error, same, sample
 
 SHARED_ROWS = ["int8_tensor", "fp8_e4m3_block128", "nf4_dq", "nvfp4", "kmeans3_tensor"]
@@ -201,20 +202,25 @@ def test_descent_pays_from_plain_rounding(name):
 
 
 @pytest.mark.parametrize("bases", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("width", [16, 24, 64])
-def test_steps_are_solved(width, bases):
-    """At the solution the gradient along every step and base vanishes (f32; last groups may be short)."""
+def test_steps_are_solved(width, ordered, bases):
+    """At the solution the gradient along every step and base vanishes (f32; last groups may be short),
+    whichever columns belong to a group."""
     w, stats = sample(5, 64)
     level = torch.round(w * 30).clamp(-4, 4)
     value = 0.02 * level
     gradient = (value - w) @ stats.hessian
-    step, base = solve_steps(level, gradient, stats.hessian, width, bases)
-    value = value + step.repeat_interleave(width, 1)[:, :64] * level
+    index = (torch.arange(64) // width)[random(64).argsort()] if ordered else None
+    ones = torch.ones(5, -(-64 // width))
+    grid = AffineGrid(ones, ones if bases else None, 0, 15, width, 64, index=index)
+    step, base = solve_steps(grid, level, gradient, stats.hessian, bases)
+    value = value + grid.spread(step, 64) * level
     if bases:
-        value = value + base.repeat_interleave(width, 1)[:, :64]
+        value = value + grid.spread(base, 64)
     after = (value - w) @ stats.hessian
     for kind in (level, torch.ones_like(level))[: 1 + bases]:
-        left, had = (group_sums(g * kind, width).abs().max() for g in (after, gradient))
+        left, had = (grid.sums(g * kind).abs().max() for g in (after, gradient))
         assert left < 1e-3 * had
     assert base.shape == (5, -(-64 // width) if bases else 0)
 

@@ -15,8 +15,6 @@ LEAST_GAIN. No step raises the loss, so this may follow any algorithm on any for
 
 from __future__ import annotations
 
-from math import ceil
-
 import torch
 
 from ..calibrate.stats import Stats
@@ -104,36 +102,34 @@ def refit(
     """-> the grid with better steps where that lowers the loss for these codes, and its values `(n, k)`."""
     value = grid.value(codes)
     step, base = grid.groups(codes.shape[0])
-    change = solve_steps(grid.level(codes), gradient, hessian, grid.group, base is not None)
+    change = solve_steps(grid, grid.level(codes), gradient, hessian, base is not None)
     fitted = grid.refitted(step + change[0], None if base is None else base + change[1])
     if fitted is grid:
         return grid, value
     moved = fitted.value(codes) - value
     gain = (moved * (2 * gradient + moved @ hessian)).sum(1)
-    if not rows_alone(format):
-        return (fitted, value + moved) if float(gain.sum()) < 0 else (grid, value)
     if not bool((gain < 0).any()):
         return grid, value
-    kept = where_rows(gain < 0, format.pack(fitted, codes), format.pack(grid, codes))
-    grid, _ = format.unpack(kept)
+    new, old = format.pack(fitted, codes), format.pack(grid, codes)
+    if not exchangeable(new, old):
+        return (fitted, value + moved) if float(gain.sum()) < 0 else (grid, value)
+    grid, _ = format.unpack(where_rows(gain < 0, new, old))
     return grid, grid.value(codes)
 
 
 def solve_steps(
-    level: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, width: int, bases: bool
+    grid: Grid, level: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, bases: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Levels and half gradients `(n, k)` -> the best changes of steps and bases `(n, g)`, unrounded."""
-    k = level.shape[1]
-    g = ceil(k / width)
     kinds = [level, torch.ones_like(level)] if bases else [level]
-    rows = []
+    groups = grid.members(level.shape[1])
+    g, rows = len(groups), []
     for left in kinds:
-        for start in range(0, k, width):
-            inside = slice(start, min(start + width, k))
+        for inside in groups:
             reach = left[:, inside] @ hessian[inside]
-            rows.append(torch.cat([group_sums(reach * right, width) for right in kinds], 1))
+            rows.append(torch.cat([grid.sums(reach * right) for right in kinds], 1))
     square = torch.stack(rows, 1)
-    slope = torch.cat([group_sums(gradient * kind, width) for kind in kinds], 1)
+    slope = torch.cat([grid.sums(gradient * kind) for kind in kinds], 1)
     # A group whose levels are all zero has no say: its step stays. The ridge is a few ulps of f32.
     diagonal = square.diagonal(dim1=1, dim2=2)
     diagonal.copy_(torch.where(diagonal > 0, diagonal * (1 + 1e-6), 1.0))
@@ -142,36 +138,45 @@ def solve_steps(
     return found[:, :g], found[:, g:]
 
 
-def group_sums(x: torch.Tensor, width: int) -> torch.Tensor:
-    """`(n, k)` -> `(n, ceil(k / width))`: sums over groups of columns, the last of which may be short."""
-    n, k = x.shape
-    x = torch.nn.functional.pad(x, (0, -k % width)) if k % width else x
-    return x.reshape(n, -1, width).sum(2)
-
-
 def rows_alone(format: Format) -> bool:
     """Whether every plane belongs to one row, so that a row may be exchanged for another."""
     return all(plane.rows == 1 and plane.flat is None for plane in format.planes)
 
 
+def exchangeable(a: QTensor, b: QTensor) -> bool:
+    """Whether rows of a may stand in b: what all rows share, such as the groups of columns, is the same."""
+    if any(plane.flat is not None or plane.rows not in (1, None) for plane in a.format.planes):
+        return False
+    shared = [plane.name for plane in a.format.planes if plane.rows is None]
+    return all(torch.equal(a.planes[name], b.planes[name]) for name in shared)
+
+
 def keep_better(a: QTensor, b: QTensor, lost_a: torch.Tensor, lost_b: torch.Tensor) -> QTensor:
-    """The one of lower loss `(n,)`: row by row where rows stand alone, else as a whole."""
-    if rows_alone(a.format):
+    """The one of lower loss `(n,)`: row by row where rows are exchangeable, else as a whole."""
+    if exchangeable(a, b):
         return where_rows(lost_a < lost_b, a, b)
     return a if float(lost_a.sum()) < float(lost_b.sum()) else b
 
 
 def where_rows(first: torch.Tensor, a: QTensor, b: QTensor) -> QTensor:
-    """Row by row a (where `first (n,)`) or b, of a format whose rows stand alone."""
-    planes = {name: torch.where(first[:, None], a.planes[name], b.planes[name]) for name in a.planes}
+    """Row by row a (where `first (n,)`) or b, whose rows are exchangeable."""
+    planes = {
+        plane.name: torch.where(first[:, None], a.planes[plane.name], b.planes[plane.name])
+        if plane.rows
+        else a.planes[plane.name]
+        for plane in a.format.planes
+    }
     return QTensor(a.format, a.shape, planes)
 
 
 def join_rows(parts: list[QTensor]) -> QTensor:
-    """Parts of a weight, some rows each, of a format whose rows stand alone."""
+    """Parts of a weight, some rows each; what all rows share is the same in all parts."""
     if len(parts) == 1:
         return parts[0]
-    planes = {name: torch.cat([part.planes[name] for part in parts]) for name in parts[0].planes}
+    planes = {
+        plane.name: torch.cat([part.planes[plane.name] for part in parts[: None if plane.rows else 1]])
+        for plane in parts[0].format.planes
+    }
     return QTensor(parts[0].format, (sum(part.shape[0] for part in parts), parts[0].shape[1]), planes)
 
 

@@ -17,12 +17,15 @@ A format's *atom* is the columns whose bytes can be packed alone: 64 of int4_g64
 Formats whose parameters span rows or the whole weight are always static; one whose parameters span a
 row has that row as its only atom. Columns that matter most go first, while many can still make up for
 them: atoms are taken by falling diag(H), and the columns inside an atom likewise. Their place in the
-file does not change, so that any format allows it.
+file does not change, so that any format allows it. A format in act order has groups of the columns as
+they are taken, all of them by falling diag(H): its atoms are those of the format in order.
 
 Source: Frantar et al., GPTQ (arXiv 2210.17323). The atoms, their order and the search are ours.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -62,13 +65,19 @@ def gptq(
     format.check(w)
     stats = require_stats(stats, w, "gptq")
     n, k = w.shape
-    atom = k if fit == "static" else format.atom(k) or k
-    curvature = Curvature.of(stats, damp, column_order(stats, atom, format.vector))
-    step = max(1, PIECE // k) if rows_alone(format) else n
+    inner = format.ordered or format
+    atom = k if fit == "static" else inner.atom(k) or k
+    order = column_order(stats, k if format.ordered else atom, format.vector)
+    curvature = Curvature.of(stats, damp, order)
+    step = max(1, PIECE // k) if rows_alone(inner) else n
     parts = []
     for start in range(0, n, step):
         target = curvature.target(w[start : start + step], stats, asymmetric)
-        q = fed_back(target, format, curvature, atom, fit)
+        if format.ordered:
+            taken = replace(curvature, order=torch.arange(k, device=order.device))
+            q = format.arranged(fed_back(target[:, order], inner, taken, atom, fit), order)
+        else:
+            q = fed_back(target, format, curvature, atom, fit)
         parts.append(descended(q, target, curvature.hessian, descent) if descent else q)
     return join_rows(parts)
 

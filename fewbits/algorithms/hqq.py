@@ -25,7 +25,7 @@ from ..errors import PlanError, raise_all
 from ..formats import Format, Grid
 from ..formats.search import inverse
 from ..qtensor import QTensor
-from .descent import group_sums, keep_better
+from .descent import keep_better
 
 BETA = 2.0
 GROWTH = 1.2
@@ -50,14 +50,14 @@ def hqq(
     grid = format.fit(x)
     plain = format.pack(grid, grid.round(x))
     best = grid.groups(x.shape[0])
-    least = lp(x, grid.value(grid.round(x)), norm, grid.group)
+    least = grid.sums(lp(x, grid.value(grid.round(x)), norm))
     waited = 0
     for _ in range(rounds):
         new = refit_robust(x, grid, norm, beta)
         if new is grid:
             break
         grid, beta = new, beta * GROWTH
-        error = lp(x, grid.value(grid.round(x)), norm, grid.group)
+        error = grid.sums(lp(x, grid.value(grid.round(x)), norm))
         better = error < least
         waited = 0 if bool(better.any()) else waited + 1
         if waited == PATIENCE:
@@ -66,7 +66,7 @@ def hqq(
         best = choose_groups(better, grid.groups(x.shape[0]), best)
     grid = grid.refitted(*best)
     q = format.pack(grid, grid.round(x))
-    lost, lost_plainly = (lp(x, part.decode(), norm, x.shape[1])[:, 0] for part in (q, plain))
+    lost, lost_plainly = (lp(x, part.decode(), norm).sum(1) for part in (q, plain))
     return keep_better(q, plain, lost, lost_plainly)
 
 
@@ -78,23 +78,22 @@ def refit_robust(x: torch.Tensor, grid: Grid, norm: float, beta: float) -> Grid:
     n, k = x.shape
     codes = grid.round(x)
     step, base = grid.groups(n)
-    unit = step.abs().repeat_interleave(grid.group, 1)[:, :k].expand(n, k)
+    unit = grid.spread(step.abs(), k).expand(n, k)
     error = (x - grid.value(codes)) * inverse(unit)
     size = error.abs()
     outlying = error.sign() * (size - size.clamp(min=1e-9).pow(norm - 1) / beta).clamp(min=0)
     level, kept = grid.level(codes), x - outlying * unit
     if base is None:
-        square = group_sums(level * level, grid.group)
-        fitted = group_sums(level * kept, grid.group) * inverse(square)
+        square = grid.sums(level * level)
+        fitted = grid.sums(level * kept) * inverse(square)
         return grid.refitted(torch.where(square > 0, fitted, step), None, square)
-    count = group_sums(torch.ones_like(x), grid.group)
-    spread = step.repeat_interleave(grid.group, 1)[:, :k]
-    return grid.refitted(step, group_sums(kept - spread * level, grid.group) / count)
+    count = grid.sums(torch.ones_like(x))
+    return grid.refitted(step, grid.sums(kept - grid.spread(step, k) * level) / count)
 
 
-def lp(x: torch.Tensor, value: torch.Tensor, norm: float, width: int) -> torch.Tensor:
-    """`(n, k)` -> `(n, g)`: sum |x - value|^norm of each group."""
-    return group_sums((x - value).abs().pow(norm), width)
+def lp(x: torch.Tensor, value: torch.Tensor, norm: float) -> torch.Tensor:
+    """`(n, k)`: |x - value|^norm."""
+    return (x - value).abs().pow(norm)
 
 
 def choose_groups(first: torch.Tensor, a: Groups, b: Groups) -> Groups:

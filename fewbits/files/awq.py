@@ -10,9 +10,11 @@ transformers and vLLM read it.
     bits of a word    0-3  4-7  8-11  12-15  16-19  20-23  24-27  28-31
     output            0    2    4     6      1      3      5      7         of the 8 that share it
 
-A symmetric weight has the zero 8 everywhere, and `zero_point: false` says so. The config has one group size
-and one kind of zero for all, and `modules_to_not_convert` names what stays in float: a module whose name
-contains one of its names is left alone, so no such name may lie within that of a quantized module.
+A symmetric weight has the zero 8 everywhere. `zero_point: false` may say so, but vLLM then takes the codes
+for unsigned numbers without a zero (0.33, auto_awq.py): what is written says true, and `meta` tells us that
+it is symmetric. The config has one group size and one kind of zero for all, and `modules_to_not_convert`
+names what stays in float: a module whose name contains one of its names is left alone, so no such name may
+lie within that of a quantized module.
 
 Other versions (`gemv`, `gemv_fast`, `llm-awq`) pack along the input, or in int16: they are refused.
 Source: GPTQModel 7.7, quantization/awq/utils/packing_utils.py and nn_modules/qlinear/torch_awq.py (the layout
@@ -31,13 +33,15 @@ from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
 from ..pack import pack, unpack
 from ..qtensor import QTensor
-from .integers import from_integers, group_of, integer_name, integers, scale_dtype
+from ..version import VERSION
+from .integers import from_integers, group_of, integer_name, integers, out_of_order, scale_dtype
 from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, gathered, is_plain, module_of
 
 BITS = 4
 WORD = 8  # codes
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GROUP_SIZE = 128  # where a config says none
+SYMMETRIC = "symmetric"
 
 
 class AWQ(Layout):
@@ -47,6 +51,8 @@ class AWQ(Layout):
     method = "awq"
 
     def refusal(self, format: Format) -> str | None:
+        if format.ordered:
+            return out_of_order(self, format)
         if not isinstance(format, Affine) or format.zero == "float":
             return f"an awq file cannot carry {format.name}; the nearest it has is int4_g128_asym"
         faults = []
@@ -105,9 +111,10 @@ class AWQ(Layout):
             "quant_method": "awq",
             "bits": BITS,
             "group_size": format.cells.columns or -1,
-            "zero_point": format.zero == "int",
+            "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": left or None,
+            "meta": {"quantizer": [f"fewbits:{VERSION}"], SYMMETRIC: format.zero == "none"},
         }
         return {"config.json": {**config, "quantization_config": settings}}
 
@@ -134,7 +141,7 @@ class AWQ(Layout):
                 faults.append(f"{module}: qweight {shape} has no whole groups of {columns} columns")
                 continue
             dtype = scale_dtype(places, f"{module}.scales")
-            name = integer_name(BITS, columns, said["zero_point"] is not False, dtype)
+            name = integer_name(BITS, columns, said["zero_point"], dtype)
             found[f"{module}.weight"] = Held(FORMATS.get(name), (n, k))
         return found
 
@@ -142,10 +149,12 @@ class AWQ(Layout):
 def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config of AutoAWQ, transformers or GPTQModel under one set of names."""
     version = config.get("version", config.get("format", config.get("checkpoint_format", "gemm")))
+    meta = config.get("meta")
+    symmetric = config.get("zero_point") is False or (isinstance(meta, dict) and meta.get(SYMMETRIC) is True)
     return {
         "bits": config.get("bits", config.get("w_bit", BITS)),
         "group_size": config.get("group_size", config.get("q_group_size", GROUP_SIZE)),
-        "zero_point": config.get("zero_point", True),
+        "zero_point": not symmetric,
         "version": version.lower() if isinstance(version, str) else version,
     }
 

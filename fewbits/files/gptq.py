@@ -11,13 +11,16 @@ and vLLM read it.
 Symmetric weights have the zero 2^(bits-1). Version 1 cannot say the zero 0 to everyone: GPTQModel takes the
 1 from whole words (2, 4 and 8 bits), so that it is borrowed from the next weight's zero, and adds it to whole
 words, as is done here; readers that add it to each zero decode something else. So `gptq`, which everything
-reads, is written for symmetric weights only, and `gptq_v2` for both. Columns quantized in another order
-(desc_act) belong to groups that no format of ours has: such a weight opens as floats.
+reads, is written for symmetric weights only, and `gptq_v2` for both.
+
+Where g_idx does not rise with the columns, the weight is in act order (int4_g128_actorder), whatever the
+config says. GPTQModel goes by g_idx; vLLM's kernels look at it only where `desc_act` is true. So desc_act
+is true as soon as one weight needs it: in the others g_idx rises, and nothing changes.
 
 `dynamic` holds what differs from module to module: "+:regex" changes settings, "-:regex" leaves a module in
 float; the first that matches from a name's first letter counts. GPTQModel 7.7 has more layouts under this
 method, which are refused: `gptq_p`, and 5, 6 and 7 bits, whose codes lie in bit planes.
-Source: GPTQModel 7.7, quantization/config.py, utils/model.py and nn_modules/qlinear.
+Source: GPTQModel 7.7, quantization/config.py, utils/model.py and nn_modules/qlinear; vLLM, gptq_marlin.py.
 """
 
 from __future__ import annotations
@@ -31,12 +34,13 @@ from typing import Any
 import torch
 
 from ..errors import FormatError
+from ..formats.actorder import ActOrder
 from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
 from ..pack import pack, unpack
 from ..qtensor import QTensor
 from ..version import VERSION
-from .integers import from_integers, group_of, integer_name, integers, scale_dtype
+from .integers import from_integers, group_of, index_of, integer_name, integers, plain_of, scale_dtype
 from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
 from .safetensors import map_tensor
 
@@ -63,6 +67,7 @@ class GPTQ(Layout):
         )
 
     def refusal(self, format: Format) -> str | None:
+        ordered, format = isinstance(format, ActOrder), plain_of(format)
         if not isinstance(format, Affine) or format.zero == "float":
             return f"a {self.name} file cannot carry {format.name}; the nearest it has is int4_g128"
         faults = []
@@ -75,15 +80,15 @@ class GPTQ(Layout):
         if format.cells.rows != 1:
             faults.append("one scale for the whole tensor")
         if faults:
-            near = integer_name(bits, columns, zero)
+            near = integer_name(bits, columns, zero, ordered=ordered)
             return f"a {self.name} file cannot carry {' or '.join(faults)}; the nearest it has is {near}"
         if zero and self.version == 1:
             return "version 1 of GPTQ's layout cannot carry every zero point; write gptq_v2"
         return None
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
-        assert isinstance(format, Affine)
-        (n, k), module = shape, module_of(name)
+        plain, (n, k), module = plain_of(format), shape, module_of(name)
+        assert isinstance(plain, Affine)
         if k % WORD or n % WORD:
             raise FormatError(
                 f"{name}: GPTQ's layout packs {WORD} rows and columns together, {n} x {k} is not whole; "
@@ -91,37 +96,32 @@ class GPTQ(Layout):
             )
         groups = -(-k // group_of(format, k))
         return [
-            Array(f"{module}.qweight", torch.int32, (k // WORD * format.bits, n)),
-            Array(f"{module}.scales", format.dtype, (groups, n)),
-            Array(f"{module}.qzeros", torch.int32, (groups, n // WORD * format.bits)),
+            Array(f"{module}.qweight", torch.int32, (k // WORD * plain.bits, n)),
+            Array(f"{module}.scales", plain.dtype, (groups, n)),
+            Array(f"{module}.qzeros", torch.int32, (groups, n // WORD * plain.bits)),
             Array(f"{module}.g_idx", torch.int32, (k,)),
         ]
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         codes, scale, zero = integers(q)
-        bits, k = q.format.bits, q.shape[1]  # type: ignore[attr-defined]
+        bits = plain_of(q.format).bits  # type: ignore[attr-defined]
         stored = zero.T.contiguous() - int(self.version == 1)
         return (
             pack(codes, bits, torch.int32).T.contiguous(),
             scale.T.contiguous(),
             pack(stored, bits, torch.int32),
-            (torch.arange(k) // group_of(q.format, k)).to(torch.int32),
+            index_of(q),
         )
 
     def unpack(self, format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
-        codes, scale, zero = self._integers(format, shape, arrays)
-        return from_integers(format, shape, codes, scale, zero)
-
-    def _integers(
-        self, format: Format, shape: Shape, arrays: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        assert isinstance(format, Affine)
-        qweight, scales, qzeros, _ = arrays
-        codes = unpack(qweight.T.contiguous(), format.bits, shape[1])
-        whole, added = WORD % format.bits == 0, int(self.version == 1)
-        words = qzeros + added * sum(1 << at for at in range(0, WORD, format.bits)) if whole else qzeros
-        zero = unpack(words.contiguous(), format.bits, shape[0]).T.contiguous()
-        return codes, scales.T.contiguous(), zero if whole else zero + added & format.top
+        plain, (qweight, scales, qzeros, index) = plain_of(format), arrays
+        assert isinstance(plain, Affine)
+        codes = unpack(qweight.T.contiguous(), plain.bits, shape[1])
+        whole, added = WORD % plain.bits == 0, int(self.version == 1)
+        words = qzeros + added * sum(1 << at for at in range(0, WORD, plain.bits)) if whole else qzeros
+        zero = unpack(words.contiguous(), plain.bits, shape[0]).T.contiguous()
+        zero = zero if whole else zero + added & plain.top
+        return from_integers(format, shape, codes, scales.T.contiguous(), zero, index)
 
     def settings(
         self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
@@ -133,15 +133,17 @@ class GPTQ(Layout):
         }
         left = _left_in_float(rows, kinds)
         dynamic |= {f"-:^{re.escape(module)}$": {} for module in left}
+        ordered = any(FORMATS.get(kind).ordered for kind, _ in rows.values() if not is_plain(kind))
+        meta = {"quantizer": [f"fewbits:{VERSION}"]} | ({"act_group_aware": False} if ordered else {})
         settings = {
             "quant_method": "gptq",
             **_said(common),
-            "desc_act": False,
+            "desc_act": ordered,
             "lm_head": "lm_head" in kinds,
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
             "true_sequential": True,
-            "meta": {"quantizer": [f"fewbits:{VERSION}"]},
+            "meta": meta,
         }
         settings |= {"dynamic": dynamic} if dynamic else {}
         return {"quantize_config.json": settings, "config.json": {**config, "quantization_config": settings}}
@@ -169,7 +171,7 @@ class GPTQ(Layout):
 
     def _find(
         self, module: str, said: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> Held | Decoded | None:
+    ) -> Held | None:
         bits, group = said.get("bits", 4), said.get("group_size", GROUP_SIZE)
         sym = bool(said.get("sym", True))
         shape = places[f"{module}.qweight"].entry.shape
@@ -183,30 +185,26 @@ class GPTQ(Layout):
             return None
         n, k = shape[1], shape[0] * WORD // bits
         columns = None if group == -1 or group >= k else group
-        format = FORMATS.get(integer_name(bits, columns, not sym, scale_dtype(places, f"{module}.scales")))
+        dtype = scale_dtype(places, f"{module}.scales")
+        format = FORMATS.get(integer_name(bits, columns, not sym, dtype))
         arrays = self.arrays(f"{module}.weight", format, (n, k))
-        keys = tuple(array.key for array in arrays)
         if not all(key in places and places[key].entry.shape == shape for key, _, shape in arrays):
             return Held(format, (n, k))  # what is missing or of another shape is told when it is opened
-        order, width = map_tensor(*places[keys[3]]), columns or k
-        if torch.equal(order.long(), torch.arange(k) // width):
+        order, width = map_tensor(*places[f"{module}.g_idx"]).long(), columns or k
+        if torch.equal(order, torch.arange(k) // width):
             return Held(format, (n, k))
-        if int(order.min()) < 0 or int(order.max()) >= -(-k // width):
+        groups, low, high = -(-k // width), int(order.min()), int(order.max())
+        if low < 0 or high >= groups:
             faults.append(
-                f"{module}: g_idx names group {int(order.max())}, there are {-(-k // width)}; it is damaged"
+                f"{module}: g_idx names group {low if low < 0 else high}, there are {groups}; it is damaged"
             )
             return None
-
-        def decode(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
-            codes, scale, zero = self._integers(format, (n, k), arrays)
-            groups = arrays[3].long()
-            return (codes.float() - zero[:, groups]) * scale[:, groups].float()
-
-        return Decoded((n, k), keys, decode)
+        return Held(FORMATS.get(integer_name(bits, columns, not sym, dtype, ordered=True)), (n, k))
 
 
 def _scheme(format: Format) -> tuple[int, int, bool]:
     """bits, group_size (-1: the row), symmetric."""
+    format = plain_of(format)
     assert isinstance(format, Affine)
     return format.bits, format.cells.columns or -1, format.zero == "none"
 

@@ -3,6 +3,7 @@
     w (n, k) = (code - zero) * scale        codes (n, k) u8, scales and zeros (n, groups)
 
 A symmetric format stores no zero: its codes are offset by 2^(bits-1), which is the zero of every group.
+A format in act order has the group of each column besides; codes lie where their columns do.
 """
 
 from __future__ import annotations
@@ -12,17 +13,32 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import FormatError
+from ..formats.actorder import INDEX, SUFFIX, ActOrder
 from ..formats.affine import Affine
 from ..formats.base import FLOATS, Format
 from ..pack import pack, unpack
 from ..qtensor import QTensor
-from .layout import Place
+from .layout import Layout, Place
+
+
+def plain_of(format: Format) -> Format:
+    """The format of the same groups with columns in order: itself, but for one in act order."""
+    return format.ordered or format
+
+
+def out_of_order(layout: Layout, format: Format) -> str:
+    """The refusal of a format in act order by a layout whose columns are in order."""
+    plain = plain_of(format)
+    return layout.refusal(plain) or (
+        f"groups in {layout.name} files are of columns in order, which those of {format.name} are not; the "
+        f"nearest they have is {plain.name}"
+    )
 
 
 def integers(q: QTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A weight of int{2..8}, with or without integer zeros -> codes `(n, k)` u8, scales `(n, g)` as they are
     stored, zeros `(n, g)` u8."""
-    format = q.format
+    format = plain_of(q.format)
     assert isinstance(format, Affine)
     codes, scale = unpack(q.planes["codes"], format.bits, q.shape[1]), q.planes["scale"]
     if format.zero == "int":
@@ -30,10 +46,26 @@ def integers(q: QTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return codes, scale, torch.full(scale.shape, 1 << (format.bits - 1), dtype=torch.uint8)
 
 
+def index_of(q: QTensor) -> torch.Tensor:
+    """The group of each column of a weight, `(k,)` i32."""
+    if INDEX in q.planes:
+        return q.planes[INDEX][0]
+    return (torch.arange(q.shape[1]) // group_of(q.format, q.shape[1])).to(torch.int32)
+
+
 def from_integers(
-    format: Format, shape: tuple[int, int], codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    format: Format,
+    shape: tuple[int, int],
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    index: torch.Tensor | None = None,
 ) -> QTensor:
-    """The inverse of `integers`; FormatError where a symmetric format is given another zero than its own."""
+    """The inverse of `integers` and `index_of`; FormatError where a symmetric format is given another zero
+    than its own."""
+    if isinstance(format, ActOrder):
+        assert index is not None
+        return format.joined(from_integers(format.plain, shape, codes, scale, zero), index)
     assert isinstance(format, Affine)
     planes = {"codes": pack(codes, format.bits), "scale": scale}
     if format.zero == "int":
@@ -52,14 +84,18 @@ def from_integers(
 
 def group_of(format: Format, k: int) -> int:
     """Columns that share a scale."""
-    assert isinstance(format, Affine)
-    return format.cells.columns or k
+    plain = plain_of(format)
+    assert isinstance(plain, Affine)
+    return plain.cells.columns or k
 
 
-def integer_name(bits: int, columns: int | None, zero: bool, dtype: str = "f16") -> str:
-    """The format's name: `int4_g128_asym`; columns None: a row."""
+def integer_name(
+    bits: int, columns: int | None, zero: bool, dtype: str = "f16", ordered: bool = False
+) -> str:
+    """The format's name: `int4_g128_asym`; columns None: a row. ordered: in act order."""
     group = "channel" if columns is None else f"g{columns}"
-    return f"int{bits}_{group}{'_asym' if zero else ''}{'' if dtype == 'f16' else '_' + dtype}"
+    kind = f"{'_asym' if zero else ''}{SUFFIX if ordered else ''}"
+    return f"int{bits}_{group}{kind}{'' if dtype == 'f16' else '_' + dtype}"
 
 
 def scale_dtype(places: Mapping[str, Place], key: str) -> str:

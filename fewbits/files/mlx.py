@@ -36,7 +36,7 @@ from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
 from ..pack import pack, unpack
 from ..qtensor import QTensor
-from .integers import from_integers, integer_name, integers, scale_dtype
+from .integers import from_integers, integer_name, integers, out_of_order, scale_dtype
 from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -56,6 +56,8 @@ class MLX(Layout):
         return "quant_method" not in settings and "bits" in settings and "group_size" in settings
 
     def refusal(self, format: Format) -> str | None:
+        if format.ordered:
+            return out_of_order(self, format)
         if not isinstance(format, Affine):
             return f"an mlx file cannot carry {format.name}; the nearest it has is int4_g64"
         faults, bits, columns, dtype = [], format.bits, format.cells.columns, format.dtype

@@ -19,7 +19,8 @@ negative, so that the extreme weight of a group meets the longer end of the rang
     zero     u8    integer zeros of a row, packed like the codes; a byte each per channel or tensor
     minimum  f16   instead of zero
 
-Weights are rounded with the scale as it is stored. The last group of a row may be shorter.
+Weights are rounded with the scale as it is stored. The last group of a row may be shorter. Groups of columns
+that lie apart are in actorder.py.
 Source: Jacob et al., Quantization and Training of Neural Networks (arXiv 1712.05877), section 2.1.
 """
 

@@ -39,11 +39,36 @@ class Grid(ABC):
     (an integer zero point is part of the level), which is what refitting in closed form needs.
     Where codes are points of a lattice, `vector` columns are rounded together: `columns` are whole vectors.
     Evaluated in f32 in this order it is `value` bit for bit. Group j covers the columns j * group to
-    (j + 1) * group - 1; the last may be shorter.
+    (j + 1) * group - 1; the last may be shorter. Where columns lie in another order than their groups
+    do, `index (k,)` int64 has the group of each; there are as many groups all the same. Who asks
+    `group_of`, `members`, `sums` and `spread` need not know.
     """
 
     group: int
     vector: int = 1
+    index: torch.Tensor | None = None
+
+    def group_of(self, columns: torch.Tensor) -> torch.Tensor:
+        """`(c,)` columns -> the group of each."""
+        return columns // self.group if self.index is None else self.index[columns]
+
+    def members(self, k: int) -> list[slice] | list[torch.Tensor]:
+        """The columns of each group."""
+        if self.index is None:
+            return [slice(start, min(start + self.group, k)) for start in range(0, k, self.group)]
+        return [torch.where(self.index == j)[0] for j in range(math.ceil(k / self.group))]
+
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
+        """`(n, k)` -> `(n, g)`: the sum over the columns of each group."""
+        n, k = x.shape
+        if self.index is not None:
+            return x.new_zeros(n, math.ceil(k / self.group)).index_add_(1, self.index, x)
+        x = torch.nn.functional.pad(x, (0, -k % self.group)) if k % self.group else x
+        return x.reshape(n, -1, self.group).sum(2)
+
+    def spread(self, parameter: torch.Tensor, k: int) -> torch.Tensor:
+        """`(n, g)` -> `(n, k)`: what each column has of its group's."""
+        return parameter[:, self.group_of(torch.arange(k, device=parameter.device))]
 
     def weighted(self, importance: torch.Tensor) -> Grid:
         """importance `(k,)`: how much the errors inside a vector count. Of no matter to single columns."""
@@ -155,6 +180,16 @@ class Format(ABC):
         """QTensor -> `(n, k)` f32."""
         grid, codes = self.unpack(q)
         return grid.value(codes)
+
+    @property
+    def ordered(self) -> Format | None:
+        """Where columns are put into groups by what they count: the format whose columns lie in that order.
+        `arranged` makes a weight of this format of one of that. None for all others."""
+        return None
+
+    def arranged(self, q: QTensor, order: torch.Tensor) -> QTensor:
+        """A weight `(n, k)` in `ordered`, whose column j is column order[j] of ours -> ours."""
+        raise FormatError(f"{self.name} has its columns as they lie; a format in act order moves them")
 
     def atom(self, k: int) -> int | None:
         """How many columns can be fitted and packed alone: the widest cell of any plane. None where a

@@ -18,10 +18,15 @@ from .intervals import lookup, pick
 from .search import inverse, middles
 
 
-def spread(parameter: torch.Tensor, group: int, columns: slice, k: int) -> torch.Tensor:
-    """`(n, g)` group parameters -> `(n, c)`, one for each of the chosen columns; `(n, 1)` if all share it."""
+def spread(
+    parameter: torch.Tensor, group: int, columns: slice, k: int, index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(n, g)` group parameters -> `(n, c)`, one for each of the chosen columns; `(n, 1)` if all share it.
+    index: the group of each column, where that is not column // group."""
     if parameter.shape[1] == 1:
         return parameter
+    if index is not None:
+        return parameter[:, index[columns]]
     start, stop, stride = columns.indices(k)
     if stride > 0 and stop > start and start // group == (stop - 1) // group:
         return parameter[:, start // group : start // group + 1]
@@ -71,20 +76,24 @@ class AffineGrid(Grid):
     k: int
     dtype: torch.dtype = torch.float16
     signed: bool = True
+    index: torch.Tensor | None = None
 
     @cached_property
     def _inverse(self) -> torch.Tensor:
         return inverse(self.step)
 
+    def _of(self, parameter: torch.Tensor, columns: slice) -> torch.Tensor:
+        return spread(parameter, self.group, columns, self.k, self.index)
+
     def _parameters(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | int]:
-        base = None if self.base is None else spread(self.base, self.group, columns, self.k)
-        zero = self.zero if isinstance(self.zero, int) else spread(self.zero, self.group, columns, self.k)
-        return spread(self.step, self.group, columns, self.k), base, zero
+        base = None if self.base is None else self._of(self.base, columns)
+        zero = self.zero if isinstance(self.zero, int) else self._of(self.zero, columns)
+        return self._of(self.step, columns), base, zero
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         _, base, zero = self._parameters(columns)
         w = w if base is None else w - base
-        code = (w * spread(self._inverse, self.group, columns, self.k)).round_().add_(zero)
+        code = (w * self._of(self._inverse, columns)).round_().add_(zero)
         return code.clamp_(0, self.top).to(torch.uint8)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:

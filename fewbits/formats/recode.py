@@ -3,6 +3,7 @@
     value = step * (code - zero)          int4_g32   int8_channel   q4_0   q5_0   q8_0
     value = step * code + base            int4_g32_asym_float   q4_1   q5_1
     mxfp4 and mxfp4_ggml                  the same blocks, their bytes in another order
+    int4_g128_actorder                    int4_g128 and its kin, where its columns are in order after all
 
 A group may be cut into smaller ones that repeat its parameters, a symmetric code may get a zero point that
 never changes, an integer zero may become a base where base = -zero * step has the digits for it. Whether
@@ -20,6 +21,7 @@ import torch
 
 from ..errors import FormatError
 from ..qtensor import QTensor
+from .actorder import ActOrder
 from .affine import Affine
 from .base import FORMATS, Format
 from .ggml import Ggml
@@ -33,6 +35,11 @@ def kin(name: str) -> Iterator[str]:
     """Formats that may hold every value of one in format `name`, the nearest first; not itself."""
     if name in _MXFP4:
         yield from (other for other in _MXFP4 if other != name)
+        return
+    inner = FORMATS.get(name).ordered
+    if inner is not None:
+        yield inner.name
+        yield from kin(inner.name)
         return
     bits, columns, based = _shape_of(FORMATS.get(name))
     if not bits:
@@ -57,6 +64,12 @@ def recoded(q: QTensor, to: Format) -> QTensor | None:
     them."""
     if q.format == to:
         return q
+    if isinstance(q.format, ActOrder):
+        plain, index = q.format.parted(q)
+        return recoded(plain, to) if q.format.in_order(index) else None
+    if isinstance(to, ActOrder):
+        inner = recoded(q, to.plain)
+        return None if inner is None else to.arranged(inner, torch.arange(q.shape[1]))
     try:
         to.check_shape(q.shape[0], q.shape[1], "weight")
     except FormatError:

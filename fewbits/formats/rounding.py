@@ -17,7 +17,7 @@ def rounding_of(grid: Grid, n: int, columns: torch.Tensor) -> Rounding | None:
     """A grid, for `columns (k,)` of it in that order -> its Rounding; None where the core has none."""
     meaning = getattr(grid, "meaning", grid)
     step, base = meaning.groups(n)
-    group = columns // grid.group
+    group = grid.group_of(columns)
     if isinstance(meaning, AffineGrid):
         zero = meaning.zero
         if isinstance(zero, torch.Tensor):

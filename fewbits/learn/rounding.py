@@ -144,8 +144,8 @@ class Offset:
 def _gap(grid: Grid, w: torch.Tensor) -> torch.Tensor:
     """`(n, k)` -> `(n, k)`, alike within a group: how far apart representable values lie."""
     error = (w - grid.value(grid.round(w))).square()
-    parts = [part.mean(1, keepdim=True).sqrt().expand_as(part) for part in error.split(grid.group, 1)]
-    return sqrt(12) * torch.cat(parts, 1)
+    mean = grid.sums(error) / grid.sums(torch.ones_like(w[:1]))
+    return sqrt(12) * grid.spread(mean.sqrt(), w.shape[1])
 
 
 def _first(grid: Grid, w: torch.Tensor, codes: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ..algorithms.descent import group_sums
 from ..formats.base import Grid
 
 
@@ -58,7 +57,7 @@ class _Multiply(torch.autograd.Function):
         ctx.grid, ctx.names = grid, names
         ctx.save_for_backward(x, codes, *values)
         grid = _replaced(grid, names, values)
-        return functional.linear(x, _spread(grid.level(codes), grid.group, *_groups(grid, codes)))
+        return functional.linear(x, _spread(grid, grid.level(codes), *_groups(grid, codes)))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -69,9 +68,7 @@ class _Multiply(torch.autograd.Function):
             groups = _groups(grid, codes)
         level, to_x = grid.level(codes).detach(), None
         if ctx.needs_input_grad[0]:
-            to_x = gradient @ _spread(level, grid.group, *(part.detach() for part in groups)).to(
-                gradient.dtype
-            )
+            to_x = gradient @ _spread(grid, level, *(part.detach() for part in groups)).to(gradient.dtype)
         if not leaves:
             return (to_x, None, None, None)
         rows = gradient.flatten(0, -2)
@@ -80,9 +77,9 @@ class _Multiply(torch.autograd.Function):
             with torch.enable_grad():
                 found = torch.autograd.grad(grid.value(codes), leaves, to_w)
             return (to_x, None, None, None, *found)
-        sums = [group_sums(to_w * level, grid.group)]
+        sums = [grid.sums(to_w * level)]
         if len(groups) == 2:
-            sums.append(group_sums(to_w, grid.group))
+            sums.append(grid.sums(to_w))
         return (to_x, None, None, None, *torch.autograd.grad(groups, leaves, sums))
 
 
@@ -96,10 +93,13 @@ def _groups(grid: Grid, codes: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _spread(
-    level: torch.Tensor, group: int, step: torch.Tensor, base: torch.Tensor | None = None
+    grid: Grid, level: torch.Tensor, step: torch.Tensor, base: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`(n, k)` levels, `(n, g)` step and base -> `(n, k)` values."""
-    n, k = level.shape
+    (n, k), group = level.shape, grid.group
+    if grid.index is not None:
+        w = level * grid.spread(step, k)
+        return w if base is None else w + grid.spread(base, k)
     whole = functional.pad(level, (0, -k % group)) if k % group else level
     w = whole.view(n, -1, group) * step[..., None]
     return (w if base is None else w + base[..., None]).view(n, -1)[:, :k]

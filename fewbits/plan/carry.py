@@ -94,7 +94,10 @@ def nearest(format: str, refusal: Refusal, shape: tuple[int, ...]) -> str | None
     fits = [
         name
         for name in FORMATS
-        if name not in FLOATS and refusal(FORMATS.get(name)) is None and _takes(FORMATS.get(name), n, k)
+        if name not in FLOATS
+        and FORMATS.get(name).ordered is None
+        and refusal(FORMATS.get(name)) is None
+        and _takes(FORMATS.get(name), n, k)
     ]
     return min(fits, key=distance, default=None)
 
@@ -107,17 +110,19 @@ def way(format: str, refusal: Refusal) -> str | None:
     names = [name for name in kin(format) if refusal(FORMATS.get(name)) is None]
     if not names:
         return None
-    sample = FORMATS.get(format).encode(_sample())
+    sample = FORMATS.get(format).encode(*_sample())
     for name in names:
         if recoded(sample, FORMATS.get(name)) is not None:
             return f"as {name}"
     return f"as {names[0]}?"
 
 
-def _sample() -> torch.Tensor:
-    """Weights off centre, so that zero points and minima differ from group to group."""
+def _sample() -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights off centre, so that zero points and minima differ from group to group, and importance that
+    does not fall with the columns."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(32, 1024, generator=generator) + torch.randn(32, 1, generator=generator)
+    w = torch.randn(32, 1024, generator=generator) + torch.randn(32, 1, generator=generator)
+    return w, torch.rand(1024, generator=generator)
 
 
 def _takes(format: Format, n: int, k: int) -> bool:

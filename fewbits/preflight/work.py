@@ -163,7 +163,10 @@ def _source_peak(checkpoint: Checkpoint, job: Job, name: str) -> int:
     if is_plain(job.format):
         return held + 4 * min(count, 2 * CHUNK) + 4 * count
     format, (n, k) = FORMATS.get(job.format), (prod(tensor.shape[:-1]), tensor.shape[-1])
-    alone = all(plane.flat is None and plane.rows == 1 for plane in format.planes)
+    inner = format.ordered or format
+    if format.ordered:
+        held += tensor.nbytes + 2 * count  # columns in the order of groups, and their codes put back
+    alone = all(plane.flat is None and plane.rows == 1 for plane in inner.planes)
     rows = min(n, max(1, CHUNK // k)) if alone else n
     return held + 2 * format.nbytes(n, k) + ROWS_IN_F32 * 4 * rows * k
 

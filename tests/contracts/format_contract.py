@@ -38,6 +38,11 @@ def sample(format: Format, seed: int = 0) -> torch.Tensor:
     return weights(seed, ROWS, columns_of(format))
 
 
+def uneven(k: int) -> torch.Tensor:
+    """`(k,)`: an importance in no order, by which a format may put columns into groups."""
+    return torch.rand(k, generator=torch.Generator().manual_seed(2))
+
+
 def rounding_codes(grid: Grid) -> torch.Tensor | None:
     """The codes that rounding may give, `(L,)`; None where they are too many to list."""
     grid = getattr(grid, "meaning", grid)
@@ -87,7 +92,7 @@ def same_planes(format: Format, a, b) -> bool:
 
 def every_code_round_trips(format: Format) -> None:
     w = sample(format)
-    grid = format.fit(w)
+    grid = format.fit(w, uneven(w.shape[1]))
     codes = every_code(grid, *w.shape)
     q = format.pack(grid, codes)
     assert torch.equal(q.decode().nan_to_num(1e9), grid.value(codes).nan_to_num(1e9))
@@ -95,12 +100,12 @@ def every_code_round_trips(format: Format) -> None:
 
 
 def decode_is_the_grid_value(format: Format) -> None:
-    for search in (True, False):
-        w = sample(format)
-        grid = format.fit(w, None, search)
+    w = sample(format)
+    for search, known in ((True, None), (False, None), (True, uneven(w.shape[1]))):
+        grid = format.fit(w, known, search)
         codes = grid.round(w)
         assert torch.equal(format.pack(grid, codes).decode(), grid.value(codes))
-        encoded = format.encode(w, None, search)
+        encoded = format.encode(w, known, search)
         assert torch.equal(encoded.decode(), grid.value(codes)), "encode is fit, round and pack"
 
 
@@ -143,7 +148,7 @@ def points_are_near(format: Format, grid: Grid, w: torch.Tensor) -> None:
 
 def slices_equal_the_whole(format: Format) -> None:
     w = sample(format)
-    grid = format.fit(w)
+    grid = format.fit(w, uneven(w.shape[1]))
     codes = grid.round(w)
     single = (slice(0, 1), slice(31, 33), slice(5, 200), slice(128, None), slice(3, 250, 7))
     for columns in single if format.vector == 1 else (slice(8, 16), slice(24, 200), slice(128, None)):

@@ -18,13 +18,9 @@ from tests.contracts.format_contract import (
     every_code,
     same_planes,
     sample,
+    uneven,
     weights,
 )
-
-
-def spread(parameter: torch.Tensor, grid: Grid, k: int) -> torch.Tensor:
-    """`(n, g)` -> `(n, k)`."""
-    return parameter[:, torch.arange(k) // grid.group]
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -33,37 +29,55 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def unpack_inverts_pack(format: Format) -> None:
+    """The importance by which the codes of a vector are chosen is not stored."""
     w = sample(format)
-    grid = format.fit(w)
-    codes = every_code(grid, *w.shape)
-    q = format.pack(grid, codes)
-    again, unpacked = format.unpack(q)
-    assert same_bytes(codes, unpacked)
-    twice = format.pack(again, unpacked)
-    assert all(same_bytes(twice.planes[plane.name], q.planes[plane.name]) for plane in format.planes)
-    assert torch.equal(again.round(w), grid.round(w))
+    for known in (None, uneven(w.shape[1])):
+        grid = format.fit(w, known)
+        codes = every_code(grid, *w.shape)
+        q = format.pack(grid, codes)
+        again, unpacked = format.unpack(q)
+        assert same_bytes(codes, unpacked)
+        twice = format.pack(again, unpacked)
+        assert all(same_bytes(twice.planes[plane.name], q.planes[plane.name]) for plane in format.planes)
+        if known is None or format.vector == 1:
+            assert torch.equal(again.round(w), grid.round(w))
 
 
 def value_is_linear_in_step_and_base(format: Format) -> None:
     """Bit for bit, one f32 multiplication and, where there is a base, one addition."""
     for k in (columns_of(format), columns_of(format) + format.block * (format.block < 32)):
         w = weights(0, ROWS, k)
-        grid = format.fit(w)
+        grid = format.fit(w, uneven(k))
         codes = grid.round(w)
         step, base = grid.groups(ROWS)
         assert step.shape == (ROWS, -(-k // grid.group)) and step.dtype == torch.float32
-        value = spread(step, grid, k) * grid.level(codes)
-        value = value if base is None else value + spread(base, grid, k)
+        value = grid.spread(step, k) * grid.level(codes)
+        value = value if base is None else value + grid.spread(base, k)
         assert torch.equal(value, grid.value(codes))
         for columns in (slice(5, 6), slice(31, 200), slice(3, 250, 7)):
             part = codes[:, columns]
             assert torch.equal(grid.level(part, columns), grid.level(codes)[:, columns])
 
 
+def columns_belong_to_groups(format: Format) -> None:
+    """Each to one; what is summed over groups and spread again is what each column's group has."""
+    k = columns_of(format)
+    grid = format.fit(sample(format), uneven(k))
+    group, g = grid.group_of(torch.arange(k)), grid.groups(ROWS)[0].shape[1]
+    assert group.shape == (k,) and 0 <= int(group.min()) <= int(group.max()) < g
+    members = grid.members(k)
+    assert len(members) == g
+    for j, inside in enumerate(members):
+        assert torch.equal(torch.arange(k)[inside], torch.where(group == j)[0])
+    x = torch.arange(1.0, 2 * k + 1).reshape(2, k)  # whole numbers, whose sums are exact
+    sums = torch.stack([x[:, group == j].sum(1) for j in range(g)], 1)
+    assert torch.equal(grid.sums(x), sums) and torch.equal(grid.spread(sums, k), sums[:, group])
+
+
 def refitting_to_its_own_groups_changes_nothing(format: Format) -> None:
     """Also for parameters in two levels, which are coded anew only where that comes nearer."""
     w = sample(format)
-    grid = format.fit(w)
+    grid = format.fit(w, uneven(w.shape[1]))
     codes = grid.round(w)
     step, base = grid.groups(ROWS)
     for weight in (None, torch.rand(step.shape, generator=torch.Generator().manual_seed(0))):
@@ -107,7 +121,7 @@ def refitting_in_closed_form_pays(format: Format) -> None:
     before, after = [], []
     for seed in range(3):
         w = sample(format, seed)
-        grid = format.fit(w, search=False)
+        grid = format.fit(w, uneven(w.shape[1]), search=False)
         codes = grid.round(w)
         step, base, weight = closed_form(w, grid, codes)
         before.append(error(w, grid.value(codes)))
@@ -121,7 +135,7 @@ def closed_form(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The least-squares step and base of each group for these codes, and what an error of the step costs."""
     x, v, step = w.double(), grid.level(codes).double(), grid.groups(ROWS)[0]
-    index = torch.arange(w.shape[1]) // grid.group
+    index = grid.group_of(torch.arange(w.shape[1]))
 
     def total(part: torch.Tensor) -> torch.Tensor:
         return torch.zeros(step.shape, dtype=torch.float64).index_add_(1, index, part)
@@ -139,7 +153,7 @@ def parameters_carry_gradients(format: Format) -> None:
     """`replaced` with the same parameters is the same grid; along a direction of parameters the gradient
     of sum(c * value) is the difference of values, which are linear in each parameter."""
     w = sample(format)
-    grid = format.fit(w)
+    grid = format.fit(w, uneven(w.shape[1]))
     codes = grid.round(w)
     parameters = grid.parameters()
     assert torch.equal(grid.replaced(parameters).value(codes), grid.value(codes))
@@ -180,6 +194,7 @@ def atoms_stand_alone(format: Format) -> None:
 PROMISES = (
     unpack_inverts_pack,
     value_is_linear_in_step_and_base,
+    columns_belong_to_groups,
     refitting_to_its_own_groups_changes_nothing,
     refitting_comes_near,
     refitting_in_closed_form_pays,

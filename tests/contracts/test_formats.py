@@ -12,6 +12,8 @@ PARSED = [
     "int2_channel_asym_bf16",
     "int3_g7_asym",
     "int4_tensor_asym_float_f32",
+    "int3_g32_actorder_bf16",
+    "int4_g48_asym_actorder",
     "int5_g96_asym_float_bf16",
     "int6_tensor_asym_f32",
     "fp6_e3m2_g48",
@@ -39,7 +41,21 @@ def test_name_is_canonical(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["int1", "int9_g64", "int4_g0", "int4_g", "q4_9", "fp8_e2m1_tensor", "nf4 ", ""]
+    "name",
+    [
+        "int4_actorder",
+        "int4_channel_actorder",
+        "int4_g64_asym_float_actorder",
+        "int4_g64_actorder_asym",
+        "int1",
+        "int9_g64",
+        "int4_g0",
+        "int4_g",
+        "q4_9",
+        "fp8_e2m1_tensor",
+        "nf4 ",
+        "",
+    ],
 )
 def test_unknown_name_raises(name):
     with pytest.raises(FormatError, match="unknown format"):
@@ -47,7 +63,16 @@ def test_unknown_name_raises(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["int4_g96_asym", "mxfp4", "nf4", "kmeans3_channel", "fp8_e4m3_block128", "int8_tensor"]
+    "name",
+    [
+        "int4_g96_asym",
+        "mxfp4",
+        "nf4",
+        "kmeans3_channel",
+        "fp8_e4m3_block128",
+        "int8_tensor",
+        "int4_g64_asym_actorder",
+    ],
 )
 @pytest.mark.parametrize("axes", [1, 2])
 def test_encoding_a_few_rows_at_a_time_changes_nothing(name, axes, monkeypatch):

@@ -7,6 +7,7 @@ FEWBITS_UPDATE_GOLDEN=1 writes tests/golden/gptq and tests/golden/awq anew.
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.adapters.hf import load_model
+from fewbits.calibrate.tokens import Tokens
 from fewbits.files.awq import AWQ
 from fewbits.files.gptq import GPTQ
 from fewbits.files.integers import group_of, integers
 from fewbits.files.open import open_checkpoint
 from fewbits.pipeline import quantize
 from fewbits.plan import Plan, Rule
+from fewbits.plan.method import METHODS
+from fewbits.qtensor import QTensor
 from fewbits.request import Request
 from tests.files.integer_cases import formula
 from tests.tiny import VOCAB, change_weights, save_tiny
@@ -44,6 +48,10 @@ MIXED = Plan(
     (Rule("*.1.mlp.down_proj.weight", "int8_g32"), Rule("*.0.self_attn.o_proj.weight", "f16"),
      Rule("*.0.mlp.up_proj.weight", "int4_channel"))
 )  # fmt: skip
+ORDERED = Plan(
+    (Rule("*.1.mlp.down_proj.weight", "int8_g32_actorder"), Rule("*.0.self_attn.o_proj.weight", "f16"),
+     Rule("*.self_attn.[qkv]_proj.weight", "int4_g64_actorder"))
+)  # fmt: skip
 WRITTEN = {
     "gptq int4": ("gptq", "int4_g64", Plan()),
     "gptq int2": ("gptq", "int2_g32", Plan()),
@@ -54,6 +62,9 @@ WRITTEN = {
     "gptq_v2 int3": ("gptq_v2", "int3_g64_asym", Plan()),
     "gptq_v2 int4": ("gptq_v2", "int4_g64_asym", Plan()),
     "gptq_v2 int8": ("gptq_v2", "int8_g128_asym", Plan()),
+    "gptq act order": ("gptq", "int4_g32_actorder", Plan()),
+    "gptq act order dynamic": ("gptq", "int4_g64", ORDERED),
+    "gptq_v2 act order": ("gptq_v2", "int3_g32_asym_actorder", Plan()),
     "awq": ("awq", "int4_g64_asym", Plan()),
     "awq symmetric": ("awq", "int4_g64", Plan()),
     "awq channel": ("awq", "int4_channel_asym", Plan()),
@@ -92,6 +103,11 @@ def source(tmp_path_factory):
     return change_weights(path, dict.fromkeys(open_checkpoint(path).tensors, lambda w: w.half().float()))
 
 
+def moves(q: QTensor) -> bool:
+    """Are its columns in groups other than those of their places?"""
+    return "g_idx" in q.planes and bool((q.planes["g_idx"][0].diff() < 0).any())
+
+
 def reading(path: Path, method: str) -> list:
     return ["read", {"path": str(path), "tokens": TOKENS, "out": f"{path}.found", "method": method}]
 
@@ -101,8 +117,11 @@ def written(source, tmp_path_factory):
     """Our directories, and what the package reads in them."""
     folder, jobs = tmp_path_factory.mktemp("written"), []
     for name, (file, to, plan) in WRITTEN.items():
-        path = folder / name.replace(" ", "-")
-        quantize(open_checkpoint(source), path, Request(to=to, file=file, plan=plan))
+        path, request = folder / name.replace(" ", "-"), Request(to=to, file=file, plan=plan)
+        if "act order" in name:
+            tokens = Tokens.of(torch.tensor(WINDOWS), "random")
+            request = replace(request, method=METHODS["gptq"], tokens=tokens)
+        quantize(open_checkpoint(source), path, request)
         jobs.append(reading(path, file.removesuffix("_v2")))
     run(jobs, folder)
     return folder
@@ -118,6 +137,8 @@ def test_the_package_reads_what_we_write(written, name):
     assert len(coded) == (13 if "dynamic" in name else 14)
     for key, value in coded.items():
         assert torch.equal(value, decoded[key]), key
+    moved = {key for key in coded if moves(ours.tensors[key].load())}
+    assert len(moved) == {"gptq act order dynamic": 7, "gptq act order": 14}.get(name.replace("_v2", ""), 0)
     with torch.no_grad():
         all_logits = load_model(ours)(torch.tensor([[*TOKENS, *found["greedy"].tolist()]])).logits[0]
     logits, after = all_logits[: len(TOKENS)], all_logits[len(TOKENS) - 1 : -1]
@@ -152,9 +173,8 @@ def test_we_read_what_the_package_writes(made, name):
     assert len(decoded) == (12 if name == "dynamic" else 14)
     for key, value in decoded.items():
         loaded = tensors[key].load()
-        assert torch.equal(loaded if isinstance(loaded, torch.Tensor) else loaded.decode(), value), key
-    plain = [key for key in decoded if not tensors[key].quantized]
-    assert bool(plain) == (name == "desc_act")
+        assert isinstance(loaded, QTensor) and torch.equal(loaded.decode(), value), key
+        assert moves(loaded) == (name == "desc_act")
 
 
 @pytest.mark.parametrize(("format", "layout"), PACKED)

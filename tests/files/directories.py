@@ -52,7 +52,9 @@ def one_block(quantized: dict, vocabulary: int = 8) -> dict:
 
 
 def random_qtensor(form: Format, n: int, k: int, seed: int = 0) -> QTensor:
-    """Random weights, encoded: planes whose every value the format means."""
+    """Random weights, encoded: planes whose every value the format means; in act order, columns of which
+    none is where it would be otherwise."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(n, k, generator=generator) * torch.logspace(-2, 1, n)[:, None]
-    return form.encode(w + 0.3 * torch.randn(n, 1, generator=generator))
+    w += 0.3 * torch.randn(n, 1, generator=generator)
+    return form.encode(w, torch.arange(1.0, k + 1) if form.ordered else None)

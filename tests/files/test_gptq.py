@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from fewbits.errors import FewbitsError, FileError, FormatError
 from fewbits.files.layout import LAYOUTS
 from fewbits.files.open import open_checkpoint
-from tests.files.directories import write_directory
+from fewbits.formats import FORMATS
+from tests.files.directories import random_qtensor, write_directory
 from tests.files.integer_cases import formula
 
 # Made by GPTQModel 7.7.0: FEWBITS_UPDATE_GOLDEN=1 pytest -m engine tests/engines/test_gptqmodel.py
@@ -97,18 +98,72 @@ def permuted(path, order):
     return path
 
 
-def test_columns_in_another_order_open_as_floats(tmp_path):
-    order = (torch.arange(64) % 2).int()
-    tensor = open_checkpoint(permuted(directory(tmp_path / "m"), order)).tensors[NAME]
-    assert (tensor.dtype, tensor.quantized, tensor.shape) == ("f32", False, (32, 64))
-    q = formula("int4_g32")
-    scale, group = q.planes["scale"].float(), torch.arange(64) // 32
-    codes = q.decode() / scale[:, group]
-    assert torch.equal(tensor.load(), codes * scale[:, order.long()])
+@pytest.mark.parametrize("desc_act", [True, False])
+def test_columns_in_another_order_are_in_act_order(tmp_path, desc_act):
+    """Whatever desc_act says, as old files say nothing or the wrong thing. Sizes of groups may differ."""
+    for i, index in enumerate((torch.arange(64) % 2, torch.arange(64) // 40, torch.arange(64) // 32)):
+        path = permuted(directory(tmp_path / str(i), {"desc_act": desc_act}), index.int())
+        tensor = open_checkpoint(path).tensors[NAME]
+        kind = "int4_g32" if i == 2 else "int4_g32_actorder"
+        assert (tensor.dtype, tensor.quantized, tensor.shape) == (kind, True, (32, 64))
+        q = formula("int4_g32")
+        scale, group = q.planes["scale"].float(), torch.arange(64) // 32
+        codes = q.decode() / scale[:, group]
+        assert torch.equal(tensor.load().decode(), codes * scale[:, index])
+
+
+@pytest.mark.parametrize(
+    ("layout", "format"),
+    [("gptq", "int4_g16_actorder"), ("gptq_v2", "int4_g16_actorder"), ("gptq_v2", "int3_g32_asym_actorder")],
+)
+def test_the_arrays_of_act_order(layout, format):
+    """Codes stay where their columns are: but for g_idx, the arrays are those of the format in order."""
+    q = random_qtensor(FORMATS.get(format), 32, 64)
+    plain, index = q.format.parted(q)
+    *ours, g_idx = LAYOUTS.get(layout).pack(q)
+    *same, rising = LAYOUTS.get(layout).pack(plain)
+    assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
+    assert torch.equal(g_idx, index) and g_idx.dtype == rising.dtype and not torch.equal(g_idx, rising)
+
+
+def test_one_weight_in_act_order_sets_desc_act(tmp_path):
+    """vLLM looks at g_idx where it is set, and for a config of other settings than the common ones too."""
+    kinds = ("int4_g32", "int4_g32_actorder", "int8_g32")
+    given = {
+        NAME.replace("0", str(i)): random_qtensor(FORMATS.get(kind), 32, 64) for i, kind in enumerate(kinds)
+    }
+    path = write_directory(tmp_path / "m", "gptq", given)
+    settings = json.loads((path / "quantize_config.json").read_text())
+    assert settings["desc_act"] is True and settings["meta"]["act_group_aware"] is False
+    assert list(settings["dynamic"].values()) == [{"bits": 8, "group_size": 32, "sym": True}]
+    read = open_checkpoint(path).tensors
+    assert [read[name].dtype for name in given] == list(kinds)
+    del given[NAME.replace("0", "1")]
+    path = write_directory(tmp_path / "n", "gptq", given)
+    settings = json.loads((path / "quantize_config.json").read_text())
+    assert settings["desc_act"] is False and "act_group_aware" not in settings["meta"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "format", "nearest"),
+    [
+        ("gptq", "int5_g32_actorder", "int8_g32_actorder"),
+        ("gptq_v2", "int4_g32_asym_actorder_bf16", "int4_g32_asym_actorder"),
+        ("gptq", "int4_g32_asym_actorder", "gptq_v2"),
+        ("awq", "int4_g32_actorder", "int4_g32"),
+        ("awq", "int8_g32_actorder", "int4_g32"),
+        ("mlx", "int4_g64_asym_actorder", "int4_g64_asym"),
+        ("onnx", "int8_g32_actorder", "int8_g32"),
+        ("compressed-tensors", "int8_g32_asym_actorder", "int8_g32_asym"),
+    ],
+)
+def test_act_order_that_is_not_carried_names_the_nearest(layout, format, nearest):
+    why = LAYOUTS.get(layout).refusal(FORMATS.get(format))
+    assert why is not None and why.endswith(nearest)
 
 
 @pytest.mark.parametrize("group", [-1, 2])
 def test_a_group_that_is_not_there_is_told(tmp_path, group):
     order = torch.full((64,), group, dtype=torch.int32)
-    with pytest.raises(FewbitsError, match="g_idx names group"):
+    with pytest.raises(FewbitsError, match=f"g_idx names group {group}, there are 2"):
         open_checkpoint(permuted(directory(tmp_path / "m"), order))
