@@ -22,7 +22,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .activations.record import record
+from .activations.record import record, record_cache
 from .blockwise import Asked, Run, quantize_blocks
 from .calibrate.statistics import coverage_notes
 from .errors import FileError, FormatError, PlanError
@@ -89,7 +89,7 @@ def quantize(
             store = stack.enter_context(BlockStore(folder, identity, request.overwrite))
             checkpoint, told, more = _block_by_block(checkpoint, target, decisions, request, store, progress)
             notes += request.tokens.notes + more
-        found, more = _activations(checkpoint, request)
+        found, more = _measured(checkpoint, request, target.runtime)
         notes += more
         target = replace(target, jobs=target.told(found)) if target.told else target
         work = Work(request.method, {"search": request.search}, stats_of(request), told)
@@ -112,18 +112,54 @@ def quantize(
     return receipt
 
 
-def _activations(checkpoint: Checkpoint, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What a native directory records for the runtime, and the same as a note."""
-    if request.activations is None:
-        return {}, ()
-    found = record(
-        checkpoint, request.activations, None if request.tokens is None else request.tokens.windows
-    )
-    left = found["left"]
-    some = ", ".join(left[:3]) + (" ..." if left[3:] else "")
-    return {"activations": found}, (
-        f"activations: {found['scheme']}" + (f"; {len(left)} inputs stay in float: {some}" if left else ""),
-    )
+def _measured(
+    checkpoint: Checkpoint, request: Request, runtime: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What the runtime is told besides the weights, as records, and the same as notes."""
+    windows = None if request.tokens is None else request.tokens.windows
+    measure = {"activations": record, "kv_cache": record_cache}
+    found = {
+        kind: measure[kind](checkpoint, said, windows) if isinstance(said, str) else said
+        for kind, said in runtime.items()
+    }
+    notes = []
+    for kind, said in found.items():
+        left = said.get("left", [])
+        some = ", ".join(left[:3]) + (" ..." if left[3:] else "")
+        kept = f"; {len(left)} inputs stay in float: {some}" if left else ""
+        notes.append(f"{kind.replace('kv_', '')}: {said['scheme']}{kept}")
+    return found, tuple(notes)
+
+
+def _told(
+    checkpoint: Checkpoint, request: Request, file: str
+) -> tuple[Layout | None, dict[str, Any], list[str]]:
+    """The layout (None: GGUF) that says what the runtime is to do, what that is, and what it cannot say.
+
+    What is asked for must be said, else PlanError. What the input says of weights that keep their formats is
+    said again where the file type can; where it cannot, that is a note.
+    """
+    layout = None if file == "gguf" else LAYOUTS.get(file)
+    asked = {"activations": request.activations, "kv_cache": request.kv_cache}
+    names = {kind: name for kind, name in asked.items() if name is not None}
+    if layout is None and names:
+        raise PlanError("a GGUF file says nothing of activations or a cache; use a native directory")
+    whole = None if layout is None else layout.told(**names)
+    found: dict[str, Any] = dict(names)
+    notes = [f"the input: {line}" for line in checkpoint.metadata.get("unread", ())]
+    known = {} if checkpoint.kind == "gguf" else checkpoint.metadata
+    for kind in (kind for kind in asked if kind not in names and isinstance(known.get(kind), dict)):
+        names[kind] = str(known[kind].get("scheme"))
+        why = "weights are quantized anew" if request.to or request.plan.rules else None
+        try:
+            whole = layout.told(**names) if layout is not None and why is None else whole
+        except PlanError as error:
+            why = str(error)
+        if why is None and layout is not None:
+            found[kind] = known[kind]
+            continue
+        notes.append(f"the input's {kind} in {names.pop(kind)}: not kept; {why or 'GGUF says nothing of it'}")
+    return whole, found, notes
 
 
 def _receipt(
@@ -172,9 +208,7 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
     """Decide, check and lay out, all from headers: the target, and by job name what each gets."""
     file = request.file or ("gguf" if out.suffix == ".gguf" else "native")
     gguf = file == "gguf"
-    layout = None if gguf else LAYOUTS.get(file).told(request.activations)
-    if gguf and request.activations is not None:
-        raise PlanError(f"{out}: a GGUF file says nothing of activations; use a native directory")
+    layout, runtime, unsaid = _told(checkpoint, request, file)
     if gguf and checkpoint.kind != "gguf":
         require_architecture(checkpoint.config)
     _check_place(checkpoint, out, layout, request.overwrite)
@@ -195,7 +229,7 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
     if layout is None:
         formats = {name: decision.format for name, decision in decisions.items()}
         target = gguf_target(checkpoint, out, entries, formats, arch, file_type)
-        notes = engine_notes(arch, checkpoint.config) if arch else []
+        notes = unsaid + (engine_notes(arch, checkpoint.config) if arch else [])
         coarse = needing_imatrix(recipe.name, formats) if recipe and not request.calibrated else []
         if coarse:
             notes.append(f"{len(coarse)} tensors get types that llama-quantize writes only with an imatrix")
@@ -209,7 +243,8 @@ def prepare(checkpoint: Checkpoint, out: Path, request: Request) -> tuple[Target
         "file_type": file_type,
     }
     formats = {name: decision.format for name, decision in by_source.items()}
-    return directory_target(checkpoint, out, formats, layout, about), by_source
+    target = directory_target(checkpoint, out, formats, layout, about)
+    return replace(target, runtime=runtime, notes=(*target.notes, *unsaid)), by_source
 
 
 def quantizes_blocks(checkpoint: Checkpoint, out: Path, request: Request) -> bool:

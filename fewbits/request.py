@@ -28,7 +28,8 @@ class Request:
     input. overwrite: replace an output that exists. method: how codes are chosen. tokens: the text that a
     method which runs the model is calibrated on. statistics: saved ones, for a method that needs no more.
     streaming: memory and device of a calibrated run. strict: too little calibration data is an error.
-    activations: a scheme for the runtime, kept in a native directory. notes: for the receipt.
+    activations, kv_cache: schemes for the runtime, which native and compressed-tensors directories can say.
+    notes: for the receipt.
     """
 
     to: str | None = None
@@ -43,6 +44,7 @@ class Request:
     streaming: Streaming = field(default_factory=Streaming)
     strict: bool = False
     activations: str | None = None
+    kv_cache: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -112,6 +114,7 @@ def asked_of(request: Request) -> list[object]:
     """All that decides the bytes besides the input and the layout."""
     plain: list[object] = [request.plan.digest(), request.to, request.search, request.requantize]
     plain += [request.activations] if request.activations else []
+    plain += [f"cache {request.kv_cache}"] if request.kv_cache else []
     if not request.method.asked() and not request.calibrated:
         return plain
     streaming = request.streaming

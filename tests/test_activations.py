@@ -337,7 +337,7 @@ def test_bad_simulations_are_refused_before_anything_runs(parent):
     text = Text(TOKENS.flatten().repeat(4), "random tokens")
     with pytest.raises(PlanError, match=r"did you mean int8_dynamic.*known: "):
         Simulation("int8_dynamics")
-    with pytest.raises(PlanError, match="known: int2, int4, int8"):
+    with pytest.raises(PlanError, match="known: fp8, int2, int4, int8"):
         Simulation(cache="int3")
     for simulation, said in (
         (Simulation("int8_static"), "int8_static has a fixed range"),

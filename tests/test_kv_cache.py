@@ -142,9 +142,14 @@ def test_evaluate_reports_the_cache(tmp_path):
     parent = open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path / "parent"))
     text = Text(torch.randint(600, (2 * 200,), generator=torch.Generator().manual_seed(0)), "random tokens")
     costs = {}
+    calibration = torch.randint(600, (2, 64), generator=torch.Generator().manual_seed(1))
     for name in CACHES:
         limits = Settings(
-            context=200, prompts=1, prompt_tokens=4, new_tokens=3, simulation=Simulation(cache=name)
+            context=200,
+            prompts=1,
+            prompt_tokens=4,
+            new_tokens=3,
+            simulation=Simulation(cache=name, calibration=calibration),
         )
         found = evaluate(parent, [parent], text, limits)
         child = found.children[0]
@@ -153,3 +158,4 @@ def test_evaluate_reports_the_cache(tmp_path):
         assert (child.simulated.cache, child.simulated.cache_bits) == (name, bits)
         assert f"ran with cache {name} ({bits:g} bits a number)." in found.table()
     assert 0 < costs["int8"] < costs["int4"] and costs["int8"] < costs["int2"]
+    assert costs["int8"] < costs["fp8"] < costs["int4"]

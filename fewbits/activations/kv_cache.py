@@ -12,10 +12,14 @@ step, both f16, and codes of few bits:
     int8   per token, 128          per token, 128          0                        8.5
     int4   per token, 32           per token, 32           0                        5
     int2   per channel, 32 tokens  per token, 32           128                      3
+    fp8    the whole tensor        the whole tensor        0                        8
 
 int2 is KIVI (arXiv 2402.02750): a few channels of the keys are large in every token, so a step of their
 own saves the others; a group of keys can be stored only once its last token has come, and the newest
 tokens, which are read the most, stay in float.
+
+fp8 is what vLLM has: e4m3 under one step for all keys of a block and one for all values, both fixed before
+the model runs (`ranges`): value = e4m3(x / step) * step, step = largest |x| / 448.
 
 With n tokens in the cache (its own included), a query reads tokens 0 ... n - residual - 1 quantized,
 for keys only as far as their groups are complete, and the rest in float. That depends on the query, so
@@ -28,33 +32,41 @@ start at the oldest one left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from math import gcd
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..errors import ModelError, PlanError
+from ..adapters.simulate import changed_attention
+from ..errors import CalibrationError, ModelError, PlanError
 from ..registry import Registry
 
 QUERIES_AT_ONCE = 256  # bounds the scores held: heads x 256 x tokens
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+Steps = tuple[float, float]  # of keys, of values
 
 
 @dataclass(frozen=True)
 class Cache:
-    """How keys and values are stored. group: numbers that share a step. residual: newest tokens in float."""
+    """How keys and values are stored. group: numbers that share a step. residual: newest tokens in float.
+    fixed: e4m3 under a step that is known beforehand."""
 
     name: str
     bits: int
     group: int
     keys_per_channel: bool = False
     residual: int = 0
+    fixed: bool = False
 
     def bits_per_number(self, d: int) -> float:
         """Codes, step and low, of a stored key or value of head size `d`: mean of keys and values."""
+        if self.fixed:
+            return self.bits
         per_token = self.bits + 32 / gcd(self.group, d)
         return (self.bits + 32 / self.group + per_token) / 2 if self.keys_per_channel else per_token
 
@@ -69,6 +81,7 @@ for _cache in (
     Cache("int8", 8, 128),
     Cache("int4", 4, 32),
     Cache("int2", 2, 32, keys_per_channel=True, residual=128),
+    Cache("fp8", 8, 0, fixed=True),
 ):
     CACHES.add(_cache.name, _cache)
 
@@ -103,9 +116,60 @@ def per_channel(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     return torch.cat([stored, x[..., t:, :]], -2)
 
 
-def attention(cache: Cache) -> Callable[..., torch.Tensor]:
-    """-> a function with the arguments of torch's scaled_dot_product_attention that reads such a cache."""
-    return partial(_attend, cache)
+def attention(cache: Cache, steps: Sequence[Steps] = ()) -> Callable[..., torch.Tensor]:
+    """-> a function with the arguments of torch's scaled_dot_product_attention that reads such a cache.
+
+    steps: of the attentions, in the order in which they run; for a `fixed` cache only.
+    """
+    if not cache.fixed:
+        return partial(_attend, cache)
+    if not steps:
+        raise CalibrationError(
+            f"{cache.name} has a fixed step for each block and no text to take it from; give calibration "
+            "text, or use int8, which needs none"
+        )
+    turn = cycle(steps)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **given: Any) -> Any:
+        of_keys, of_values = next(turn)
+        key, value = to_e4m3(key, of_keys), to_e4m3(value, of_values)
+        return scaled_dot_product_attention(query, key, value, *rest, **given)
+
+    return attend
+
+
+def to_e4m3(x: torch.Tensor, step: float) -> torch.Tensor:
+    """Any float tensor -> the same as e4m3 codes under one step hold it; beyond 448 steps it is clipped."""
+    codes = (x.float() / step).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return (codes.float() * step).to(x.dtype)
+
+
+def ranges(model: Any, windows: torch.Tensor) -> dict[str, Steps]:
+    """Windows `(w, t)` int64 -> attention module -> the steps of its keys and values, in running order.
+
+    Raises ModelError where attention is not torch's, or modules that hold it are not found.
+    """
+    largest: list[list[float]] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **given: Any) -> Any:
+        largest.append([float(x.abs().max()) for x in (key, value)])
+        return scaled_dot_product_attention(query, key, value, *rest, **given)
+
+    with changed_attention(model, attend), torch.inference_mode():
+        for window in windows:
+            model(input_ids=window[None], use_cache=False, logits_to_keep=1)
+    names = [name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".k_proj")]
+    if not names or len(largest) != len(names) * len(windows):
+        raise ModelError(
+            f"{type(model).__name__}: {len(largest)} attentions ran over {len(windows)} windows in "
+            f"{len(names)} modules with a k_proj; which is whose is not known: leave the cache in float"
+        )
+    peaks = torch.tensor(largest, dtype=torch.float64).reshape(len(windows), len(names), 2).amax(0)
+    if not bool(peaks.isfinite().all()):
+        raise ModelError("a key or value is not finite; the weights are damaged")
+    steps = (peaks / LARGEST).float()
+    pairs = torch.where(steps > 0, steps, 1.0).tolist()
+    return {name: (k, v) for name, (k, v) in zip(names, pairs, strict=True)}
 
 
 def _attend(

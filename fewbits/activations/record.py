@@ -1,9 +1,11 @@
-"""What a runtime is to do with activations, as a native directory says it in fewbits.json.
+"""What a runtime is to do with activations and its cache, as a directory says it.
 
-"activations": {"scheme": "int8_dynamic", "left": ["model.layers.1.mlp.down_proj.weight", ...]}
+    "activations": {"scheme": "int8_dynamic", "left": ["model.layers.1.mlp.down_proj.weight", ...]}
+    "kv_cache":    {"scheme": "fp8", "steps": {"model.layers.0.self_attn": [of keys, of values], ...}}
 
 A static scheme has "ranges" besides, {site: [step, zero]}, and leaves no site out: engines have one scheme
-for all. Only compressed-tensors files keep those.
+for all. A native directory has these under those names in fewbits.json, compressed-tensors in words of its
+own, which its reader turns into the same; no other file type says anything of them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.hf import load_model
-from ..errors import CalibrationError
+from ..errors import CalibrationError, PlanError
+from .kv_cache import CACHES, ranges
 from .mixed import calibrate, observe
 from .quantizers import SCHEMES
 
@@ -45,3 +48,20 @@ def record(checkpoint: Checkpoint, name: str, windows: torch.Tensor | None) -> d
         return {"scheme": name, "left": []}
     found = calibrate(load_model(checkpoint), windows[:WINDOWS], scheme)
     return {"scheme": name, "left": list(found.left)}
+
+
+def record_cache(checkpoint: Checkpoint, name: str, windows: torch.Tensor | None) -> dict[str, Any]:
+    """A cache's scheme for this checkpoint with its steps, measured on windows `(w, t)` int64.
+
+    PlanError for a scheme that is not fixed beforehand: nothing need be said of that.
+    """
+    if not CACHES.get(name).fixed:
+        known = ", ".join(each for each in CACHES if CACHES.get(each).fixed)
+        raise PlanError(
+            f"a cache in {name} has its steps from the tokens themselves, nothing is to be told of it; told "
+            f"is {known}; what {name} costs is told by `fewbits evaluate --kv-cache {name}`"
+        )
+    if windows is None:
+        raise CalibrationError(f"a cache in {name} has its steps from a text; give one")
+    found = ranges(load_model(checkpoint), windows[:WINDOWS])
+    return {"scheme": name, "steps": {module: list(steps) for module, steps in found.items()}}

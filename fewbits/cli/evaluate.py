@@ -58,12 +58,13 @@ def _simulation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--activations", metavar="SCHEME", help="of each weight's input: int8_dynamic, fp8_dynamic, ..."
     )
-    group.add_argument("--kv-cache", metavar="SCHEME", help="of cached keys and values: int8, int4, int2")
+    group.add_argument("--kv-cache", metavar="SCHEME", help="of keys and values: int8, int4, int2, fp8")
     group.add_argument(
         "--activation-text",
         metavar="FILE",
-        help="calibrate activations on this text, or on the parent's own with `self`: fixes the ranges of a "
-        "static scheme and leaves sites that cannot bear it in float (default: none is left)",
+        help="calibrate activations on this text, or on the parent's own with `self`: fixes the ranges of "
+        "static schemes and of a cache in fp8, and leaves sites that cannot bear it in float (default: none "
+        "is left)",
     )
     group.add_argument(
         "--activation-limit", type=float, metavar="DB", help="what a site must keep (default 35)"

@@ -36,7 +36,8 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--activations", metavar="SCHEME",
-        help="what a runtime is to do with activations, int8_dynamic for one: noted in a native directory",
+        help="what a runtime is to do with activations, int8_dynamic for one: told by compressed-tensors and "
+        "native directories",
     )  # fmt: skip
 
 

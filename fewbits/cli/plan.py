@@ -59,7 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, default=4096, dest="run_context", metavar="N", help="tokens (default 4096)"
     )
     result.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (default 1)")
-    result.add_argument("--kv-cache", choices=KINDS, default="f16", help="(default f16)")
+    result.add_argument("--kv-cache", choices=KINDS, default="f16", dest="run_cache", help="(default f16)")
     result.add_argument(
         "--engine", action="append", default=[], metavar="NAME[=VERSION]", help="must load it; repeatable"
     )
@@ -70,7 +70,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--tokens", type=int, metavar="N", help="how many (default 32768)")
     text.add_argument("--activation-memory", type=float, default=2.0, metavar="GIB", help="(default 2)")
     parser.set_defaults(context=None, seed=None, scratch=None, device="cpu", compute="auto", out=None)
-    parser.set_defaults(overwrite=False, strict_calibration=False)
+    parser.set_defaults(kv_cache=None, overwrite=False, strict_calibration=False)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     checkpoint, _, request = requested(options)
     request, writes_text = with_stand_in(request, checkpoint, options)
     stated = dict(engine_of(text) for text in options.engine)
-    place = options.run_context, options.batch, options.kv_cache
+    place = options.run_context, options.batch, options.run_cache
     found = preflight(checkpoint, request, place, stated, writes_text)
     unfit = objections(found, stated, options.memory)
     if options.json:

@@ -41,6 +41,7 @@ examples:
   fewbits quantize ./Llama-3.2-1B --to int4_g128 --method gptq --awq --out llama-int4 --json
   fewbits quantize ./Llama-3.2-1B --to q4_0 --method weighted --calibrate imatrix.gguf
   fewbits quantize ./Llama-3.2-1B --to int8_channel --activations int8_dynamic --smooth
+  fewbits quantize ./Llama-3.2-1B --to int4_g128 --file compressed-tensors --kv-cache fp8
   fewbits quantize model-BF16.gguf --to q5_k_m --out model-Q5_K_M.gguf"""
 
 
@@ -74,6 +75,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
     method_arguments(parser)
+    parser.add_argument(
+        "--kv-cache", metavar="SCHEME",
+        help="and with keys and values, told likewise: fp8, its steps from the calibration text",
+    )  # fmt: skip
     text_arguments(parser)
     verify_arguments(parser)
 
@@ -106,6 +111,7 @@ def requested(options: argparse.Namespace) -> tuple[Checkpoint, Path, Request]:
         overwrite=options.overwrite,
         method=method_of(options),
         activations=options.activations,
+        kv_cache=options.kv_cache,
         strict=options.strict_calibration,
     )
     return checkpoint, out, request
@@ -124,7 +130,7 @@ def output_of(options: argparse.Namespace, path: Path, checkpoint: Checkpoint) -
 
 RUN_KEYS = (
     "to", "effort", "method", "smooth", "awq", "rotate", "equalize", "polish", "activations",
-    "calibrate", "tokens", "context", "seed",
+    "kv_cache", "calibrate", "tokens", "context", "seed",
 )  # fmt: skip
 
 

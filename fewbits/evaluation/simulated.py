@@ -2,19 +2,31 @@
 
 `activations` names a scheme of `activations.SCHEMES`, `cache` one of `activations.CACHES`. With windows to
 calibrate on, sites that cannot bear the scheme keep their input in float (`activations.mixed`); a static
-scheme needs them for its ranges, a dynamic one does without and then leaves no site out.
+scheme needs them for its ranges, a dynamic one does without and then leaves no site out. What a child's own
+directory says of both (activations/record.py) holds where nothing else is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from ..activations import CACHES, LIMIT_DB, OBSERVERS, SCHEMES, Activations, attention, calibrate
+from ..activations import (
+    CACHES,
+    LIMIT_DB,
+    OBSERVERS,
+    SCHEMES,
+    Activations,
+    Affine,
+    Quantizer,
+    attention,
+    calibrate,
+)
+from ..activations.kv_cache import Steps, ranges
 from ..adapters.simulate import changed_attention, changed_inputs
 from ..errors import CalibrationError
 
@@ -25,6 +37,7 @@ class Simulation:
 
     calibration: windows `(w, t)` int64 of other text than is scored. observer: the rule for the ranges
     of a static scheme. limit_db: sites whose output keeps less stay in float; left: sites that do anyway.
+    ranges: of sites, step and zero; steps: of keys and values, by attention: known without a calibration.
     """
 
     activations: str | None = None
@@ -33,13 +46,22 @@ class Simulation:
     observer: str = "mse"
     limit_db: float = LIMIT_DB
     left: tuple[str, ...] = ()
+    ranges: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    steps: Sequence[Steps] = ()
 
     def of(self, metadata: Mapping[str, Any]) -> Simulation:
-        """This, or what a child's own directory says of activations, where this says nothing of them."""
-        said = metadata.get("activations")
-        if self.activations is not None or not isinstance(said, dict):
-            return self
-        return replace(self, activations=str(said.get("scheme")), left=tuple(map(str, said.get("left", ()))))
+        """This, or what a child's own directory says of them, where this says nothing."""
+        found, said = self, metadata.get("activations")
+        if self.activations is None and isinstance(said, dict):
+            left = tuple(map(str, said.get("left", ())))
+            found = replace(
+                found, activations=str(said.get("scheme")), left=left, ranges=said.get("ranges", {})
+            )
+        said = metadata.get("kv_cache")
+        if self.cache is None and isinstance(said, dict):
+            steps = [(float(k), float(v)) for k, v in said.get("steps", {}).values()]
+            found = replace(found, cache=str(said.get("scheme")), steps=steps)
+        return found
 
     def __post_init__(self) -> None:
         """PlanError for a name that is not known."""
@@ -51,12 +73,12 @@ class Simulation:
 
     def check(self, vocabulary: int) -> None:
         """Raise CalibrationError, before any model runs, for calibration text that is missing or wrong."""
-        if self.activations is None:
-            return
-        if not SCHEMES.get(self.activations).dynamic and self.calibration is None:
+        static = [self.activations] if self.activations and not SCHEMES.get(self.activations).dynamic else []
+        static += [f"a cache in {self.cache}"] if self.cache and CACHES.get(self.cache).fixed else []
+        if static and self.calibration is None:
             raise CalibrationError(
-                f"{self.activations} has a fixed range for each site and no text to take it from; give "
-                "calibration text (--activation-text), or use a dynamic scheme"
+                f"{static[0]} has a fixed range and no text to take it from; give calibration text "
+                "(--activation-text), or use a dynamic scheme"
             )
         tokens = self.calibration
         if tokens is not None and (tokens.ndim != 2 or not tokens.numel() or int(tokens.max()) >= vocabulary):
@@ -97,13 +119,20 @@ def simulated(model: Any, simulation: Simulation) -> Iterator[list[Simulated]]:
     plan, reached = None, set[str]()
     with ExitStack() as stack:
         if scheme is not None:
-            plan = Activations(scheme, left=simulation.left)
-            if simulation.calibration is not None:
+            known = {
+                site: Quantizer(scheme, Affine(torch.tensor(float(step)), torch.tensor(float(zero))))
+                for site, (step, zero) in simulation.ranges.items()
+            }
+            plan = Activations(scheme, known, left=simulation.left)
+            if simulation.calibration is not None and not known:
                 found = (simulation.calibration, scheme, simulation.observer, simulation.limit_db)
                 plan = calibrate(model, *found)
             reached = stack.enter_context(changed_inputs(model, plan.change))
         if cache is not None:
-            stack.enter_context(changed_attention(model, attention(cache)))
+            steps = simulation.steps
+            if cache.fixed and not steps and simulation.calibration is not None:
+                steps = [*ranges(model, simulation.calibration).values()]
+            stack.enter_context(changed_attention(model, attention(cache, steps)))
         yield record
     record.append(
         Simulated(

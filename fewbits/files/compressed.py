@@ -12,8 +12,10 @@ of a bf16 model are rounded to it unless the format has them so (int4_g128_bf16)
 
 One scheme has the target "Linear"; of several, each names its modules, for vLLM looks at the class before
 it takes q, k, v apart (find_matched_target). vLLM holds those three in one matrix, gate and up too, and
-all experts of a block: they must have one scheme. The scales of a KV cache and of inputs that other tools
-write are read over: they say nothing of weights.
+all experts of a block: they must have one scheme. A cache of keys and values in fp8 adds k_scale and
+v_scale f32 (1,) to each attention and a kv_cache_scheme to the config. Weights in act order (weight_g_idx,
+actorder "group") are read and not written: the package has taken them out in 0.20, and refuses a config that
+says so.
 
 Source: compressed-tensors 0.20, quantization/lifecycle/; vLLM, quantization/compressed_tensors/utils.py.
 """
@@ -40,6 +42,7 @@ from .compressed_arrays import ARRAYS, PACK, UNPACK
 from .compressed_config import (
     ACTIVATIONS,
     BYTES,
+    CACHES,
     FLOAT,
     METHOD,
     MICROSCALED,
@@ -51,22 +54,25 @@ from .compressed_config import (
     storage_of,
     weights_of,
 )
-from .integers import integers
+from .compressed_runtime import cached_by, spoken, step_key
+from .integers import out_of_order
 from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
 from .safetensors import map_tensor
 
 NEVER = 9  # no integer of ours has so many bits
 INPUTS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
-_CACHED = ("k_proj", "v_proj", "q_proj")
+_STEPS = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 _NUMBER = re.compile(r"\.\d+")
 
 
 @dataclass(frozen=True)
 class Compressed(Layout):
-    """in_bytes: integers of so many bits or more lie in bytes. activations: the scheme they meet, by name."""
+    """in_bytes: integers of so many bits or more lie in bytes. activations: the scheme they meet, by name.
+    kv_cache: that of keys and values."""
 
     in_bytes: int = NEVER
     activations: str | None = None
+    kv_cache: str | None = None
     name = METHOD
     method = METHOD
 
@@ -74,17 +80,19 @@ class Compressed(Layout):
     def static(self) -> bool:
         return self.activations is not None and not ACTIVATIONS[self.activations]["dynamic"]
 
-    def told(self, activations: str | None) -> Compressed:
-        if activations is None:
-            return self
-        if activations not in ACTIVATIONS:
-            raise PlanError(
-                f"a {METHOD} file cannot say activations {activations}; it can say {', '.join(ACTIVATIONS)}"
-            )
-        integer = ACTIVATIONS[activations]["type"] == "int"
-        return replace(self, in_bytes=8 if integer else NEVER, activations=activations)
+    def told(self, activations: str | None = None, kv_cache: str | None = None) -> Compressed:
+        for what, name, known in (
+            ("activations", activations, ACTIVATIONS),
+            ("a cache of keys and values in", kv_cache, CACHES),
+        ):
+            if name is not None and name not in known:
+                raise PlanError(f"a {METHOD} file cannot say {what} {name}; it can say {', '.join(known)}")
+        integer = activations is not None and ACTIVATIONS[activations]["type"] == "int"
+        return replace(self, in_bytes=8 if integer else NEVER, activations=activations, kv_cache=kv_cache)
 
     def refusal(self, format: Format) -> str | None:
+        if format.ordered:
+            return out_of_order(self, format)
         carried = isinstance(format, NVFP4) or is_e4m3(format)
         carried |= isinstance(format, Affine) and format.zero != "float"
         carried |= isinstance(format, Microscaling) and format.element.name in MICROSCALED
@@ -98,12 +106,14 @@ class Compressed(Layout):
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         module, layout = module_of(name), self.layout_of(name) if self.activations else self
+        step = step_key(module) if self.kv_cache else None
         found = ARRAYS[storage_of(format, layout.in_bytes)](format, shape, name)
         if layout.static:
             found.append(("input_scale", torch.float32, (1,)))
             if not ACTIVATIONS[str(self.activations)]["symmetric"]:
                 found.append(("input_zero_point", torch.int8, (1,)))
-        return [Array(f"{module}.{part}", dtype, size) for part, dtype, size in found]
+        arrays = [Array(f"{module}.{part}", dtype, size) for part, dtype, size in found]
+        return arrays + ([] if step is None else [Array(step, torch.float32, (1,))])
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         return PACK[storage_of(q.format, self.in_bytes)](q)
@@ -112,13 +122,16 @@ class Compressed(Layout):
         return UNPACK[storage_of(format, self.in_bytes)](format, shape, arrays)
 
     def packer(self, name: str, about: Mapping[str, Any]) -> Callable[[QTensor], tuple[torch.Tensor, ...]]:
-        if not self.layout_of(name).static:
-            return self.layout_of(name).pack
-        step, zero = about["activations"]["ranges"][name]
-        inputs = [torch.tensor([step], dtype=torch.float32)]
-        if not ACTIVATIONS[str(self.activations)]["symmetric"]:
-            inputs.append(torch.tensor([zero], dtype=torch.int8))
-        return lambda q: (*self.pack(q), *inputs)
+        layout, more = self.layout_of(name), []
+        if layout.static:
+            step, zero = about["activations"]["ranges"][name]
+            more.append(torch.tensor([step], dtype=torch.float32))
+            if not ACTIVATIONS[str(self.activations)]["symmetric"]:
+                more.append(torch.tensor([zero], dtype=torch.int8))
+        cached = cached_by(module_of(name)) if self.kv_cache else None
+        if cached is not None:
+            more.append(torch.tensor([about["kv_cache"]["steps"][cached[0]][cached[1]]], dtype=torch.float32))
+        return (lambda q: (*layout.pack(q), *more)) if more else layout.pack
 
     def settings(
         self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
@@ -136,6 +149,8 @@ class Compressed(Layout):
             for name in quantized
             if role_of(name) in ("embed", "position")
         ]
+        if self.kv_cache is not None:
+            faults += _without_steps(rows, quantized)
         if self.static:
             faults += [
                 f"{site.name}: the inputs of experts have no range of their own; use a dynamic scheme"
@@ -150,7 +165,8 @@ class Compressed(Layout):
         raise_all(PlanError, METHOD, faults)
         if not groups:
             return {"config.json": config}
-        return {"config.json": {**config, "quantization_config": _settings(groups, rows)}}
+        said = {**_settings(groups, rows), "kv_cache_scheme": self.kv_cache and CACHES[self.kv_cache]}
+        return {"config.json": {**config, "quantization_config": said}}
 
     def _scheme(self, name: str, format: Format, left: bool, faults: list[str]) -> dict[str, Any]:
         """weights, input_activations and format, as a config group has them."""
@@ -190,8 +206,25 @@ class Compressed(Layout):
                 found[f"{module}.weight"] = held
         return found
 
+    def spoken(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
+        modules = dict.fromkeys(key.rpartition(".")[0] for key in places if _marks(key, places[key]))
+        return spoken(config, read_schemes(config, []), modules, places)
+
 
 # ---- the config that is written ----------------------------------------------------------------------
+
+
+def _without_steps(rows: Mapping[str, Kind], quantized: Mapping[str, Format]) -> list[str]:
+    """Where the steps of a cache have no place: they lie beside quantized k_proj and v_proj."""
+    beside = [name for name in rows if step_key(module_of(name)) is not None]
+    if not beside:
+        return ["the steps of a cache lie beside k_proj and v_proj, which this model has not"]
+    return [
+        f"{name}: stays in float, and the steps of a cache lie beside quantized k_proj and v_proj; give it a "
+        "format or leave the cache in float"
+        for name in beside
+        if name not in quantized
+    ]
 
 
 def _left(found: Sequence[Site], said: Sequence[str]) -> set[str]:
@@ -230,7 +263,6 @@ def _settings(groups: Mapping[str, Sequence[str]], rows: Mapping[str, Kind]) -> 
         "quantization_status": "compressed",
         "config_groups": found,
         "ignore": _targets(left, quantized),
-        "kv_cache_scheme": None,
     }
 
 
@@ -256,14 +288,13 @@ def _marks(key: str, place: Place) -> bool:
     )
 
 
-def _held(
-    module: str, scheme: Scheme, places: Mapping[str, Place], faults: list[str]
-) -> Held | Decoded | None:
+def _held(module: str, scheme: Scheme, places: Mapping[str, Place], faults: list[str]) -> Held | None:
     scale, shape = places.get(f"{module}.weight_scale"), _shape(module, scheme, places, faults)
     if shape is None:
         return None
     try:
-        format = scheme.format(scale.entry.dtype.lower() if scale else "f16")
+        dtype = scale.entry.dtype.lower() if scale else "f16"
+        format = scheme.format(dtype)
         layout = Compressed(2 if scheme.storage == BYTES else NEVER)
         layout.arrays(module, format, shape)
     except FormatError as error:
@@ -271,39 +302,30 @@ def _held(
         return None
     extra = [f"{module}.{part}" for part in INPUTS]
     parent, _, last = module.rpartition(".")
-    extra += [f"{parent}.{last[0]}_{part}" for part in ("scale", "zero_point") if last in _CACHED]
+    extra += [f"{parent}.{part}" for part in _STEPS if last == f"{part[0]}_proj"]
     extra = [key for key in extra if key in places]
     order = f"{module}.weight_g_idx"
-    if order not in places or scheme.storage != PACKED:
-        return Held(format, shape, tuple(extra), layout)
-    return _ordered(Held(format, shape, (*extra, order), layout), module, places, faults)
+    if order in places and scheme.storage == PACKED:
+        if _moves(order, format.cells.columns or shape[1], shape[1], places, faults):  # type: ignore[attr-defined]
+            format = scheme.format(dtype, ordered=True)
+        else:
+            extra.append(order)
+    return Held(format, shape, tuple(extra), layout)
 
 
-def _ordered(
-    held: Held, module: str, places: Mapping[str, Place], faults: list[str]
-) -> Held | Decoded | None:
-    """A weight with weight_g_idx, the group of each column; all -1 where columns are in order."""
-    assert held.layout is not None
-    columns = held.format.cells.columns or held.shape[1]  # type: ignore[attr-defined]
-    order, k = map_tensor(*places[f"{module}.weight_g_idx"]).long(), held.shape[1]
-    if order.shape == (k,) and (torch.equal(order, torch.arange(k) // columns) or int(order.max()) == -1):
-        return held
-    if order.shape != (k,) or int(order.min()) < 0 or int(order.max()) >= k // columns:
-        faults.append(
-            f"{module}: weight_g_idx {tuple(order.shape)} does not say the group of each of {k} columns, of "
-            f"which there are {k // columns}; it is damaged"
-        )
-        return None
-    keys = tuple(array.key for array in held.layout.arrays(f"{module}.weight", held.format, held.shape))
-    if not all(key in places for key in keys):
-        return held  # told with what is missing when it is opened
-
-    def decode(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
-        assert held.layout is not None
-        codes, scale, zero = integers(held.layout.unpack(held.format, held.shape, arrays))
-        return (codes.float() - zero[:, order]) * scale[:, order].float()
-
-    return Decoded(held.shape, (*keys, *held.extra), decode)
+def _moves(key: str, columns: int, k: int, places: Mapping[str, Place], faults: list[str]) -> bool:
+    """Does a weight_g_idx, the group of each of k columns, put any elsewhere than its place does? Files of
+    columns in order may have -1 for all of them."""
+    index = map_tensor(*places[key]).long()
+    if index.shape == (k,) and (torch.equal(index, torch.arange(k) // columns) or int(index.max()) == -1):
+        return False
+    if index.shape == (k,) and int(index.min()) >= 0 and int(index.max()) < k // columns:
+        return True
+    faults.append(
+        f"{key}: {tuple(index.shape)} does not say the group of each of {k} columns, of which there are "
+        f"{k // columns}; it is damaged"
+    )
+    return False
 
 
 def _shape(module: str, scheme: Scheme, places: Mapping[str, Place], faults: list[str]) -> Shape | None:

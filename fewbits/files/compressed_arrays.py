@@ -4,6 +4,7 @@
                          weight_scale   (n, groups)               in f16, bf16 or f32; (1,) for the tensor
                          weight_zero_point  i32 (n * bits / 32, groups)   packed down the rows; asymmetric
                          weight_shape   i64 (2,)
+                         weight_g_idx   i32 (k,)   the group of each column; in act order, and read only
     int-quantized        weight         i8  (n, k)                weight_scale, weight_zero_point i8
     float-quantized      weight         e4m3 (n, k)               weight_scale; (n / 128, k / 128) for blocks
     nvfp4-pack-quantized weight_packed  u8  (n, k / 2)            weight_scale e4m3 (n, k / 16)
@@ -25,6 +26,7 @@ from math import ceil
 import torch
 
 from ..errors import FormatError
+from ..formats.actorder import ActOrder
 from ..formats.affine import Affine
 from ..formats.base import Format
 from ..formats.floats import Microscaling
@@ -55,6 +57,8 @@ def _whole_groups(format: Format, shape: Shape, name: str) -> None:
 
 
 def _packed_arrays(format: Format, shape: Shape, name: str) -> list[Part]:
+    if isinstance(format, ActOrder):
+        return [*_packed_arrays(format.plain, shape, name), ("weight_g_idx", torch.int32, (shape[1],))]
     assert isinstance(format, Affine)
     _whole_groups(format, shape, name)
     scale, (n, k) = _scales(format, shape), shape
@@ -82,6 +86,8 @@ def _pack_integers(q: QTensor) -> tuple[torch.Tensor, ...]:
 
 
 def _unpack_integers(format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
+    if isinstance(format, ActOrder):
+        return format.joined(_unpack_integers(format.plain, shape, arrays[:-1]), arrays[-1])
     assert isinstance(format, Affine)
     (n, k), bits = shape, format.bits
     codes, scale = _codes(arrays[0], bits, k), arrays[1].reshape(-1, arrays[1].shape[-1])

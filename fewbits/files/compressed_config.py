@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import FormatError
+from ..formats.actorder import SUFFIX, ActOrder
 from ..formats.affine import Affine
 from ..formats.base import FLOATS, FORMATS, Format
 from ..formats.floats import ELEMENTS, NVFP4, Microscaling
@@ -55,6 +56,22 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     for name in ("int8_dynamic", "int8_static", "int8_asymmetric_dynamic", "int8_asymmetric_static",
                  "fp8_dynamic", "fp8_static", "int4_dynamic")
 }  # fmt: skip
+
+
+# Of keys and values, by the name of our scheme: what vLLM 0.33 takes (validate_kv_cache_scheme).
+CACHES: dict[str, dict[str, Any]] = {
+    "fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+}
+
+
+def said_as(known: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any]) -> str | None:
+    """The name of the scheme that these quantization args say; None for one that we have not."""
+    default = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+    said = {**default, **{key: value for key, value in args.items() if value is not None}}
+    if "strategy" not in said:
+        said["strategy"] = "tensor" if "group_size" not in said else "group"
+    names = (name for name, row in known.items() if all(said[key] == value for key, value in row.items()))
+    return next(names, None)
 
 
 def is_e4m3(format: Format) -> bool:
@@ -99,6 +116,8 @@ def storage_of(format: Format, in_bytes: int) -> str:
         return TWO_LEVELS
     if isinstance(format, Microscaling):
         return MICROSCALED[format.element.name]
+    if isinstance(format, ActOrder):
+        return PACKED
     if isinstance(format, Affine):
         return BYTES if format.bits >= in_bytes else PACKED
     return FLOAT
@@ -106,7 +125,8 @@ def storage_of(format: Format, in_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a group of modules has: args of the weights, with defaults, and the format that holds them."""
+    """What a group of modules has: args of the weights, with defaults, and the format that holds them.
+    inputs: our scheme of their inputs, None where they are float, "" for one that we have not."""
 
     group: str
     targets: tuple[str, ...]
@@ -116,9 +136,11 @@ class Scheme:
     strategy: str
     columns: int | None
     storage: str
+    inputs: str | None = None
 
-    def format(self, dtype: str) -> Format:
-        """Of weights whose scales are `dtype` (f16 ...); FormatError where we have none."""
+    def format(self, dtype: str, ordered: bool = False) -> Format:
+        """Of weights whose scales are `dtype` (f16 ...), in act order or not; FormatError where we have
+        none."""
         if self.storage in (PACKED, BYTES, FLOAT) and dtype not in FLOATS:
             raise FormatError(f"its scales are {dtype}; scales of {self.storage} are {', '.join(FLOATS)}")
         if self.storage == TWO_LEVELS:
@@ -128,7 +150,8 @@ class Scheme:
         cells = f"g{self.columns}" if self.strategy == "group" else self.strategy
         cells = "block128" if cells == "block" else cells
         if self.integer:
-            return FORMATS.get(f"int{self.bits}_{cells}{'' if self.symmetric else '_asym'}_{dtype}")
+            kind = f"{'' if self.symmetric else '_asym'}{SUFFIX if ordered else ''}"
+            return FORMATS.get(f"int{self.bits}_{cells}{kind}_{dtype}")
         return FORMATS.get(f"fp8_e4m3_{cells}_{dtype}")
 
 
@@ -212,9 +235,17 @@ def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str])
             "fewbits does not read; load it with the tool that wrote it, or quantize the float model"
         )
         return None
-    symmetric = weights.get("symmetric", True) is not False
+    given = group.get("input_activations")
     return Scheme(
-        name, tuple(map(str, targets)), bits, integer, symmetric, str(strategy), columns or None, str(storage)
+        name,
+        tuple(map(str, targets)),
+        bits,
+        integer,
+        weights.get("symmetric", True) is not False,
+        str(strategy),
+        columns or None,
+        str(storage),
+        (said_as(ACTIVATIONS, given) or "") if isinstance(given, dict) else None,
     )
 
 

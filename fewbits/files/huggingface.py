@@ -103,7 +103,7 @@ def open_huggingface(path: Path) -> Checkpoint:
         tensors,
         config,
         side_files=find_side_files(path),
-        metadata={} if layout is None else {"layout": layout.name},
+        metadata={} if layout is None else {"layout": layout.name, **layout.spoken(settings, places)},
         provenance=describe_files(path, "huggingface", [path / "config.json", *files]),
     )
 

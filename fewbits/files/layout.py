@@ -63,7 +63,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A weight found in a file that no format of ours holds (columns permuted across groups, say): it opens
+    """A weight found in a file that no format of ours holds (codes under a table of its own, say): it opens
     as floats. decode: the arrays of `keys`, in order -> `(n, k)` f32."""
 
     shape: Shape
@@ -106,11 +106,20 @@ class Layout(ABC):
     def unpack(self, format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
         """The inverse of `pack`."""
 
-    def told(self, activations: str | None) -> Layout:
-        """This layout for weights that meet activations of a scheme; PlanError where it cannot say so."""
-        if activations is not None:
-            raise PlanError(f"a {self.name} file says nothing of activations; use a native directory")
+    def told(self, activations: str | None = None, kv_cache: str | None = None) -> Layout:
+        """This layout for weights that meet activations, and a cache, of a scheme; PlanError where it cannot
+        say so."""
+        for what, scheme in (("activations", activations), ("a cache of keys and values", kv_cache)):
+            if scheme is not None:
+                raise PlanError(
+                    f"a {self.name} file says nothing of {what}; use compressed-tensors or a native directory"
+                )
         return self
+
+    def spoken(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
+        """What a directory tells a runtime besides its weights: records as activations/record.py has them,
+        and under "unread" a line for each thing that no record of ours says. config: as `find` has it."""
+        return {}
 
     def packer(self, name: str, about: Mapping[str, Any]) -> Callable[[QTensor], tuple[torch.Tensor, ...]]:
         """`pack` for tensor `name`, once the run knows all of `about`."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FileError, FormatError, PlanError
+from ..errors import FileError, FormatError
 from ..formats.base import FORMATS, Format
 from ..qtensor import QTensor
 from .base import Checkpoint, LazyTensor
@@ -54,12 +54,7 @@ class Native(Layout):
     tables = True
     marks = (INDEX,)
 
-    def told(self, activations: str | None) -> Native:
-        if activations is not None and activations.endswith("_static"):
-            raise PlanError(
-                f"{activations}: a native directory records dynamic schemes only; use int8_dynamic, or write "
-                "compressed-tensors"
-            )
+    def told(self, activations: str | None = None, kv_cache: str | None = None) -> Native:
         return self
 
     def refusal(self, format: Format) -> str | None:

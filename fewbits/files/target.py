@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,9 @@ class Target:
     """A file to be written: `header`, `spans`, the jobs that fill them, and `finish` for the rest, which is
     given what only the finished run knows (native directories keep it in their index).
 
-    told: the jobs, once that is known. notes: for the receipt. stale: what speaks of the output that this
-    one replaces, and must be gone before it is in place.
+    told: the jobs, once that is known. runtime: what it is told besides, by kind: a record that the input
+    has, or the name of a scheme that is yet to be measured. notes: for the receipt. stale: what speaks of
+    the output that this one replaces, and must be gone before it is in place.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class Target:
     notes: tuple[str, ...] = ()
     stale: tuple[Path, ...] = ()
     told: Callable[[Mapping[str, Any]], tuple[Job, ...]] | None = None
+    runtime: Mapping[str, Any] = field(default_factory=dict)
 
 
 def nearest_ggml(name: str) -> str:

@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..files.base import Checkpoint
 from ..formats import FORMATS
 
-KINDS = ("f16", "q8_0", "q4_0", "int8", "int4")
+KINDS = ("f16", "fp8", "q8_0", "q4_0", "int8", "int4")
 _SPELLINGS = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers"),
     "heads": ("num_attention_heads", "n_head", "n_heads"),

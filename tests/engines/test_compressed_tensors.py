@@ -18,9 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewbits.activations import CACHES
+from fewbits.activations import attention as simulated
+from fewbits.activations.kv_cache import to_e4m3
 from fewbits.activations.quantizers import SCHEMES, fit, quantize_dequantize
 from fewbits.adapters.hf import load_model
-from fewbits.adapters.simulate import changed_inputs
+from fewbits.adapters.simulate import changed_attention, changed_inputs
 from fewbits.calibrate.tokens import Tokens
 from fewbits.files.open import open_checkpoint
 from fewbits.pipeline import Request, convert, quantize
@@ -296,6 +299,37 @@ def test_static_activations_run(tmp_path, to, activations):
     off = float((logits(theirs) - expected).norm() / expected.norm())
     apart = float((logits(ours) - expected).norm() / expected.norm())
     print(f"{to} {activations}: {off:.1e}; without rounding {apart:.1e}")
+    assert off < 0.1 * apart
+
+
+def test_a_cache_in_fp8_is_read_as_it_is_told(tmp_path):
+    """The steps lie where the package looks for them, and its keys and values are then ours. (0.20 knows an
+    attention by its argument past_key_values, which transformers has renamed in 5.24: run it with 5.23.)"""
+    from compressed_tensors.modeling.kvcache import QuantizedKVCache
+    from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
+
+    tokens = Tokens.of(torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(0)), "random")
+    path = written(tmp_path, "int4_g128", kv_cache="fp8", tokens=tokens)
+    scheme = validated(path).kv_cache_scheme
+    assert (scheme.num_bits, scheme.type, scheme.strategy, scheme.dynamic) == (8, "float", "tensor", False)
+    steps = open_checkpoint(path).metadata["kv_cache"]["steps"]
+    ours = load_model(open_checkpoint(path))
+    if not is_cached_attention_module(ours.model.layers[0].self_attn):
+        pytest.skip("compressed-tensors does not find the attentions of this transformers")
+    theirs = loaded(path)
+    caches = {name: module for name, module in theirs.named_modules() if isinstance(module, QuantizedKVCache)}
+    print(f"{len(caches)} caches of the package are hooked")
+    for module, (of_keys, of_values) in steps.items():
+        attention = theirs.get_submodule(module)
+        assert (attention.k_scale.item(), attention.v_scale.item()) == pytest.approx((of_keys, of_values))
+        x = torch.randn(1, 2, 5, 64)
+        keys, values = caches[f"{module}.kv_cache"](x, 2 * x, 0)
+        assert torch.equal(keys, to_e4m3(x, of_keys)) and torch.equal(values, to_e4m3(2 * x, of_values))
+    with changed_attention(ours, simulated(CACHES.get("fp8"), [*steps.values()])):
+        expected = logits(ours)
+    off, apart = (float((a - b).norm() / expected.norm()) for a, b in
+                  ((logits(theirs), expected), (logits(ours), expected)))  # fmt: skip
+    print(f"{off:.1e}; without rounding {apart:.1e}")
     assert off < 0.1 * apart
 
 

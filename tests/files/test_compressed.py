@@ -266,7 +266,7 @@ def test_scales_of_inputs_and_of_the_cache_are_no_weights(tmp_path):
     assert set(open_checkpoint(path).tensors) == set(given)
 
 
-def test_columns_in_another_order_open_as_floats(tmp_path):
+def test_columns_in_another_order_are_in_act_order(tmp_path):
     """weight_g_idx, the group of each column: as it would be, all -1 (no order), permuted, out of range."""
     plain = open_checkpoint(GOLDEN).tensors["model.int4_g32.weight"].load()
     key, groups = "model.int4_g32.weight_g_idx", (torch.arange(160) // 32).to(torch.int32)
@@ -278,7 +278,13 @@ def test_columns_in_another_order_open_as_floats(tmp_path):
     read = open_checkpoint(changed(tmp_path / "m", {key: groups.flip(0)})).tensors["model.int4_g32.weight"]
     scale = plain.planes["scale"].float()
     levels = plain.decode() / scale.repeat_interleave(32, 1)
-    assert not read.quantized
-    assert torch.equal(read.load(), levels.round() * scale.flip(1).repeat_interleave(32, 1))
+    assert read.quantized and read.dtype == "int4_g32_actorder_bf16"
+    assert torch.equal(read.load().decode(), levels.round() * scale.flip(1).repeat_interleave(32, 1))
+    name, index = "model.int4_g32_asym.weight", groups.flip(0)
+    grid, codes = FORMATS.get("int4_g32_asym").unpack(open_checkpoint(GOLDEN).tensors[name].load())
+    moved = open_checkpoint(changed(tmp_path / "z", {f"{name}_g_idx": index})).tensors[name].load()
+    assert moved.format.name == "int4_g32_asym_actorder" and torch.equal(moved.planes["g_idx"][0], index)
+    group = index.long()
+    assert torch.equal(moved.decode(), grid.step[:, group] * (codes.float() - grid.zero[:, group]))
     with pytest.raises(FileError, match="weight_g_idx"):
         open_checkpoint(changed(tmp_path / "bad", {key: groups + 1}))
