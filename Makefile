@@ -6,11 +6,13 @@ RUN = $(VENV)/bin/python
 CACHE ?= $(or $(FEWBITS_CACHE),$(HOME)/.cache/fewbits)
 GPTQMODEL ?= $(CACHE)/gptqmodel
 LLAMA = llama-cpp-python==0.3.36
+# Some virtual machines announce AMX and trap its instructions.
+NO_AMX = $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
 # Waiting threads of torch must not hold the cores that other work needs.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint engine slow fuzz bench bench-methods doors gptqmodel mlx clean
+.PHONY: demo test lint engine slow fuzz bench bench-methods doors gptqmodel mlx vllm clean
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -37,8 +39,8 @@ bench: $(VENV)/engine
 	$(RUN) bench/encode
 	$(RUN) bench/memory
 
-# Every format through every file type into its engine; an hour. GPTQModel and mlx-lm have environments apart.
-doors: $(VENV)/engine gptqmodel mlx
+# Every format through every file type into its engines. GPTQModel, mlx-lm and vLLM have environments apart.
+doors: $(VENV)/engine gptqmodel mlx vllm
 	$(RUN) bench/doors
 
 # Calibrated quantization against its peers; hours. CALIBRATION="--calibration FILE" and TEXT="--text FILE"
@@ -51,7 +53,7 @@ bench-methods: $(VENV)/engine gptqmodel
 $(VENV)/engine: $(VENV)/ready
 	mkdir -p $(CACHE)/wheels
 	ls $(CACHE)/wheels/llama_cpp_python-0.3.36-*.whl >/dev/null 2>&1 || \
-		CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(RUN) -m pip wheel -q --no-deps --no-binary llama-cpp-python \
+		CMAKE_ARGS="-DLLAVA_BUILD=OFF" CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" $(RUN) -m pip wheel -q --no-cache-dir --no-deps --no-binary llama-cpp-python \
 		-w $(CACHE)/wheels $(LLAMA)
 	$(RUN) -m pip install -q --find-links $(CACHE)/wheels $(LLAMA)
 	$(RUN) -m pip install -q -e '.[engines]'
@@ -62,7 +64,18 @@ gptqmodel: $(GPTQMODEL)/ready
 
 $(GPTQMODEL)/ready:
 	$(PYTHON) -m venv $(GPTQMODEL)
-	$(GPTQMODEL)/bin/python -m pip install -q gptqmodel==7.7.0 sentencepiece
+	$(GPTQMODEL)/bin/python -m pip install -q gptqmodel==7.7.0 sentencepiece optimum
+	touch $@
+
+# vLLM's reader of configs: its wheel, and of what it asks for only what that reader imports.
+vllm: $(CACHE)/vllm/ready
+
+$(CACHE)/vllm/ready:
+	$(PYTHON) -m venv $(CACHE)/vllm
+	$(CACHE)/vllm/bin/python -m pip install -q torch==2.13.0 'transformers>=5.16.1,<5.21' compressed-tensors==0.20.0 \
+		aiohttp cachetools cbor2 cloudpickle diskcache einops fastapi gguf llguidance loguru msgspec openai \
+		openai-harmony partial-json-parser pillow prometheus_client psutil py-cpuinfo pybase64 pyzmq uvloop xgrammar
+	$(CACHE)/vllm/bin/python -m pip install -q --no-deps vllm==0.33.0
 	touch $@
 
 mlx: $(CACHE)/mlx/ready

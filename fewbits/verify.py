@@ -7,18 +7,25 @@ Engines round activations (llama.cpp to 8 bits, others compute in f16), so logit
 nibble order or zero point makes another model. Between the two lies a wide gap: verdict `same` asks for a
 mean KL divergence below SAME. On the demo model in 4 bits llama.cpp comes to 0.004, GPTQModel in bf16 to
 0.002; one that reads zero points off by one comes to several nats (tests/engines/test_verify.py).
+
+Where inputs have outliers and weights few bits, llama.cpp's rounding of activations alone can come near that:
+then it is put into our forward (adapters/rounding.py), and the engine must be as near to this.
+
+vLLM needs a GPU to run; its reader of configs does not, and says what would take each weight (verdict `read`)
+or why nothing does (`refused`): that engine lacks the format, which says nothing against the file.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,93 +33,23 @@ import numpy as np
 import torch
 
 from .adapters.hf import load_model, load_tokenizer
-from .errors import FewbitsError, KernelError, ModelError
+from .adapters.rounding import as_llamacpp
+from .adapters.simulate import changed_inputs
+from .engines import ENGINES, SCRIPTS, Engine
+from .errors import FewbitsError, KernelError, ModelError, PlanError
 from .files.base import Checkpoint
 from .files.open import open_checkpoint
 
 SAME = 0.05  # nats a token
 TEXT = "The capital of France is Paris, and the first ten prime numbers are 2, 3, 5, 7, 11, 13, 17, 19 and"
 TOKENS, NEW = 32, 8
-SCRIPTS = Path(__file__).parent / "engines"
-
-
-@dataclass(frozen=True)
-class Engine:
-    """package: what must be importable. install: how to get it. variable: names the interpreter of an
-    environment of its own; default: where `make` puts that. imports: for its process."""
-
-    name: str
-    script: str
-    packages: tuple[str, ...]
-    install: str
-    variable: str | None = None
-    default: str | None = None
-    imports: tuple[str, ...] = ()
-
-    def interpreter(self) -> str | None:
-        """The Python that has the packages; None if none has."""
-        if self.variable is not None:
-            cache = Path(os.environ.get("FEWBITS_CACHE", Path.home() / ".cache" / "fewbits"))
-            apart = Path(os.environ.get(self.variable) or cache / str(self.default))
-            if apart.exists():
-                return str(apart)
-        return sys.executable if all(map(importlib.util.find_spec, self.packages)) else None
-
-
-_TRANSFORMERS = "transformers", "run_transformers.py"
-_GPTQMODEL = Engine(
-    "GPTQModel",
-    "run_gptqmodel.py",
-    ("gptqmodel",),
-    "`make gptqmodel`, or name its Python in FEWBITS_GPTQMODEL",
-    "FEWBITS_GPTQMODEL",
-    "gptqmodel/bin/python",
-)
-ENGINES = {
-    "gguf": Engine("llama.cpp", "run_llamacpp.py", ("llama_cpp",), "pip install 'fewbits[engine]'"),
-    "gptq": _GPTQMODEL,
-    "gptq_v2": _GPTQMODEL,
-    "awq": _GPTQMODEL,
-    "compressed-tensors": Engine(
-        *_TRANSFORMERS,
-        ("transformers", "compressed_tensors"),
-        "pip install compressed-tensors",
-        "FEWBITS_COMPRESSED_TENSORS",
-        "compressed-tensors/bin/python",
-    ),
-    "bitsandbytes": Engine(
-        *_TRANSFORMERS,
-        ("transformers", "bitsandbytes"),
-        "pip install bitsandbytes",
-        "FEWBITS_BITSANDBYTES",
-        "bitsandbytes/bin/python",
-    ),
-    "onnx": Engine(
-        "onnxruntime",
-        "run_onnxruntime.py",
-        ("onnxruntime",),
-        "pip install 'fewbits[onnx]'",
-        "FEWBITS_ONNX",
-        "onnx/bin/python",
-    ),
-    "native": Engine(*_TRANSFORMERS, ("transformers",), "pip install transformers", imports=("fewbits",)),
-    "mlx": Engine(
-        "mlx-lm",
-        "run_mlx.py",
-        ("mlx_lm",),
-        "pip install mlx-lm 'mlx[cpu]'",
-        "FEWBITS_MLX",
-        "mlx/bin/python",
-    ),
-    "huggingface": Engine(*_TRANSFORMERS, ("transformers",), "pip install transformers"),
-}
-"""file type -> the engine its files are for"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an engine made of an output. verdict: "same", "differs", "failed" or "not checked"; reason: of the
-    last three. largest: difference of two logits, kl: mean of the positions, nats. greedy: how many of the
+    """What an engine made of an output. verdict: "same", "differs", "failed", "not checked", or "read" and
+    "refused" of one that only reads the config; reason: of all but the first, of which what had to be done.
+    largest: difference of two logits, kl: mean of the positions, nats. greedy: how many of the
     `NEW` tokens agree before the first that does not."""
 
     engine: str
@@ -133,11 +70,14 @@ class Outcome:
             return f"not checked: {self.reason}"
         if self.verdict == "failed":
             return f"{self.engine} failed: {self.reason}"
+        if self.verdict in ("read", "refused"):
+            return f"{self.verdict} by {self.engine} {self.version}: {self.reason}"
         if self.kl is None:
             return f"{self.verdict} in {self.engine} {self.version}: {self.reason}"
         return (
             f"{self.verdict} in {self.engine} {self.version}: KL divergence {self.kl:.2g}, largest logit "
             f"difference {self.largest:.3g}, {self.greedy} of {NEW} greedy tokens, {self.seconds:.0f} s"
+            + (f"; {self.reason}" if self.reason else "")
         )
 
 
@@ -148,33 +88,100 @@ def file_type_of(checkpoint: Checkpoint) -> str:
     return str(checkpoint.metadata.get("layout", "huggingface"))
 
 
-def verify(path: str | Path, seconds: float = 600, memory: int | None = None) -> Outcome:
+def engines_of(checkpoint: Checkpoint, name: str | None = None) -> list[Engine]:
+    """The engines that an output is for, or the one of this name; PlanError where that does not read it."""
+    kind = file_type_of(checkpoint)
+    found = ENGINES.get(kind, ())
+    chosen = [engine for engine in found if name is None or engine.name.lower() == name.lower()]
+    if name is not None and not chosen:
+        known = ", ".join(engine.name for engine in found) or "none is known"
+        raise PlanError(f"{name!r} is no engine that {kind} files are tried in: {known}")
+    return chosen
+
+
+def verify(
+    path: str | Path, seconds: float = 600, memory: int | None = None, engine: str | None = None
+) -> Outcome:
     """Load an output in its engine, in a process of its own, and compare.
 
-    memory: bytes the process may take (default: four times the model in f32, and 4 GiB). An engine that
-    fails is an Outcome, not an error.
+    memory: bytes the process may take (default: four times the model in f32, and 4 GiB). engine: another than
+    the first that the file type is for. One that fails is an Outcome, not an error.
     """
+    return next(outcomes(path, seconds, memory, engine))
+
+
+def outcomes(
+    path: str | Path, seconds: float = 600, memory: int | None = None, engine: str | None = None
+) -> Iterator[Outcome]:
+    """What each engine that the output is for makes of it, in the order of ENGINES; at least one."""
     checkpoint = open_checkpoint(Path(path))
-    kind = file_type_of(checkpoint)
-    engine = ENGINES.get(kind)
-    if engine is None:
-        return Outcome("none", "not checked", reason=f"no engine is known for {kind} files")
-    python = engine.interpreter()
-    if python is None:
-        missing = " and ".join(engine.packages)
-        return Outcome(engine.name, "not checked", reason=f"{missing} is not installed ({engine.install})")
-    try:
-        tokens = prompt(checkpoint)
-        ours, new = decoded(checkpoint, tokens)
-    except ModelError as error:
-        return Outcome(engine.name, "not checked", reason=f"there is nothing to compare with: {error}")
+    chosen = engines_of(checkpoint, engine)
     weights = sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
+    meaning = _Meaning(checkpoint)
+    for each in chosen:
+        python = each.interpreter()
+        if python is None:
+            missing = " and ".join(each.packages)
+            yield Outcome(each.name, "not checked", reason=f"{missing} is not installed ({each.install})")
+            continue
+        process = _Process(each, python, Path(path), seconds, memory or 16 * weights + 4 * 2**30)
+        yield _parsed(process) if each.parses else _compared(process, meaning)
+    if not chosen:
+        yield Outcome(
+            "none", "not checked", reason=f"no engine is known for {file_type_of(checkpoint)} files"
+        )
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """What an output's bytes mean, computed once for all engines: see `decoded`."""
+
+    checkpoint: Checkpoint
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        return prompt(self.checkpoint)
+
+    @cached_property
+    def found(self) -> tuple[torch.Tensor, list[int]]:
+        return decoded(self.checkpoint, self.tokens)
+
+    @torch.no_grad()
+    def rounded(self) -> torch.Tensor:
+        """Logits `(t, vocabulary)` with activations rounded as llama.cpp does."""
+        model = load_model(self.checkpoint)
+        with changed_inputs(model, as_llamacpp(self.checkpoint)):
+            return model(torch.tensor([self.tokens])).logits[0].float()
+
+
+def _compared(process: _Process, meaning: _Meaning) -> Outcome:
+    name = process.engine.name
+    try:
+        ours, new = meaning.found
+    except ModelError as error:
+        return Outcome(name, "not checked", reason=f"there is nothing to compare with: {error}")
     start = time.monotonic()
     try:
-        found = _run(engine, python, Path(path), tokens, seconds, memory or 16 * weights + 4 * 2**30)
+        found = process.run(meaning.tokens, new)
     except KernelError as error:
-        return Outcome(engine.name, "failed", reason=str(error), seconds=time.monotonic() - start)
-    return compared(engine.name, found, ours, new, time.monotonic() - start)
+        return Outcome(name, "failed", reason=str(error), seconds=time.monotonic() - start)
+    outcome = compared(name, found, ours, new, time.monotonic() - start)
+    if outcome.verdict == "differs" and outcome.kl is not None and meaning.checkpoint.kind == "gguf":
+        again = compared(name, found, meaning.rounded(), new, 0.0)
+        why = f"KL divergence {again.kl:.2g} from the same with activations rounded as llama.cpp rounds them"
+        outcome = replace(outcome, verdict=again.verdict, reason=why)
+    return outcome
+
+
+def _parsed(process: _Process) -> Outcome:
+    start, name = time.monotonic(), process.engine.name
+    try:
+        found = process.run([], [])
+    except KernelError as error:
+        return Outcome(name, "failed", reason=str(error), seconds=time.monotonic() - start)
+    verdict = "read" if "read" in found else "refused"
+    took = time.monotonic() - start
+    return Outcome(name, verdict, found["version"], seconds=took, reason=found[verdict])
 
 
 def prompt(checkpoint: Checkpoint) -> list[int]:
@@ -213,33 +220,54 @@ def compared(
     kl = max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))  # rounding may leave -1e-12
     same = next((i for i, (a, b) in enumerate(zip(new, found["new"], strict=True)) if a != b), len(new))
     verdict = "same" if kl < SAME else "differs"
-    return Outcome(engine, verdict, found["version"], float((ours - theirs).abs().max()), kl, same, seconds)
+    largest, note = float((ours - theirs).abs().max()), found.get("note")
+    return Outcome(engine, verdict, found["version"], largest, kl, same, seconds, note)
 
 
-def _run(
-    engine: Engine, python: str, path: Path, tokens: list[int], seconds: float, memory: int
-) -> dict[str, Any]:
-    """The engine's script on the file -> logits, new, version; KernelError if it fails or takes too much."""
-    with tempfile.TemporaryDirectory() as name:
-        task, result, said = (Path(name) / part for part in ("task.json", "result.npz", "said.txt"))
-        about = {"tokens": tokens, "new": NEW, "threads": torch.get_num_threads(), "imports": engine.imports}
-        task.write_text(json.dumps(about))
-        command = [python, str(SCRIPTS / engine.script), str(path.resolve()), str(task), str(result)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
-        if python != sys.executable:
-            environment.pop("PYTHONPATH", None)
-        elif engine.imports:  # ours: found there as it was found here
-            here = [str(Path(__file__).parents[1]), *environment.get("PYTHONPATH", "").split(os.pathsep)]
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, here))
-        with said.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=name)
-            _watch(process, seconds, memory)
-        lines = said.read_text(errors="replace").strip().splitlines()
-        if process.returncode != 0 or not result.exists():
-            why = " | ".join(lines[-3:]) or "it said nothing"
-            raise KernelError(f"exit code {process.returncode}: {why}")
-        with np.load(result) as arrays:
-            return {**{key: arrays[key] for key in arrays}, "version": json.loads(lines[-1])["version"]}
+@dataclass(frozen=True)
+class _Process:
+    """An engine's script on a file, within limits."""
+
+    engine: Engine
+    python: str
+    path: Path
+    seconds: float
+    memory: int
+
+    def run(self, tokens: list[int], expected: list[int]) -> dict[str, Any]:
+        """-> logits, new, version, or what a parser said; KernelError if it fails or takes too much."""
+        with tempfile.TemporaryDirectory() as name:
+            task, result, said = (Path(name) / part for part in ("task.json", "result.npz", "said.txt"))
+            about = {"tokens": tokens, "new": NEW, "expected": expected}
+            about |= {"threads": torch.get_num_threads(), "imports": self.engine.imports}
+            task.write_text(json.dumps(about))
+            script = str(SCRIPTS / self.engine.script)
+            command = [self.python, script, str(self.path.resolve()), str(task), str(result)]
+            with said.open("wb") as out:
+                process = subprocess.Popen(command, stdout=out, stderr=out, env=self.environment(), cwd=name)
+                _watch(process, self.seconds, self.memory)
+            lines = said.read_text(errors="replace").strip().splitlines()
+            if process.returncode != 0 or not (result.exists() or self.engine.parses):
+                why = " | ".join(lines[-3:]) or "it said nothing"
+                raise KernelError(f"exit code {process.returncode}: {why}")
+            last: dict[str, Any] = json.loads(lines[-1])
+            if self.engine.parses:
+                return last
+            with np.load(result) as arrays:
+                return {
+                    **{key: arrays[key] for key in arrays},
+                    "version": last["version"],
+                    "note": last.get("note"),
+                }
+
+    def environment(self) -> dict[str, str]:
+        found = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+        if self.python != sys.executable:
+            found.pop("PYTHONPATH", None)
+        elif self.engine.imports:  # ours: found there as it was found here
+            here = [str(Path(__file__).parents[1]), *found.get("PYTHONPATH", "").split(os.pathsep)]
+            found["PYTHONPATH"] = os.pathsep.join(filter(None, here))
+        return found
 
 
 def _watch(process: subprocess.Popen[bytes], seconds: float, memory: int) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..engines import ENGINES
 from ..files.layout import LAYOUTS
 from ..files.target import gguf_refusal
 from ..formats import FLOATS, FORMATS
@@ -14,6 +15,7 @@ from ..formats.ggml import Ggml, format_of
 from ..plan.carry import Refusal, way
 from ..plan.mixtures import RECIPES
 from ..report.table import table
+from ..verify import NEW
 
 HELP = "list number formats and file types"
 EXAMPLES = """examples:
@@ -22,7 +24,8 @@ EXAMPLES = """examples:
   fewbits formats --doors          which file type carries which format (the table of docs/formats.md)"""
 
 GRAMMAR = """Integer formats follow a grammar, so any of its names works: int{2..8}[_g{G} | _channel |
-_tensor][_asym | _asym_float][_f16 | _bf16 | _f32], such as int3_g64 or int4_g32_asym_bf16."""
+_tensor][_asym | _asym_float][_f16 | _bf16 | _f32], such as int3_g64 or int4_g32_asym_bf16. With groups, and
+without _float, _actorder may stand before the type: int4_g128_actorder (GPTQ's desc_act)."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,3 +87,25 @@ def markdown(found: Mapping[str, Mapping[str, str]]) -> str:
         cells = ["yes" if ways.get(file) == "itself" else ways.get(file, "") for file in files]
         lines.append(f"| {format} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def verified(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of bench/doors -> a Markdown table: what each engine made of each format in each file type."""
+    doors = sorted({(row["file"], row["engine"]) for row in rows}, key=_place)
+    versions = {row["engine"]: row["version"] for row in rows if row["version"]}
+    head = [f"{file}, {engine} {versions.get(engine, '')}".strip() for file, engine in doors]
+    lines = [f"| format | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for format in dict.fromkeys(row["format"] for row in rows):
+        found = {(row["file"], row["engine"]): _cell(row) for row in rows if row["format"] == format}
+        lines.append(f"| {format} | {' | '.join(found.get(door, '') for door in doors)} |")
+    return "\n".join(lines)
+
+
+def _place(door: tuple[str, str]) -> tuple[int, int]:
+    files, engines = list(ENGINES), [engine.name for engine in ENGINES[door[0]]]
+    return files.index(door[0]), engines.index(door[1])
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    """`same` in figures: KL divergence, greedy tokens; else the verdict."""
+    return f"{row['kl']:.1g}, {row['greedy']}/{NEW}" if row["verdict"] == "same" else f"**{row['verdict']}**"

@@ -17,6 +17,7 @@ HELP = "load an output in its engine and compare logits and greedy tokens"
 EXAMPLES = """examples:
   fewbits verify model-Q4_K_M.gguf
   fewbits verify model-gptq --json
+  fewbits verify model-compressed-tensors --engine vllm
 
 exit code 4: the engine computes something else, or cannot load the file"""
 
@@ -24,6 +25,9 @@ exit code 4: the engine computes something else, or cannot load the file"""
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH")
     limits(parser)
+    parser.add_argument(
+        "--engine", metavar="NAME", help="another that reads the file type: transformers, vllm, ..."
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
@@ -44,18 +48,18 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    outcome = outcome_of(options.path, options)
+    outcome = outcome_of(options.path, options, options.engine)
     print(json.dumps(outcome.to_dict()) if options.json else outcome.line())
     return code_of(outcome)
 
 
-def outcome_of(path: Path, options: argparse.Namespace) -> Outcome:
+def outcome_of(path: Path, options: argparse.Namespace, engine: str | None = None) -> Outcome:
     memory = None if options.verify_memory is None else int(options.verify_memory * 2**30)
-    return verify(path, options.verify_seconds, memory)
+    return verify(path, options.verify_seconds, memory, engine)
 
 
 def code_of(outcome: Outcome) -> int:
-    return 0 if outcome.verdict in ("same", "not checked") else 4
+    return 4 if outcome.verdict in ("differs", "failed") else 0
 
 
 def concluded(

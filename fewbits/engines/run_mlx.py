@@ -10,19 +10,25 @@ import numpy as np
 def main(model_path: str, task_path: str, result_path: str) -> None:
     import mlx.core as mx
     import mlx_lm
+    from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
     with open(task_path) as file:
         task = json.load(file)
     mx.set_default_device(mx.cpu)
     model, _ = load_model(Path(model_path))
-    ids = list(task["tokens"])
-    logits = np.array(model(mx.array([ids]))[0].astype(mx.float32))
-    last = logits[-1]
+    cache = make_prompt_cache(model)
+
+    def run(ids: list[int]) -> np.ndarray:
+        """Tokens after those of the cache -> logits `(t, vocabulary)`."""
+        return np.array(model(mx.array([ids]), cache=cache)[0].astype(mx.float32))
+
+    logits = last = run(task["tokens"])
+    new: list[int] = []
     for _ in range(task["new"]):
-        ids.append(int(last.argmax()))
-        last = np.array(model(mx.array([ids]))[0, -1].astype(mx.float32))
-    np.savez(result_path, logits=logits, new=np.array(ids[len(task["tokens"]) :]))
+        new.append(int(last[-1].argmax()))
+        last = run(new[-1:])
+    np.savez(result_path, logits=logits, new=np.array(new))
     print(json.dumps({"engine": "mlx-lm", "version": mlx_lm.__version__}))
 
 

@@ -15,26 +15,48 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     torch.set_num_threads(task["threads"])
     for name in task.get("imports", []):
         __import__(name)
-    try:
-        logits, new = run(model_path, task, torch.float32)
-    except RuntimeError:  # compressed-tensors decodes some types to bf16 whatever the model computes in
-        logits, new = run(model_path, task, "auto")
+    (logits, new), note = tried(model_path, task)
     np.savez(result_path, logits=logits.numpy(), new=np.array(new))
-    print(json.dumps({"engine": "transformers", "version": transformers.__version__}))
+    print(json.dumps({"engine": "transformers", "version": transformers.__version__, "note": note}))
+
+
+def tried(model_path: str, task: dict) -> tuple[tuple[torch.Tensor, list[int]], str | None]:
+    """What `run` finds in the first way that works, and what had to be done for it."""
+    with open(f"{model_path}/config.json") as file:
+        method = json.load(file).get("quantization_config", {}).get("quant_method")
+    try:
+        return run(model_path, task, torch.float32), None
+    except RuntimeError:
+        if method != "compressed-tensors":
+            raise
+    try:  # some types are decoded to bf16 whatever the model computes in
+        return run(model_path, task, "auto"), None
+    except RuntimeError:  # 0.20 makes room for zero points that are not packed, and finds packed ones
+        from transformers import CompressedTensorsConfig
+
+        decoded = run(
+            model_path, task, torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+        )
+        return (
+            decoded,
+            "loaded with CompressedTensorsConfig(dequantize=True), without which the package fails",
+        )
 
 
 @torch.no_grad()
-def run(model_path: str, task: dict, dtype: torch.dtype | str) -> tuple[torch.Tensor, list[int]]:
+def run(
+    model_path: str, task: dict, dtype: torch.dtype | str, **given: object
+) -> tuple[torch.Tensor, list[int]]:
     """Logits `(t, vocabulary)` f32 of the tokens, and the greedy tokens after them."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, local_files_only=True).eval()
-    ids = list(task["tokens"])
-    logits = last = model(torch.tensor([ids])).logits[0].float()
-    for _ in range(task["new"]):
-        ids.append(int(last[-1].argmax()))
-        last = model(torch.tensor([ids])).logits[0]
-    return logits, ids[len(task["tokens"]) :]
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=dtype, local_files_only=True, **given
+    ).eval()
+    prompt = len(task["tokens"])
+    logits = model(torch.tensor([task["tokens"] + task["expected"]])).logits[0].float()
+    new = logits[prompt - 1 : prompt - 1 + task["new"]].argmax(-1)
+    return logits[:prompt], new.tolist()
 
 
 if __name__ == "__main__":

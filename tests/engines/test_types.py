@@ -28,6 +28,7 @@ import torch
 
 from fewbits.adapters.hf import load_model
 from fewbits.adapters.llamacpp import engine_logits, engine_quantize
+from fewbits.adapters.rounding import rounding
 from fewbits.files.base import LazyTensor
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
@@ -52,27 +53,6 @@ def rounding_error(name: str) -> float:
     """Root mean square, of a normal value."""
     floats = {"f32": 0.0, "f16": 0.72 * 2**-10 / 12**0.5, "bf16": 0.72 * 2**-7 / 12**0.5}
     return floats[name] if name in floats else 0.0048 if FORMATS.get(name).block == 32 else 0.0064
-
-
-def rounded_32(x: torch.Tensor) -> torch.Tensor:
-    blocks = x.unflatten(-1, (-1, 32))
-    largest = blocks.abs().amax(-1, keepdim=True)
-    return ((blocks * (127 / largest)).round() * (largest / 127).half().float()).flatten(-2)
-
-
-def rounded_256(x: torch.Tensor) -> torch.Tensor:
-    """The value of largest magnitude gets code -127, whatever its sign."""
-    blocks = x.unflatten(-1, (-1, 256))
-    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    scale = -127 / extreme
-    return ((blocks * scale).round().clamp(max=127) / scale).flatten(-2)
-
-
-def rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    if name in ("f32", "f16", "bf16"):
-        dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[name]
-        return lambda x: x.to(dtype).float()
-    return rounded_32 if FORMATS.get(name).block == 32 else rounded_256
 
 
 def as_the_engine(name: str, weight: LazyTensor) -> Callable[..., torch.Tensor]:

@@ -7,7 +7,8 @@ import torch
 
 import fewbits.verify as verify_module
 from fewbits import Plan, Request, Rule, quantize
-from fewbits.verify import ENGINES, Outcome, compared, verify
+from fewbits.engines import ENGINES
+from fewbits.verify import Outcome, compared, verify
 from tests.tiny import save_tiny
 
 
@@ -33,15 +34,29 @@ def test_another_meaning_of_the_bytes_differs(model, tmp_path, monkeypatch):
     """Zero points off by one, as when versions of a layout are confused: here on our side."""
     out = tmp_path / "m.gguf"
     quantize(model, out, Request(plan=blocks("q4_0"), file="gguf"))
-    real = verify_module.decoded
+    real = verify_module.open_checkpoint
 
-    def off_by_one(checkpoint, tokens):
+    def off_by_one(path):
+        checkpoint = real(path)
         tensors = {name: shifted(tensor) for name, tensor in checkpoint.tensors.items()}
-        return real(replace(checkpoint, tensors=tensors), tokens)
+        return replace(checkpoint, tensors=tensors)
 
-    monkeypatch.setattr(verify_module, "decoded", off_by_one)
+    monkeypatch.setattr(verify_module, "open_checkpoint", off_by_one)
     outcome = verify(out)
     assert outcome.verdict == "differs" and outcome.kl > 10 * verify_module.SAME
+    assert "rounded as llama.cpp rounds them" in outcome.line()
+
+
+@pytest.mark.engine
+def test_what_rounded_activations_explain_is_the_same(model, tmp_path, monkeypatch):
+    """A limit that the engine's rounding alone passes: then the comparison with that rounding decides."""
+    out = tmp_path / "m.gguf"
+    quantize(model, out, Request(plan=blocks("q4_k"), file="gguf"))
+    plain = verify(out)
+    assert plain.reason is None
+    monkeypatch.setattr(verify_module, "SAME", 0.9 * plain.kl)
+    outcome = verify(out)
+    assert outcome.verdict == "same" and "rounded as llama.cpp rounds them" in str(outcome.reason)
 
 
 def shifted(tensor):
@@ -73,7 +88,7 @@ def test_an_engine_that_is_not_there_is_named(model, tmp_path, monkeypatch):
     out = tmp_path / "m"
     quantize(model, out, Request(plan=blocks("int4_g32"), file="gptq"))
     monkeypatch.setenv("FEWBITS_GPTQMODEL", str(tmp_path / "nowhere"))
-    monkeypatch.setattr("fewbits.verify.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fewbits.engines.importlib.util.find_spec", lambda name: None)
     outcome = verify(out)
     assert outcome.verdict == "not checked" and "make gptqmodel" in outcome.line()
 
@@ -88,7 +103,7 @@ def test_logits_decide(model, wrong):
 
 
 def test_every_engine_says_how_to_get_it():
-    assert all(engine.install and engine.packages for engine in ENGINES.values())
+    assert all(engine.install and engine.packages for row in ENGINES.values() for engine in row)
     assert "pip install" in Outcome("x", "not checked", reason="y is not installed (pip install y)").line()
 
 
