@@ -107,10 +107,19 @@ def test_transformers_names_the_packages_it_lacks(monkeypatch, present):
 
 def test_vllm_wants_its_file_types_and_equal_groups():
     mixed = mixed_groups([site("q", "q", "a:in"), site("k", "k", "a:in")], {"q": "x", "k": "y"})
-    assert verdict("vllm", "0.33", file="gptq", method="gptq").loads is None
+    gptq = {"file": "gptq", "method": "gptq", "types": frozenset({"int4_g64", "bf16"})}
+    assert verdict("vllm", "0.33", **gptq).loads is None
     assert verdict("vllm", "0.33", file="native").loads is False
-    refused = verdict("vllm", "0.33", file="gptq", method="gptq", mixed=mixed)
+    refused = verdict("vllm", "0.33", **gptq, mixed=mixed)
     assert refused.loads is False and "a (attention)" in refused.why
+
+
+@pytest.mark.parametrize("kind", ["int3_g64", "int4_g64_asym", "int4_g64_actorder"])
+def test_vllm_lacks_some_formats_of_a_file_type(kind):
+    given = {"file": "gptq_v2", "method": "gptq", "types": frozenset({kind, "bf16"})}
+    found = verdict("vllm", "0.33.0", **given)
+    assert found.loads is False and f"has no {kind} in gptq files" in found.why
+    assert verdict("vllm", "0.9", **given).loads is None
 
 
 def test_engines_that_are_not_there(monkeypatch):

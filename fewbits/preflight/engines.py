@@ -3,7 +3,8 @@ the tensors, what is installed. Nothing is loaded; `None` is said where names do
 
     llama.cpp      GGUF; architectures of model/archs.toml; builds are known only as far as SINCE goes
     transformers   the installed version is asked for its model types and quantization methods
-    vLLM           gptq, awq, compressed-tensors; fused groups in one format; architectures are not asked
+    vLLM           gptq, awq, compressed-tensors, the formats that its reader of configs takes; fused groups
+                   in one format; architectures are not asked
     others         their own file type alone
 """
 
@@ -17,6 +18,8 @@ from typing import Any
 
 from ..adapters import hf
 from ..errors import PlanError
+from ..formats import FLOATS, FORMATS
+from ..formats.affine import Affine
 from ..model.fused import Mixed
 
 # An architecture or type -> the last build of llama.cpp that is known to lack it and the first that is known
@@ -36,6 +39,7 @@ NEEDED = {
     "compressed-tensors": ("compressed-tensors",),
     "bitsandbytes": ("accelerate", "bitsandbytes"),
 }
+VLLM = (0, 33)  # the version whose formats are known
 FUSING = ("gptq", "awq", "compressed-tensors")
 
 
@@ -152,7 +156,30 @@ def _vllm(output: Output, stated: str | None, version: str | None) -> Answer:
     if output.mixed:
         groups = "group" if len(output.mixed) == 1 else "groups"
         return False, f"{len(output.mixed)} fused {groups} of two formats, such as {output.mixed[0].group}"
-    return None, "file type and fused groups are as it wants them; its architectures are not asked"
+    lacking = sorted(name for name in output.types if _vllm_lacks(output.method, name))
+    if lacking and version is not None and _numbers(version) < VLLM:
+        return (
+            None,
+            f"0.33 has no {', '.join(lacking)} in {output.method} files; of {version} it is not known",
+        )
+    if lacking:
+        return (
+            False,
+            f"has no {', '.join(lacking)} in {output.method} files; another format, or another --file",
+        )
+    return None, "file type, formats and fused groups are as it wants them; its architectures are not asked"
+
+
+def _vllm_lacks(method: str | None, name: str) -> bool:
+    """Does vLLM 0.33 refuse a format? As its own reader of configs answers: bench/doors, tests/engines/
+    test_vllm.py."""
+    form = FORMATS.get(name) if name not in FLOATS else None
+    if form is None or method not in FUSING:
+        return False
+    if method == "gptq":
+        return not isinstance(form, Affine) or form.zero != "none" or form.bits not in (4, 8)
+    whole = isinstance(form, Affine) and form.cells.rows is None
+    return method == "compressed-tensors" and (whole or name == "mxfp6_e2m3")
 
 
 def _own(name: str) -> Callable[[Output, str | None, str | None], Answer]:

@@ -259,7 +259,8 @@ def test_verify_continues_through_the_cache(tmp_path):
     path = written(tmp_path, "llama", "int4_g32")
     change(path, forget)
     outcome = verify(path)
-    assert outcome.verdict == "same" and outcome.greedy < NEW  # the prompt has no past, the rest has
+    assert outcome.verdict == "differs" and outcome.kl < SAME  # the prompt has no past, the rest has
+    assert outcome.greedy < NEW and "no logit of the prompt is off by more" in outcome.line()
 
 
 # ---- onnxruntime-genai -----------------------------------------------------------------------------

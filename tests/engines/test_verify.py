@@ -8,7 +8,7 @@ import torch
 import fewbits.verify as verify_module
 from fewbits import Plan, Request, Rule, quantize
 from fewbits.engines import ENGINES
-from fewbits.verify import Outcome, compared, verify
+from fewbits.verify import NEW, Meaning, Outcome, compared, verify
 from tests.tiny import save_tiny
 
 
@@ -97,9 +97,22 @@ def test_an_engine_that_is_not_there_is_named(model, tmp_path, monkeypatch):
 def test_logits_decide(model, wrong):
     ours = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 4
     theirs = ours.flip(1) if wrong else ours + 0.01
-    found = {"logits": theirs.numpy(), "new": [1, 2], "version": "1"}
-    outcome = compared("an engine", found, ours, [1, 2], 1.0)
-    assert outcome.verdict == ("differs" if wrong else "same") and outcome.greedy == 2
+    new = list(range(NEW))
+    found = {"logits": theirs.numpy(), "new": new, "version": "1"}
+    outcome = compared("an engine", found, Meaning(ours, new, torch.zeros(NEW, 40)), 1.0)
+    assert outcome.verdict == ("differs" if wrong else "same") and outcome.greedy == NEW
+
+
+@pytest.mark.parametrize("gap", [0.015, 0.03])
+def test_a_token_that_is_no_near_tie_decides(gap):
+    """As where a prompt is right and the cache behind it is not: 2 x 0.01 is what the logits are off by."""
+    ours, new = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)), list(range(NEW))
+    ahead = torch.zeros(NEW, 40)
+    ahead[3, 3] = gap
+    found = {"logits": (ours + 0.01).numpy(), "new": [0, 1, 2, 7, 9, 9, 9, 9], "version": "1"}
+    outcome = compared("an engine", found, Meaning(ours, new, ahead), 1.0)
+    assert outcome.verdict == ("same" if gap < 0.02 else "differs") and outcome.greedy == 3
+    assert ("token 7 instead of 3 in place 4" in outcome.line()) == (gap > 0.02)
 
 
 def test_every_engine_says_how_to_get_it():
@@ -109,5 +122,5 @@ def test_every_engine_says_how_to_get_it():
 
 def test_logits_of_another_shape_are_told():
     found = {"logits": torch.zeros(5, 3).numpy(), "new": [1], "version": "1"}
-    outcome = compared("an engine", found, torch.zeros(5, 40), [1], 1.0)
+    outcome = compared("an engine", found, Meaning(torch.zeros(5, 40), [1], torch.zeros(1, 40)), 1.0)
     assert outcome.verdict == "differs" and "(5, 3), the file means (5, 40)" in outcome.line()
