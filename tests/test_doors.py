@@ -1,14 +1,20 @@
 """docs/formats.md says what the layouts say, and what it calls exact is."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from fewbits.cli.formats import doors, markdown
+from fewbits.cli.formats import doors, markdown, verified, ways_of
 from fewbits.cli.main import main
+from fewbits.engines import ENGINES
+from fewbits.verify import SAME
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
+
+
+ROWS = json.loads((PAGE.parent / "doors.json").read_text())["rows"]
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +40,19 @@ def test_the_classic_doors_are_open(found):
 def test_the_command_prints_it(capsys):
     assert main(["formats", "--doors"]) == 0
     assert capsys.readouterr().out.startswith("| format | gguf |")
+
+
+def test_the_page_shows_what_bench_doors_recorded():
+    part = re.search(r"<!-- bench/doors -->\n(.*?)\n<!-- /", PAGE.read_text(), re.DOTALL)
+    assert part is not None and part[1].strip() == verified(ROWS), "run `bench/doors --record` again"
+
+
+def test_no_recorded_row_is_red_and_each_door_is_open(found):
+    """A format that a file type lost, or a file type that is new, needs a run of bench/doors."""
+    assert {row["verdict"] for row in ROWS} <= {"same", "read", "refused"}
+    assert all(row["kl"] < SAME for row in ROWS if row["verdict"] == "same" and not row["reason"])
+    assert all(row["reason"] for row in ROWS if row["verdict"] == "refused")
+    # The demo model has no rows in whole blocks of fp8: tests/files/test_fp8.py tries that door.
+    assert {row["file"] for row in ROWS} == set(ENGINES) - {"huggingface", "fp8"}
+    ways = {row["format"]: found.get(row["format"]) or ways_of(row["format"]) for row in ROWS}
+    assert all(row["file"] in ways[row["format"]] for row in ROWS)

@@ -68,16 +68,16 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def doors() -> dict[str, dict[str, str]]:
-    """format -> file type -> how it carries the format; what it does not carry is left out."""
+    """Registered format -> file type -> how it carries the format; see `ways_of`."""
+    return {format: ways_of(format) for format in FORMATS if format not in FLOATS}
+
+
+def ways_of(format: str) -> dict[str, str]:
+    """File type -> how it carries a format; what does not carry it is left out."""
     refusals: dict[str, Refusal] = {"gguf": gguf_refusal}
     refusals |= {name: layout.refusal for name, layout in LAYOUTS.items()}
-    found: dict[str, dict[str, str]] = {}
-    for format in FORMATS:
-        if format in FLOATS:
-            continue
-        ways = {file: way(format, refusal) for file, refusal in refusals.items()}
-        found[format] = {file: how for file, how in ways.items() if how is not None}
-    return found
+    ways = {file: way(format, refusal) for file, refusal in refusals.items()}
+    return {file: how for file, how in ways.items() if how is not None}
 
 
 def markdown(found: Mapping[str, Mapping[str, str]]) -> str:

@@ -77,6 +77,7 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
     "awq": _GPTQ,
     "compressed-tensors": (_COMPRESSED, _VLLM),
     "bitsandbytes": (_BITSANDBYTES,),
+    "fp8": (Engine(*_TRANSFORMERS, ("transformers", "accelerate"), "pip install accelerate", "fp8"), _VLLM),
     "onnx": (
         Engine("onnxruntime", "run_onnxruntime.py", ("onnxruntime",), "pip install 'fewbits[onnx]'", "onnx"),
     ),

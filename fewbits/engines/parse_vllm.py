@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-PLANES = ("qweight", "weight_packed", "weight_scale")
+PLANES = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
 
 
 class Linear(torch.nn.Module):
@@ -51,7 +51,12 @@ def reading(config: dict, keys: list) -> str:
 
     found = get_quantization_config(config["quant_method"]).from_config(config)
     if config["quant_method"] != "compressed-tensors":
-        return f"{type(found).__name__} of {found.quant_type}, group size {found.group_size}"
+        what = (
+            f"{found.quant_type}, group size {found.group_size}"
+            if hasattr(found, "quant_type")
+            else (f"blocks of {found.weight_block_size}")
+        )
+        return f"{type(found).__name__} of {what}"
     found.packed_modules_mapping = FUSED
     CompressedTensorsKVCacheMethod.validate_kv_cache_scheme(found.kv_cache_scheme)
     layers = sorted({fused(key.rpartition(".")[0]) for key in keys})

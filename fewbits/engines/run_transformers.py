@@ -23,24 +23,29 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
 def tried(model_path: str, task: dict) -> tuple[tuple[torch.Tensor, list[int]], str | None]:
     """What `run` finds in the first way that works, and what had to be done for it."""
     with open(f"{model_path}/config.json") as file:
-        method = json.load(file).get("quantization_config", {}).get("quant_method")
-    try:
-        return run(model_path, task, torch.float32), None
-    except RuntimeError:
-        if method != "compressed-tensors":
-            raise
-    try:  # some types are decoded to bf16 whatever the model computes in
-        return run(model_path, task, "auto"), None
-    except RuntimeError:  # 0.20 makes room for zero points that are not packed, and finds packed ones
+        said = json.load(file).get("quantization_config", {})
+    ways: list[tuple[torch.dtype | str, dict, str | None]] = [(torch.float32, {}, None)]
+    if said.get("quant_method") == "compressed-tensors":
         from transformers import CompressedTensorsConfig
 
-        decoded = run(
-            model_path, task, torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
-        )
-        return (
-            decoded,
-            "loaded with CompressedTensorsConfig(dequantize=True), without which the package fails",
-        )
+        # Some types are decoded to bf16 whatever the model computes in. 0.20 makes room for zero points that
+        # are not packed, and finds packed ones.
+        ways.append(("auto", {}, None))
+        given = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+        ways.append((torch.float32, given, "loaded with CompressedTensorsConfig(dequantize=True)"))
+    if said.get("quant_method") == "gptq":
+        from transformers import GPTQConfig
+
+        # The kernel that it takes for some CPUs wants rows of whole groups.
+        given = {"quantization_config": GPTQConfig(bits=said["bits"], backend="torch")}
+        ways.append((torch.float32, given, 'loaded with GPTQConfig(backend="torch")'))
+    for dtype, given, note in ways[:-1]:
+        try:
+            return run(model_path, task, dtype, **given), note
+        except RuntimeError:
+            continue
+    dtype, given, note = ways[-1]
+    return run(model_path, task, dtype, **given), note
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
     config.json                      the architecture
     model.safetensors                all tensors, or
+    NAME.safetensors                 the same, the only one: gptq_model-4bit-128g, as AutoGPTQ saved it
     model.safetensors.index.json     {"weight_map": {tensor: "model-00001-of-00003.safetensors", ...}}
     pytorch_model.bin[.index.json]   the same as torch pickled it, where there are no safetensors
     tokenizer.json, ...              side files, kept with every output
@@ -127,6 +128,9 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
             return [path / single], {}
         if (path / index).is_file():
             return _shards(path, path / index, Path(single).suffix)
+    named = [file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_")]
+    if len(named) == 1 and named[0].is_file():
+        return named, {}
     pickles = sorted(file.name for file in path.glob("*") if file.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickles:
         raise FileError(

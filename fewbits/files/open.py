@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import FileError
-from . import awq, bitsandbytes, compressed, gptq, mlx  # noqa: F401  they register their layouts
+from . import awq, bitsandbytes, compressed, fp8, gptq, mlx  # noqa: F401  they register their layouts
 from .base import Checkpoint
 from .experts import split_experts
 from .gguf_model import open_gguf

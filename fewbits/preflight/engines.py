@@ -3,8 +3,8 @@ the tensors, what is installed. Nothing is loaded; `None` is said where names do
 
     llama.cpp      GGUF; architectures of model/archs.toml; builds are known only as far as SINCE goes
     transformers   the installed version is asked for its model types and quantization methods
-    vLLM           gptq, awq, compressed-tensors, the formats that its reader of configs takes; fused groups
-                   in one format; architectures are not asked
+    vLLM           gptq, awq, compressed-tensors, fp8; the formats that its reader of configs takes; fused
+                   groups in one format; architectures are not asked
     others         their own file type alone
 """
 
@@ -38,9 +38,10 @@ NEEDED = {
     "awq": ("gptqmodel", "accelerate"),
     "compressed-tensors": ("compressed-tensors",),
     "bitsandbytes": ("accelerate", "bitsandbytes"),
+    "fp8": ("accelerate",),
 }
 VLLM = (0, 33)  # the version whose formats are known
-FUSING = ("gptq", "awq", "compressed-tensors")
+FUSING = ("gptq", "awq", "compressed-tensors", "fp8")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ RUN = {
     "awq": "vllm serve {name}",
     "compressed-tensors": "vllm serve {name}",
     "bitsandbytes": "AutoModelForCausalLM.from_pretrained({name!r})      # with bitsandbytes installed",
+    "fp8": "vllm serve {name}",
     "mlx": "mlx_lm.generate --model {name} --prompt 'Once upon a time'",
     "onnx": "onnxruntime_genai.Model({name!r})        # or onnxruntime, with the inputs of Optimum's exports",
     "native": "import fewbits; AutoModelForCausalLM.from_pretrained({name!r})",

@@ -23,9 +23,10 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(PYTHON is None, reason="vLLM is not installed: `make vllm`"),
 ]
-FILES = ("gptq", "gptq_v2", "awq", "compressed-tensors")
+FILES = ("gptq", "gptq_v2", "awq", "compressed-tensors", "fp8")
 NAMES = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkvo"]
 SHAPE = (256, 256)
+PLANES = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
 ASK = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -61,7 +62,7 @@ def read():
     asked = {
         case: (
             config,
-            [key for key in keys if key.split(".")[-1] in ("qweight", "weight_packed", "weight_scale")],
+            [key for key in keys if key.split(".")[-1] in PLANES],
         )
         for case, (config, keys) in configs().items()
     }

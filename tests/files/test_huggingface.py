@@ -53,6 +53,17 @@ def test_every_tensor_loads_as_it_was_saved(tmp_path, make):
         assert not lazy.quantized
 
 
+def test_a_single_file_of_any_name_is_taken(tmp_path):
+    """As AutoGPTQ named it; an adapter beside it is none of the model's, and of two none is chosen."""
+    path = one_file(tmp_path / "m")
+    (path / "model.safetensors").rename(path / "gptq_model-4bit-128g.safetensors")
+    save_file({"x": torch.zeros(1)}, path / "adapter_model.safetensors")
+    assert set(open_huggingface(path).tensors) == set(WEIGHTS)
+    save_file({"x": torch.zeros(1)}, path / "other.safetensors")
+    with pytest.raises(FileError, match=r"neither model\.safetensors nor"):
+        open_huggingface(path)
+
+
 def test_provenance_names_files_and_sizes(tmp_path):
     opened = open_huggingface(shards(tmp_path / "m"))
     files = {row["name"]: row["nbytes"] for row in opened.provenance["files"]}
