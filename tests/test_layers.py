@@ -1,6 +1,7 @@
 """The house: docs/architecture.md draws what each room may import, and this holds every import to it."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -177,3 +178,14 @@ def test_documents_name_files_that_exist() -> None:
         if not re.search(r"/x(\.py)?$", name) and not any((h / name).exists() for h in homes)
     }
     assert len(named) > 30 and missing == set()
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_waiting_threads_sleep_unless_told_otherwise(given: str | None) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    code = "import fewbits, os; print(os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == (given or "PASSIVE")
