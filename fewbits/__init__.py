@@ -7,7 +7,8 @@ cost, writes the file that the user's runtime loads, and runs it.
     print(receipt.table())
 """
 
-from . import threads  # noqa: F401  before torch
+import fewbits.threads as _threads  # noqa: F401  before torch
+
 from .errors import (
     CalibrationError,
     FewbitsError,
