@@ -48,6 +48,11 @@ class Request:
     notes: tuple[str, ...] = ()
 
     @property
+    def needs_text(self) -> bool:
+        """Is a runtime to be told what only a text tells: static ranges, the steps of a cache?"""
+        return self.kv_cache is not None or "static" in (self.activations or "").split("_")
+
+    @property
     def calibrated(self) -> bool:
         """Is anything known of the activations?"""
         return self.tokens is not None or self.statistics is not None

@@ -165,3 +165,27 @@ def test_evaluate_runs_a_child_as_its_directory_says(source, tmp_path):
                      Settings(context=32, prompts=0, simulation=asked))  # fmt: skip
     assert again.children[0].simulated.cache_bits == 8
     assert again.children[0].fidelity.kl.value != plain.fidelity.kl.value
+
+
+def test_a_text_is_read_where_only_the_runtime_is_told_of_it(source, tmp_path):
+    """--effort fast rounds without a text, and the steps of a cache still come from the one that is given."""
+    (tmp_path / "text.txt").write_text("a quick brown fox jumps over the lazy dog; " * 200)
+    command = ["quantize", str(source), "--to", "int8_channel", "--file", "compressed-tensors", "--no-verify"]
+    command += [
+        "--effort",
+        "fast",
+        "--calibrate",
+        str(tmp_path / "text.txt"),
+        "--tokens",
+        "64",
+        "--context",
+        "32",
+    ]
+    assert (
+        main([*command, "--kv-cache", "fp8", "--activations", "int8_static", "--out", str(tmp_path / "a")])
+        == 0
+    )
+    assert main([*command, "--activations", "int8_dynamic", "--out", str(tmp_path / "b")]) == 0
+    told = said(tmp_path / "a")
+    assert len(told["kv_cache"]["steps"]) == 2 and len(told["activations"]["ranges"]) == 14
+    assert said(tmp_path / "b")["activations"]["scheme"] == "int8_dynamic"

@@ -93,11 +93,12 @@ def from_statistics(request: Request, statistics: Statistics) -> Request:
 
 
 def calibrated(request: Request, checkpoint: Checkpoint, out: Path, options: argparse.Namespace) -> Request:
-    """The request with the text or the statistics that its method needs.
+    """The request with the text or the statistics that its method needs, or what a runtime is told.
 
     Where nobody asked for calibration, a model that cannot be run is rounded to nearest, and that is said.
     """
-    if not request.method.needs_data:
+    measured = request.needs_text or (request.activations is not None and options.calibrate)
+    if not request.method.needs_data and not measured:
         return request
     if not quantizes_blocks(checkpoint, out, request):
         return replace(request, method=Method())
