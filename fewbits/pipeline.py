@@ -22,7 +22,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .activations.record import record, record_cache
+from .activations.record import record, record_cache, record_of
 from .blockwise import Asked, Run, quantize_blocks
 from .calibrate.statistics import coverage_notes
 from .errors import FileError, FormatError, PlanError
@@ -147,18 +147,21 @@ def _told(
     whole = None if layout is None else layout.told(**names)
     found: dict[str, Any] = dict(names)
     notes = [f"the input: {line}" for line in checkpoint.metadata.get("unread", ())]
-    known = {} if checkpoint.kind == "gguf" else checkpoint.metadata
-    for kind in (kind for kind in asked if kind not in names and isinstance(known.get(kind), dict)):
-        names[kind] = str(known[kind].get("scheme"))
-        why = "weights are quantized anew" if request.to or request.plan.rules else None
-        try:
-            whole = layout.told(**names) if layout is not None and why is None else whole
-        except PlanError as error:
-            why = str(error)
-        if why is None and layout is not None:
-            found[kind] = known[kind]
+    for kind in (kind for kind in asked if kind not in names and checkpoint.kind != "gguf"):
+        known = record_of(checkpoint.metadata, kind)
+        if known is None:
             continue
-        notes.append(f"the input's {kind} in {names.pop(kind)}: not kept; {why or 'GGUF says nothing of it'}")
+        scheme = str(known["scheme"])
+        try:
+            if request.to or request.plan.rules:
+                raise PlanError("its weights are quantized anew")
+            if layout is None:
+                raise PlanError("a GGUF file says nothing of it")
+            whole = layout.told(**names, **{kind: scheme})
+        except PlanError as error:
+            notes.append(f"the input's {kind} in {scheme}: not kept; {error}")
+        else:
+            names[kind], found[kind] = scheme, known
     return whole, found, notes
 
 

@@ -13,7 +13,7 @@ from fewbits.adapters.hf import load_model
 from fewbits.adapters.simulate import changed_attention
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
-from fewbits.errors import CalibrationError, PlanError
+from fewbits.errors import CalibrationError, FewbitsError, PlanError
 from fewbits.evaluation import Settings, Simulation, Text, evaluate
 from fewbits.files.open import open_checkpoint
 from fewbits.pipeline import Request, convert, quantize
@@ -108,9 +108,28 @@ def test_what_is_not_kept_is_a_note(source, tmp_path):
     assert any("activations in int8_dynamic: not kept" in note for note in notes)
     assert any("kv_cache in fp8: not kept" in note for note in notes)
     notes = convert(first, tmp_path / "c.gguf").notes
-    assert sum("GGUF says nothing of it" in note for note in notes) == 2
+    assert sum("a GGUF file says nothing of it" in note for note in notes) == 2
     request = Request(to="int4_g32", requantize=True)
     assert sum("quantized anew" in note for note in quantize(first, tmp_path / "d", request).notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activations": 3}, "activations is 3, no scheme"),
+        ({"kv_cache": {"scheme": "fp8", "steps": {"a": [1]}}}, "kv_cache is .* no scheme with its ranges"),
+        ({"activations": {"scheme": "int8_static", "ranges": {"a": ["x", 0]}}}, "activations is"),
+        ({"activations": {"scheme": "int8_static", "ranges": {}}}, "has no ranges for it"),
+        ({"kv_cache": {"scheme": "fp8", "steps": {}}}, "self_attn: the record of kv_cache has no steps"),
+    ],
+)
+def test_a_damaged_record_is_told(source, tmp_path, changes, message):
+    out = written(source, tmp_path / "a", file="native", activations="int8_dynamic", kv_cache="fp8")
+    index = json.loads((out / "fewbits.json").read_text()) | changes
+    (out / "fewbits.json").write_text(json.dumps(index))
+    with pytest.raises(FewbitsError, match=message):
+        convert(out, tmp_path / "b", "compressed-tensors")
+    assert not (tmp_path / "b" / "config.json").exists()
 
 
 def test_what_no_record_says_is_told(source, tmp_path):

@@ -10,12 +10,13 @@ own, which its reader turns into the same; no other file type says anything of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..adapters.hf import load_model
-from ..errors import CalibrationError, PlanError
+from ..errors import CalibrationError, FileError, PlanError
 from .kv_cache import CACHES, ranges
 from .mixed import calibrate, observe
 from .quantizers import SCHEMES
@@ -24,7 +25,22 @@ if TYPE_CHECKING:
     from ..files.base import Checkpoint
 
 RULE = "mse"  # of the observer that fixes a static range
+_PAIRS = [[a, b] for a in (int, float) for b in (int, float)]
 WINDOWS = 8  # of the calibration text; the whole model is in memory meanwhile
+
+
+def record_of(metadata: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
+    """What a directory says of "activations" or "kv_cache"; FileError where that makes no sense."""
+    said = metadata.get(kind)
+    if said is None:
+        return None
+    pairs = {} if not isinstance(said, dict) else said.get({"kv_cache": "steps"}.get(kind, "ranges"), {})
+    whole = isinstance(said, dict) and isinstance(said.get("scheme"), str) and isinstance(pairs, dict)
+    whole = whole and isinstance(said.get("left", []), list)
+    whole = whole and all(isinstance(pair, list) and [*map(type, pair)] in _PAIRS for pair in pairs.values())
+    if not whole:
+        raise FileError(f"{kind} is {str(said)[:80]}, no scheme with its ranges; quantize the model again")
+    return dict(said)
 
 
 def record(checkpoint: Checkpoint, name: str, windows: torch.Tensor | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ..activations import (
     calibrate,
 )
 from ..activations.kv_cache import Steps, ranges
+from ..activations.record import record_of
 from ..adapters.simulate import changed_attention, changed_inputs
 from ..errors import CalibrationError
 
@@ -51,16 +52,13 @@ class Simulation:
 
     def of(self, metadata: Mapping[str, Any]) -> Simulation:
         """This, or what a child's own directory says of them, where this says nothing."""
-        found, said = self, metadata.get("activations")
-        if self.activations is None and isinstance(said, dict):
+        found, said = self, record_of(metadata, "activations")
+        if self.activations is None and said is not None:
             left = tuple(map(str, said.get("left", ())))
-            found = replace(
-                found, activations=str(said.get("scheme")), left=left, ranges=said.get("ranges", {})
-            )
-        said = metadata.get("kv_cache")
-        if self.cache is None and isinstance(said, dict):
-            steps = [(float(k), float(v)) for k, v in said.get("steps", {}).values()]
-            found = replace(found, cache=str(said.get("scheme")), steps=steps)
+            found = replace(found, activations=said["scheme"], left=left, ranges=said.get("ranges", {}))
+        said = record_of(metadata, "kv_cache")
+        if self.cache is None and said is not None:
+            found = replace(found, cache=said["scheme"], steps=[*said.get("steps", {}).values()])
         return found
 
     def __post_init__(self) -> None:

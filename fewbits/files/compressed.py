@@ -124,13 +124,14 @@ class Compressed(Layout):
     def packer(self, name: str, about: Mapping[str, Any]) -> Callable[[QTensor], tuple[torch.Tensor, ...]]:
         layout, more = self.layout_of(name), []
         if layout.static:
-            step, zero = about["activations"]["ranges"][name]
+            step, zero = _pair(about, "activations", "ranges", name)
             more.append(torch.tensor([step], dtype=torch.float32))
             if not ACTIVATIONS[str(self.activations)]["symmetric"]:
                 more.append(torch.tensor([zero], dtype=torch.int8))
         cached = cached_by(module_of(name)) if self.kv_cache else None
         if cached is not None:
-            more.append(torch.tensor([about["kv_cache"]["steps"][cached[0]][cached[1]]], dtype=torch.float32))
+            step = _pair(about, "kv_cache", "steps", cached[0])[cached[1]]
+            more.append(torch.tensor([step], dtype=torch.float32))
         return (lambda q: (*layout.pack(q), *more)) if more else layout.pack
 
     def settings(
@@ -212,6 +213,14 @@ class Compressed(Layout):
 
 
 # ---- the config that is written ----------------------------------------------------------------------
+
+
+def _pair(about: Mapping[str, Any], kind: str, part: str, name: str) -> Sequence[float]:
+    """The two numbers that a record has for a weight or an attention."""
+    found: Sequence[float] | None = about[kind].get(part, {}).get(name)
+    if found is None:
+        raise PlanError(f"{name}: the record of {kind} has no {part} for it; quantize the model again")
+    return found
 
 
 def _without_steps(rows: Mapping[str, Kind], quantized: Mapping[str, Format]) -> list[str]:
