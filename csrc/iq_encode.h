@@ -1,20 +1,12 @@
 // Encoding IQ blocks, sixteen groups at a time. Twin: fewbits/formats/iq_fit.py, which says how.
 #pragma once
 
-#include "iq_types.h"
+#include "iq_search.h"
 
 namespace FEWBITS_ISA {
 
-constexpr int IQ_ROUNDS = 2, MAX_STARTS = 12;
+constexpr int IQ_ROUNDS = 2;
 constexpr float IQ_DELTA = 0.125f;
-
-// What the twin's row of the type says, given at run time.
-template <class T>
-struct Known {
-    static inline Lattice lattice;
-    static inline float starts[MAX_STARTS], last = 1;
-    static inline int count = 0;
-};
 
 // Sixteen groups: weights with their signs taken off, importances, their products; sign masks of vectors.
 template <class T>
@@ -27,8 +19,7 @@ struct IqTile {
 template <class T>
 struct IqFound {
     float place[T::group / T::dim][LANES], shift[T::group / 8][LANES];
-    float level[T::group][LANES];
-    F cross, square;
+    F level[T::group], cross, square;
 };
 
 template <class T>
@@ -57,66 +48,6 @@ void take_signs(IqTile<T>& t) {
         }
         for (int lane = 0; lane < LANES; ++lane) t.sign[v / 8][lane] = uint8_t(mask[lane]);
     }
-}
-
-template <int DIM, int LEVELS>
-constexpr int half_size() { return DIM == 8 ? LEVELS * LEVELS * LEVELS * LEVELS : LEVELS * LEVELS; }
-
-template <int A, int B>
-INLINE void sums(const F* first, const F* second, F* out) {
-    for (int b = 0; b < B; ++b)
-        for (int a = 0; a < A; ++a) out[b * A + a] = second[b] + first[a];
-}
-
-// Costs of each half of a point: sums over its coordinates.
-template <class T, class SHIFT>
-INLINE void half_costs(const F* wx, const F* w, F step, SHIFT shift, F* low, F* high) {
-    constexpr int L = T::levels;
-    F cost[T::dim][L];
-    for (int i = 0; i < T::dim; ++i) {
-        F ws = w[i] * step, wx2 = 2.0f * wx[i];
-        for (int l = 0; l < L; ++l) {
-            SHIFT level = shift + Known<T>::lattice.level[l];
-            cost[i][l] = level * (level * ws - wx2);
-        }
-    }
-    if constexpr (T::dim == 4) {
-        sums<L, L>(cost[0], cost[1], low);
-        sums<L, L>(cost[2], cost[3], high);
-    } else {
-        F pair[4][L * L];
-        for (int p = 0; p < 4; ++p) sums<L, L>(cost[2 * p], cost[2 * p + 1], pair[p]);
-        sums<L * L, L * L>(pair[0], pair[1], low);
-        sums<L * L, L * L>(pair[2], pair[3], high);
-    }
-}
-
-// The first of the cheapest points, by lane, and its cost. Quarters of the points are scanned side by side:
-// one scan would wait for each comparison before the next.
-template <class T, class SHIFT>
-INLINE void search_points(const F* wx, const F* w, F step, SHIFT shift, F* place, F* cost) {
-    constexpr int SIZE = half_size<T::dim, T::levels>(), CHAINS = 4;
-    F low[SIZE], high[SIZE];
-    half_costs<T>(wx, w, step, shift, low, high);
-    const Lattice& known = Known<T>::lattice;
-    const float *lows = reinterpret_cast<const float*>(low), *highs = reinterpret_cast<const float*>(high);
-    const int quarter = known.count / CHAINS;
-    F best[CHAINS], at[CHAINS], number = {};
-    for (int c = 0; c < CHAINS; ++c) best[c] = splat(INFINITY), at[c] = F{};
-    for (int k = 0; k < quarter; ++k) {
-        for (int c = 0; c < CHAINS; ++c) {
-            F v = load(lows + known.low[c * quarter + k]) + load(highs + known.high[c * quarter + k]);
-            at[c] = select(v < best[c], number, at[c]);
-            best[c] = vmin(v, best[c]);
-        }
-        number = number + 1.0f;
-    }
-    for (int c = 1; c < CHAINS; ++c) {
-        at[0] = select(best[c] < best[0], at[c] + float(c * quarter), at[0]);
-        best[0] = vmin(best[c], best[0]);
-    }
-    *place = at[0];
-    *cost = best[0];
 }
 
 // -1/8 or 1/8 of the vector, by lane.
@@ -160,15 +91,17 @@ void points_of(const IqTile<T>& t, F step, IqFound<T>& f, bool shifts) {
             store(f.place[v / T::dim], place);
         }
     }
-    for (int v = 0; v < T::group; v += T::dim) {
-        for (int lane = 0; lane < LANES; ++lane) {
-            const float* value = Known<T>::lattice.value[int(f.place[v / T::dim][lane])];
-            for (int i = 0; i < T::dim; ++i) f.level[v + i][lane] = value[i];
-        }
+    for (int v = 0; v < T::group; v += LANES) {
+        float rows[LANES][LANES];
+        for (int i = 0; i < LANES; i += T::dim)
+            for (int lane = 0; lane < LANES; ++lane)
+                std::memcpy(&rows[lane][i], Known<T>::lattice.value[int(f.place[(v + i) / T::dim][lane])],
+                            T::dim * sizeof(float));
+        transpose<LANES>(rows[0], f.level + v);
     }
     f.cross = f.square = F{};
     for (int i = 0; i < T::group; ++i) {
-        F level = load(f.level[i]);
+        F level = f.level[i];
         if constexpr (T::shift != 0) level = level + lift(f, i / 8);
         F cross = t.wx[i] * level, square = t.w[i] * level * level;
         f.cross = i ? f.cross + cross : cross;
@@ -303,6 +236,7 @@ void teach(const float* levels, const uint8_t* points, int count, const float* s
         l.high[k] = uint16_t(half[1] * LANES);
     }
     l.count = count;
+    fill_rows<T>(l.rows, l.low, l.high, count);
     Known<T>::last = starts[0];
     Known<T>::count = n_starts - 1;
     std::memcpy(Known<T>::starts, starts + 1, (n_starts - 1) * sizeof(float));

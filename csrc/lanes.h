@@ -92,36 +92,34 @@ INLINE F select(Mask m, F a, F b) {
 }
 
 // a > b ? a : b and a < b ? a : b; compilers do not find the one instruction that does it.
-INLINE F vmax(F a, F b) {
+INLINE Native vmax(Native a, Native b) {
 #if defined(__AVX512F__)  // the masked form: GCC 12 warns of its own header in the plain one
-    a.part[0] = (Native)_mm512_maskz_max_ps(0xffff, (__m512)a.part[0], (__m512)b.part[0]);
-#else
-    for (int p = 0; p < PARTS; ++p) {
-#if defined(__AVX__)
-        a.part[p] = (Native)_mm256_max_ps((__m256)a.part[p], (__m256)b.part[p]);
+    return (Native)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (Native)_mm256_max_ps((__m256)a, (__m256)b);
 #elif defined(__SSE2__)
-        a.part[p] = (Native)_mm_max_ps((__m128)a.part[p], (__m128)b.part[p]);
+    return (Native)_mm_max_ps((__m128)a, (__m128)b);
 #else
-        a.part[p] = a.part[p] > b.part[p] ? a.part[p] : b.part[p];
+    return a > b ? a : b;
 #endif
-    }
+}
+INLINE Native vmin(Native a, Native b) {
+#if defined(__AVX512F__)
+    return (Native)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (Native)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (Native)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return a < b ? a : b;
 #endif
+}
+INLINE F vmax(F a, F b) {
+    for (int p = 0; p < PARTS; ++p) a.part[p] = vmax(a.part[p], b.part[p]);
     return a;
 }
 INLINE F vmin(F a, F b) {
-#if defined(__AVX512F__)
-    a.part[0] = (Native)_mm512_maskz_min_ps(0xffff, (__m512)a.part[0], (__m512)b.part[0]);
-#else
-    for (int p = 0; p < PARTS; ++p) {
-#if defined(__AVX__)
-        a.part[p] = (Native)_mm256_min_ps((__m256)a.part[p], (__m256)b.part[p]);
-#elif defined(__SSE2__)
-        a.part[p] = (Native)_mm_min_ps((__m128)a.part[p], (__m128)b.part[p]);
-#else
-        a.part[p] = a.part[p] < b.part[p] ? a.part[p] : b.part[p];
-#endif
-    }
-#endif
+    for (int p = 0; p < PARTS; ++p) a.part[p] = vmin(a.part[p], b.part[p]);
     return a;
 }
 INLINE F clamp(F x, float lo, float hi) { return vmin(vmax(x, splat(lo)), splat(hi)); }

@@ -6,7 +6,8 @@ over coordinates, so it splits into two halves, and all costs of a half are few 
     cost(point) = low[half of the first coordinates] + high[half of the last]        8^2 or 3^4 entries each
     half        = sum of level index * L^i over its coordinates
 
-The search is exhaustive: one addition and one comparison a point. The points are the `gguf` package's.
+The search is exhaustive: one addition and one comparison a point (the core finds the same point with fewer:
+`csrc/iq_search.h`). The points are the `gguf` package's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ CHUNK = 2**22
 
 @dataclass(frozen=True)
 class Lattice:
-    """levels `(L,)` f32 sorted; points `(P, dim)` int64, indices of levels."""
+    """levels `(L,)` f32 sorted; points `(P, dim)` int64, indices of levels, in order of their halves'
+    numbers, the last half's first."""
 
     levels: torch.Tensor
     points: torch.Tensor

@@ -24,6 +24,13 @@ def test_points_are_those_of_their_places(fmt: Iq) -> None:
 
 
 @pytest.mark.parametrize("fmt", **names(IQ_TYPES))
+def test_points_are_in_order(fmt: Iq) -> None:
+    """The core, which searches by halves, finds the first of equal points for that reason."""
+    first, last = fmt.lattice.halves
+    assert bool(((last * len(fmt.lattice.points) ** 2 + first).diff() > 0).all())
+
+
+@pytest.mark.parametrize("fmt", **names(IQ_TYPES))
 def test_search_finds_the_cheapest_of_all_points(fmt: Iq) -> None:
     """f32 costs of at most eight terms: off by a few ulps of the largest."""
     generator = torch.Generator().manual_seed(0)
