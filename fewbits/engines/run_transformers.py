@@ -33,12 +33,15 @@ def tried(model_path: str, task: dict) -> tuple[tuple[torch.Tensor, list[int]], 
         ways.append(("auto", {}, None))
         given = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
         ways.append((torch.float32, given, "loaded with CompressedTensorsConfig(dequantize=True)"))
-    if said.get("quant_method") == "gptq":
-        from transformers import GPTQConfig
+    if said.get("quant_method") in ("gptq", "awq"):
+        from transformers import AwqConfig, GPTQConfig
 
-        # The kernel that it takes for some CPUs wants rows of whole groups.
-        given = {"quantization_config": GPTQConfig(bits=said["bits"], backend="torch")}
-        ways.append((torch.float32, given, 'loaded with GPTQConfig(backend="torch")'))
+        # The kernels that they take for some CPUs want rows of whole groups, or have not every size of group.
+        config, backend = {"gptq": (GPTQConfig, "torch"), "awq": (AwqConfig, "torch_awq")}[
+            said["quant_method"]
+        ]
+        given = {"quantization_config": config(bits=said["bits"], backend=backend)}
+        ways.append((torch.float32, given, f'loaded with {config.__name__}(backend="{backend}")'))
     for dtype, given, note in ways[:-1]:
         try:
             return run(model_path, task, dtype, **given), note
