@@ -44,7 +44,7 @@ def test_another_meaning_of_the_bytes_differs(model, tmp_path, monkeypatch):
     monkeypatch.setattr(verify_module, "open_checkpoint", off_by_one)
     outcome = verify(out)
     assert outcome.verdict == "differs" and outcome.kl > 10 * verify_module.SAME
-    assert "rounded as llama.cpp rounds them" in outcome.line()
+    assert "activations rounded as llama.cpp rounds them" in outcome.line()
 
 
 @pytest.mark.engine
@@ -56,7 +56,7 @@ def test_what_rounded_activations_explain_is_the_same(model, tmp_path, monkeypat
     assert plain.reason is None
     monkeypatch.setattr(verify_module, "SAME", 0.9 * plain.kl)
     outcome = verify(out)
-    assert outcome.verdict == "same" and "rounded as llama.cpp rounds them" in str(outcome.reason)
+    assert outcome.verdict == "same" and "activations rounded as llama.cpp rounds them" in str(outcome.reason)
 
 
 def shifted(tensor):
