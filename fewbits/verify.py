@@ -161,7 +161,7 @@ class _Reference:
 
     @torch.no_grad()
     def rounded(self) -> torch.Tensor | None:
-        """Logits `(t, vocabulary)` with activations rounded as the engine does; None where it rounds none."""
+        """Logits `(t, vocabulary)` with activations rounded as the engine does; None if that is not known."""
         change = engine_rounding(self.checkpoint)
         if change is None:
             return None
