@@ -27,6 +27,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from ..errors import FileError, raise_all
 from .json_object import regular_size
+from .mapped import absurd
 
 DEFAULT_ALIGNMENT = 32
 HEADER_LIMIT = 2**27  # bytes of keys and tensor infos; a tokenizer of 262,144 tokens takes about 2**24
@@ -259,6 +260,9 @@ def _place(path: Path, rows: list[_Row], data_start: int, alignment: int, size: 
             continue
         except FileError as error:
             faults.append(f"{what}: {error}")
+            continue
+        if not nbytes and absurd(shape):
+            faults.append(f"{what} is empty, and {shape}, which nothing holds; damaged file")
             continue
         if offset % alignment:
             faults.append(f"{what}: offset {offset} is not a multiple of the alignment {alignment}")

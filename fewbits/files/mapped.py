@@ -16,6 +16,8 @@ import ctypes
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -81,6 +83,11 @@ def map_bytes(path: Path, offset: int, nbytes: int, name: str = "range") -> torc
     # At interpreter exit tensors may outlive finalizers: leave the unmapping to the system then.
     weakref.finalize(pages, _libc.munmap, address, length).atexit = False
     return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=offset - start)
+
+
+def absurd(shape: Sequence[int]) -> bool:
+    """Of an empty tensor, which takes no bytes: are its other sizes none that torch can have?"""
+    return prod(max(1, size) for size in shape) > 2**56
 
 
 def view_as(raw: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -54,6 +54,7 @@ from .layout import (
     is_plain,
     open_tensors,
 )
+from .mapped import absurd
 from .native import NATIVE
 from .onnx_decoder import genai_config
 from .onnx_graph import TYPES, decoder_graph, onnx_helper
@@ -261,7 +262,7 @@ def _entry(tensor: Any, kinds: Mapping[int, str], faults: list[str]) -> Entry | 
     if dtype is None or len(faults) > before:
         return None
     nbytes, length = prod(shape) * DTYPES[dtype].itemsize, int(where[1])
-    if nbytes != length:
+    if nbytes != length or (not nbytes and absurd(shape)):
         faults.append(f"tensor {tensor.name!r}: {dtype} {shape} needs {nbytes} bytes, its length is {length}")
         return None
     return Entry(tensor.name, dtype, shape, int(where[0]), nbytes)

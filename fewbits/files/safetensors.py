@@ -23,7 +23,7 @@ import torch
 
 from ..errors import FileError, raise_all
 from .json_object import parse_json_object, regular_size
-from .mapped import map_bytes, view_as
+from .mapped import absurd, map_bytes, view_as
 
 HEADER_LIMIT = 100_000_000  # bytes, the spec's own limit
 MAX_DIMS = 64  # torch's own limit
@@ -127,6 +127,9 @@ def _entry(name: str, row: Any, data_start: int, faults: list[str]) -> Entry | N
     nbytes, needed = offsets[1] - offsets[0], prod(shape) * DTYPES[dtype].itemsize
     if nbytes != needed:
         faults.append(f"tensor {name!r}: {dtype} {shape} needs {needed} bytes, data_offsets span {nbytes}")
+        return None
+    if not nbytes and absurd(shape):
+        faults.append(f"tensor {name!r} is empty, and {shape}, which nothing holds; damaged file")
         return None
     return Entry(name, dtype, tuple(shape), data_start + offsets[0], nbytes)
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from ..errors import FileError, raise_all
 from .json_object import regular_size
-from .mapped import first_bytes
+from .mapped import absurd, first_bytes
 from .safetensors import DTYPES, MAX_DIMS, Entry
 
 STORAGES = {
@@ -293,6 +293,8 @@ def _entry(name: str, value: Any, members: dict[str, Member], faults: list[str])
             f"tensor {name!r}: {str(value.shape)[:60]} from number {value.offset} on reaches past its "
             f"storage of {storage.count}"
         )
+    elif not prod(value.shape) and absurd(value.shape):
+        faults.append(f"tensor {name!r} is empty, and {str(value.shape)[:60]}, which nothing holds")
     elif prod(value.shape) and value.strides != contiguous(value.shape, value.strides):
         faults.append(
             f"tensor {name!r}: strides {str(value.strides)[:60]} of {str(value.shape)[:60]} are not those of "

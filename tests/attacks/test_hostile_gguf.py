@@ -72,6 +72,7 @@ LIES = {
     "removed type": (gguf([ARCH], [tensor("a", [32], 4, 0)], DATA), "'a' has unknown ggml type 4"),
     "row not a multiple": (gguf([ARCH], [tensor("a", [33], Q8_0, 0)], DATA), "33 is not a multiple of 32"),
     "product overflows": (gguf([ARCH], [tensor("a", [2**63, 2, 2, 1], F32, 0)], DATA), "'a' (f32"),
+    "empty and absurd": (gguf([ARCH], [tensor("a", [2**63 + 32, 0], Q8_0, 0)], DATA), "which nothing holds"),
     "negative size": (gguf([ARCH], [tensor("a", [HUGE], F32, 0)], DATA), "ends at byte"),
     "offset misaligned": (gguf([ARCH], [A, tensor("b", [4], F32, 97)], DATA), "97 is not a multiple"),
     "offset past the end": (gguf([ARCH], [tensor("a", [4], F32, 2**62)], DATA), "ends at byte"),

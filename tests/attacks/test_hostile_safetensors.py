@@ -29,6 +29,7 @@ LIES = {
     "dtype a list": (safetensors({"a": row([], [1], 0, 4)}, FOUR), "'a': unknown dtype"),  # type: ignore[arg-type]
     "negative size": (safetensors({"a": row("F32", [-1], 0, 4)}, FOUR), "'a': shape [-1]"),
     "size true": (safetensors({"a": row("F32", [True], 0, 4)}, FOUR), "'a': shape [True]"),
+    "empty and absurd": (safetensors({"a": row("F32", [0, 2**62, 2**40], 0, 0)}, b""), "which nothing holds"),
     "65 dimensions": (safetensors({"a": row("F32", [1] * 65, 0, 4)}, FOUR), "'a': shape"),
     "offsets reversed": (safetensors({"a": row("F32", [1], 4, 0)}, FOUR), "'a': data_offsets [4, 0]"),
     "offset a string": (safetensors({"a": row("F32", [1], "0", 4)}, FOUR), "'a': data_offsets"),
