@@ -195,8 +195,7 @@ class Compressed(Layout):
         if faults:
             return {}
         found: dict[str, Held | Decoded] = {}
-        modules = dict.fromkeys(key.rpartition(".")[0] for key in places if _marks(key, places[key]))
-        for module in modules:
+        for module in _modules(places):
             scheme = schemes.of(module)
             if scheme is None or schemes.ignores(module):
                 why = "ignore leaves it in float" if scheme else "no config group has it as a target"
@@ -208,8 +207,7 @@ class Compressed(Layout):
         return found
 
     def spoken(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
-        modules = dict.fromkeys(key.rpartition(".")[0] for key in places if _marks(key, places[key]))
-        return spoken(config, read_schemes(config, []), modules, places)
+        return spoken(config, read_schemes(config, []), _modules(places), places)
 
 
 # ---- the config that is written ----------------------------------------------------------------------
@@ -287,6 +285,11 @@ def _targets(modules: Sequence[str], others: Set[str]) -> list[str]:
 
 
 # ---- the weights that are found ----------------------------------------------------------------------
+
+
+def _modules(places: Mapping[str, Place]) -> list[str]:
+    """The modules whose weights are quantized, in the order of the file."""
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in places if _marks(key, places[key])))
 
 
 def _marks(key: str, place: Place) -> bool:

@@ -262,7 +262,10 @@ def _entry(tensor: Any, kinds: Mapping[int, str], faults: list[str]) -> Entry | 
     if dtype is None or len(faults) > before:
         return None
     nbytes, length = prod(shape) * DTYPES[dtype].itemsize, int(where[1])
-    if nbytes != length or (not nbytes and absurd(shape)):
+    if not nbytes and absurd(shape):
+        faults.append(f"tensor {tensor.name!r} is empty, and {shape}, which nothing holds; damaged file")
+        return None
+    if nbytes != length:
         faults.append(f"tensor {tensor.name!r}: {dtype} {shape} needs {nbytes} bytes, its length is {length}")
         return None
     return Entry(tensor.name, dtype, shape, int(where[0]), nbytes)
