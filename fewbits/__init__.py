@@ -7,27 +7,18 @@ cost, writes the file that the user's runtime loads, and runs it.
     print(receipt.table())
 """
 
-import fewbits.threads as _threads  # noqa: F401  before torch
-
-from .errors import (
-    CalibrationError,
-    FewbitsError,
-    FileError,
-    FormatError,
-    KernelError,
-    ModelError,
-    PlanError,
-)
+from .errors import CalibrationError, FewbitsError, FileError, FormatError, KernelError, ModelError, PlanError
 from .evaluation import evaluate
-from .files.base import Checkpoint
+from .files.checkpoint import Checkpoint
 from .files.open import open_checkpoint as open
 from .formats import FORMATS, Format
-from .pipeline import Request, convert, quantize
 from .plan import Plan, Rule
 from .qtensor import Plane, QTensor
-from .report.receipt import Receipt
-from .runtime import load, quantize_model
+from .release.receipt import Receipt
+from .runtime.load import load
 from .version import VERSION as __version__
+from .workflow.in_place import quantize_model
+from .workflow.quantize import Request, convert, quantize
 
 __all__ = [
     "FORMATS",

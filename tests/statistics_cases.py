@@ -7,7 +7,7 @@ import torch
 
 from fewbits.calibrate.statistics import Statistics, gather, identify
 from fewbits.calibrate.stats import Stats
-from fewbits.files.base import Checkpoint, LazyTensor
+from fewbits.files.checkpoint import Checkpoint, LazyTensor
 from fewbits.model.archs import architectures, every_name
 from fewbits.model.sites import sites
 

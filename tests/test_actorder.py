@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from fewbits import Plan, Request, Rule, convert, quantize
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.errors import FewbitsError

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from fewbits.adapters.block import Block
-from fewbits.adapters.blocks import BlockModel
-from fewbits.adapters.hf import empty_model, load_model
+from fewbits.adapters.transformers import empty_model, load_model
+from fewbits.blocks.block import Block
+from fewbits.blocks.model import BlockModel
 from fewbits.errors import CalibrationError, ModelError
-from fewbits.files.base import Checkpoint
+from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.model.sites import sites

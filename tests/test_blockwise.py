@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
-from fewbits.blockwise import Streaming
-from fewbits.blockwise import job as job_module
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.errors import CalibrationError, FewbitsError
 from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import sites
-from fewbits.pipeline import Request, quantize
 from fewbits.plan import Plan
 from fewbits.plan.method import EFFORTS, METHODS, Method
 from fewbits.plan.rules import parse_rule
-from fewbits.report.receipt import Receipt, TensorRow
+from fewbits.release.receipt import Receipt, TensorRow
+from fewbits.workflow.blockwise import Streaming
+from fewbits.workflow.blockwise import job as job_module
+from fewbits.workflow.quantize import Request, quantize
 from tests.tiny import VOCAB, change_weights, save_tiny
 
 SMALL = {

@@ -10,8 +10,8 @@ import pytest
 from fewbits.cli.main import COMMANDS, main
 from fewbits.errors import PlanError
 from fewbits.files.open import open_checkpoint
-from fewbits.report.receipt import Receipt
-from fewbits.verify import Outcome
+from fewbits.release.receipt import Receipt
+from fewbits.release.verify import Outcome
 from tests.tiny import CORPUS, save_tiny
 
 NAMES = [module.__name__.rsplit(".", 1)[-1].replace("_", "-") for module in COMMANDS]

@@ -8,8 +8,8 @@ import pytest
 
 from fewbits.cli.formats import doors, markdown, verified, ways_of
 from fewbits.cli.main import main
-from fewbits.engines import ENGINES
-from fewbits.verify import SAME
+from fewbits.release.engines import ENGINES
+from fewbits.release.verify import SAME
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 

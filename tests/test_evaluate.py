@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.sampling import draw
 from fewbits.errors import CalibrationError, FewbitsError, FileError, ModelError
 from fewbits.evaluation import Settings, Text, compare, evaluate, self_text
@@ -16,7 +16,7 @@ from fewbits.evaluation.compare import cut
 from fewbits.evaluation.generation import first_divergence, greedy, repetition_loop
 from fewbits.evaluation.scores import compare as compare_scores
 from fewbits.evaluation.scores import fidelity, mean, perplexity
-from fewbits.files.base import LazyTensor
+from fewbits.files.checkpoint import LazyTensor
 from fewbits.files.open import open_checkpoint
 from tests.tiny import save_tiny
 

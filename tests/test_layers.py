@@ -1,7 +1,6 @@
 """The house: docs/architecture.md draws what each room may import, and this holds every import to it."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -72,7 +71,7 @@ def imports(module: str) -> tuple[set[str], set[str]]:
                 ours.add(rest.split(".")[0])
             else:
                 others.add(top)
-    compiled = {"_core"} if module == "core.py" else set()
+    compiled = {"_core"} if room_of(module) == "core" else set()
     return ours - {room_of(module)} - compiled, others - sys.stdlib_module_names - {"torch", "__future__"}
 
 
@@ -97,13 +96,14 @@ def test_a_room_uses_what_it_may_import_and_names_rooms_above(room: str) -> None
     assert allowed <= set(list(ROOMS)[: list(ROOMS).index(room)])
 
 
-HOOKS = "adapters/hf_quantizer.py"
+HOOKS = "runtime/hf_quantizer.py"
 
 
-def test_only_two_modules_import_transformers() -> None:
+def test_few_modules_import_transformers() -> None:
     """Of ours: what runs in an engine's own process is that engine's."""
-    ours = [module for module in MODULES if room_of(module) != "engines"]
-    assert [m for m in ours if "transformers" in imports(m)[1]] == ["adapters/hf.py", HOOKS]
+    ours = [module for module in MODULES if "/engines/run_" not in module]
+    found = {m for m in ours if "transformers" in imports(m)[1]}
+    assert found == {"adapters/transformers.py", "runtime/load.py", HOOKS}
 
 
 def test_importing_every_module_loads_no_outside_system() -> None:
@@ -119,7 +119,7 @@ def test_importing_every_module_loads_no_outside_system() -> None:
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) not in ("cli", "engines")])
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) != "cli" and "/engines/" not in m])
 def test_only_the_command_line_prints(module: str) -> None:
     said = [
         ast.unparse(node)
@@ -169,7 +169,8 @@ def test_documents_name_files_that_exist() -> None:
     """Every path in the table of new things, and every test named as a proof."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     named = re.findall(
-        r"`((?:tests|csrc|bench|files|formats|model|plan|adapters|evaluate|cli|algorithms)/[\w/.]*)`", text
+        r"`((?:tests|csrc|bench|files|formats|model|plan|adapters|evaluation|cli|algorithms|workflow|release|runtime|train)/[\w/.]*)`",
+        text,
     )
     homes = (ROOT, PACKAGE)
     missing = {
@@ -180,12 +181,7 @@ def test_documents_name_files_that_exist() -> None:
     assert len(named) > 30 and missing == set()
 
 
-@pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_waiting_threads_sleep_unless_told_otherwise(given: str | None) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
-    code = "import fewbits, os; print(os.environ['OMP_WAIT_POLICY'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout.strip() == (given or "PASSIVE")
+def test_importing_the_package_changes_nothing_outside_it() -> None:
+    """Neither the environment, which other programs inherit, nor how torch's threads wait."""
+    code = "import os; before = dict(os.environ); import fewbits; assert dict(os.environ) == before"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -8,7 +8,7 @@ import torch
 
 from fewbits.calibrate.stats import Stats
 from fewbits.errors import CalibrationError, ModelError
-from fewbits.files.base import Checkpoint, LazyTensor
+from fewbits.files.checkpoint import Checkpoint, LazyTensor
 from fewbits.transforms import Pair, applied, apply, checked, find_pairs, rescaled, scaled
 from fewbits.transforms.check import TOLERANCE
 from fewbits.transforms.pairs import WIDEST, Rows, Vector, settled

@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fewbits.adapters.hf import load_model, load_tokenizer
+from fewbits.adapters.transformers import load_model, load_tokenizer
 from fewbits.errors import FormatError, ModelError, PlanError
-from fewbits.files.gguf import read_gguf
+from fewbits.files.gguf.file import read_gguf
 from fewbits.files.open import open_checkpoint
 from fewbits.model.archs import gguf_entries, require_architecture, rope_rows
-from fewbits.pipeline import Request, convert, quantize
 from fewbits.plan import Plan, parse_rule
 from fewbits.qtensor import QTensor
-from fewbits.report.receipt import Receipt
+from fewbits.release.receipt import Receipt
+from fewbits.workflow.quantize import Request, convert, quantize
 from tests.tiny import read_by_gguf, save_tiny
 
 DOWN = "model.layers.0.mlp.down_proj.weight"

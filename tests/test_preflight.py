@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model, next_logits
+from fewbits.adapters.transformers import load_model, next_logits
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.errors import ModelError, PlanError
 from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import sites
-from fewbits.pipeline import Request, quantize
 from fewbits.plan import Plan, parse_rule
 from fewbits.plan.method import METHODS
 from fewbits.preflight import engines, parameters, preflight
@@ -24,6 +23,7 @@ from fewbits.preflight.machines import Machine, machines, read_per_token, tokens
 from fewbits.preflight.sizes import OVERHEAD
 from fewbits.preflight.speed import Encoding
 from fewbits.preflight.work import ALLOWANCE, MARGIN
+from fewbits.workflow.quantize import Request, quantize
 from tests.tiny import MODELS, save_tiny
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MixtralForCausalLM")

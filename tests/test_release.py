@@ -5,15 +5,15 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from fewbits.release.publish import card_path, finished, measured, push, read_receipt
 
 from fewbits import Request, quantize
-from fewbits.audit import audit
 from fewbits.cli.main import main
 from fewbits.errors import FileError
 from fewbits.files.open import open_checkpoint
-from fewbits.release import card_path, finished, measured, push, read_receipt
-from fewbits.report.card import front_matter
-from fewbits.verify import Outcome
+from fewbits.release.audit import audit
+from fewbits.release.card import front_matter
+from fewbits.release.verify import Outcome
 from tests.tiny import save_tiny
 
 SAID = "---\nlicense: apache-2.0\nbase_model: org/base\ntags:\n- x\n---\n# Parent\n"

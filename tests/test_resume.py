@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits import jobs
 from fewbits.errors import FewbitsError, FileError, FormatError
 from fewbits.files.open import open_checkpoint
-from fewbits.pipeline import Request, convert, quantize
-from fewbits.report.receipt import Receipt
+from fewbits.release.receipt import Receipt
+from fewbits.workflow import task as jobs
+from fewbits.workflow.quantize import Request, convert, quantize
 from tests.tiny import change_weights, save_tiny
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -25,8 +25,8 @@ OUTPUTS = {"gguf": ("m.gguf", "q4_k_m"), "native": ("n", "nf4")}
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from fewbits import pipeline
-from fewbits.files.stream import StreamFile
+from fewbits.workflow import quantize as pipeline
+from fewbits.storage.stream import StreamFile
 
 source, out, to, point, after = *sys.argv[1:5], int(sys.argv[5])
 
@@ -59,7 +59,7 @@ def half_written(self, name, chunks, note=None):
 
 StreamFile.write = {"inside": half_written, "entry": dying(real_write)}.get(point, real_write)
 if point == "synced":  # the journal is written at every entry
-    import fewbits.files.stream as stream
+    import fewbits.storage.stream as stream
     stream.SYNC_BYTES = 1
     StreamFile.write = dying(real_write)
 if point == "renamed":
@@ -297,7 +297,7 @@ def test_too_little_disk_is_told_before_the_start(model, tmp_path, kind, monkeyp
 def test_a_disk_that_fills_meanwhile_leaves_a_run_to_be_continued(model, whole, tmp_path):
     code = (
         "import resource, signal, sys\n"
-        "from fewbits.pipeline import Request, quantize\n"
+        "from fewbits.workflow.quantize import Request, quantize\n"
         "from fewbits.errors import FileError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewbits.errors import ModelError
-from fewbits.files.base import Checkpoint
+from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
 from fewbits.transforms import rotate
 from fewbits.transforms.hadamard import hadamard, rotation

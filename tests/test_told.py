@@ -9,14 +9,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fewbits.activations import CACHES, attention
 from fewbits.activations.kv_cache import ranges, to_e4m3
-from fewbits.adapters.hf import load_model
-from fewbits.adapters.simulate import changed_attention
+from fewbits.adapters.transformers import load_model
+from fewbits.blocks.simulate import changed_attention
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.errors import CalibrationError, FewbitsError, PlanError
 from fewbits.evaluation import Settings, Simulation, Text, evaluate
 from fewbits.files.open import open_checkpoint
-from fewbits.pipeline import Request, convert, quantize
+from fewbits.workflow.quantize import Request, convert, quantize
 from tests.tiny import save_tiny, tiny_model
 
 WINDOWS = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(0))

@@ -10,11 +10,11 @@ import torch
 
 import fewbits
 from fewbits import Plan, Request
-from fewbits.adapters.hf import load_model
-from fewbits.adapters.packed import PackedWeight, QEmbedding, QLinear, packed_modules
+from fewbits.adapters.transformers import load_model
 from fewbits.errors import FileError, PlanError
 from fewbits.files.open import open_checkpoint
-from fewbits.verify import verify
+from fewbits.release.verify import verify
+from fewbits.runtime.packed import PackedWeight, QEmbedding, QLinear, packed_modules
 from tests.packed_models import IDS, auto, logits, planes, quantized
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -171,7 +171,7 @@ def test_a_gradient_goes_through_and_no_floats_are_kept_for_it():
     packed = fewbits.FORMATS.get("int8_g32").encode(w)
     module, x = torch.nn.Linear(64, 48), torch.randn(5, 64, requires_grad=True)
     bias = module.bias.detach()
-    from fewbits.adapters.packed import pack_module
+    from fewbits.runtime.packed import pack_module
 
     pack_module(module, PackedWeight(packed, torch.float32))
     out = module(x)

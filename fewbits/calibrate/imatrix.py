@@ -30,13 +30,13 @@ import torch
 from gguf.constants import GGUFType, Keys
 
 from ..errors import CalibrationError, FileError, raise_all
-from ..files.atomic import write_atomic
-from ..files.base import Checkpoint
-from ..files.gguf import GGUFTensor, GGUFValue, GGUFValueType, gguf_header, map_gguf_tensor, read_gguf
-from ..files.json_object import regular_size
-from ..files.mapped import first_bytes
+from ..files.checkpoint import Checkpoint
+from ..files.gguf.file import GGUFTensor, GGUFValue, GGUFValueType, gguf_header, map_gguf_tensor, read_gguf
 from ..model.archs import architecture, gguf_entries, require_architecture
 from ..model.sites import sites
+from ..storage.atomic import write_atomic
+from ..storage.json import regular_size
+from ..storage.mapped import first_bytes
 from .statistics import Statistics, gather, identify
 from .stats import Stats
 from .store import load_statistics

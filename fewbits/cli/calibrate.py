@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.hub import resolve
-from ..blockwise.collect import collect
 from ..calibrate.imatrix import open_statistics, write_imatrix
 from ..calibrate.statistics import Statistics, merge
 from ..calibrate.store import save_statistics
 from ..calibrate.sufficiency import needed_for
 from ..errors import CalibrationError, FileError, PlanError
-from ..files.atomic import make_directory
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
 from ..model.archs import require_architecture
-from ..report.table import Cell, size, table
+from ..storage.atomic import make_directory
+from ..table import Cell, size, table
+from ..workflow.blockwise.collect import collect
 from .calibration import streaming_of, text_arguments, tokens_of
 from .progress import StageProgress
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.blocks import BlockModel
-from ..blockwise import Streaming
+from ..blocks.model import BlockModel
 from ..calibrate.imatrix import open_statistics
 from ..calibrate.statistics import Statistics
 from ..calibrate.tokens import Tokens, read_tokens
 from ..errors import CalibrationError, ModelError
-from ..files.base import Checkpoint
-from ..pipeline import Request, quantizes_blocks
+from ..files.checkpoint import Checkpoint
 from ..plan.method import EFFORTS, Method
+from ..workflow.blockwise import Streaming
+from ..workflow.quantize import Request, quantizes_blocks
 from .progress import StageProgress
 
 STATISTICS = {".safetensors", ".gguf", ".dat", ".imatrix"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..adapters.hub import resolve
 from ..files.layout import LAYOUTS
 from ..files.open import open_checkpoint
-from ..pipeline import convert
+from ..workflow.quantize import convert
 from .progress import ByteProgress
 from .verify import concluded, verify_arguments
 

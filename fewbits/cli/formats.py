@@ -7,15 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..engines import ENGINES
 from ..files.layout import LAYOUTS
 from ..files.target import gguf_refusal
 from ..formats import FLOATS, FORMATS
 from ..formats.ggml import Ggml, format_of
 from ..plan.carry import Refusal, way
 from ..plan.mixtures import RECIPES
-from ..report.table import table
-from ..verify import NEW
+from ..release.engines import ENGINES
+from ..release.verify import NEW
+from ..table import table
 
 HELP = "list number formats and file types"
 EXAMPLES = """examples:

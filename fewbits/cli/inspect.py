@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.hub import resolve
-from ..files.gguf import read_gguf
+from ..files.gguf.file import read_gguf
 from ..files.open import open_checkpoint, open_file_type
-from ..report.table import Cell, size, table
+from ..table import Cell, size, table
 
 HELP = "show the tensors, types, bits and metadata of a model"
 EXAMPLES = """Reads headers only.

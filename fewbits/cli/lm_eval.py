@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.harness import HarnessRun, score
-from ..adapters.hf import load_tokenizer
 from ..adapters.hub import resolve
+from ..adapters.lm_eval import HarnessRun, score
+from ..adapters.transformers import load_tokenizer
 from ..files.open import open_checkpoint
 from ..formats import FLOATS
-from ..report.table import table
-from ..runtime import load
+from ..runtime.load import load
+from ..table import table
 
 HELP = "run tasks of lm-eval (the evaluation harness) on a model of any file type"
 EXAMPLES = """The model runs in transformers with its quantized weights packed, decoded at each use: less

@@ -66,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command -> exit code."""
+    # Threads of torch that wait would hold cores that other programs need; a setting of the user's stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = parser().parse_args(arguments)
     if options.threads is not None:
         import torch

@@ -13,16 +13,16 @@ from uuid import uuid4
 
 import torch
 
-from ..adapters.blocks import BlockModel
+from ..blocks.model import BlockModel
 from ..calibrate.imatrix import open_statistics
 from ..calibrate.tokens import Tokens
 from ..errors import ModelError, PlanError
-from ..files.base import Checkpoint
-from ..pipeline import Request, quantizes_blocks
+from ..files.checkpoint import Checkpoint
 from ..plan.method import EFFORTS, Method
 from ..preflight import Preflight, parameters, preflight
 from ..preflight.cache import KINDS
-from ..report.table import Cell, size, table
+from ..table import Cell, size, table
+from ..workflow.quantize import Request, quantizes_blocks
 from .calibration import STATISTICS, from_statistics, streaming_of
 from .method import method_arguments
 from .quantize import requested

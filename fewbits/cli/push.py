@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..release import push
+from ..release.publish import push
 
 HELP = "upload a model that fewbits wrote, with its card and receipt"
 EXAMPLES = """examples:

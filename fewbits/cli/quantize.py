@@ -8,14 +8,14 @@ from pathlib import Path
 
 from ..adapters.hub import resolve
 from ..errors import FileError, PlanError
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.layout import LAYOUTS
 from ..files.open import open_checkpoint
 from ..model.archs import architecture
-from ..pipeline import Request, quantize
 from ..plan import Plan, parse_rule
 from ..plan.mixtures import RECIPES
-from ..report.receipt import Receipt
+from ..release.receipt import Receipt
+from ..workflow.quantize import Request, quantize
 from .calibration import calibrated, text_arguments
 from .method import method_arguments, method_of
 from .progress import ByteProgress

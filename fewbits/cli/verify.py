@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
-from ..release import finished, push
-from ..report.receipt import Receipt
-from ..verify import Outcome, file_type_of, verify
+from ..release.publish import finished, push
+from ..release.receipt import Receipt
+from ..release.verify import Outcome, file_type_of, verify
 
 HELP = "load an output in its engine and compare logits and greedy tokens"
 EXAMPLES = """examples:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from ..adapters.hf import load_model
+from ..adapters.transformers import load_model
 from ..errors import CalibrationError, FileError, ModelError, raise_all
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
-from ..report.table import Cell, size, table
+from ..table import Cell, size, table
 from .generation import Continuation, continuation, greedy
 from .scores import Fidelity, Measured, TokenScores, compare, fidelity, negative_log_likelihood, perplexity
 from .simulated import Simulated, Simulation, simulated

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
+from ..core.pack import pack, unpack
 from ..errors import FormatError, PlanError, raise_all
 from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
-from ..pack import pack, unpack
 from ..qtensor import QTensor
 from ..version import VERSION
 from .integers import from_integers, group_of, integer_name, integers, out_of_order, scale_dtype

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from ..core.pack import unpack
 from ..errors import FileError, FormatError, PlanError, raise_all
 from ..formats.base import FORMATS, Format
 from ..formats.codebook import (
@@ -45,11 +46,10 @@ from ..formats.codebook import (
     per_scale,
 )
 from ..model.sites import role_of
-from ..pack import unpack
 from ..qtensor import QTensor
-from .json_object import parse_json_object
+from ..storage.json import parse_json_object
+from ..storage.safetensors import DTYPES, map_tensor
 from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
-from .safetensors import DTYPES, map_tensor
 
 LEVELS = {"nf4": NF4, "fp4": FP4}
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

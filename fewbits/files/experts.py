@@ -20,7 +20,7 @@ from math import prod
 import torch
 
 from ..errors import ModelError
-from .base import Checkpoint, LazyTensor
+from .checkpoint import Checkpoint, LazyTensor
 
 _FUSED = re.compile(r"^(.*)\.(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)(?:\.weight)?$")
 _NAMES = {

@@ -27,7 +27,7 @@ from ..errors import FormatError
 from ..formats.base import FORMATS, Format
 from ..model.sites import role_of
 from ..qtensor import QTensor
-from .compressed_config import BLOCK, scale_dtype
+from .compressed_tensors.config import BLOCK, scale_dtype
 from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
 
 E4M3 = torch.float8_e4m3fn

@@ -33,16 +33,16 @@ from typing import Any
 
 import torch
 
+from ..core.pack import pack, unpack
 from ..errors import FormatError
 from ..formats.actorder import ActOrder
 from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
-from ..pack import pack, unpack
 from ..qtensor import QTensor
+from ..storage.safetensors import map_tensor
 from ..version import VERSION
 from .integers import from_integers, group_of, index_of, integer_name, integers, plain_of, scale_dtype
 from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
-from .safetensors import map_tensor
 
 BITS = (2, 3, 4, 8)
 WORD = 32  # bits, and rows and columns that are packed together

@@ -23,10 +23,10 @@ import torch
 from ..errors import FileError, FormatError, raise_all
 from ..formats.base import FLOATS, Format
 from ..qtensor import QTensor
-from .base import Checkpoint
-from .json_object import read_json_object
+from ..storage.json import read_json_object
+from ..storage.safetensors import read_header
+from .checkpoint import Checkpoint
 from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, lazy_tensor, open_tensors
-from .safetensors import read_header
 from .torch_bin import read_torch
 
 SINGLE = "model.safetensors"

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 import torch
 
+from ..core.pack import pack, unpack
 from ..errors import FormatError
 from ..formats.actorder import INDEX, SUFFIX, ActOrder
 from ..formats.affine import Affine
 from ..formats.base import FLOATS, Format
-from ..pack import pack, unpack
 from ..qtensor import QTensor
 from .layout import Layout, Place
 

@@ -24,9 +24,9 @@ from ..errors import FileError, FormatError, PlanError, raise_all
 from ..formats.base import FORMATS, Format
 from ..qtensor import QTensor
 from ..registry import Registry
-from .base import LazyTensor
-from .safetensors import DTYPE_NAMES, DTYPES, Entry, lay_out, map_tensor
-from .stream import Span
+from ..storage.safetensors import DTYPE_NAMES, DTYPES, Entry, lay_out, map_tensor
+from ..storage.stream import Span
+from .checkpoint import LazyTensor
 
 Shape = tuple[int, int]
 Kind = tuple[str, tuple[int, ...]]  # a format, or the dtype of what stays in float, and the shape

@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 
+from ..core.pack import pack, unpack
 from ..errors import FormatError
 from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
-from ..pack import pack, unpack
 from ..qtensor import QTensor
 from .integers import from_integers, integer_name, integers, out_of_order, scale_dtype
 from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of

@@ -22,9 +22,10 @@ import torch
 from ..errors import FileError, FormatError
 from ..formats.base import FORMATS, Format
 from ..qtensor import QTensor
-from .base import Checkpoint, LazyTensor
+from ..storage.json import read_json_object
+from ..storage.safetensors import read_header
+from .checkpoint import Checkpoint, LazyTensor
 from .huggingface import describe_files, find_side_files
-from .json_object import read_json_object
 from .layout import (
     LAYOUTS,
     Array,
@@ -38,7 +39,6 @@ from .layout import (
     open_tensors,
     planes_of,
 )
-from .safetensors import read_header
 
 VERSION = 1
 METHOD = "fewbits"

@@ -15,14 +15,21 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import FileError
-from . import awq, bitsandbytes, compressed, fp8, gptq, mlx  # noqa: F401  they register their layouts
-from .base import Checkpoint
+from ..storage.mapped import first_bytes
+from . import (
+    awq,  # noqa: F401  they register their layouts
+    bitsandbytes,  # noqa: F401  they register their layouts
+    fp8,  # noqa: F401  they register their layouts
+    gptq,  # noqa: F401  they register their layouts
+    mlx,  # noqa: F401  they register their layouts
+)
+from .checkpoint import Checkpoint
+from .compressed_tensors import layout as compressed  # noqa: F401  they register their layouts
 from .experts import split_experts
-from .gguf_model import open_gguf
+from .gguf.model import open_gguf
 from .huggingface import BIN, INDEX, SINGLE, open_huggingface
-from .mapped import first_bytes
 from .native import open_native
-from .onnx import GRAPH, open_onnx
+from .onnx.layout import GRAPH, open_onnx
 
 FileType = Literal["huggingface", "gguf", "native", "onnx"]
 OPENERS: dict[FileType, Callable[[Path], Checkpoint]] = {

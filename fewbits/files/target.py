@@ -26,12 +26,12 @@ from ..formats.base import Format
 from ..formats.ggml import Ggml
 from ..model.archs import Architecture, GGUFEntry, rope_rows
 from ..qtensor import QTensor
-from .atomic import write_atomic
-from .base import Checkpoint
-from .gguf import gguf_header, gguf_nbytes
-from .gguf_metadata import gguf_metadata, side_files_from_keys
+from ..storage.atomic import write_atomic
+from ..storage.stream import Span
+from .checkpoint import Checkpoint
+from .gguf.file import gguf_header, gguf_nbytes
+from .gguf.metadata import gguf_metadata, side_files_from_keys
 from .layout import Layout, gathered, is_plain, laid_out, others_files, planes_of
-from .stream import Span
 
 ALIGNMENT = 32
 NEAREST = {"int4": "q4_0 or q4_1", "int8": "q8_0", "int5": "q5_1", "int6": "q6_k", "int3": "q3_k",

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..pack import cell, pack, unpack
+from ..core.pack import cell, pack, unpack
 from ..qtensor import Plane, QTensor
 from .base import FLOATS, FORMATS, Format
 from .cells import Cells, Choice, choose, tries

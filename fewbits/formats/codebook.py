@@ -30,7 +30,7 @@ from functools import cache, cached_property
 
 import torch
 
-from ..pack import pack, unpack
+from ..core.pack import pack, unpack
 from ..qtensor import Plane, QTensor
 from .base import FLOATS, FORMATS, Format, Grid
 from .cells import Cells, choose

@@ -32,8 +32,8 @@ from typing import ClassVar
 
 import torch
 
+from ..core.pack import pack, unpack
 from ..errors import FormatError
-from ..pack import pack, unpack
 from ..qtensor import Plane, QTensor
 from .base import FLOATS, FORMATS, Format, Grid, checked_importance
 from .cells import Cells, choose

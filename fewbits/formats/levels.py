@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from ..pack import cell, pack, unpack
+from ..core.pack import cell, pack, unpack
 from ..qtensor import Plane, QTensor
 from .base import Format, Grid
 from .cells import Cells, choose, tries

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ..errors import FewbitsError, PlanError, raise_all
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..formats import FLOATS, FORMATS
 from ..formats.base import Format
 from ..formats.recode import kin, recoded

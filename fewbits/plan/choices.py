@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import FewbitsError, ModelError, PlanError, raise_all
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.target import entry_shape, ggml_type
 from ..formats import FLOATS, FORMATS
 from ..formats.ggml import format_of

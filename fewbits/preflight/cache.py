@@ -15,7 +15,7 @@ from typing import Any
 
 from ..activations.kv_cache import CACHES
 from ..errors import ModelError
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..formats import FORMATS
 
 KINDS = ("f16", "fp8", "q8_0", "q4_0", "int8", "int4")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from ..adapters import hf
+from ..adapters import transformers as hf
 from ..errors import PlanError
 from ..formats import FLOATS, FORMATS
 from ..formats.affine import Affine

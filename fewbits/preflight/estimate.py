@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from ..adapters import hf
+from ..adapters import transformers as hf
 from ..errors import ModelError
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.layout import LAYOUTS, is_plain
 from ..files.target import Target
 from ..formats import FLOATS
 from ..model.archs import architecture
 from ..model.fused import Mixed, mixed_groups
 from ..model.sites import sites
-from ..pipeline import prepare
 from ..plan.recipes import Hyper, choose_types
-from ..request import Request, check_method
 from ..transforms.rotate import rotate
+from ..workflow.quantize import prepare
+from ..workflow.request import Request, check_method
 from .cache import KINDS, KVCache, fields_of, kv_cache
 from .engines import Output, Verdict, verdicts
 from .machines import machines, read_per_token, tokens_per_second

@@ -21,18 +21,18 @@ from typing import Any
 
 from ..algorithms import NEEDS
 from ..calibrate.sampling import compute_dtype
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.layout import is_plain
 from ..files.target import Job, Target
 from ..formats import FORMATS
 from ..formats.base import CHUNK
-from ..jobs import chosen
-from ..learn.polish import PolishSettings
-from ..learn.rounding import EFFORTS
 from ..memory import peak_memory, reset_peak_memory
 from ..model.sites import Site, sites
 from ..plan.choices import Decision
-from ..request import Request
+from ..train.polish import PolishSettings
+from ..train.rounding import EFFORTS
+from ..workflow.request import Request
+from ..workflow.task import chosen
 from .sizes import file_nbytes, job_nbytes
 from .speed import Encoding, digesting, encodings, multiplying
 

@@ -22,7 +22,7 @@ import torch
 
 from ..calibrate.stats import Stats
 from ..errors import ModelError
-from ..files.base import Checkpoint, LazyTensor
+from ..files.checkpoint import Checkpoint, LazyTensor
 from ..formats import FLOATS
 from ..model.archs import complete
 from ..model.sites import role_of

@@ -13,7 +13,7 @@ from math import prod
 import torch
 
 from ..errors import ModelError
-from ..files.base import Checkpoint, LazyTensor
+from ..files.checkpoint import Checkpoint, LazyTensor
 from ..formats import FLOATS
 
 Change = Callable[[torch.Tensor], torch.Tensor]

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import ModelError, raise_all
-from ..files.base import Checkpoint, LazyTensor
+from ..files.checkpoint import Checkpoint, LazyTensor
 from ..model.archs import Architecture, architecture
 from .hadamard import Rotation, rotation
 from .pairs import value_rows

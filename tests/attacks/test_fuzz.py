@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewbits.errors import FileError
-from fewbits.files.gguf import map_gguf_tensor, read_gguf
+from fewbits.files.gguf.file import map_gguf_tensor, read_gguf
 from fewbits.files.huggingface import open_huggingface
 from fewbits.files.native import open_native
 from tests.attacks.forge import (

@@ -14,8 +14,8 @@ import torch
 
 from fewbits.errors import FileError
 from fewbits.files.huggingface import open_huggingface
-from fewbits.files.safetensors import map_tensor
 from fewbits.files.torch_bin import read_torch, run_pickle
+from fewbits.storage.safetensors import map_tensor
 from tests.attacks.forge import write
 
 PROTO = b"\x80\x02"

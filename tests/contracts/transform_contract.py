@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.stats import Stats
-from fewbits.files.base import Checkpoint
+from fewbits.files.checkpoint import Checkpoint
 from fewbits.formats import FLOATS, FORMATS
 from fewbits.model.archs import check_complete, require_architecture
 from fewbits.model.sites import role_of

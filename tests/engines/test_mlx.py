@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.transformers import load_model
 from fewbits.files.layout import LAYOUTS
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
-from fewbits.pipeline import quantize
 from fewbits.plan import Plan, Rule
-from fewbits.request import Request
+from fewbits.workflow.quantize import quantize
+from fewbits.workflow.request import Request
 from tests.files.directories import random_qtensor
 from tests.tiny import VOCAB, save_tiny
 

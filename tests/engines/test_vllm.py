@@ -9,13 +9,13 @@ import subprocess
 
 import pytest
 
-from fewbits.engines import ENGINES, SCRIPTS
 from fewbits.errors import FormatError, PlanError
 from fewbits.files.layout import LAYOUTS
 from fewbits.formats import FLOATS, FORMATS
-from fewbits.pipeline import Request, quantize
 from fewbits.preflight.engines import Output, verdicts
-from fewbits.verify import verify
+from fewbits.release.engines import ENGINES, SCRIPTS
+from fewbits.release.verify import verify
+from fewbits.workflow.quantize import Request, quantize
 from tests.tiny import save_tiny
 
 PYTHON = next(engine for engine in ENGINES["gptq"] if engine.name == "vLLM").interpreter()

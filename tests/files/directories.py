@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from fewbits.files.layout import LAYOUTS, Layout, laid_out
-from fewbits.files.stream import StreamFile
 from fewbits.formats.base import Format
 from fewbits.qtensor import QTensor
+from fewbits.storage.stream import StreamFile
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 ONE_BLOCK = CONFIG | {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "head_dim": 64}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.errors import FewbitsError, FileError, FormatError, PlanError
-from fewbits.files.compressed_config import ACTIVATIONS
+from fewbits.files.compressed_tensors.config import ACTIVATIONS
 from fewbits.files.layout import LAYOUTS
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS

@@ -10,7 +10,7 @@ from fewbits.errors import FileError, FormatError
 from fewbits.files.layout import LAYOUTS
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
-from fewbits.pipeline import Request, convert, quantize
+from fewbits.workflow.quantize import Request, convert, quantize
 from tests.files.directories import random_qtensor, write_directory
 from tests.tiny import save_tiny
 
@@ -91,7 +91,7 @@ def test_it_goes_to_compressed_tensors_and_back_and_the_inputs_are_told(tmp_path
 @pytest.mark.engine
 def test_transformers_computes_what_we_decode(tmp_path):
     """On a CPU it decodes to bf16, and multiplies in that."""
-    from fewbits.verify import verify
+    from fewbits.release.verify import verify
 
     source = save_tiny("LlamaForCausalLM", tmp_path / "source")
     quantize(source, tmp_path / "a", Request(to="fp8_e4m3_block128", file="fp8"))

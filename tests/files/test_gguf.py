@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.errors import FileError
-from fewbits.files.gguf import BLOCK_SIZES, GGUFValue, gguf_header, gguf_nbytes, map_gguf_tensor, read_gguf
+from fewbits.files.gguf.file import (
+    BLOCK_SIZES,
+    GGUFValue,
+    gguf_header,
+    gguf_nbytes,
+    map_gguf_tensor,
+    read_gguf,
+)
 from fewbits.files.open import open_file_type
 
 RANGES = {

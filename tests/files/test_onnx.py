@@ -7,11 +7,11 @@ import torch
 
 from fewbits.errors import FewbitsError, FileError, PlanError
 from fewbits.files.layout import LAYOUTS
-from fewbits.files.onnx_decoder import decoder_of
+from fewbits.files.onnx.decoder import decoder_of
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
-from fewbits.pipeline import convert, quantize
-from fewbits.request import Request
+from fewbits.workflow.quantize import convert, quantize
+from fewbits.workflow.request import Request
 from tests.files.directories import ONE_BLOCK, kinds, one_block, random_qtensor, write_directory
 from tests.tiny import save_tiny
 

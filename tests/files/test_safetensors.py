@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 
 from fewbits.errors import FileError
-from fewbits.files.mapped import MAP_FROM, map_bytes
-from fewbits.files.safetensors import DTYPES, lay_out, map_tensor, read_header
+from fewbits.storage.mapped import MAP_FROM, map_bytes
+from fewbits.storage.safetensors import DTYPES, lay_out, map_tensor, read_header
 
 
 def sample(dtype, *shape):

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from fewbits.errors import FormatError
 from fewbits.files.huggingface import open_huggingface
 from fewbits.files.open import open_checkpoint
-from fewbits.files.safetensors import DTYPES, map_tensor
 from fewbits.files.torch_bin import STORAGES, read_torch
-from fewbits.pipeline import Request, convert, quantize
+from fewbits.storage.safetensors import DTYPES, map_tensor
+from fewbits.workflow.quantize import Request, convert, quantize
 from tests.tiny import save_tiny
 
 

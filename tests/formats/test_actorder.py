@@ -9,10 +9,10 @@ import torch
 from fewbits.algorithms import descend, gptq, hqq
 from fewbits.algorithms.curvature import loss
 from fewbits.calibrate.stats import Stats
+from fewbits.core.pack import unpack
 from fewbits.errors import FormatError
 from fewbits.formats import FORMATS
 from fewbits.formats.recode import kin, recoded
-from fewbits.pack import unpack
 from fewbits.qtensor import QTensor
 
 ORDERED = ["int4_g32_actorder", "int4_g32_asym_actorder", "int3_g64_asym_actorder_bf16"]

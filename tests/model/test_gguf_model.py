@@ -10,12 +10,17 @@ import torch
 from gguf import GGUFValueType
 from safetensors.torch import load_file, save_file
 
-from fewbits.adapters.hf import load_model, load_tokenizer
+from fewbits.adapters.transformers import load_model, load_tokenizer
 from fewbits.errors import FileError, ModelError
-from fewbits.files.base import Checkpoint
-from fewbits.files.gguf import GGUFValue, gguf_header, read_gguf
-from fewbits.files.gguf_metadata import general_keys, gguf_metadata, hyperparameter_keys, side_files_from_keys
-from fewbits.files.gguf_model import open_gguf
+from fewbits.files.checkpoint import Checkpoint
+from fewbits.files.gguf.file import GGUFValue, gguf_header, read_gguf
+from fewbits.files.gguf.metadata import (
+    general_keys,
+    gguf_metadata,
+    hyperparameter_keys,
+    side_files_from_keys,
+)
+from fewbits.files.gguf.model import open_gguf
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.model.archs import complete, require_architecture, rope_rows
@@ -92,7 +97,7 @@ def test_quantized_gguf_opens_as_qtensors_in_the_right_rows(name: str, tmp_path:
 
 def _quantized(path: Path, to: Path) -> Path:
     """The same file with every weight in q8_0, in GGUF order and names."""
-    from fewbits.files.gguf import map_gguf_tensor
+    from fewbits.files.gguf.file import map_gguf_tensor
 
     file, q8 = read_gguf(path), FORMATS.get("q8_0")
     rows = []

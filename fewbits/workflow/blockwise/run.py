@@ -1,0 +1,216 @@
+"""Block by block: a float checkpoint in, the same checkpoint with quantized weights out.
+
+    tokens -> embeddings -> x                    and x~, the float model's, where drift is wanted
+    for each block:
+        stats  = capture(block, x)               one block in memory
+        weights, stats = transforms              checked on the block's output, or dropped
+        q      = algorithm(weight, format, stats), site by site, in the order in which inputs reach them
+        learned rounding, if asked
+        store.write(block, q)                    workflow/blockstore.py: a killed run goes on from here
+        x      = quantized block (x)             the next block sees what this one has become
+    polish, if asked: block scales and norms of the whole model
+
+With Method.sequential the statistics of a site are taken when the sites before it in its block are
+quantized; capture stops as soon as the input wanted has been seen, so a block costs about one forward
+pass more. Finished blocks of a resumed run are only run, not quantized again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+
+from ...blocks.block import Block
+from ...blocks.model import BlockModel
+from ...calibrate.activations import Activations
+from ...calibrate.capture import FloatStream, advance, capture
+from ...files.checkpoint import Checkpoint, LazyTensor
+from ...model.sites import Site, sites
+from ...qtensor import QTensor
+from ...train.polish import PolishSettings, polish
+from ..blockstore import BlockStore
+from .job import BlockJob, Told, decoded
+from .settings import Run
+from .stages import Batches, quantize_paused, stages_of
+
+Progress = Callable[[str, int, int], None]
+# Kinds of notes that are told once, with their number: "kind: what".
+_COUNTED = ("unseen", "few tokens", "dropped", "scaled", "no pairs")
+
+
+def quantize_blocks(
+    run: Run, store: BlockStore, progress: Progress | None = None
+) -> tuple[Checkpoint, Told, tuple[str, ...]]:
+    """-> the checkpoint with the weights asked for quantized, what each cost, and notes for the receipt.
+
+    Raises CalibrationError naming the block or site for what cannot be calibrated; the blocks that
+    are finished stay in `store`.
+    """
+    walk = _Walk(run, store, progress or (lambda stage, done, total: None))
+    n = walk.model.n_blocks
+    if not all(store.has(i) for i in range(n)):
+        walk.go()
+    tensors: dict[str, LazyTensor] = dict(run.checkpoint.tensors)
+    told: Told = {}
+    notes: list[str] = []
+    for i in range(n):
+        _take(store, i, tensors, told, notes)
+    if run.method.polish:
+        if not store.has(n):
+            child = replace(run.checkpoint, tensors=dict(tensors))
+            _polish(run, child, told, store, n, progress)
+        _take(store, n, tensors, told, notes)
+    return replace(run.checkpoint, tensors=tensors), told, _gathered(notes)
+
+
+def _take(store: BlockStore, i: int, tensors: dict[str, LazyTensor], told: Told, notes: list[str]) -> None:
+    found, kept = store.read(i)
+    tensors.update(found)
+    told.update(kept["told"])
+    notes += kept["notes"]
+
+
+def _polish(
+    run: Run, child: Checkpoint, told: Told, store: BlockStore, at: int, progress: Progress | None
+) -> None:
+    """Distil scales and norms of the quantized model; kept in the store as one more block."""
+    steps = run.method.polish
+    state = store.folder / "polish.state"
+    polished = polish(
+        run.checkpoint, child, run.tokens.windows, PolishSettings(steps=steps, state=state), progress
+    )
+    changed: Told = {}
+    for name, value in polished.tensors.items():
+        if isinstance(value, QTensor) and name in told:
+            w = run.checkpoint.tensors[name].load()
+            lost = value.format.distortion(w, value)  # type: ignore[arg-type]
+            options = {**told[name]["options"], "polish": steps}
+            changed[name] = told[name] | {
+                "options": options,
+                "lost": [lost.squared, lost.energy, lost.largest],
+                "output": None,
+            }
+    notes = [
+        f"polished: KL divergence on held-out windows from {polished.before:.4f} to {polished.after:.4f}",
+        *polished.notes,
+    ]
+    store.write(at, polished.tensors, {"told": changed, "notes": notes})
+
+
+class _Walk:
+    """The model, its activations, and how far the walk is."""
+
+    def __init__(self, run: Run, store: BlockStore, progress: Progress):
+        self.run, self.store, self.progress = run, store, progress
+        self.model = BlockModel(run.checkpoint, run.streaming.dtype, run.streaming.device)
+        self.sites = {site.name: site for site in sites(run.checkpoint) if site.name in run.asked}
+        self.total = sum(_size(site) for site in self.sites.values())
+        self.done = 0
+        self.seen: set[str] = set()
+
+    def go(self) -> None:
+        """Quantize every block that the store does not hold yet."""
+        streaming, windows = self.run.streaming, self.run.tokens.windows
+        limit = streaming.activation_memory // (2 if self.run.method.asymmetric else 1)
+        with torch.no_grad(), Activations((), limit, streaming.scratch) as x:
+            widest = max((max(site.shape) for site in self.sites.values()), default=1)
+            for batch in windows.split(streaming.rows(windows.shape[1], widest)):
+                x.append(self.model.embed(batch))
+            if not self.run.method.asymmetric:
+                self._blocks(x, None)
+                return
+            with Activations(x, limit, streaming.scratch) as floats:
+                self._blocks(x, floats)
+
+    def _blocks(self, x: Activations, floats: Activations | None) -> None:
+        for i in range(self.model.n_blocks):
+            weights = self.model.weights(i)
+            more = not all(self.store.has(later) for later in range(i + 1, self.model.n_blocks))
+            if self.store.has(i):
+                block = self._replay(i, weights, floats)
+                through = False
+            else:
+                block, through = self._quantize(i, weights, x, floats)
+            if more and not through:
+                advance(block, x, x)
+            del weights, block
+
+    def _replay(self, i: int, weights: Mapping[str, torch.Tensor], floats: Activations | None) -> Block:
+        """A block that is quantized already: only its effect on what follows is wanted."""
+        block = self.model.block(i, weights)
+        for name in weights:
+            if name in self.sites:
+                self._tell(i, "done before: ", self.sites[name], None)
+        if floats is not None:
+            advance(block, floats, floats)
+        found, _ = self.store.read(i)
+        block.set({name: decoded(tensor.load()) for name, tensor in found.items()})
+        return block
+
+    def _quantize(
+        self, i: int, weights: dict[str, torch.Tensor], x: Activations, floats: Activations | None
+    ) -> tuple[Block, bool]:
+        """Quantize one block into the store -> it with its quantized weights; is x its output already?"""
+        method = self.run.method
+        wanted = [self.sites[name] for name in weights if name in self.sites]
+        job = BlockJob(self.run, i, self.model.block(i, weights), weights, self._tell)
+        if wanted:
+            job.transform(wanted, x)
+        # Float stream and learning need the float weights to the end; else one copy of the block is enough.
+        job.keeps = floats is not None or method.learn is not None
+        reference = self.model.block(i, job.weights) if job.keeps else job.block
+        through = bool(wanted) and self._fits(wanted, x, floats)
+        if through:
+            weights = {n: w.clone() for n, w in job.weights.items()} if job.keeps else job.weights
+            job.block = self.model.block(i, weights)
+            job.block.in_place = True
+            quantize_paused(job, wanted, reference, x, floats)
+        elif wanted:
+            for stage in stages_of(wanted) if method.sequential else [wanted]:
+                given = None if floats is None else FloatStream(floats, reference)
+                job.quantize(stage, capture(job.block, x, stage, job.needs_hessian(stage), given))
+        if wanted and method.learn is not None:
+            with Activations((), self.run.streaming.activation_memory, self.run.streaming.scratch) as targets:
+                advance(reference, x if floats is None else floats, targets)
+                job.learn(wanted, cast(Batches, x), cast(Batches, targets))
+        if floats is not None and not through:
+            advance(reference, floats, floats)
+        self.store.write(i, job.result, {"told": job.told, "notes": job.notes})
+        return job.block, through
+
+    def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:
+        """May all batches wait inside the block at once? Not experts: batches reach them in another order."""
+        method = self.run.method
+        if not method.sequential or method.learn or any(site.expert is not None for site in wanted):
+            return False
+        width = 6 * x[0].shape[-1] + max(site.shape[1] for site in wanted)
+        streams = 1 if floats is None else 2
+        held = self.run.tokens.windows.numel() * width * x[0].element_size() * streams
+        return held <= self.run.streaming.activation_memory
+
+    def _tell(self, i: int, what: str, site: Site, error: float | None) -> None:
+        short = ".".join(site.name.removesuffix(".weight").rsplit(".", 2)[-2:])
+        last = "" if error is None else f", last error {error:.3f}"
+        self.progress(f"block {i + 1}/{self.model.n_blocks} {what}{short}{last}", self.done, self.total)
+        if site.name not in self.seen:
+            self.seen.add(site.name)
+            self.done += _size(site)
+
+
+def _size(site: Site) -> int:
+    return site.shape[0] * site.shape[1]
+
+
+def _gathered(notes: Sequence[str]) -> tuple[str, ...]:
+    """Notes that differ; those of a counted kind as one, with the first and their number."""
+    kinds: dict[str, list[str]] = {}
+    for note in notes:
+        kind = note.partition(": ")[0]
+        kinds.setdefault(kind if kind in _COUNTED else note, []).append(note)
+    return tuple(
+        rest[0] + (f" (and {len(rest) - 1} more)" if kind in _COUNTED and rest[1:] else "")
+        for kind, rest in kinds.items()
+    )
