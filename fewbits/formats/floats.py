@@ -28,16 +28,13 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import floor, log2
-from typing import ClassVar
 
 import torch
 
 from ..core.pack import pack, unpack
-from ..errors import FormatError
 from ..qtensor import Plane, QTensor
-from .base import FLOATS, FORMATS, Format, Grid, checked_importance
+from .base import FLOATS, FORMATS, Format
 from .cells import Cells, choose
-from .grids import saturate
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
 from .search import fit_table, inverse
 
@@ -101,64 +98,6 @@ def nearest_exponent(step: torch.Tensor) -> torch.Tensor:
     """f32 -> int32: e of the nearest 2^e, the lower one of two; the least of f32 where step <= 0."""
     mantissa, exponent = torch.frexp(step)
     return torch.where(step > 0, exponent - (mantissa <= 0.75).int(), -149)
-
-
-@dataclass(frozen=True)
-class CastGrid(Grid):
-    """The values of a torch float type; its codes are the numbers themselves."""
-
-    dtype: torch.dtype
-    group: int
-
-    def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return saturate(w, self.dtype)
-
-    def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return codes.float()
-
-    def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return codes.float()
-
-    def groups(self, n: int) -> tuple[torch.Tensor, None]:
-        return torch.ones(n, 1), None
-
-    def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
-    ) -> CastGrid:
-        return self
-
-    def parameters(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def replaced(self, parameters: dict[str, torch.Tensor]) -> CastGrid:
-        return self
-
-
-@dataclass(frozen=True)
-class Cast(Format):
-    """`(n, k)` -> values `(n, k)`: f32, f16 or bf16."""
-
-    dtype: torch.dtype = torch.float32
-    LARGEST: ClassVar[float] = torch.finfo(torch.float32).max
-
-    def check_values(self, w: torch.Tensor, name: str = "tensor") -> None:
-        super().check_values(w, name)
-        high, largest = float(w.abs().amax()), torch.finfo(self.dtype).max
-        if high > largest:
-            raise FormatError(
-                f"{name}: the largest magnitude {high:g} exceeds {largest:g}, the range of {self.name}; "
-                "use f32, bf16 or a format with scales"
-            )
-
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> Grid:
-        checked_importance(importance, *w.shape)
-        return CastGrid(self.dtype, w.shape[1])
-
-    def pack(self, grid: CastGrid, codes: torch.Tensor) -> QTensor:
-        return QTensor(self, (codes.shape[0], codes.shape[1]), {"values": codes})
-
-    def unpack(self, q: QTensor) -> tuple[CastGrid, torch.Tensor]:
-        return CastGrid(self.dtype, q.shape[1]), q.planes["values"]
 
 
 @dataclass(frozen=True)
@@ -322,8 +261,6 @@ def parse(name: str) -> ScaledLevels | None:
 
 
 FORMATS.add_parser(parse)
-for _name, _dtype in FLOATS.items():
-    FORMATS.add(_name, Cast(_name, 1, (Plane("values", _dtype),), _dtype))
 for _name in [f"fp8_{element}_{cells}" for element in ("e4m3", "e5m2") for cells in CELLS] + ["fp4_e2m1_g32"]:
     FORMATS.add(_name, FORMATS.get(_name))
 for _name, _element in {

@@ -12,7 +12,7 @@ import torch
 from fewbits.errors import FormatError
 from fewbits.formats.base import Format, Grid
 from fewbits.formats.codebook import LearnedGrid
-from fewbits.formats.floats import Cast, CastGrid, Microscaling
+from fewbits.formats.floats import Microscaling
 from fewbits.formats.grids import AffineGrid, TableGrid
 from fewbits.formats.levels import LevelGrid
 from fewbits.qtensor import QTensor
@@ -58,16 +58,12 @@ def rounding_codes(grid: Grid) -> torch.Tensor | None:
 
 
 def every_code(grid: Grid, n: int, k: int) -> torch.Tensor:
-    """`(n, k)` codes among which each that can be stored occurs (random bit patterns for plain floats)."""
+    """`(n, k)` codes among which each that can be stored occurs."""
     generator = torch.Generator().manual_seed(0)
     if grid.vector > 1:  # any bytes are codes
         format = grid.format
         blocks = torch.randint(0, 256, (n, format.nbytes(1, k)), generator=generator, dtype=torch.uint8)
         return format.unpack(QTensor(format, (n, k), {"blocks": blocks}))[1]
-    if isinstance(grid, CastGrid):
-        nbytes = grid.dtype.itemsize
-        bits = torch.randint(0, 256, (n, k * nbytes), generator=generator, dtype=torch.uint8)
-        return bits.view(grid.dtype)
     inner = getattr(grid, "meaning", grid)
     codes = torch.arange(len(inner.levels.values)) if isinstance(inner, LevelGrid) else rounding_codes(inner)
     return (
@@ -261,8 +257,7 @@ def search_beats_the_plain_rule(format: Format) -> None:
         w = sample(format, seed)
         pairs.append([error(w, format.encode(w, None, search).decode()) for search in (True, False)])
     assert all(searched <= plain * (1 + SUM_ERROR) for searched, plain in pairs)
-    if not isinstance(format.fit(sample(format)), CastGrid):
-        assert sum(searched < plain for searched, plain in pairs) >= 3
+    assert sum(searched < plain for searched, plain in pairs) >= 3
 
 
 def importance_pays(format: Format) -> None:
@@ -275,7 +270,7 @@ def importance_pays(format: Format) -> None:
             error(w, format.encode(w, known).decode(), importance) for known in (importance, None)
         )
         ratios.append(1.0 if told == untold else told / untold)
-    if isinstance(format, Cast | Microscaling):  # a cast has no choice, a power of two hardly any
+    if isinstance(format, Microscaling):  # a power of two has hardly any choice
         assert max(ratios) <= 1.0 + SUM_ERROR
     else:
         assert sum(ratios) < len(ratios)
