@@ -157,8 +157,12 @@ class Format(ABC):
 
     # Columns that are rounded together; see Grid.
     vector: ClassVar[int] = 1
-    # A group's squared errors are summed in f32: 2^112 leaves room for 2^15 terms.
-    LARGEST: ClassVar[float] = 2.0**56
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that a weight may have. Squared errors of a group are summed in f32: 2^112
+        leaves room for 2^15 of them."""
+        return 2.0**56
 
     @abstractmethod
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> Grid:
@@ -248,7 +252,7 @@ class Format(ABC):
     def check_values(self, w: torch.Tensor, name: str = "tensor") -> None:
         """Raise FormatError for NaN, infinity, or magnitudes whose squared errors overflow f32."""
         low, high = (float(edge) for edge in torch.aminmax(w))  # NaN if any weight is
-        if max(-low, high) <= self.LARGEST:
+        if max(-low, high) <= self.largest:
             return
         bad = int((~torch.isfinite(w)).sum())
         if bad:
@@ -256,7 +260,7 @@ class Format(ABC):
                 f"{name}: {bad} of {w.numel()} weights are NaN or infinite; repair the checkpoint"
             )
         raise FormatError(
-            f"{name}: the largest magnitude {max(-low, high):g} exceeds {self.LARGEST:g}, the most that "
+            f"{name}: the largest magnitude {max(-low, high):g} exceeds {self.largest:g}, the most that "
             f"{self.name} takes; rescale the weight, or keep it in bf16 or f32"
         )
 

@@ -28,12 +28,10 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import floor, log2
-from typing import ClassVar
 
 import torch
 
 from ..core.pack import pack, unpack
-from ..errors import FormatError
 from ..qtensor import Plane, QTensor
 from .base import FLOATS, FORMATS, Format, Grid, checked_importance
 from .cells import Cells, choose
@@ -139,16 +137,10 @@ class Cast(Format):
     """`(n, k)` -> values `(n, k)`: f32, f16 or bf16."""
 
     dtype: torch.dtype = torch.float32
-    LARGEST: ClassVar[float] = torch.finfo(torch.float32).max
 
-    def check_values(self, w: torch.Tensor, name: str = "tensor") -> None:
-        super().check_values(w, name)
-        high, largest = float(w.abs().amax()), torch.finfo(self.dtype).max
-        if high > largest:
-            raise FormatError(
-                f"{name}: the largest magnitude {high:g} exceeds {largest:g}, the range of {self.name}; "
-                "use f32, bf16 or a format with scales"
-            )
+    @property
+    def largest(self) -> float:
+        return torch.finfo(self.dtype).max
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> Grid:
         checked_importance(importance, *w.shape)
