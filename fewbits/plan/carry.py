@@ -1,6 +1,6 @@
 """What a file type cannot carry as it is: the same values in a kindred format, or quantized again.
 
-    q4_0 -> gptq        int4_g32, the same numbers (formats/recode.py), seen by trying on every weight
+    q4_0 -> gptq        int4_g32, the same numbers (formats/lossless.py), seen by trying on every weight
     q4_k -> gptq        refused; with requantize the carried format of most like bits, its error told
     a table             most layouts are of linear weights alone: decoded, with requantize
 
@@ -17,7 +17,7 @@ from ..errors import FewbitsError, PlanError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..formats import FLOATS, FORMATS
 from ..formats.base import Format
-from ..formats.recode import kin, recoded
+from ..formats.lossless import convert_lossless, lossless_equivalents
 from ..model.archs import GGUFEntry
 from ..model.sites import sites
 from ..qtensor import QTensor
@@ -58,7 +58,7 @@ def carried(
             continue
         if refusal(FORMATS.get(decision.format)) is None:
             continue
-        for name in kin(decision.format):
+        for name in lossless_equivalents(decision.format):
             if refusal(FORMATS.get(name)) is None and _exact(checkpoint, entry, name):
                 found[entry.name] = Decision(name, name, f"the same values as {decision.format}", exact=True)
                 break
@@ -107,12 +107,12 @@ def way(format: str, refusal: Refusal) -> str | None:
     a ? where that depends on the numbers; None."""
     if refusal(FORMATS.get(format)) is None:
         return "itself"
-    names = [name for name in kin(format) if refusal(FORMATS.get(name)) is None]
+    names = [name for name in lossless_equivalents(format) if refusal(FORMATS.get(name)) is None]
     if not names:
         return None
     sample = FORMATS.get(format).encode(*_sample())
     for name in names:
-        if recoded(sample, FORMATS.get(name)) is not None:
+        if convert_lossless(sample, FORMATS.get(name)) is not None:
             return f"as {name}"
     return f"as {names[0]}?"
 
@@ -138,6 +138,6 @@ def _exact(checkpoint: Checkpoint, entry: GGUFEntry, name: str) -> bool:
     to = FORMATS.get(name)
     for source in entry.sources:
         value = checkpoint.tensors[source].load()
-        if not isinstance(value, QTensor) or recoded(value, to) is None:
+        if not isinstance(value, QTensor) or convert_lossless(value, to) is None:
             return False
     return True

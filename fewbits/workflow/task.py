@@ -17,7 +17,7 @@ from ..files.layout import is_plain
 from ..files.target import Job
 from ..formats import FLOATS, FORMATS, Distortion
 from ..formats.base import CHUNK, Format
-from ..formats.recode import recoded
+from ..formats.lossless import convert_lossless
 from ..plan.choices import Decision
 from ..plan.method import Method
 from ..plan.rules import Rule
@@ -91,7 +91,7 @@ def _pieces(
             yield job.pack(value)
             continue
         if isinstance(value, QTensor) and not is_plain(job.format):
-            same = recoded(value, FORMATS.get(job.format))
+            same = convert_lossless(value, FORMATS.get(job.format))
             if same is not None:
                 w = same.decode()
                 told += [work.done.get(name) or told_of("recoded", {}, Distortion.between(w, w))]

@@ -12,7 +12,7 @@ from fewbits.calibrate.stats import Stats
 from fewbits.core.pack import unpack
 from fewbits.errors import FormatError
 from fewbits.formats import FORMATS
-from fewbits.formats.recode import kin, recoded
+from fewbits.formats.lossless import convert_lossless, lossless_equivalents
 from fewbits.qtensor import QTensor
 
 ORDERED = ["int4_g32_actorder", "int4_g32_asym_actorder", "int3_g64_asym_actorder_bf16"]
@@ -116,21 +116,21 @@ def test_names():
     assert FORMATS.get("int4_g128").ordered is None
 
 
-# Recoding
+# Lossless conversion
 
 
 def test_columns_in_order_are_the_format_in_order():
     format = FORMATS.get("int4_g32_actorder")
     rising, moved = format.encode(weights()), format.encode(weights(), importance())
-    assert next(kin(format.name)) == "int4_g32"
+    assert next(lossless_equivalents(format.name)) == "int4_g32"
     for to in ("int4_g32", "q4_0", "int4_g32_asym"):
-        found = recoded(rising, FORMATS.get(to))
+        found = convert_lossless(rising, FORMATS.get(to))
         assert found is not None and torch.equal(found.decode(), rising.decode())
-        assert recoded(moved, FORMATS.get(to)) is None
-        assert to in list(kin(format.name))
-    back = recoded(recoded(rising, FORMATS.get("int4_g32")), format)
+        assert convert_lossless(moved, FORMATS.get(to)) is None
+        assert to in list(lossless_equivalents(format.name))
+    back = convert_lossless(convert_lossless(rising, FORMATS.get("int4_g32")), format)
     assert all(torch.equal(back.planes[name], plane) for name, plane in rising.planes.items())
-    assert not [name for name in kin("int4_g32") if "actorder" in name]
+    assert not [name for name in lossless_equivalents("int4_g32") if "actorder" in name]
 
 
 # What it is worth
