@@ -26,9 +26,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..errors import FormatError
+from ..lazy import torch
 from ..qtensor import Plane, QTensor
 from .affine import Affine
 from .affine import parse as parse_affine
@@ -131,7 +130,7 @@ def parse(name: str) -> ActOrder | None:
     dtype = "" if match["dtype"] in (None, "_f16") else match["dtype"]
     plain = parse_affine(match["head"] + dtype)
     assert plain is not None
-    planes = (*plain.planes, Plane(INDEX, torch.int32, rows=None))
+    planes = (*plain.planes, Plane(INDEX, "int32", rows=None))
     return ActOrder(f"{match['head']}{SUFFIX}{dtype}", 1, planes, plain)
 
 

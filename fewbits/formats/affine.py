@@ -29,11 +29,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
-
 from ..core.pack import cell, pack, unpack
-from ..qtensor import Plane, QTensor
-from .base import FLOATS, FORMATS, Format
+from ..lazy import torch
+from ..qtensor import Plane, QTensor, torch_dtype
+from .base import FORMATS, SCALE_TYPES, Format
 from .cells import Cells, Choice, choose, tries
 from .grids import AffineGrid, saturate
 from .levels import code_plane
@@ -42,13 +41,18 @@ from .search import fit_affine, fit_symmetric, inverse, lanes, ordered_sum
 
 @dataclass(frozen=True)
 class Affine(Format):
-    """zero: "none" (symmetric), "int" or "float". zero_bits: what a stored integer zero takes."""
+    """zero: "none" (symmetric), "int" or "float". scale_type: torch's name of the type of scales and minima.
+    zero_bits: of a stored integer zero."""
 
     bits: int
     cells: Cells
     zero: str
-    dtype: torch.dtype
+    scale_type: str
     zero_bits: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.scale_type)
 
     @property
     def top(self) -> int:
@@ -170,7 +174,7 @@ def parse(name: str) -> Affine | None:
     match = GRAMMAR.fullmatch(name)
     if match is None:
         return None
-    bits, dtype = int(match["bits"]), FLOATS[match["dtype"] or "f16"]
+    bits, dtype = int(match["bits"]), SCALE_TYPES[match["dtype"] or "f16"]
     group = int(match["group"]) if match["group"] else None
     cells = Cells(None if match["whole"] == "tensor" else 1, group)
     canonical = (
@@ -183,7 +187,7 @@ def parse(name: str) -> Affine | None:
     if match["zero"] == "_asym":
         count, words = cell(zero_bits)
         columns = None if group is None else group * count
-        planes.append(Plane("zero", torch.uint8, cells.rows, columns, words))
+        planes.append(Plane("zero", "uint8", cells.rows, columns, words))
     elif match["zero"] == "_asym_float":
         planes.append(Plane("minimum", dtype, cells.rows, cells.columns))
     zero = {None: "none", "_asym": "int", "_asym_float": "float"}[match["zero"]]

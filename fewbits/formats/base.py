@@ -13,20 +13,36 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
-import torch
-
 from ..errors import FormatError
-from ..qtensor import Plane, QTensor
+from ..lazy import torch
+from ..qtensor import Plane, QTensor, torch_dtype
 from ..registry import Registry
 
-# The float types that files, scales and unquantized weights have, by name.
-FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# The float types of scales: our name -> torch's.
+SCALE_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 # Weights handled at once where rows stand alone. A search takes some 100 bytes for each.
 CHUNK = 2**20
+
+
+class FloatTypes(Mapping[str, "torch.dtype"]):
+    """The float types that files, scales and unquantized weights have: name -> torch's type."""
+
+    def __getitem__(self, name: str) -> torch.dtype:
+        return torch_dtype(SCALE_TYPES[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SCALE_TYPES)
+
+    def __len__(self) -> int:
+        return len(SCALE_TYPES)
+
+
+FLOATS = FloatTypes()
 
 
 class Grid(ABC):

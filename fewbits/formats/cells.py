@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-import torch
-
+from ..lazy import torch
 from .base import checked_importance
 from .search import lanes, ordered_sum
 

@@ -26,14 +26,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import floor, log2
 
-import torch
-
 from ..core.pack import pack, unpack
-from ..qtensor import Plane, QTensor
-from .base import FLOATS, FORMATS, Format, Grid, checked_importance
+from ..lazy import torch
+from ..qtensor import Plane, QTensor, torch_dtype
+from .base import FORMATS, SCALE_TYPES, Format, Grid, checked_importance
 from .cells import Cells, choose
 from .grids import saturate
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
@@ -56,6 +55,10 @@ class Element:
 
     @cached_property
     def levels(self) -> Levels:
+        return Levels(self.values)
+
+    def values(self) -> torch.Tensor:
+        """`(2^bits,)` f32: the value of each code."""
         code = torch.arange(1 << self.bits)
         mantissa = code & ((1 << self.mantissa_bits) - 1)
         exponent = (code >> self.mantissa_bits) & ((1 << self.exponent_bits) - 1)
@@ -67,7 +70,7 @@ class Element:
             value[ones if self.special == "nan" else last] = torch.nan
             if self.special == "ieee":
                 value[last & (mantissa == 0)] = torch.inf
-        return Levels(torch.where(code >> (self.bits - 1) > 0, -value, value).float())
+        return torch.where(code >> (self.bits - 1) > 0, -value, value).float()
 
     @cached_property
     def largest(self) -> float:
@@ -91,8 +94,12 @@ ELEMENTS = {
 }
 
 SCALES = ELEMENTS["e4m3"].levels  # of the block scales of NVFP4
-# Value of each E8M0 code, OCP MX v1.0 section 5.4.1: no sign, no zero, 255 is NaN.
-E8M0 = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [torch.nan], dtype=torch.float32)
+
+
+@cache
+def e8m0() -> torch.Tensor:
+    """`(256,)` f32: the value of each E8M0 code, OCP MX v1.0 section 5.4.1: no sign, no zero, 255 is NaN."""
+    return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [torch.nan], dtype=torch.float32)
 
 
 def nearest_exponent(step: torch.Tensor) -> torch.Tensor:
@@ -136,7 +143,11 @@ class CastGrid(Grid):
 class Cast(Format):
     """`(n, k)` -> values `(n, k)`: f32, f16 or bf16."""
 
-    dtype: torch.dtype = torch.float32
+    dtype_name: str = "float32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.dtype_name)
 
     @property
     def largest(self) -> float:
@@ -163,7 +174,7 @@ class PowerGrid(LevelGrid):
         self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> PowerGrid:
         exponent = nearest_exponent(step).clamp(-127, self.exponent_max)
-        return replace(self, scale=E8M0[exponent + 127])
+        return replace(self, scale=e8m0()[exponent + 127])
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {}
@@ -184,7 +195,7 @@ class Microscaling(Format):
         x, weight = cells.gather(w), cells.importance(importance, w.shape)
         rule = torch.frexp(x.abs().amax(-1)).exponent - 1 - self.element.exponent_max
         options = [
-            (E8M0[(rule + move).clamp(-127, self.scale_exponent_max) + 127],)
+            (e8m0()[(rule + move).clamp(-127, self.scale_exponent_max) + 127],)
             for move in ((0, 1, -1) if search else (0,))
         ]
         levels = self.element.levels
@@ -203,13 +214,13 @@ class Microscaling(Format):
     def pack(self, grid: PowerGrid, codes: torch.Tensor) -> QTensor:
         planes = {
             "codes": pack(codes, self.element.bits),
-            "scale": torch.searchsorted(E8M0[:255], grid.scale).to(torch.uint8),
+            "scale": torch.searchsorted(e8m0()[:255], grid.scale).to(torch.uint8),
         }
         return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
     def unpack(self, q: QTensor) -> tuple[PowerGrid, torch.Tensor]:
         codes = unpack(q.planes["codes"], self.element.bits, q.shape[1])
-        return self.grid(E8M0[q.planes["scale"].long()], q.shape[1]), codes
+        return self.grid(e8m0()[q.planes["scale"].long()], q.shape[1]), codes
 
 
 def reciprocal_twice(x: torch.Tensor) -> torch.Tensor:
@@ -309,12 +320,12 @@ def parse(name: str) -> ScaledLevels | None:
     default = "f16" if match["group"] else "f32"
     dtype = match["dtype"] or default
     canonical = name.removesuffix(f"_{default}")
-    scale = Plane("scale", FLOATS[dtype], cells.rows, cells.columns)
+    scale = Plane("scale", SCALE_TYPES[dtype], cells.rows, cells.columns)
     return ScaledLevels(canonical, 1, (code_plane(element.bits), scale), element.levels, element.bits, cells)
 
 
 FORMATS.add_parser(parse)
-for _name, _dtype in FLOATS.items():
+for _name, _dtype in SCALE_TYPES.items():
     FORMATS.add(_name, Cast(_name, 1, (Plane("values", _dtype),), _dtype))
 for _name in [f"fp8_{element}_{cells}" for element in ("e4m3", "e5m2") for cells in CELLS] + ["fp4_e2m1_g32"]:
     FORMATS.add(_name, FORMATS.get(_name))
@@ -325,7 +336,7 @@ for _name, _element in {
     "mxfp8_e4m3": "e4m3",
     "mxfp8_e5m2": "e5m2",
 }.items():
-    _scale = Plane("scale", torch.uint8, columns=32)
+    _scale = Plane("scale", "uint8", columns=32)
     FORMATS.add(
         _name,
         Microscaling(_name, 32, (code_plane(ELEMENTS[_element].bits), _scale), ELEMENTS[_element]),
@@ -337,8 +348,8 @@ FORMATS.add(
         16,
         (
             code_plane(4),
-            Plane("scale", torch.uint8, columns=16),
-            Plane("global_scale", torch.float32, rows=None, columns=None),
+            Plane("scale", "uint8", columns=16),
+            Plane("global_scale", "float32", rows=None, columns=None),
         ),
     ),
 )

@@ -17,11 +17,11 @@ Every field packs `(N, entries)` int32 values of N blocks into `(N, bytes)` u8 a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeAlias
 
-import torch
+from ..lazy import torch
 
-Values = dict[str, torch.Tensor]
+Values: TypeAlias = "dict[str, torch.Tensor]"
 
 
 class Field(Protocol):

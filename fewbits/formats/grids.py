@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
 
-import torch
-
+from ..lazy import torch
 from .base import Grid
 from .intervals import lookup, pick
 from .search import inverse, middles
@@ -74,7 +73,7 @@ class AffineGrid(Grid):
     top: int
     group: int
     k: int
-    dtype: torch.dtype = torch.float16
+    dtype: torch.dtype
     signed: bool = True
     index: torch.Tensor | None = None
 

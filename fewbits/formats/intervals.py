@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
+from ..lazy import torch
 
 CELLS = 4096  # at most: two tables of them stay in the first cache
 

@@ -15,8 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
+from ..lazy import torch
 from .ggml_fit import to_half
 from .ggml_layout import Values
 from .search import inverse, lanes, ordered_sum

@@ -15,8 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import gguf
-import torch
+from ..lazy import gguf, torch
 
 # Costs held at once by the search in torch.
 CHUNK = 2**22

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from ..errors import FormatError
+from ..lazy import torch
 from ..qtensor import QTensor
 from .actorder import ActOrder
 from .affine import Affine

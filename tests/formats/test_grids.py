@@ -135,7 +135,7 @@ def test_parts_of_other_formats_or_rows_do_not_join():
 @pytest.mark.parametrize("ties", ["even", "below"])
 def test_pick_is_bucketize(table, ties):
     """At each boundary and its neighbours, far out, and at what is no number."""
-    boundaries = Levels(table, ties).boundaries
+    boundaries = Levels(lambda: table, ties).boundaries
     t = torch.randn(1000, generator=torch.Generator().manual_seed(1))
     near = [torch.nextafter(boundaries, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
     odd = torch.tensor([0.0, -0.0, 3e38, -3e38, 1e-45, torch.inf, -torch.inf, torch.nan])
