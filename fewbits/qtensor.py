@@ -1,8 +1,8 @@
 """QTensor: the one value in which formats, algorithms, files and kernels meet.
 
-A weight `(n, k)` = (out, in) in some format is a handful of arrays, its *planes*: packed codes,
-scales, zero points, codebooks. What each plane is, is data (`Plane`); shapes, bytes, bits per
-weight, validation and the names on disk are all derived from it.
+A weight `(n, k)` = (out, in) in some format consists of a few arrays, its *planes*: packed codes,
+scales, zero points, codebooks. A `Plane` describes one of them; shapes, bytes, bits per weight,
+validation and the names on disk are all derived from these descriptions.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized weight: a format, the `(n, k)` shape it stands for, and its planes."""
+    """A quantized weight: a format, the `(n, k)` shape of the weight, and its planes."""
 
     format: Format
     shape: tuple[int, int]
@@ -125,10 +125,8 @@ class QTensor:
 
     @staticmethod
     def join_columns(parts: Sequence[QTensor]) -> QTensor:
-        """Weights `(n, k_i)` of one format side by side -> `(n, sum of k_i)`; exact, no plane is recoded.
-
-        Raises FormatError where a plane has cells that do not end between the parts.
-        """
+        """Weights `(n, k_i)` of one format side by side -> `(n, sum of k_i)`. The planes are concatenated, so
+        this is exact. Raises FormatError if a cell of a plane would extend over two parts."""
         format, n = parts[0].format, parts[0].shape[0]
         k = sum(part.shape[1] for part in parts)
         faults = [

@@ -65,7 +65,7 @@ def from_integers(
     than its own."""
     if isinstance(format, ActOrder):
         assert index is not None
-        return format.joined(from_integers(format.plain, shape, codes, scale, zero), index)
+        return format.with_index(from_integers(format.plain, shape, codes, scale, zero), index)
     assert isinstance(format, Affine)
     planes = {"codes": pack(codes, format.bits), "scale": scale}
     if format.zero == "int":

@@ -1,4 +1,4 @@
-"""Codebooks: a table of levels that no arithmetic gives, under a scale or learned outright.
+"""Codebooks: a table of levels, either fixed and multiplied by a scale, or learned.
 
     nf4 fp4        16 levels in [-1, 1] times the largest magnitude of 64 weights, as bitsandbytes
                    codes    u8    2 codes in a byte, the first in the HIGH nibble
@@ -100,7 +100,7 @@ class NestedGrid(LevelGrid):
     def refitted(
         self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> NestedGrid:
-        """The better of two: codes anew under the old nested absmax and offset, or all three anew."""
+        """The better of two: new codes with the old nested absmax and offset, or all three new."""
         weight = torch.ones_like(step) if weight is None else weight
 
         def error(grid: NestedGrid) -> torch.Tensor:
@@ -122,7 +122,7 @@ class NestedGrid(LevelGrid):
 
 @dataclass(frozen=True)
 class DoubleQuantized(ScaledLevels):
-    """ScaledLevels whose scales, less their mean, are dynamic 8-bit codes in blocks of 256."""
+    """ScaledLevels whose scales, minus their mean, are stored as dynamic 8-bit codes in blocks of 256."""
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> NestedGrid:
         """The rule of bitsandbytes; the search also tries both neighbours of each scale's code."""
@@ -228,7 +228,7 @@ class LearnedGrid(Grid):
 
 @dataclass(frozen=True)
 class KMeans(Format):
-    """value = table[code]: the table is learned by weighted Lloyd iterations, per row or per tensor."""
+    """value = table[code]: a table per row or per tensor, learned by weighted Lloyd iterations."""
 
     bits: int
     cells: Cells
@@ -236,10 +236,10 @@ class KMeans(Format):
     def fit(
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> LearnedGrid:
-        """Without search, levels spread evenly from the least to the largest weight of the cell.
+        """Without search, levels are spaced evenly from the smallest to the largest weight of a cell.
 
-        With it, Lloyd from there and from the quantiles; per cell the better one stays. Needs about
-        50 bytes a weight of a cell.
+        The search runs Lloyd's iterations from there and from the quantiles, and keeps the better table of
+        each cell. It needs about 50 bytes for each weight of a cell.
         """
         x, weight = self.cells.gather(w)[:, 0].contiguous(), self.cells.importance(importance, w.shape)
         chunk = max(1, (1 << 20) // x.shape[1])
@@ -306,8 +306,8 @@ def lloyd(x: torch.Tensor, sums: torch.Tensor, levels: torch.Tensor, rounds: int
     """Move each level to the weighted mean of the (sorted) x nearest to it, until none moves.
 
     sums: `(3, r, m + 1)` running sums of the weights, of weight * x and of weight * x^2, so that a
-    round costs no pass over x. Where levels hold nothing, one of them moves to the lowest x of the
-    cell that loses most, and so splits it.
+    round costs no pass over x. If cells of levels are empty, one of these levels moves to the lowest x of
+    the cell with the largest error and so splits it.
     """
     energy = sums[2, :, -1:]
     for _ in range(rounds):
@@ -317,7 +317,7 @@ def lloyd(x: torch.Tensor, sums: torch.Tensor, levels: torch.Tensor, rounds: int
         mass, moment, square = sums.gather(2, edges.expand(3, -1, -1)).diff(dim=2)
         empty = mass <= 0
         moved = torch.where(empty, levels.double(), moment / mass).float()
-        # What f64 sums cannot tell from zero is no loss.
+        # A loss below the rounding error of the f64 sums counts as zero.
         loss = torch.where(empty, 0.0, square - moment.square() / mass)
         worst, cell = loss.max(1, keepdim=True)
         split = (empty & (empty.cumsum(1) == 1)) & (worst > 1e-12 * energy)

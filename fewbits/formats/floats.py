@@ -103,7 +103,7 @@ def e8m0() -> torch.Tensor:
 
 
 def nearest_exponent(step: torch.Tensor) -> torch.Tensor:
-    """f32 -> int32: e of the nearest 2^e, the lower one of two; the least of f32 where step <= 0."""
+    """f32 -> int32: the e of the nearest 2^e, of two the lower; the lowest exponent of f32 if step <= 0."""
     mantissa, exponent = torch.frexp(step)
     return torch.where(step > 0, exponent - (mantissa <= 0.75).int(), -149)
 
@@ -224,8 +224,9 @@ class Microscaling(Format):
 
 
 def reciprocal_twice(x: torch.Tensor) -> torch.Tensor:
-    """f32 -> the f32, within two ulps, that is the reciprocal of its own reciprocal: files that store the
-    reciprocal hold it exactly. (Taken thrice it is what it was after once.) x itself where that overflows."""
+    """f32 -> 1 / (1 / x), within two ulps of x; x itself if 1 / x overflows.
+
+    The result is the reciprocal of its own reciprocal, so files that store reciprocals keep it exactly."""
     twice = 1 / (1 / x)
     return torch.where(torch.isfinite(1 / x) | (x == 0), twice, x)
 
@@ -244,7 +245,7 @@ class TwoLevelGrid(LevelGrid):
     def refitted(
         self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> TwoLevelGrid:
-        """The global scale stays unless a step would overflow it."""
+        """The global scale is unchanged unless a step divided by it would overflow e4m3."""
         top, widest = float(SCALES.sorted[-1]), step.amax()
         grows = widest > top * self.global_scale
         global_scale = torch.where(grows, reciprocal_twice(widest / top), self.global_scale)

@@ -35,7 +35,7 @@ _SUFFIX = "_ggml"
 
 @dataclass(frozen=True)
 class GgmlGrid(Grid):
-    """A grid of blocks: the coded parameters (`values`), and the grid of values that they mean."""
+    """The grid of GGML blocks: their coded parameters (`values`) and the grid with these decoded."""
 
     format: Ggml
     values: Values = field(repr=False)
@@ -107,7 +107,7 @@ class Ggml(Format):
 
     @property
     def type_name(self) -> str:
-        """The name of this type in GGML. OCP's MXFP4 orders its nibbles otherwise, so names differ there."""
+        """The name of this type in GGML. It differs for MXFP4, because OCP orders the nibbles differently."""
         return self.name.removesuffix(_SUFFIX)
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> GgmlGrid:
@@ -172,7 +172,7 @@ class Ggml(Format):
         return self.grid(values, n, k), codes
 
     def values(self, q: QTensor, codes: bool = False) -> Values:
-        """-> the block parameters, `(blocks, entries)`; with codes also `code` (blocks, block) int32."""
+        """-> the block parameters, `(blocks, entries)`; if `codes`, also `code` `(blocks, block)` int32."""
         counts = {"code": self.block, "scale": self.block // self.group, "exponent": 1}
         data = q.planes["blocks"].reshape(-1, self.planes[0].entries)
         sizes = [part.nbytes(counts) for part in self.fields]
@@ -196,7 +196,7 @@ class Ggml(Format):
 
 
 def group_parameters(fmt: Ggml, values: Values) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Coded parameters -> step and base of each group, `(blocks, groups)` f32, as decoding has them."""
+    """Coded parameters -> step and base of each group, `(blocks, groups)` f32, as in decoding."""
     if "exponent" in values:
         return exponent_step(values["exponent"]), None
     if fmt.scale_range is None:

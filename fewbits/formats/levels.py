@@ -1,7 +1,7 @@
 """A table of values indexed by code, its grid under a scale, and the format of one scale per cell.
 
-Unlike `TableGrid`, whose table is sorted and complete, the codes here are bit patterns with a meaning
-of their own: some stand for minus zero, infinity or NaN. All decode; rounding picks the finite ones.
+In `TableGrid` every code has a level, in sorted order. Here codes are the bit patterns of an element, some of
+which mean minus zero, infinity or NaN. All codes decode; rounding gives those of finite values only.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def convert_lossless(q: QTensor, to: Format) -> QTensor | None:
     if q.format == to:
         return q
     if isinstance(q.format, ActOrder):
-        plain, index = q.format.parted(q)
+        plain, index = q.format.without_index(q)
         return convert_lossless(plain, to) if q.format.in_order(index) else None
     if isinstance(to, ActOrder):
         inner = convert_lossless(q, to.plain)

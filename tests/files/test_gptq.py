@@ -119,7 +119,7 @@ def test_columns_in_another_order_are_in_act_order(tmp_path, desc_act):
 def test_the_arrays_of_act_order(layout, format):
     """Codes stay where their columns are: but for g_idx, the arrays are those of the format in order."""
     q = random_qtensor(FORMATS.get(format), 32, 64)
-    plain, index = q.format.parted(q)
+    plain, index = q.format.without_index(q)
     *ours, g_idx = LAYOUTS.get(layout).pack(q)
     *same, rising = LAYOUTS.get(layout).pack(plain)
     assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))

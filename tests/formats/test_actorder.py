@@ -55,7 +55,7 @@ def test_importance_of_single_weights_counts_by_columns():
 def of_any_index(name: str, index: torch.Tensor, n: int = 6) -> QTensor:
     """A weight as another tool may have written it."""
     format, k = FORMATS.get(name), len(index)
-    return format.joined(format.plain.encode(weights(n, k)), index)
+    return format.with_index(format.plain.encode(weights(n, k)), index)
 
 
 @pytest.mark.parametrize("name", ORDERED)
