@@ -11,21 +11,26 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
-class LazyModule(ModuleType):
-    """A module that imports the package of its name at the first access to an attribute.
+def lazy_module(name: str) -> ModuleType:
+    """A module that imports the package `name` at the first access to an attribute.
 
-    Each attribute is looked up in the package once, and then is this module's own: as fast as the package's.
+    Each attribute is looked up in the package once and then belongs to this module, which makes it as fast as
+    the package's own: a module's `__getattr__` (PEP 562) is called for missing attributes only.
     """
+    module = ModuleType(name)
 
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(import_module(self.__name__), name)
-        setattr(self, name, value)
+    def look_up(attribute: str) -> Any:
+        value = getattr(import_module(name), attribute)
+        setattr(module, attribute, value)
         return value
+
+    vars(module)["__getattr__"] = look_up
+    return module
 
 
 if TYPE_CHECKING:
     import gguf as gguf
     import torch as torch
 else:
-    gguf = LazyModule("gguf")
-    torch = LazyModule("torch")
+    gguf = lazy_module("gguf")
+    torch = lazy_module("torch")
