@@ -27,9 +27,9 @@ def encoded(name, n=6, k=256):
 @pytest.mark.parametrize(("source", "target"), ALWAYS)
 def test_every_value_is_kept(source, target):
     q = encoded(source)
-    found = convert_lossless(q, FORMATS.get(target))
-    assert found is not None and found.format.name == target
-    assert torch.equal(found.decode(), q.decode())
+    converted = convert_lossless(q, FORMATS.get(target))
+    assert converted is not None and converted.format.name == target
+    assert torch.equal(converted.decode(), q.decode())
     assert target in set(lossless_equivalents(source))
 
 
@@ -37,10 +37,10 @@ def test_every_value_is_kept(source, target):
 @pytest.mark.parametrize("source", ["int4_g32", "int4_g32_asym", "q4_1", "q8_0", "mxfp4", "nf4", "q4_k"])
 def test_exact_or_nothing(source, target):
     q = encoded(source)
-    found = convert_lossless(q, FORMATS.get(target))
-    assert found is None or torch.equal(found.decode(), q.decode())
+    converted = convert_lossless(q, FORMATS.get(target))
+    assert converted is None or torch.equal(converted.decode(), q.decode())
     if source in ("nf4", "q4_k"):
-        assert (found is None) == (target != source)
+        assert (converted is None) == (target != source)
 
 
 def test_a_base_that_is_no_multiple_of_its_step_has_no_zero_point():

@@ -46,7 +46,8 @@ PARSED = [
 NAMES = [*FORMATS, *PARSED]
 # What any format must do, whatever its row says. The coarsest neighbours of a float with one mantissa bit
 # are 4 and 6: an error of 1 in 5. Where scales underflow, a value may be anything between the least and the
-# largest weight. Refitted powers of two: 1.5 * 2^e becomes 2^e. One level a sign: sqrt(1 - 2 / pi).
+# largest weight. Refitted powers of two: 1.5 * 2^e becomes 2^e. Two levels: sqrt(1 - 2 / pi) = 0.6 for normal
+# weights, and somewhat more for these, with their outliers.
 CEILINGS = {
     "constant": 0.2, "error": 0.7, "live": 0.7, "search": 1.0, "importance": 1.0, "refit": 1 / 3,
     "closed_form": 1.0, "gradient": 2.0, "beyond": 2.0,
@@ -205,13 +206,13 @@ def rounded_up(x: float) -> str:
 
 
 def rows() -> list[str]:
-    found = ["".join(["format".ljust(26), *(f" {name:>11}" for name in (*MEASURES, "smallest", "largest"))])]
+    lines = ["".join(["format".ljust(26), *(f" {name:>11}" for name in (*MEASURES, "smallest", "largest"))])]
     for name in NAMES:
         format = FORMATS.get(name)
         row = [rounded_up(measure(format)) for measure in MEASURES.values()]
         row += [str(range_end(format, direction)) for direction in (-1, 1)]
-        found.append("".join([name.ljust(26), *(f" {figure:>11}" for figure in row)]))
-    return found
+        lines.append("".join([name.ljust(26), *(f" {figure:>11}" for figure in row)]))
+    return lines
 
 
 if __name__ == "__main__":

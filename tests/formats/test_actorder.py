@@ -64,19 +64,19 @@ def test_any_index_decodes(name, index):
     """Also with groups of different sizes and of no column, against the formula."""
     format, k = FORMATS.get(name), 160
     count = -(-k // format.columns)
-    found = {
+    g_idx = {
         "random": torch.randint(0, count, (k,), generator=torch.Generator().manual_seed(3)),
         "all in one": torch.full((k,), 1),
         "backwards": (torch.arange(k) // format.columns).flip(0),
     }[index]
-    q = of_any_index(name, found)
+    q = of_any_index(name, g_idx)
     codes, scale = unpack(q.planes["codes"], format.plain.bits, k).float(), q.planes["scale"].float()
     zero = torch.full(scale.shape, 2.0 ** (format.plain.bits - 1))
     if "asym" in name:
         zero = unpack(q.planes["zero"], format.plain.bits, count).float()
     expected = torch.empty(6, k)
     for i, j in product(range(6), range(k)):
-        g = int(found[j])
+        g = int(g_idx[j])
         expected[i, j] = scale[i, g] * (codes[i, j] - zero[i, g])
     assert torch.equal(q.decode(), expected)
 
@@ -93,7 +93,7 @@ def test_any_index_can_be_descended_on(name):
 
 
 @pytest.mark.parametrize("group", [-1, 5])
-def test_a_group_that_is_not_there_is_told(group):
+def test_a_group_that_does_not_exist_is_named(group):
     index = torch.arange(160) // 32
     index[7] = group
     q = of_any_index("int4_g32_actorder", index)
@@ -124,8 +124,8 @@ def test_columns_in_order_are_the_format_in_order():
     rising, moved = format.encode(weights()), format.encode(weights(), importance())
     assert next(lossless_equivalents(format.name)) == "int4_g32"
     for to in ("int4_g32", "q4_0", "int4_g32_asym"):
-        found = convert_lossless(rising, FORMATS.get(to))
-        assert found is not None and torch.equal(found.decode(), rising.decode())
+        plain = convert_lossless(rising, FORMATS.get(to))
+        assert plain is not None and torch.equal(plain.decode(), rising.decode())
         assert convert_lossless(moved, FORMATS.get(to)) is None
         assert to in list(lossless_equivalents(format.name))
     back = convert_lossless(convert_lossless(rising, FORMATS.get("int4_g32")), format)
