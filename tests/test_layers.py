@@ -14,6 +14,8 @@ import fewbits
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fewbits"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+SMALL = ("registry", "qtensor", "table", "core", "formats", "model", "storage")
+LARGE = ("torch", "numpy", "gguf", "transformers")
 OUTSIDE = ("transformers", "llama_cpp", "huggingface_hub", "tokenizers", "sentencepiece")
 
 
@@ -55,8 +57,8 @@ def imports(module: str) -> tuple[set[str], set[str]]:
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [str(node.module)]
+        elif isinstance(node, ast.ImportFrom) and (not node.level or node.module == "lazy"):
+            names = [str(node.module)] if not node.level else [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             at = [*Path(module).parent.parts][: 1 + len(Path(module).parent.parts) - node.level]
             inner = (
@@ -115,6 +117,23 @@ def test_importing_every_module_loads_no_outside_system() -> None:
     names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
     names = [name for name in names if ".engines.run_" not in name]
     code = f"import sys, {', '.join(names)}; print(*[name for name in {OUTSIDE} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_formats_and_structure_load_nothing_large() -> None:
+    """Listing formats and reading a header begin at once: torch alone takes a second or two to import."""
+    names = [
+        f"fewbits.{module.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
+        for module in MODULES
+        if room_of(module) in SMALL and module != "storage/safetensors.py"
+    ]
+    code = (
+        "import sys, types; package = sys.modules['fewbits'] = types.ModuleType('fewbits'); "
+        f"package.__path__ = [{str(PACKAGE)!r}]; import {', '.join(names)}; "
+        "from fewbits.formats import FORMATS; [f.bits_per_weight() for _, f in FORMATS.items()]; "
+        f"print(*[name for name in {LARGE} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

@@ -16,16 +16,20 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
-import torch
-
 from ..errors import KernelError
+from ..lazy import torch
 
 ISAS = ("portable", "avx2", "avx512")
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Types whose codes are points of a lattice: levels `(L,)` f32, points `(P, dim)` as indices of levels, and
 # where the search for a step starts, `(s,)` f32. formats/iq.py names them; the core is taught when it loads.
 LATTICES: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+
+
+@cache
+def dtypes() -> dict[torch.dtype, int]:
+    """The types that the core reads weights in, and their numbers there."""
+    return {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @cache
@@ -129,9 +133,9 @@ def measure(name: str, w: torch.Tensor, blocks: torch.Tensor) -> tuple[float, fl
 
 
 def _dtype(w: torch.Tensor) -> int:
-    if w.dtype not in DTYPES or not w.is_contiguous():
+    if w.dtype not in dtypes() or not w.is_contiguous():
         raise KernelError(f"the core takes contiguous f32, f16 or bf16 weights, not {w.dtype} {w.stride()}")
-    return DTYPES[w.dtype]
+    return dtypes()[w.dtype]
 
 
 def _module() -> ModuleType:

@@ -15,30 +15,32 @@ cell. `order` permutes the codes of each cell: the one stored at position i is c
 the interleave of AWQ. A layout packed along the rows (GPTQ) is this one of the transpose.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from math import gcd
 
-import torch
-
 from ..errors import FormatError
+from ..lazy import torch
 
 
-def cell(bits: int, word: torch.dtype = torch.uint8) -> tuple[int, int]:
-    """(codes, words) of the smallest whole cell of `bits`-bit codes."""
+def cell(bits: int, word: torch.dtype | None = None) -> tuple[int, int]:
+    """(codes, words) of the smallest whole cell of `bits`-bit codes. word: bytes by default."""
     if not 1 <= bits <= 8:
         raise FormatError(f"pack: codes have 1 to 8 bits, not {bits}")
-    if word not in (torch.uint8, torch.int32):
+    if word is not None and word not in (torch.uint8, torch.int32):
         raise FormatError(f"pack: words are torch.uint8 or torch.int32, not {word}")
-    wordbits = 8 * word.itemsize
+    wordbits = 8 if word is None else 8 * word.itemsize
     common = gcd(bits, wordbits)
     return wordbits // common, bits // common
 
 
 def pack(
-    codes: torch.Tensor, bits: int, word: torch.dtype = torch.uint8, order: Sequence[int] | None = None
+    codes: torch.Tensor, bits: int, word: torch.dtype | None = None, order: Sequence[int] | None = None
 ) -> torch.Tensor:
     """`(..., k)` uint8 codes below 2^bits -> `(..., ceil(k / cell) * words)` words."""
     count, words = cell(bits, word)
+    word = word or torch.uint8
     permutation = _permutation(order, count)
     k = codes.shape[-1]
     if bits == 4 and order is None and word == torch.uint8 and k % 2 == 0:

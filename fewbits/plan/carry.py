@@ -1,6 +1,6 @@
 """What a file type cannot carry as it is: the same values in another format, or quantized again.
 
-    q4_0 -> gptq        int4_g32, the same numbers (formats/recode.py), seen by trying on every weight
+    q4_0 -> gptq        int4_g32, the same numbers (formats/lossless.py), seen by trying on every weight
     q4_k -> gptq        refused; with requantize the nearest that is carried, its error in the receipt
     a table             most file types quantize linear weights alone: decoded, with requantize
     huggingface         floats only: everything is decoded, which is what was asked for
@@ -20,7 +20,7 @@ from ..errors import PlanError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
 from ..formats.base import FORMATS, Format
-from ..formats.recode import kin, recoded
+from ..formats.lossless import convert_lossless, lossless_equivalents
 from ..model.archs import GGUFEntry
 from ..model.sites import sites
 from ..qtensor import QTensor
@@ -64,8 +64,8 @@ def carried(
             continue
         same = tuple(
             other
-            for other in map(FORMATS.get, kin(kind.name))
-            if file_type.fits(other, shape)  # what `kin` names may not be whole there
+            for other in map(FORMATS.get, lossless_equivalents(kind.name))
+            if file_type.fits(other, shape)  # what it names may not be whole there
         )
         again = decode
         if again:
@@ -106,11 +106,15 @@ def carries_as(file_type: FileType, format: Format) -> str | None:
     where that depends on the numbers; None."""
     if file_type.reason(format) is None:
         return "yes"
-    others = [other for other in map(FORMATS.get, kin(format.name)) if file_type.reason(other) is None]
+    others = [
+        other
+        for other in map(FORMATS.get, lossless_equivalents(format.name))
+        if file_type.reason(other) is None
+    ]
     if not others:
         return None
     sample = format.encode(*_sample())
-    exact = next((other.name for other in others if recoded(sample, other) is not None), None)
+    exact = next((other.name for other in others if convert_lossless(sample, other) is not None), None)
     return f"as {exact}" if exact else f"as {others[0].name}?"
 
 
@@ -134,6 +138,6 @@ def _exact(checkpoint: Checkpoint, entry: GGUFEntry, to: Format) -> bool:
     """Is every source of the entry the same in format `to`?"""
     for source in entry.sources:
         value = checkpoint.tensors[source].load()
-        if not isinstance(value, QTensor) or recoded(value, to) is None:
+        if not isinstance(value, QTensor) or convert_lossless(value, to) is None:
             return False
     return True

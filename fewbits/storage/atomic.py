@@ -6,12 +6,12 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-
-import torch
+from typing import TypeAlias
 
 from ..errors import FileError
+from ..lazy import torch
 
-Chunk = bytes | bytearray | memoryview | torch.Tensor
+Chunk: TypeAlias = "bytes | bytearray | memoryview | torch.Tensor"
 
 
 def make_directory(path: Path) -> None:

@@ -12,6 +12,8 @@ checkpoint has more tensors than a process may have descriptors. Small ranges ar
 share their pages with their neighbours anyway, and the number of maps is limited too.
 """
 
+from __future__ import annotations
+
 import ctypes
 import mmap
 import os
@@ -20,9 +22,8 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-import torch
-
 from ..errors import FileError
+from ..lazy import torch
 from .json import regular_size
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -19,11 +19,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import dtypes
 from ..dtypes import DType
 from ..errors import FileError, raise_all
+from ..lazy import torch
 from .json import parse_json_object, regular_size
 from .mapped import absurd, map_bytes, view_as
 

@@ -27,6 +27,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import FileError, raise_all
+from ..lazy import torch
 from .atomic import Chunk, as_bytes, failed, sync_directory
 
 SYNC_BYTES = 256 * 2**20  # written since the last sync: more would be lost work after a power cut
@@ -177,7 +178,9 @@ class StreamFile:
             fault = "is not an entry of this file" if span is None else "is already written"
             raise FileError(f"{self.path}: {name!r} {fault}; write each entry once")
         digest, position, end = hashlib.sha256(), span.offset, span.offset + span.nbytes
-        for chunk in [chunks] if isinstance(chunks, Chunk) else chunks:
+        for chunk in (
+            [chunks] if isinstance(chunks, bytes | bytearray | memoryview | torch.Tensor) else chunks
+        ):
             view = as_bytes(chunk)
             if len(view) > end - position:
                 raise FileError(f"{self.path}: {name!r} got more than its {span.nbytes} bytes")

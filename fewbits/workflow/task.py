@@ -21,7 +21,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.output import Job
 from ..formats import Distortion
 from ..formats.base import CHUNK, Format
-from ..formats.recode import recoded
+from ..formats.lossless import convert_lossless
 from ..plan.choices import Decision
 from ..plan.method import Method
 from ..plan.rules import Rule
@@ -187,10 +187,10 @@ def _piece(
     if isinstance(value, QTensor):
         if value.format == job.kind:
             return value, work.done.get(name)
-        same = recoded(value, job.kind) if isinstance(job.kind, Format) else None
+        same = convert_lossless(value, job.kind) if isinstance(job.kind, Format) else None
         if same is not None:
             w = same.decode()
-            spec = Spec(same.format, "recoded", {})
+            spec = Spec(same.format, "lossless", {})
             return same, work.done.get(name) or record_of(spec, Distortion.between(w, w))
         value = value.decode()
     if isinstance(job.kind, DType):

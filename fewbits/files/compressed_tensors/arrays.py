@@ -87,7 +87,7 @@ def _pack_integers(q: QTensor) -> tuple[torch.Tensor, ...]:
 
 def _unpack_integers(format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
     if isinstance(format, ActOrder):
-        return format.joined(_unpack_integers(format.plain, shape, arrays[:-1]), arrays[-1])
+        return format.with_index(_unpack_integers(format.plain, shape, arrays[:-1]), arrays[-1])
     assert isinstance(format, Affine)
     (n, k), bits = shape, format.bits
     codes, scale = _codes(arrays[0], bits, k), arrays[1].reshape(-1, arrays[1].shape[-1])

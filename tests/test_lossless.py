@@ -1,10 +1,10 @@
-"""Recoding gives the same numbers or nothing."""
+"""Lossless conversion gives the same numbers or nothing."""
 
 import pytest
 import torch
 
-from fewbits.formats import FLOATS, FORMATS
-from fewbits.formats.recode import kin, recoded
+from fewbits.formats import FORMATS
+from fewbits.formats.lossless import convert_lossless, lossless_equivalents
 from fewbits.qtensor import QTensor
 
 ALWAYS = [
@@ -27,40 +27,40 @@ def encoded(name, n=6, k=256):
 @pytest.mark.parametrize(("source", "target"), ALWAYS)
 def test_every_value_is_kept(source, target):
     q = encoded(source)
-    found = recoded(q, FORMATS.get(target))
-    assert found is not None and found.format.name == target
-    assert torch.equal(found.decode(), q.decode())
-    assert target in set(kin(source))
+    converted = convert_lossless(q, FORMATS.get(target))
+    assert converted is not None and converted.format.name == target
+    assert torch.equal(converted.decode(), q.decode())
+    assert target in set(lossless_equivalents(source))
 
 
-@pytest.mark.parametrize("target", [name for name in FORMATS if name not in FLOATS])
+@pytest.mark.parametrize("target", list(FORMATS))
 @pytest.mark.parametrize("source", ["int4_g32", "int4_g32_asym", "q4_1", "q8_0", "mxfp4", "nf4", "q4_k"])
 def test_exact_or_nothing(source, target):
     q = encoded(source)
-    found = recoded(q, FORMATS.get(target))
-    assert found is None or torch.equal(found.decode(), q.decode())
+    converted = convert_lossless(q, FORMATS.get(target))
+    assert converted is None or torch.equal(converted.decode(), q.decode())
     if source in ("nf4", "q4_k"):
-        assert (found is None) == (target != source)
+        assert (converted is None) == (target != source)
 
 
 def test_a_base_that_is_no_multiple_of_its_step_has_no_zero_point():
     q = encoded("q4_1")
-    assert recoded(q, FORMATS.get("int4_g32_asym")) is None
-    zeros = recoded(encoded("int4_g32"), FORMATS.get("q4_1"))  # base = -8 steps: f16 has the digits
+    assert convert_lossless(q, FORMATS.get("int4_g32_asym")) is None
+    zeros = convert_lossless(encoded("int4_g32"), FORMATS.get("q4_1"))  # base = -8 steps: f16 has the digits
     assert zeros is not None
-    back = recoded(zeros, FORMATS.get("int4_g32_asym"))
-    assert back is not None and recoded(back, FORMATS.get("q4_0")) is not None
+    back = convert_lossless(zeros, FORMATS.get("int4_g32_asym"))
+    assert back is not None and convert_lossless(back, FORMATS.get("q4_0")) is not None
 
 
 def test_there_and_back_is_the_same_bytes():
     for source, target in (("q4_0", "int4_g32"), ("mxfp4_ggml", "mxfp4"), ("int8_g32", "q8_0")):
         q = encoded(source)
-        there = recoded(q, FORMATS.get(target))
-        back = recoded(there, FORMATS.get(source))
+        there = convert_lossless(q, FORMATS.get(target))
+        back = convert_lossless(there, FORMATS.get(source))
         assert isinstance(back, QTensor)
         assert all(torch.equal(back.planes[name], plane) for name, plane in q.planes.items())
 
 
 def test_groups_are_cut_and_never_joined():
-    assert recoded(encoded("int4_g32"), FORMATS.get("int4_g64")) is None
-    assert recoded(encoded("int4_g64"), FORMATS.get("int4_g32")) is not None
+    assert convert_lossless(encoded("int4_g32"), FORMATS.get("int4_g64")) is None
+    assert convert_lossless(encoded("int4_g64"), FORMATS.get("int4_g32")) is not None

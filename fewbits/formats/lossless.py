@@ -1,25 +1,25 @@
-"""Recoding: the very same values in another format, where that has them. Nothing is rounded.
+"""Lossless conversion: the same values in another format. Nothing is rounded.
 
     value = step * (code - zero)          int4_g32   int8_channel   q4_0   q5_0   q8_0
     value = step * code + base            int4_g32_asym_float   q4_1   q5_1
     mxfp4 and mxfp4_ggml                  the same blocks, their bytes in another order
-    int4_g128_actorder                    int4_g128 and its kin, where its columns are in order after all
+    int4_g128_actorder                    int4_g128 and its equivalents, if its columns are in order
 
-A group may be cut into smaller ones that repeat its parameters, a symmetric code may get a zero point that
-never changes, an integer zero may become a base where base = -zero * step has the digits for it. Whether
-the parameters fit is seen by trying: the result is decoded and must be the source's decode, bit for bit.
+A group may be cut into smaller groups that repeat its parameters. A symmetric code may get a zero point
+that is the same everywhere. An integer zero may become a base, if -zero * step can be stored exactly.
+`convert_lossless` decides by trying: it decodes the result and compares it with the source bit for bit.
 
-`kin` says by name what is worth trying, nearest first; some pairs always work (q4_0 and int4_g32), others
-depend on the numbers (q4_1 into int4_g32_asym needs a minimum that is a multiple of the step).
+`lossless_equivalents` lists by name which formats are worth trying, the nearest first. Some pairs always
+work (q4_0 and int4_g32); for others it depends on the numbers (q4_1 fits into int4_g32_asym only if every
+minimum is a multiple of its step).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from ..errors import FormatError
+from ..lazy import torch
 from ..qtensor import QTensor
 from .actorder import ActOrder
 from .affine import Affine
@@ -31,15 +31,15 @@ _BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of 32 columns, step and ba
 _MXFP4 = ("mxfp4", "mxfp4_ggml")
 
 
-def kin(name: str) -> Iterator[str]:
-    """Formats that may hold every value of one in format `name`, the nearest first; not itself."""
+def lossless_equivalents(name: str) -> Iterator[str]:
+    """Other formats that may represent every value of a weight in format `name`, the nearest first."""
     if name in _MXFP4:
         yield from (other for other in _MXFP4 if other != name)
         return
     inner = FORMATS.get(name).ordered
     if inner is not None:
         yield inner.name
-        yield from kin(inner.name)
+        yield from lossless_equivalents(inner.name)
         return
     bits, columns, based = _shape_of(FORMATS.get(name))
     if not bits:
@@ -54,34 +54,34 @@ def kin(name: str) -> Iterator[str]:
         same = "channel" if group is None else f"g{group}"
         kinds = ("", "_asym", "_asym_float")
         kinds = kinds[::-1] if based else ("_asym", "_asym_float", "") if zeros else kinds
-        found = [f"int{bits}_{same}{kind}{dtype}" for dtype in ("", "_f32", "_bf16") for kind in kinds]
-        found += blocks if group == 32 else []
-        yield from (FORMATS.get(other).name for other in found if FORMATS.get(other).name != name)
+        names = [f"int{bits}_{same}{kind}{dtype}" for dtype in ("", "_f32", "_bf16") for kind in kinds]
+        names += blocks if group == 32 else []
+        yield from (FORMATS.get(other).name for other in names if FORMATS.get(other).name != name)
 
 
-def recoded(q: QTensor, to: Format) -> QTensor | None:
-    """A weight in format `to`, decoding to the same f32 numbers bit for bit; None where that has not all of
-    them."""
+def convert_lossless(q: QTensor, to: Format) -> QTensor | None:
+    """The weight in format `to`, if that decodes to the same f32 numbers bit for bit; otherwise None."""
     if q.format == to:
         return q
     if isinstance(q.format, ActOrder):
-        plain, index = q.format.parted(q)
-        return recoded(plain, to) if q.format.in_order(index) else None
+        plain, index = q.format.without_index(q)
+        return convert_lossless(plain, to) if q.format.in_order(index) else None
     if isinstance(to, ActOrder):
-        inner = recoded(q, to.plain)
+        inner = convert_lossless(q, to.plain)
         return None if inner is None else to.arranged(inner, torch.arange(q.shape[1]))
     try:
         to.check_shape(q.shape[0], q.shape[1], "weight")
     except FormatError:
         return None
-    found = _mxfp4(q, to) if {q.format.name, to.name} == set(_MXFP4) else _affine(q, to)
-    if found is None or not torch.equal(found.decode(), q.decode()):
+    converted = _mxfp4(q, to) if {q.format.name, to.name} == set(_MXFP4) else _affine(q, to)
+    if converted is None or not torch.equal(converted.decode(), q.decode()):
         return None
-    return found
+    return converted
 
 
 def _shape_of(format: Format) -> tuple[int, int | None, bool]:
-    """Bits, columns of a group (None: a row), has a base; bits 0 for a format of another kind."""
+    """-> bits, columns of a group (None: a row), and whether there is a base. bits is 0 if the format is of
+    another kind."""
     if isinstance(format, Affine) and format.cells.rows == 1:
         return format.bits, format.cells.columns, format.zero == "float"
     if isinstance(format, Ggml) and format.name in _BLOCKS:
@@ -117,7 +117,7 @@ def _affine(q: QTensor, to: Format) -> QTensor | None:
 def _packed(
     to: Format, step: torch.Tensor, other: torch.Tensor | int, codes: torch.Tensor, k: int
 ) -> QTensor:
-    """other: the base, or the zero, as the format has one or the other."""
+    """other: the base or the zero, whichever the format `to` has."""
     if isinstance(to, Ggml):
         values = {"d": step.reshape(-1, 1)}
         if to.kind == "affine":
