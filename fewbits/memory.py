@@ -1,13 +1,23 @@
-"""Peak resident memory of this process, from the kernel."""
+"""Memory of this process and of the machine, from the kernel."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_INFO = Path("/proc/meminfo")
+# What a container may take and has taken: cgroup v2, then v1.
+_GROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
 
 
 def reset_peak_memory() -> None:
@@ -24,3 +34,21 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: what the machine has available, or its container if that is
+    less."""
+    free = [_available()]
+    for limit, used in _GROUPS:
+        with contextlib.suppress(OSError, ValueError):
+            free.append(int(limit.read_text()) - int(used.read_text()))
+    return max(0, min(free))
+
+
+def _available() -> int:
+    if _INFO.exists():
+        for line in _INFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

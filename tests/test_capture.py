@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fewbits.blocks.activations import Activations
 from fewbits.blocks.block import Block
 from fewbits.blocks.model import BlockModel
-from fewbits.calibrate.activations import Activations
 from fewbits.calibrate.capture import PANEL, Capture, FloatStream, add_outer, advance, capture, mirror
 from fewbits.calibrate.stats import Stats
 from fewbits.errors import CalibrationError, FileError, ModelError

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from ...blocks.activations import Activations
 from ...blocks.model import BlockModel
-from ...calibrate.activations import Activations
 from ...calibrate.capture import capture
 from ...calibrate.statistics import Statistics, gather, identify, join
 from ...calibrate.store import load_statistics, save_statistics

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ...algorithms import NEEDS
+from ...blocks.activations import Activations
 from ...blocks.block import Block
-from ...calibrate.activations import Activations
 from ...calibrate.capture import Capture, capture
 from ...calibrate.stats import Stats
 from ...calibrate.sufficiency import shortfall

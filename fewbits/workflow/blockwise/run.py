@@ -23,9 +23,9 @@ from typing import Any, cast
 
 import torch
 
+from ...blocks.activations import Activations
 from ...blocks.block import Block
 from ...blocks.model import BlockModel
-from ...calibrate.activations import Activations
 from ...calibrate.capture import FloatStream, advance, capture
 from ...files.checkpoint import Checkpoint, LazyTensor
 from ...model.sites import Site, sites

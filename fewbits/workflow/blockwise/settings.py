@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...calibrate.activations import DEFAULT_LIMIT
+from ...blocks.activations import DEFAULT_LIMIT
 from ...calibrate.tokens import Tokens
 from ...files.checkpoint import Checkpoint
 from ...plan.method import Method

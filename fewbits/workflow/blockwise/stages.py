@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ...blocks.activations import Activations
 from ...blocks.block import Block
-from ...calibrate.activations import Activations
 from ...calibrate.capture import Capture, Sums, check_output
 from ...calibrate.paused import Passes, Paused, observed_groups
 from ...errors import CalibrationError

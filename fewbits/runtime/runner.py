@@ -1,0 +1,201 @@
+"""Runner: tokens -> logits, which is all that evaluation, verification and distillation know of a model.
+
+    Whole        a transformers model in memory, float or with its quantized weights packed; has a cache
+    Blockwise    one block in memory at a time, read from the mapped file; all windows pass a block together
+
+Each says what memory it needs before it starts, from headers alone; `choose` takes the first that fits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.transformers import load_model
+from ..blocks.activations import DEFAULT_LIMIT, Activations
+from ..blocks.block import Block
+from ..blocks.model import BlockModel
+from ..errors import ModelError
+from ..files.checkpoint import Checkpoint
+from ..formats.base import Format
+from ..memory import free_memory
+from ..model.sites import sites
+from .load import load_packed
+
+SLICE = 128  # positions whose logits are computed at once
+SPARE = 256 * 2**20  # what a forward pass takes besides: activations, buffers of products
+
+
+class Runner(ABC):
+    """kind: for people. cached: can it continue a text, with a cache of keys and values?"""
+
+    kind: str
+    cached = False
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+
+    @abstractmethod
+    def needs(self, windows: int, context: int) -> int:
+        """Bytes of memory for `windows` windows of `context` tokens, besides what the process has now."""
+
+    @abstractmethod
+    def logits(self, windows: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
+        """`(w, t)` int64 -> for each window in turn, `(t - first, vocabulary)` f32: of the positions from
+        `first` on. ModelError where an output is not finite."""
+
+    @property
+    def model(self) -> Any:
+        """The transformers model, where there is one in memory."""
+        raise ModelError(f"{self.checkpoint.path}: runs {self.kind}; nothing of it is in memory as a whole")
+
+
+class Whole(Runner):
+    """packed: quantized weights stay as they are, and are decoded at each use."""
+
+    cached = True
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, packed: bool = False
+    ) -> None:
+        super().__init__(checkpoint, dtype)
+        self.packed = packed
+        self.kind = f"whole, {'packed' if packed else str(dtype).removeprefix('torch.')}"
+
+    def needs(self, windows: int, context: int) -> int:
+        tensors = self.checkpoint.tensors.values()
+        held = sum(
+            tensor.nbytes if self.packed and tensor.quantized else self.dtype.itemsize * prod(tensor.shape)
+            for tensor in tensors
+        )
+        largest = max((prod(tensor.shape) for tensor in tensors), default=0)
+        return held + 2 * 4 * largest + context * widest(self.checkpoint) * 8 + SPARE
+
+    @cached_property
+    def model(self) -> Any:
+        return (load_packed if self.packed else load_model)(self.checkpoint, self.dtype)
+
+    def logits(self, windows: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
+        for i, window in enumerate(windows):
+            with torch.inference_mode():
+                out = self.model(
+                    input_ids=window[None], use_cache=False, logits_to_keep=windows.shape[1] - first
+                )
+            yield _checked(self.checkpoint, i, out.logits[0].float())
+
+
+class Blockwise(Runner):
+    """The passes are `start`, `step` for each block, `logits_of` a window; `logits` is all of them. So that
+    two models can go side by side, block by block.
+
+    limit: bytes of hidden states in memory; the rest lies in a scratch file in `scratch`.
+    """
+
+    kind = "block by block"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        limit: int = DEFAULT_LIMIT,
+        scratch: Path | None = None,
+    ) -> None:
+        super().__init__(checkpoint, dtype)
+        self.limit, self.scratch = limit, scratch
+        self.hidden: Activations = Activations((), limit, scratch)
+
+    def needs(self, windows: int, context: int) -> int:
+        tensors = self.checkpoint.tensors
+        blocks: dict[int, int] = {}
+        for site in sites(self.checkpoint):
+            if site.block is not None:
+                blocks[site.block] = blocks.get(site.block, 0) + prod(site.shape)
+        outside = [prod(s.shape) for s in sites(self.checkpoint) if s.role in ("embed", "output")]
+        width = min((min(s.shape) for s in sites(self.checkpoint) if s.role == "embed"), default=0)
+        hidden = min(self.limit, windows * context * width * self.dtype.itemsize)
+        # A block in f32 with one weight of it decoded, or the output layer likewise.
+        held = max(4 * max(blocks.values(), default=0), 8 * max(outside, default=0))
+        held += max((tensor.nbytes for tensor in tensors.values()), default=0)
+        return held + hidden + context * widest(self.checkpoint) * 8 + SPARE
+
+    @cached_property
+    def blocks(self) -> BlockModel:
+        return BlockModel(self.checkpoint, self.dtype)
+
+    @property
+    def n_blocks(self) -> int:
+        return self.blocks.n_blocks
+
+    @torch.inference_mode()
+    def start(self, windows: torch.Tensor) -> None:
+        """`(w, t)` int64: their embeddings."""
+        self.hidden.close()
+        self.hidden = Activations((), self.limit, self.scratch)
+        for window in windows:
+            self.hidden.append(self.blocks.embed(window[None]))
+
+    @torch.inference_mode()
+    def step(self, i: int) -> None:
+        """All windows through block i."""
+        block: Block = self.blocks.block(i, self.blocks.weights(i))
+        for j in range(len(self.hidden)):
+            self.hidden[j] = block(self.hidden[j])
+
+    @torch.inference_mode()
+    def logits_of(self, window: int, first: int = 0) -> torch.Tensor:
+        """After the last block -> `(t - first, vocabulary)` f32 of one window."""
+        hidden = self.hidden[window][:, first:]
+        parts = [self.blocks.head(part)[0].float() for part in hidden.split(SLICE, 1)]
+        return _checked(self.checkpoint, window, torch.cat(parts))
+
+    def logits(self, windows: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
+        self.start(windows)
+        for i in range(self.n_blocks):
+            self.step(i)
+        for j in range(len(windows)):
+            yield self.logits_of(j, first)
+        self.hidden.close()
+
+
+def choose(
+    checkpoint: Checkpoint,
+    windows: int,
+    context: int,
+    memory: int | None = None,
+    scratch: Path | None = None,
+) -> Runner:
+    """The first Runner that fits `memory` bytes (default: what is free): whole in f32, whole and packed,
+    block by block. ModelError, with what each needs, where none does."""
+    free = free_memory() if memory is None else memory
+    kinds: list[Runner] = [Whole(checkpoint)]
+    if any(isinstance(tensor.kind, Format) for tensor in checkpoint.tensors.values()):
+        kinds.append(Whole(checkpoint, packed=True))
+    kinds.append(Blockwise(checkpoint, scratch=scratch))
+    needed = {runner.kind: runner.needs(windows, context) for runner in kinds}
+    for runner in kinds:
+        if needed[runner.kind] <= free:
+            return runner
+    each = ", ".join(f"{kind} {nbytes / 2**30:.2f} GiB" for kind, nbytes in needed.items())
+    raise ModelError(
+        f"{checkpoint.path}: {free / 2**30:.2f} GiB of memory are free, running it needs {each}; use a "
+        "smaller context, or free memory"
+    )
+
+
+def widest(checkpoint: Checkpoint) -> int:
+    """Numbers that a position has at most at once in a forward pass: logits, or the MLP's."""
+    return max((max(site.shape) for site in sites(checkpoint)), default=0)
+
+
+def _checked(checkpoint: Checkpoint, window: int, logits: torch.Tensor) -> torch.Tensor:
+    if bool(logits.isnan().any()):
+        raise ModelError(
+            f"{checkpoint.path}: the output of window {window} is not finite; its weights are damaged"
+        )
+    return logits
