@@ -12,7 +12,7 @@ NO_AMX = $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mn
 # Waiting threads of torch must not hold the cores that other work needs.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint engine slow fuzz bench bench-methods doors gptqmodel mlx vllm clean
+.PHONY: demo test lint engine slow fuzz bench bench-methods support gptqmodel mlx vllm clean
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -40,8 +40,8 @@ bench: $(VENV)/engine
 	$(RUN) bench/memory
 
 # Every format through every file type into its engines. GPTQModel, mlx-lm and vLLM have environments apart.
-doors: $(VENV)/engine gptqmodel mlx vllm
-	$(RUN) bench/doors
+support: $(VENV)/engine gptqmodel mlx vllm
+	$(RUN) bench/format_support
 
 # Calibrated quantization against its peers; hours. CALIBRATION="--calibration FILE" and TEXT="--text FILE"
 # name texts; without, the model writes them. An interrupted run goes on with what .bench keeps.

@@ -85,7 +85,7 @@ def test_quantized_tensors_are_decoded_table_of_embeddings_included(opened: Open
     checkpoint = opened("Qwen2ForCausalLM")
     q8_0 = FORMATS.get("q8_0")
     tensors = {
-        name: replace(tensor, load=lambda load=tensor.load: q8_0.encode(load().float()), quantized=True)
+        name: replace(tensor, load=lambda load=tensor.load: q8_0.encode(load().float()), kind=q8_0)
         if len(tensor.shape) == 2
         else tensor
         for name, tensor in checkpoint.tensors.items()

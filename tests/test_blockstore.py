@@ -17,7 +17,8 @@ from fewbits.formats import FORMATS
 from fewbits.plan.method import Method
 from fewbits.qtensor import QTensor
 from fewbits.workflow.blockstore import BlockStore
-from fewbits.workflow.quantize import Request, quantize
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import VOCAB, save_tiny
 
 NOTES = {"told": {"a.weight": {"algorithm": "gptq", "lost": [0.5, 1.0, 0.25]}}, "notes": ["a", "ü"]}
@@ -147,7 +148,7 @@ def dying(real):  # the call after `after` others kills when it is done
     return call
 
 if point == "inside":
-    job.quantized = dying(job.quantized)
+    job.task = dying(job.task)
 if point == "unindexed":
     blockstore.write_file_atomic = dying(blockstore.write_file_atomic)
 if point == "between":

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.sampling import draw
+from fewbits.dtypes import F32
 from fewbits.errors import CalibrationError, FewbitsError, FileError, ModelError
 from fewbits.evaluation import Settings, Text, compare, evaluate, self_text
 from fewbits.evaluation.compare import cut
@@ -44,7 +45,7 @@ def noisy(checkpoint, size, name):
             noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
             return w + size * w.std() * noise if w.ndim == 2 else w
 
-        return LazyTensor(tensor.name, tensor.shape, "f32", tensor.nbytes, tensor.file, load)
+        return LazyTensor(tensor.name, tensor.shape, F32, tensor.nbytes, tensor.file, load)
 
     tensors = {key: changed(tensor) for key, tensor in checkpoint.tensors.items()}
     return replace(checkpoint, tensors=tensors, path=checkpoint.path.with_name(name))

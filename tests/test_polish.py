@@ -33,14 +33,13 @@ def holding(checkpoint: Checkpoint, values: Mapping[str, Value]) -> Checkpoint:
     """The same checkpoint with some tensors replaced."""
     tensors = dict(checkpoint.tensors)
     for name, value in values.items():
-        quantized = isinstance(value, QTensor)
-        dtype = value.format.name if isinstance(value, QTensor) else tensors[name].dtype
+        kind = value.format if isinstance(value, QTensor) else tensors[name].kind
 
         def load(value: Value = value) -> Value:
             return value
 
         shape = tuple(value.shape)
-        tensors[name] = LazyTensor(name, shape, dtype, value.nbytes, "memory", load, quantized)
+        tensors[name] = LazyTensor(name, shape, kind, value.nbytes, "memory", load)
     return replace(checkpoint, tensors=tensors)
 
 

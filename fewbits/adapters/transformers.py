@@ -117,7 +117,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with its special tokens and chat template."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if checkpoint.kind == "gguf":
+    if checkpoint.gguf_keys:
         return _gguf_tokenizer(checkpoint)
     files = checkpoint.side_files
     if "tokenizer.json" not in files:
@@ -148,7 +148,7 @@ def _gguf_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
     metadata = {
-        key: value.plain() for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")
+        key: value.plain() for key, value in checkpoint.gguf_keys.items() if key.startswith("tokenizer.")
     }
     spec = tokenizer_json(metadata)
     tokens = metadata["tokenizer.ggml.tokens"]

@@ -49,7 +49,7 @@ def rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 def engine_rounding(checkpoint: Checkpoint) -> Change | None:
     """For `simulate.changed_inputs`: the inputs of a file's weights, rounded as its engine does. None for a
     file type of which that is not known."""
-    if checkpoint.kind != "gguf":
+    if not checkpoint.gguf_keys:
         return None
 
     def change(site: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,7 @@ def read_imatrix(path: Path, checkpoint: Checkpoint, chunk: int = CHUNK) -> Stat
 def _gguf_names(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     """GGUF name -> the checkpoint's sites that it is made of, in order of their expert."""
     arch = architecture(checkpoint.config)
-    if arch is None and checkpoint.kind == "gguf":  # an unknown architecture keeps its GGUF names
+    if arch is None and checkpoint.gguf_keys:  # an unknown architecture keeps its GGUF names
         return {site.name: (site.name,) for site in sites(checkpoint)}
     arch = arch or require_architecture(checkpoint.config)
     known = {site.name for site in sites(checkpoint)}

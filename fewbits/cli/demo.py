@@ -16,7 +16,6 @@ from ..files.open import open_checkpoint
 from ..table import Cell, size, table
 from .progress import StageProgress
 
-HELP = "quantize a real model to three types, measure each, and let each write a sentence"
 EXAMPLES = """The model is SmolLM2-135M-Instruct from a package index, rewritten off its 4-bit grid
 (163M parameters).
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ..files.checkpoint import Checkpoint
 
 CALIBRATION, WINDOW = 4096, 512  # tokens to calibrate activations on, and in a window
-HELP = "compare quantized models with their parent: KL divergence, agreement, perplexity, generation"
 EXAMPLES = """Windows and scoring are those of llama-perplexity: windows of --context tokens, the second half
 scored. PARENT and CHILD are Hugging Face or native directories, .gguf files, hub names, in any combination.
 

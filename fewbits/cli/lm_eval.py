@@ -17,7 +17,6 @@ from ..formats import FLOATS
 from ..runtime.load import load
 from ..table import table
 
-HELP = "run tasks of lm-eval (the evaluation harness) on a model of any file type"
 EXAMPLES = """The model runs in transformers with its quantized weights packed, decoded at each use: less
 memory than a float model, and slower. Needs `pip install 'fewbits[harness]'`. Tasks that ship with lm-eval
 fetch their data from the hub; one of your own, a YAML file in --include-path, may name a file beside it and

@@ -131,7 +131,7 @@ def evaluate(
     decode: tokens -> text for the samples (default: the token numbers). Raises CalibrationError for
     too little text, ModelError for models that cannot be compared, FileError for a full scratch disk.
 
-        >>> receipt = fewbits.quantize(tiny, out, fewbits.Request(to="int8_g32"))
+        >>> receipt = fewbits.quantize(tiny, out, to="int8_g32", effort="fast")
         >>> found = fewbits.evaluate(tiny, [out], "the quick brown fox " * 200)
         >>> 0 < found.children[0].fidelity.kl.value < 0.01
         True

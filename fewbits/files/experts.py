@@ -63,7 +63,7 @@ def split_experts(checkpoint: Checkpoint) -> Checkpoint:
 def _cut(tensor: LazyTensor, name: str, place: Place) -> LazyTensor:
     if tensor.quantized:
         raise ModelError(
-            f"{tensor.file}: {tensor.name!r} {tensor.shape} {tensor.dtype} cannot be cut into experts; "
+            f"{tensor.file}: {tensor.name!r} {tensor.shape} {tensor.kind.name} cannot be cut into experts; "
             "save the model with one float tensor for each expert"
         )
     assert len(place) == 2

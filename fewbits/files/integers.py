@@ -18,21 +18,12 @@ from ..formats.actorder import INDEX, SUFFIX, ActOrder
 from ..formats.affine import Affine
 from ..formats.base import FLOATS, Format
 from ..qtensor import QTensor
-from .layout import Layout, Place
+from .directory import Place
 
 
 def plain_of(format: Format) -> Format:
     """The format of the same groups with columns in order: itself, but for one in act order."""
     return format.ordered or format
-
-
-def out_of_order(layout: Layout, format: Format) -> str:
-    """The refusal of a format in act order by a layout whose columns are in order."""
-    plain = plain_of(format)
-    return layout.refusal(plain) or (
-        f"groups in {layout.name} files are of columns in order, which those of {format.name} are not; the "
-        f"nearest they have is {plain.name}"
-    )
 
 
 def integers(q: QTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

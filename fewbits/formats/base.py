@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
+from ..dtypes import DTYPES, DType
 from ..errors import FormatError
 from ..lazy import torch
 from ..qtensor import Plane, QTensor, torch_dtype
@@ -313,3 +314,11 @@ def checked_importance(importance: torch.Tensor | None, n: int, k: int) -> torch
 
 
 FORMATS: Registry[Format] = Registry("format", FormatError)
+
+
+Kind = DType | Format  # what a tensor is stored in: a number type, or a format
+
+
+def kind_of(name: str) -> Kind:
+    """The name of a number type or a format -> Kind; FormatError for an unknown one, with the near names."""
+    return DTYPES.get(name) or FORMATS.get(name)

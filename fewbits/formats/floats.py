@@ -31,10 +31,9 @@ from math import floor, log2
 
 from ..core.pack import pack, unpack
 from ..lazy import torch
-from ..qtensor import Plane, QTensor, torch_dtype
-from .base import FORMATS, SCALE_TYPES, Format, Grid, checked_importance
+from ..qtensor import Plane, QTensor
+from .base import FORMATS, SCALE_TYPES, Format
 from .cells import Cells, choose
-from .grids import saturate
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
 from .search import fit_table, inverse
 
@@ -106,62 +105,6 @@ def nearest_exponent(step: torch.Tensor) -> torch.Tensor:
     """f32 -> int32: the e of the nearest 2^e, of two the lower; the lowest exponent of f32 if step <= 0."""
     mantissa, exponent = torch.frexp(step)
     return torch.where(step > 0, exponent - (mantissa <= 0.75).int(), -149)
-
-
-@dataclass(frozen=True)
-class CastGrid(Grid):
-    """The values of a torch float type; its codes are the numbers themselves."""
-
-    dtype: torch.dtype
-    group: int
-
-    def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return saturate(w, self.dtype)
-
-    def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return codes.float()
-
-    def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return codes.float()
-
-    def groups(self, n: int) -> tuple[torch.Tensor, None]:
-        return torch.ones(n, 1), None
-
-    def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
-    ) -> CastGrid:
-        return self
-
-    def parameters(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def replaced(self, parameters: dict[str, torch.Tensor]) -> CastGrid:
-        return self
-
-
-@dataclass(frozen=True)
-class Cast(Format):
-    """`(n, k)` -> values `(n, k)`: f32, f16 or bf16."""
-
-    dtype_name: str = "float32"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch_dtype(self.dtype_name)
-
-    @property
-    def largest(self) -> float:
-        return torch.finfo(self.dtype).max
-
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> Grid:
-        checked_importance(importance, *w.shape)
-        return CastGrid(self.dtype, w.shape[1])
-
-    def pack(self, grid: CastGrid, codes: torch.Tensor) -> QTensor:
-        return QTensor(self, (codes.shape[0], codes.shape[1]), {"values": codes})
-
-    def unpack(self, q: QTensor) -> tuple[CastGrid, torch.Tensor]:
-        return CastGrid(self.dtype, q.shape[1]), q.planes["values"]
 
 
 @dataclass(frozen=True)
@@ -326,8 +269,6 @@ def parse(name: str) -> ScaledLevels | None:
 
 
 FORMATS.add_parser(parse)
-for _name, _dtype in SCALE_TYPES.items():
-    FORMATS.add(_name, Cast(_name, 1, (Plane("values", _dtype),), _dtype))
 for _name in [f"fp8_{element}_{cells}" for element in ("e4m3", "e5m2") for cells in CELLS] + ["fp4_e2m1_g32"]:
     FORMATS.add(_name, FORMATS.get(_name))
 for _name, _element in {

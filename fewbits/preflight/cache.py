@@ -80,9 +80,9 @@ class KVCache:
 
 def fields_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The config of the text model; of a GGUF file of unknown architecture, its keys in config's words."""
-    if checkpoint.config or checkpoint.kind != "gguf":
+    if checkpoint.config or not checkpoint.gguf_keys:
         return dict(checkpoint.config.get("text_config") or checkpoint.config)
-    keys = {name: value.value for name, value in checkpoint.metadata.items()}
+    keys = {name: value.value for name, value in checkpoint.gguf_keys.items()}
     arch = keys.get("general.architecture")
     return {field: keys[f"{arch}.{key}"] for field, key in _GGUF.items() if f"{arch}.{key}" in keys}
 

@@ -26,7 +26,7 @@ KEPT = ("LICENSE", "NOTICE", "USE_POLICY", "generation_config.json")
 def audit(parent: Checkpoint, child: Checkpoint) -> list[str]:
     """Every difference of a model's side files from its parent's, one line each; empty where all is kept."""
     found = _tokenizers(parent, child) + _vocabularies(parent, child)
-    if child.kind != "gguf":  # a file alone has no files beside it
+    if not child.gguf_keys:  # a file alone has no files beside it
         missing = [
             name for name in parent.side_files if name.startswith(KEPT) and name not in child.side_files
         ]

@@ -87,9 +87,7 @@ class Outcome:
 
 def file_type_of(checkpoint: Checkpoint) -> str:
     """gguf, native, huggingface, or the layout of a quantized directory."""
-    if checkpoint.kind != "huggingface":
-        return checkpoint.kind
-    return str(checkpoint.metadata.get("layout", "huggingface"))
+    return checkpoint.file_type.name
 
 
 def engines_of(checkpoint: Checkpoint, name: str | None = None) -> list[Engine]:

@@ -32,7 +32,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import FileError, ModelError, raise_all
-from ..files.layout import Held
+from ..files.directory import QuantizedEntry
 from ..files.native import METHOD, NATIVE, VERSION, named_formats
 from ..formats.base import Format
 from ..qtensor import QTensor
@@ -62,7 +62,9 @@ class FewbitsConfig(QuantizationConfigMixin):
         faults: list[str] = []
         held = NATIVE.find(self.to_dict(), {}, faults)
         raise_all(FileError, "quantization_config", faults)
-        return {name: (row.format, row.shape) for name, row in held.items() if isinstance(row, Held)}
+        return {
+            name: (row.format, row.shape) for name, row in held.items() if isinstance(row, QuantizedEntry)
+        }
 
     def drop(self, tensors: set[str]) -> None:
         kept = {
@@ -237,7 +239,7 @@ def pack_in_place(model: Any, found: Mapping[str, tuple[str, QTensor]]) -> Any:
         module = key.removesuffix(".weight")
         weights[module] = PackedWeight(q, model.get_submodule(module).weight.dtype)
     pack(model, weights)
-    formats = named_formats({name: (q.format.name, q.shape) for name, (_, q) in found.items()})
+    formats = named_formats({name: (q.format, q.shape) for name, (_, q) in found.items()})
     old = getattr(model, "hf_quantizer", None)
     if isinstance(old, FewbitsQuantizer):
         for name, tensors in old.quantization_config.formats.items():

@@ -7,7 +7,6 @@ What the modules are, and what they cost, stands in packed.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,11 @@ import torch
 
 from ..adapters.hub import resolve
 from ..adapters.transformers import decoded, filled_model, model_config, needed_tensors
+from ..dtypes import DTYPES
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
-from ..files.layout import Kind
+from ..files.directory import Stored
+from ..files.huggingface import HUGGINGFACE
 from ..files.native import quantization_config
 from ..files.open import open_checkpoint
 from ..formats.base import FLOATS
@@ -29,9 +30,7 @@ from .register import register
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DTYPES = {dtype: name for name, dtype in FLOATS.items()}
-
-register()  # so `import fewbits`, which imports this module, makes transformers read native directories
+_DTYPES = {dtype: DTYPES[name] for name, dtype in FLOATS.items()}
 
 
 def load(
@@ -42,7 +41,7 @@ def load(
     model: a path, a hub name, or what `fewbits.open` gives. dtype: of activations and of what is not
     quantized. Errors: FileError, ModelError.
 
-        >>> receipt = fewbits.quantize(tiny, out, fewbits.Request(to="nf4"))
+        >>> receipt = fewbits.quantize(tiny, out, to="nf4", effort="fast")
         >>> model = fewbits.load(out)
         >>> model.model.layers[0].mlp.up_proj.weight
         PackedWeight(nf4, (512, 256))
@@ -50,8 +49,7 @@ def load(
         (1, 3, 600)
     """
     if not isinstance(model, Checkpoint):
-        home = Path(os.environ.get("FEWBITS_CACHE", Path.home() / ".cache" / "fewbits"))
-        model = open_checkpoint(resolve(str(model), cache_dir or home))
+        model = open_checkpoint(resolve(str(model), cache_dir))
     return load_packed(model, dtype)
 
 
@@ -64,15 +62,16 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
 
     config = model_config(checkpoint)
     weights: dict[str, torch.Tensor] = {}
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, Stored] = {}
     for name, tensor in needed_tensors(checkpoint, config).items():
         value = tensor.load()
         if isinstance(value, QTensor):
             weights |= {f"{name}.{plane}": part.clone() for plane, part in value.planes.items()}
-            kinds[name] = (value.format.name, value.shape)
+            kinds[name] = (value.format, value.shape)
         else:
             weights[name] = decoded(value, dtype)
     if kinds:
+        register()
         config.quantization_config = quantization_config(kinds)
     model = filled_model(checkpoint, config, weights, dtype)
     if "generation_config.json" in checkpoint.side_files:
@@ -98,7 +97,7 @@ def model_checkpoint(model: PreTrainedModel) -> tuple[dict[str, str], Checkpoint
         for name, key in names.items() if (value := state[key]).dtype in _DTYPES
     }  # fmt: skip
     path = Path(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    return names, Checkpoint(path, "huggingface", tensors, model.config.to_dict())
+    return names, Checkpoint(path, HUGGINGFACE, tensors, model.config.to_dict())
 
 
 def pack_weights(model: PreTrainedModel, found: Mapping[str, tuple[str, QTensor]]) -> PreTrainedModel:

@@ -19,6 +19,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from .. import dtypes
+from ..dtypes import DType
 from ..errors import FileError, raise_all
 from ..lazy import torch
 from .json import parse_json_object, regular_size
@@ -27,26 +29,8 @@ from .mapped import absurd, map_bytes, view_as
 HEADER_LIMIT = 100_000_000  # bytes, the spec's own limit
 MAX_DIMS = 64  # torch's own limit
 
-# safetensors name -> torch dtype; the lower-case name is the one used throughout fewbits
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# By the names that safetensors has: the lower-case ones are used throughout fewbits.
+DTYPES: dict[str, DType] = {name.upper(): dtype for name, dtype in dtypes.DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -151,7 +135,7 @@ def _layout_faults(entries: list[Entry], data_start: int, size: int) -> list[str
 def map_tensor(path: Path, entry: Entry) -> torch.Tensor:
     """The bytes of one tensor, mapped: `entry.shape` of `entry.dtype`; unmapped when it dies."""
     raw = map_bytes(path, entry.offset, entry.nbytes, entry.name)
-    return view_as(raw, DTYPES[entry.dtype], entry.shape)
+    return view_as(raw, DTYPES[entry.dtype].torch, entry.shape)
 
 
 def lay_out(

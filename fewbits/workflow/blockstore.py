@@ -23,14 +23,16 @@ from typing import Any
 
 import torch
 
+from ..dtypes import dtype_of
 from ..errors import FileError
 from ..files.checkpoint import LazyTensor
-from ..files.layout import laid_out, planes_of
+from ..files.directory import laid_out
 from ..files.native import NATIVE, indexed_tensors
+from ..files.output import planes_of
+from ..formats.base import Kind
 from ..qtensor import QTensor
 from ..storage.atomic import as_bytes, make_directory, write_atomic, write_file_atomic
 from ..storage.json import read_json_object
-from ..storage.safetensors import DTYPE_NAMES
 
 VERSION = 1
 Value = torch.Tensor | QTensor
@@ -92,7 +94,7 @@ class BlockStore:
         index = {
             "sha256": digest.hexdigest(),
             "tensors": {
-                name: {"format": _kind(value), "shape": list(value.shape)}
+                name: {"format": _kind(value).name, "shape": list(value.shape)}
                 for name, value in tensors.items()
                 if isinstance(value, QTensor)
             },
@@ -133,5 +135,5 @@ class BlockStore:
         return self.folder / f"block-{block:04d}.json"
 
 
-def _kind(value: Value) -> str:
-    return value.format.name if isinstance(value, QTensor) else DTYPE_NAMES[value.dtype].lower()
+def _kind(value: Value) -> Kind:
+    return value.format if isinstance(value, QTensor) else dtype_of(value.dtype)

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..algorithms import ALGORITHMS, NEEDS
+from ..algorithms import NEEDS
 from ..errors import PlanError
 from ..files.checkpoint import Checkpoint
-from ..files.layout import is_plain
-from ..formats import FORMATS
+from ..files.native import NATIVE
+from ..formats.base import Format
 from ..model.archs import architecture
-from ..plan import Plan
+from ..plan import Plan, Rule
 from ..plan.choices import Decision, check_feasible, decide, entries_of
-from ..plan.method import METHODS, Method
-from ..plan.mixtures import RECIPES
+from ..plan.method import METHODS
+from ..plan.mixtures import Recipe
 from ..qtensor import QTensor
 from ..runtime.load import model_checkpoint, pack_weights
-from .task import chosen
+from .resolve import target_of
+from .task import Spec, spec_of, task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,10 +46,10 @@ def quantize_model(
     decisions = _decisions(checkpoint, None if isinstance(to, Plan) else to, plan)
     found: dict[str, tuple[str, QTensor]] = {}
     for name, decision in decisions.items():
-        if not is_plain(decision.format):
+        if isinstance(decision.kind, Format):
             weight = checkpoint.tensors[name].load()
             assert isinstance(weight, torch.Tensor)
-            q = _encode(weight.cpu().float(), decision, METHODS[method])
+            q, _ = task(name, weight.cpu().float(), _spec(decision.kind, decision.rule, method))
             planes = {plane: value.to(weight.device) for plane, value in q.planes.items()}
             found[name] = (names[name], QTensor(q.format, q.shape, planes))
     fused = sorted(name for name, tensor in checkpoint.tensors.items() if len(tensor.shape) == 3)
@@ -63,21 +64,18 @@ def quantize_model(
 
 def _decisions(checkpoint: Checkpoint, to: str | None, plan: Plan) -> dict[str, Decision]:
     """tensor -> what it gets; checked."""
-    arch = architecture(checkpoint.config)
-    arch = arch if to is not None and to.lower() in RECIPES else None
-    entries = entries_of(checkpoint, arch)
-    recipe = RECIPES.get((to or "").lower())
-    asked = (recipe.name, None) if recipe else (None, None if to is None else FORMATS.get(to).name)
-    decisions = decide(checkpoint, entries, arch, asked, plan, gguf=False)
+    target = target_of(to)
+    entries = entries_of(checkpoint, architecture(checkpoint.config) if isinstance(target, Recipe) else None)
+    decisions = decide(checkpoint, entries, target, plan, NATIVE)
     check_feasible(checkpoint, entries, decisions, requantize=False)
     return {source: decisions[entry.name] for entry in entries for source in entry.sources}
 
 
-def _encode(w: torch.Tensor, decision: Decision, method: Method) -> QTensor:
-    algorithm, options = chosen(decision.rule, method, {"search": True})
-    if NEEDS[algorithm] != "nothing":
+def _spec(format: Format, rule: Rule | None, method: str) -> Spec:
+    spec = spec_of(format, rule, METHODS[method])
+    if NEEDS[spec.algorithm] != "nothing":
         raise PlanError(
-            f"{algorithm} needs a text, which a model in memory is not given; use rtn or hqq, or "
+            f"{spec.algorithm} needs a text, which a model in memory is not given; use rtn or hqq, or "
             "fewbits.quantize on the model's directory"
         )
-    return ALGORITHMS.get(algorithm)(w, FORMATS.get(decision.format), None, **options)
+    return spec

@@ -11,11 +11,10 @@ from ..calibrate.statistics import Statistics, stats_for
 from ..calibrate.stats import Stats
 from ..calibrate.tokens import Tokens
 from ..errors import PlanError, raise_all
-from ..plan import Plan
+from ..plan import Plan, Rule
 from ..plan.method import Method
 from ..train.polish import FEWEST
 from .blockwise.settings import Streaming
-from .task import chosen
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,13 @@ def check_algorithms(request: Request) -> None:
     method = request.method
     faults = _algorithm_faults("method", method.algorithm, method.options)
     for rule in request.plan.rules:
-        algorithm, _ = chosen(rule, method)
+        algorithm = _algorithm(rule, method)
         faults += _algorithm_faults(f"rule {rule.match!r}", algorithm, rule.options)
     raise_all(PlanError, "plan", faults)
+
+
+def _algorithm(rule: Rule | None, method: Method) -> str:
+    return (rule.algorithm if rule else None) or method.algorithm
 
 
 def _algorithm_faults(where: str, algorithm: str, options: Mapping[str, object]) -> list[str]:
@@ -111,11 +114,11 @@ def check_method(request: Request) -> None:
 
 def needs_of(request: Request) -> set[str]:
     """What the algorithms of the method and of the rules need of calibration."""
-    algorithms = {chosen(rule, request.method)[0] for rule in (None, *request.plan.rules)}
+    algorithms = {_algorithm(rule, request.method) for rule in (None, *request.plan.rules)}
     return {NEEDS[name] for name in algorithms if name in NEEDS} - {"nothing"}
 
 
-def asked_of(request: Request) -> list[object]:
+def fingerprint_fields(request: Request) -> list[object]:
     """All that decides the bytes besides the input and the layout."""
     plain: list[object] = [request.plan.digest(), request.to, request.search, request.requantize]
     plain += [request.activations] if request.activations else []

@@ -1,21 +1,25 @@
-"""One job: load the sources of a tensor, encode and measure them, write its spans and its receipt row."""
+"""One weight: `task` chooses its codes and says what that cost; `write_job` does so for a tensor of the
+output.
+
+task(name, weight, spec, statistics) -> (QTensor, WeightRecord)       pure: the same for every way of running
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from ..algorithms import ALGORITHMS, NEEDS
 from ..calibrate.stats import Stats
+from ..dtypes import DType
 from ..errors import CalibrationError, FormatError
 from ..files.checkpoint import Checkpoint
-from ..files.layout import is_plain
-from ..files.target import Job
-from ..formats import FLOATS, FORMATS, Distortion
+from ..files.output import Job
+from ..formats import Distortion
 from ..formats.base import CHUNK, Format
 from ..formats.lossless import convert_lossless
 from ..plan.choices import Decision
@@ -24,20 +28,116 @@ from ..plan.rules import Rule
 from ..qtensor import QTensor
 from ..storage.stream import StreamFile
 
+ROWS = 1024  # whose output error is taken at once
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one weight is to get."""
+
+    format: Format
+    algorithm: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """What happened to one weight. squared, energy, largest: of its error, its values, its largest change.
+    tokens: how many reached it in calibration. output: mean square of its output's error, and of its
+    output."""
+
+    algorithm: str
+    options: Mapping[str, Any]
+    squared: float
+    energy: float
+    largest: float
+    tokens: int | None = None
+    output: tuple[float, float] | None = None
+
+    @property
+    def distortion(self) -> Distortion:
+        return Distortion(self.squared, self.energy, self.largest)
+
+    @property
+    def output_error(self) -> float | None:
+        """|(w' - w) x| / |w x|."""
+        return (
+            None if self.output is None or self.output[1] <= 0 else math.sqrt(self.output[0] / self.output[1])
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(row: Mapping[str, Any]) -> WeightRecord:
+        return WeightRecord(**{**row, "output": None if row["output"] is None else tuple(row["output"])})
+
+
+def record_of(
+    spec: Spec | None, lost: Distortion, stats: Stats | None = None, output: tuple[float, float] | None = None
+) -> WeightRecord:
+    """spec: None where floats were cast to floats."""
+    algorithm, options = ("cast", {}) if spec is None else (spec.algorithm, dict(spec.options))
+    tokens = None if stats is None else stats.count
+    return WeightRecord(algorithm, options, lost.squared, lost.energy, lost.largest, tokens, output)
+
+
+def spec_of(format: Format, rule: Rule | None, method: Method, search: bool = True) -> Spec:
+    """The algorithm of a weight and its options: the rule's where it names one, else the method's."""
+    if rule is not None and rule.algorithm is not None:
+        algorithm, options = rule.algorithm, dict(rule.options)
+    else:
+        algorithm, options = method.algorithm, {**method.options, **(rule.options if rule else {})}
+    return Spec(format, algorithm, {"search": search, **options} if algorithm == "rtn" else options)
+
+
+def task(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> tuple[QTensor, WeightRecord]:
+    """`(n, k)` floats -> the weight in spec.format, and what that cost; errors name the weight."""
+    try:
+        q = ALGORITHMS.get(spec.algorithm)(w, spec.format, stats, **spec.options)
+    except (FormatError, CalibrationError) as error:
+        raise type(error)(f"{name}: {str(error).removeprefix('tensor: ')}") from error
+    return q, measured(w, q, spec, stats)
+
+
+def measured(w: torch.Tensor, q: QTensor, spec: Spec, stats: Stats | None) -> WeightRecord:
+    """What codes that are chosen cost."""
+    output = None if stats is None else output_error(w, q, stats)
+    return record_of(spec, q.format.distortion(w, q), stats, output)
+
+
+def output_error(w: torch.Tensor, q: QTensor, stats: Stats) -> tuple[float, float]:
+    """-> mean square of the output's error (q - w) x, and of the output itself."""
+    error = energy = 0.0
+    value = q.decode()
+    for rows in torch.arange(w.shape[0]).split(ROWS):
+        x = w[rows].float()
+        error += _mean_square(value[rows] - x, stats)
+        energy += _mean_square(x, stats)
+    return max(error, 0.0), energy
+
+
+def _mean_square(part: torch.Tensor, stats: Stats) -> float:
+    if stats.hessian is None:
+        return float((part.square() @ stats.mean_square).sum())
+    return float(((part @ stats.hessian) * part).sum())
+
+
+# ---- a tensor of the output --------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Work:
     """What the jobs of a run share.
 
-    method: for the tensors that no rule gives an algorithm. defaults: options of `rtn` where nothing sets
-    them. stats: of a tensor's input, by the tensor's name, where they are known. done: what is known of
-    tensors that come quantized already, by name (what `told_of` gives).
+    method, search: for the tensors that no rule gives an algorithm. stats: of a tensor's input, by the
+    tensor's name, where they are known. done: the records of tensors that come quantized already, by name.
     """
 
     method: Method
-    defaults: Mapping[str, Any]
+    search: bool
     stats: Callable[[str], Stats | None]
-    done: Mapping[str, Mapping[str, Any]]
+    done: Mapping[str, WeightRecord]
 
 
 def write_job(checkpoint: Checkpoint, job: Job, decision: Decision, work: Work, file: StreamFile) -> None:
@@ -47,9 +147,9 @@ def write_job(checkpoint: Checkpoint, job: Job, decision: Decision, work: Work, 
         "name": job.sources[0] if len(job.sources) == 1 else job.name,
         "gguf_name": job.name if job.entry else None,
         "shape": list(job.shape),
-        "source_dtype": checkpoint.tensors[job.sources[0]].dtype if job.sources else "f32",
-        "asked": decision.asked,
-        "format": decision.format,
+        "source_dtype": checkpoint.tensors[job.sources[0]].kind.name if job.sources else "f32",
+        "asked": decision.asked.name,
+        "format": decision.kind.name,
         "reason": decision.reason,
         "rule": rule.match if rule else None,
         "nbytes": sum(span.nbytes for span in file.spans_of(job.spans)),
@@ -64,17 +164,6 @@ def write_job(checkpoint: Checkpoint, job: Job, decision: Decision, work: Work, 
             file.write(span, plane, note)
 
 
-def chosen(
-    rule: Rule | None, method: Method, defaults: Mapping[str, Any] | None = None
-) -> tuple[str, dict[str, Any]]:
-    """The algorithm of a weight and its options: the rule's where it names one, else the method's."""
-    if rule is not None and rule.algorithm is not None:
-        algorithm, options = rule.algorithm, dict(rule.options)
-    else:
-        algorithm, options = method.algorithm, {**method.options, **(rule.options if rule else {})}
-    return algorithm, {**(defaults or {}), **options} if algorithm == "rtn" else options
-
-
 def _pieces(
     checkpoint: Checkpoint, job: Job, rule: Rule | None, work: Work, note: dict[str, Any]
 ) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -83,115 +172,74 @@ def _pieces(
         assert job.entry is not None
         yield (torch.tensor(job.entry.values, dtype=torch.float32),)
         return
-    told: list[Mapping[str, Any]] = []
+    records: list[WeightRecord] = []
     for name in job.sources:
-        value = job.shaped(checkpoint.tensors[name].load())
-        if isinstance(value, QTensor) and value.format.name == job.format:
-            told += [work.done[name]] if name in work.done else []
-            yield job.pack(value)
-            continue
-        if isinstance(value, QTensor) and not is_plain(job.format):
-            same = convert_lossless(value, FORMATS.get(job.format))
-            if same is not None:
-                w = same.decode()
-                told += [work.done.get(name) or told_of("recoded", {}, Distortion.between(w, w))]
-                yield job.pack(same)
-                continue
-        w = value.decode() if isinstance(value, QTensor) else value
-        stats = work.stats(name)
-        value, lost = _encode(name, w, job.format, _method(rule, work, stats), stats)
-        told += [lost] if lost else []
+        value, record = _piece(name, job.shaped(checkpoint.tensors[name].load()), job, rule, work)
+        records += [] if record is None else [record]
         yield job.pack(value) if isinstance(value, QTensor) else (value,)
-    note.update(summed(told))
+    note.update(row_of(records))
 
 
-def _method(rule: Rule | None, work: Work, stats: Stats | None) -> tuple[str, dict[str, Any]]:
-    """What a weight outside the walk gets: the run's method, or rounding to nearest where that
-    needs statistics and there are none (embeddings). A rule's own algorithm is never exchanged."""
-    algorithm, options = chosen(rule, work.method, work.defaults)
-    by_rule = rule is not None and rule.algorithm is not None
-    needs = NEEDS[algorithm]
+def _piece(
+    name: str, value: torch.Tensor | QTensor, job: Job, rule: Rule | None, work: Work
+) -> tuple[torch.Tensor | QTensor, WeightRecord | None]:
+    """What becomes of one source, and what that cost; None where it is copied."""
+    if isinstance(value, QTensor):
+        if value.format == job.kind:
+            return value, work.done.get(name)
+        same = convert_lossless(value, job.kind) if isinstance(job.kind, Format) else None
+        if same is not None:
+            w = same.decode()
+            spec = Spec(same.format, "recoded", {})
+            return same, work.done.get(name) or record_of(spec, Distortion.between(w, w))
+        value = value.decode()
+    if isinstance(job.kind, DType):
+        return _cast(name, value, job.kind)
+    stats = work.stats(name)
+    return task(name, value, _outside(spec_of(job.kind, rule, work.method, work.search), rule, stats), stats)
+
+
+def _outside(spec: Spec, rule: Rule | None, stats: Stats | None) -> Spec:
+    """What a weight outside the blocks gets: rounding to nearest where its algorithm needs statistics that
+    are not there (embeddings). A rule's own algorithm is never exchanged."""
+    needs = NEEDS[spec.algorithm]
     known = stats is not None and (needs != "hessian" or stats.hessian is not None)
-    if not known and not by_rule and needs != "nothing":
-        return "rtn", dict(work.defaults)
-    return algorithm, options
+    by_rule = rule is not None and rule.algorithm is not None
+    return spec if known or by_rule or needs == "nothing" else Spec(spec.format, "rtn", {})
 
 
-def _encode(
-    name: str, w: torch.Tensor, kind: str, method: tuple[str, dict[str, Any]], stats: Stats | None
-) -> tuple[torch.Tensor | QTensor, dict[str, Any] | None]:
-    """One float weight -> what becomes of it and what that cost; None where not a bit changed."""
-    if is_plain(kind):
-        _check_finite(name, w)
-        cast = w.to(FLOATS.get(kind, w.dtype))  # integers and the like only pass through
-        if cast is w:
-            return w, None
-        _check_finite(f"{name} as {kind}", cast)
-        lost = _cast_distortion(w, cast)
-        return cast, None if lost is None else told_of("cast", {}, lost)
-    fmt = FORMATS.get(kind)
-    algorithm, options = method
-    q = quantized(name, w, fmt, method, stats)
-    return q, told_of(algorithm, options, fmt.distortion(w, q), stats)
-
-
-def quantized(
-    name: str, w: torch.Tensor, fmt: Format, method: tuple[str, dict[str, Any]], stats: Stats | None
-) -> QTensor:
-    """One weight through an algorithm; its errors name the weight."""
-    algorithm, options = method
-    try:
-        return ALGORITHMS.get(algorithm)(w, fmt, stats, **options)
-    except (FormatError, CalibrationError) as error:
-        raise type(error)(f"{name}: {str(error).removeprefix('tensor: ')}") from error
-
-
-def told_of(
-    algorithm: str,
-    options: Mapping[str, Any],
-    lost: Distortion,
-    stats: Stats | None = None,
-    output: tuple[float, float] | None = None,
-) -> dict[str, Any]:
-    """What a receipt will say of one weight. output: squared error and energy of its output."""
-    return {
-        "algorithm": algorithm,
-        "options": dict(options),
-        "lost": [lost.squared, lost.energy, lost.largest],
-        "tokens": None if stats is None else stats.count,
-        "output": output,
-    }
-
-
-def summed(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a receipt's row for a tensor made of these weights (the experts of a block)."""
-    if not told:
-        return {}
-    lost = Distortion(*told[0]["lost"])
-    for other in told[1:]:
-        lost = lost + Distortion(*other["lost"])
-    row = {
-        "algorithm": told[0]["algorithm"],
-        "options": told[0]["options"],
-        "relative_error": lost.relative_error,
-        "sqnr_db": lost.sqnr_db,
-        "max_abs_error": lost.largest,
-    }
-    tokens = [one["tokens"] for one in told if one["tokens"] is not None]
-    outputs = [one["output"] for one in told if one["output"] is not None]
-    error, energy = (sum(part) for part in zip(*outputs, strict=True)) if outputs else (0.0, 0.0)
-    return row | {
-        "tokens": min(tokens) if tokens else None,
-        "output_error": math.sqrt(error / energy) if energy > 0 else None,
-    }
-
-
-def _cast_distortion(w: torch.Tensor, cast: torch.Tensor) -> Distortion | None:
-    """What a change of dtype cost; None where not a bit changed."""
+def _cast(name: str, w: torch.Tensor, dtype: DType) -> tuple[torch.Tensor, WeightRecord | None]:
+    """Floats in another float type; integers and the like only pass through."""
+    _check_finite(name, w)
+    cast = w.to(dtype.torch) if dtype.weight else w
+    if cast is w:
+        return w, None
+    _check_finite(f"{name} as {dtype.name}", cast)
     lost = Distortion(0.0, 0.0, 0.0)
     for x, y in zip(w.flatten().split(CHUNK), cast.flatten().split(CHUNK), strict=True):
         lost = lost + Distortion.between(x.float(), y.float())
-    return lost if lost.squared > 0 else None
+    return cast, record_of(None, lost) if lost.squared > 0 else None
+
+
+def row_of(records: Sequence[WeightRecord]) -> dict[str, Any]:
+    """The fields of a receipt's row for a tensor made of these weights (the experts of a block)."""
+    if not records:
+        return {}
+    lost = records[0].distortion
+    for other in records[1:]:
+        lost = lost + other.distortion
+    tokens = [record.tokens for record in records if record.tokens is not None]
+    outputs = [record.output for record in records if record.output is not None]
+    error, energy = (sum(part) for part in zip(*outputs, strict=True)) if outputs else (0.0, 0.0)
+    return {
+        "algorithm": records[0].algorithm,
+        "options": dict(records[0].options),
+        "relative_error": lost.relative_error,
+        "sqnr_db": lost.sqnr_db,
+        "max_abs_error": lost.largest,
+        "tokens": min(tokens) if tokens else None,
+        "output_error": math.sqrt(error / energy) if energy > 0 else None,
+    }
 
 
 def _check_finite(name: str, w: torch.Tensor) -> None:

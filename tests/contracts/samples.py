@@ -6,7 +6,6 @@ import torch
 
 from fewbits.formats.base import Format, Grid
 from fewbits.formats.codebook import LearnedGrid
-from fewbits.formats.floats import CastGrid
 from fewbits.formats.grids import AffineGrid, TableGrid
 from fewbits.formats.levels import LevelGrid
 from fewbits.qtensor import QTensor
@@ -56,10 +55,6 @@ def every_code(grid: Grid, n: int, k: int) -> torch.Tensor:
         format = grid.format
         blocks = torch.randint(0, 256, (n, format.nbytes(1, k)), generator=generator, dtype=torch.uint8)
         return format.unpack(QTensor(format, (n, k), {"blocks": blocks}))[1]
-    if isinstance(grid, CastGrid):
-        nbytes = grid.dtype.itemsize
-        bits = torch.randint(0, 256, (n, k * nbytes), generator=generator, dtype=torch.uint8)
-        return bits.view(grid.dtype)
     inner = getattr(grid, "meaning", grid)
     codes = torch.arange(len(inner.levels.values)) if isinstance(inner, LevelGrid) else rounding_codes(inner)
     return (

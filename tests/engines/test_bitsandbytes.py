@@ -16,7 +16,9 @@ from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.plan import Plan, Rule
 from fewbits.qtensor import QTensor
-from fewbits.workflow.quantize import Request, convert, quantize
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.engine

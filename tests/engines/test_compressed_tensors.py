@@ -27,7 +27,9 @@ from fewbits.blocks.simulate import changed_attention, changed_inputs
 from fewbits.calibrate.tokens import Tokens
 from fewbits.files.open import open_checkpoint
 from fewbits.plan import Plan, Rule
-from fewbits.workflow.quantize import Request, convert, quantize
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 pytestmark = [

@@ -23,8 +23,8 @@ from fewbits.files.open import open_checkpoint
 from fewbits.plan import Plan, Rule
 from fewbits.plan.method import METHODS
 from fewbits.qtensor import QTensor
-from fewbits.workflow.quantize import quantize
 from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.files.integer_cases import formula
 from tests.tiny import VOCAB, change_weights, save_tiny
 

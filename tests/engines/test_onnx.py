@@ -18,8 +18,8 @@ from fewbits.adapters.transformers import load_model
 from fewbits.files.open import open_checkpoint
 from fewbits.plan import Plan, Rule
 from fewbits.release.verify import NEW, verify
-from fewbits.workflow.quantize import quantize
 from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 onnx = pytest.importorskip("onnx")

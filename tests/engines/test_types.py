@@ -36,7 +36,8 @@ from fewbits.formats.ggml import Ggml, format_of
 from fewbits.plan import Plan, Rule
 from fewbits.plan.mixtures import RECIPES
 from fewbits.qtensor import QTensor
-from fewbits.workflow.quantize import Request, quantize
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import read_by_gguf, save_tiny, write_float_gguf
 
 pytestmark = pytest.mark.engine

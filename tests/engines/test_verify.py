@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import fewbits.release.verify as verify_module
-from fewbits import Plan, Request, Rule, quantize
+from fewbits import Plan, Rule
 from fewbits.release.engines import ENGINES
 from fewbits.release.verify import NEW, Meaning, Outcome, compared, verify
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 

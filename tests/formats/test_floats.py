@@ -113,10 +113,3 @@ def test_cells_of_fp8():
         assert q.planes["scale"].shape == shape
     corner = w[128:, 256:].abs().amax() / 448
     assert torch.allclose(q.planes["scale"][1, 2], corner, rtol=2**-22, atol=0)
-
-
-def test_plain_floats_are_casts():
-    w = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
-    for name, dtype in (("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)):
-        q = FORMATS.get(name).encode(w)
-        assert torch.equal(q.planes["values"], w.to(dtype)) and torch.equal(q.decode(), w.to(dtype).float())

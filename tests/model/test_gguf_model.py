@@ -207,7 +207,7 @@ def test_tokenizers_of_a_directory_a_gguf_and_what_it_is_copied_to_agree(tmp_pat
     assert (ours.bos_token, ours.eos_token_id) == (theirs.bos_token, theirs.eos_token_id) == ("<s>", 2)
     rendered = [tokenizer.apply_chat_template(messages, tokenize=False) for tokenizer in (ours, theirs)]
     assert rendered[0] == rendered[1] == "<s>user\nHi 12</s>\n"
-    copied = side_files_from_keys({key: value.plain() for key, value in child.metadata.items()})
+    copied = side_files_from_keys({key: value.plain() for key, value in child.gguf_keys.items()})
     assert json.loads(copied["tokenizer_config.json"])["eos_token"] == "</s>"
     assert copied["chat_template.jinja"].decode() == theirs.chat_template
 

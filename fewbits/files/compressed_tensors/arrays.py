@@ -32,8 +32,8 @@ from ...formats.affine import Affine
 from ...formats.base import Format
 from ...formats.floats import Microscaling
 from ...qtensor import QTensor
+from ..directory import Shape
 from ..integers import from_integers, integers
-from ..layout import Shape
 from .config import BYTES, FLOAT, METHOD, MICROSCALED, PACKED, TWO_LEVELS, scale_dtype
 
 E4M3 = torch.float8_e4m3fn

@@ -247,17 +247,3 @@ def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str])
         str(storage),
         (said_as(ACTIVATIONS, given) or "") if isinstance(given, dict) else None,
     )
-
-
-def nearest(format: Format) -> str:
-    """The name of a carried format like this one."""
-    if isinstance(format, Affine):
-        return format.name.removesuffix("_float").replace("_asym_float", "_asym")
-    if isinstance(format, Microscaling):
-        return {8: "mxfp8_e4m3", 6: "mxfp6_e2m3"}.get(format.element.bits, "mxfp4")
-    if format.name.startswith("fp8"):
-        return format.name.replace("e5m2", "e4m3")
-    if format.name.startswith("fp4"):
-        return "mxfp4"
-    bits = round(float(format.bits_per_weight(256, 1024)) - 0.25)
-    return f"int{min(8, max(2, bits))}_g{32 if bits > 3 else 64}"

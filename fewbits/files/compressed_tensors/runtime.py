@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...storage.safetensors import map_tensor
-from ..layout import Place
+from ..directory import Place
 from .config import ACTIVATIONS, CACHES, Schemes, said_as
 
 CACHED = ("k_proj", "v_proj")  # modules beside which the step of a cache lies, as k_scale and v_scale
@@ -34,7 +34,7 @@ def step_key(module: str) -> str | None:
     return None if found is None else f"{found[0]}.{'kv'[found[1]]}_scale"
 
 
-def spoken(
+def read_runtime(
     config: Mapping[str, Any], schemes: Schemes, modules: Iterable[str], places: Mapping[str, Place]
 ) -> dict[str, Any]:
     """modules: those whose weights are quantized."""

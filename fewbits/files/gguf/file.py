@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from ...dtypes import DTYPES
 from ...errors import FileError, raise_all
 from ...storage.mapped import map_bytes, view_as
 from .parse import (
@@ -48,16 +49,7 @@ MAX_NAME = 63  # bytes of a tensor name that llama.cpp accepts
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 # ggml types that are plain numbers; every other type is blocks of bytes
-PLAIN_TYPES: dict[str, torch.dtype] = {
-    "f64": torch.float64,
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "i8": torch.int8,
-    "i16": torch.int16,
-    "i32": torch.int32,
-    "i64": torch.int64,
-}
+PLAIN_TYPES = {name: DTYPES[name] for name in ("f64", "f32", "f16", "bf16", "i8", "i16", "i32", "i64")}
 
 
 def read_gguf(path: Path) -> GGUFFile:
@@ -118,7 +110,7 @@ def map_gguf_tensor(tensor: GGUFTensor, rows: slice | None = None) -> torch.Tens
     if tensor.type_name not in PLAIN_TYPES:
         return raw.view(taken, row_bytes)
     shape = tensor.shape if rows is None else (taken, row_length)
-    return view_as(raw, PLAIN_TYPES[tensor.type_name], shape)
+    return view_as(raw, PLAIN_TYPES[tensor.type_name].torch, shape)
 
 
 def gguf_header(

@@ -73,8 +73,8 @@ def gguf_metadata(
     file_type: llama.cpp's number of the mixture (`general.file_type`). pre: names the pre-tokenizer
     where it is not recognized. Raises ModelError for what GGUF cannot say of this model.
     """
-    if checkpoint.kind == "gguf":
-        keys = {key: value for key, value in checkpoint.metadata.items() if not _DROPPED.match(key)}
+    if checkpoint.gguf_keys:
+        keys = {key: value for key, value in checkpoint.gguf_keys.items() if not _DROPPED.match(key)}
     else:
         arch = arch or require_architecture(checkpoint.config)
         keys = general_keys(checkpoint, arch) | hyperparameter_keys(checkpoint.config, arch)
@@ -110,9 +110,9 @@ def general_keys(checkpoint: Checkpoint, arch: Architecture) -> dict[str, GGUFVa
 
 def model_name(checkpoint: Checkpoint) -> str:
     """What the model is called: by itself, by the native directory it went through, or by its path."""
-    if checkpoint.kind == "gguf" and Keys.General.NAME in checkpoint.metadata:
-        return str(checkpoint.metadata[Keys.General.NAME].value)
-    if checkpoint.kind == "native" and isinstance(checkpoint.metadata.get("name"), str):
+    if Keys.General.NAME in checkpoint.gguf_keys:
+        return str(checkpoint.gguf_keys[Keys.General.NAME].value)
+    if isinstance(checkpoint.metadata.get("name"), str):
         return str(checkpoint.metadata["name"])
     given = str(checkpoint.config.get("_name_or_path") or "").rstrip("/").rsplit("/", 1)[-1]
     return given or checkpoint.path.resolve().name

@@ -20,12 +20,12 @@ import torch
 from gguf.constants import Keys
 
 from ...errors import FileError, ModelError, raise_all
-from ...formats import FORMATS
+from ...formats.base import FORMATS, kind_of
 from ...formats.ggml import format_of
 from ...model.archs import Architecture, GGUFEntry, every_name, gguf_entries, rope_rows_back
 from ...qtensor import QTensor
 from ..checkpoint import Checkpoint, LazyTensor
-from ..huggingface import describe_files
+from ..side_files import describe_files
 from .file import PLAIN_TYPES, GGUFFile, GGUFTensor, map_gguf_tensor, read_gguf
 from .metadata import architecture_of, config_from_keys
 
@@ -38,6 +38,8 @@ _FACTORS = {
 
 def open_gguf(path: Path) -> Checkpoint:
     """A GGUF file, or any part of a split one -> Checkpoint. `metadata` holds typed GGUFValues."""
+    from .filetype import GGUF_FILE
+
     file = read_gguf(Path(path))
     plain = file.metadata
     arch = architecture_of(plain)
@@ -53,10 +55,11 @@ def open_gguf(path: Path) -> Checkpoint:
         tensors = _tensors(file, arch, config)
     return Checkpoint(
         path=file.path,
-        kind="gguf",
+        file_type=GGUF_FILE,
         tensors=tensors,
         config=config,
-        metadata=dict(file.values),
+        gguf_keys=dict(file.values),
+        mixture=mixture if isinstance(mixture := plain.get(Keys.General.FILE_TYPE), int) else None,
         provenance=describe_files(file.path, "gguf", list(file.files))
         | {"architecture": plain.get(Keys.General.ARCHITECTURE), "version": file.version},
     )
@@ -109,11 +112,10 @@ def _lazy(tensor: GGUFTensor, name: str, load: Callable[[], torch.Tensor | QTens
     return LazyTensor(
         name=name,
         shape=tensor.shape,
-        dtype=format_of(tensor.type_name),
+        kind=kind_of(format_of(tensor.type_name)),
         nbytes=tensor.nbytes,
         file=tensor.file.name,
         load=load,
-        quantized=tensor.type_name not in PLAIN_TYPES,
     )
 
 

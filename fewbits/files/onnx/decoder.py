@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from ...errors import PlanError, raise_all
+from ...formats.base import Format
 from ...model.rope import llama3_factors, rope_parameters
-from ..layout import Kind, is_plain
+from ..directory import Stored
 
 MODELS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 """model_type -> the context, in tokens, that transformers takes where config.json names none"""
@@ -115,14 +116,14 @@ def _windows(config: Mapping[str, Any], blocks: int, faults: list[str]) -> tuple
     return (None,) * blocks
 
 
-def check_rows(decoder: Decoder, rows: Mapping[str, Kind]) -> None:
+def check_rows(decoder: Decoder, rows: Mapping[str, Stored]) -> None:
     """PlanError with every tensor that the decoder lacks, has in another shape, or has no place for."""
     needed, optional = _shapes(decoder, rows)
     faults = [f"tensor {name!r} is missing" for name in needed if name not in rows]
     known = needed | optional
     for name, (kind, shape) in rows.items():
-        if is_plain(kind) and kind.upper() not in ("F32", "F16", "BF16"):
-            faults.append(f"tensor {name!r} is {kind}; the graph has f32, f16 and bf16")
+        if not isinstance(kind, Format) and not kind.weight:
+            faults.append(f"tensor {name!r} is {kind.name}; the graph has f32, f16 and bf16")
         if name in known and shape != known[name]:
             faults.append(f"tensor {name!r} is {shape}, the config says {known[name]}")
         unused = name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and decoder.tied)
@@ -132,10 +133,10 @@ def check_rows(decoder: Decoder, rows: Mapping[str, Kind]) -> None:
 
 
 def _shapes(
-    d: Decoder, rows: Mapping[str, Kind]
+    d: Decoder, rows: Mapping[str, Stored]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Tensors that must be there, and those that may, with their shapes."""
-    vocabulary = rows.get(TABLE, ("", (0,)))[1][0]
+    vocabulary = rows[TABLE][1][0] if TABLE in rows else 0
     needed: dict[str, tuple[int, ...]] = {TABLE: (vocabulary, d.hidden)}
     needed["model.norm.weight"] = (d.hidden,)
     if not d.tied:
@@ -144,7 +145,7 @@ def _shapes(
     for i in range(len(d.windows)):
         block = f"model.layers.{i}"
         width, q, kv = d.hidden, d.heads * d.head_dim, d.kv_heads * d.head_dim
-        inner = rows.get(f"{block}.mlp.up_proj.weight", ("", (0,)))[1][0]
+        inner = rows[up][1][0] if (up := f"{block}.mlp.up_proj.weight") in rows else 0
         shapes = [(q, width), (kv, width), (kv, width), (width, q)]
         shapes += [(inner, width), (inner, width), (width, inner)]
         for part, shape in zip(PER_BLOCK, shapes, strict=True):
@@ -166,7 +167,7 @@ def present(i: int | str) -> tuple[str, str]:
     return f"present.{i}.key", f"present.{i}.value"
 
 
-def genai_config(config: Mapping[str, Any], rows: Mapping[str, Kind], graph: str) -> dict[str, Any]:
+def genai_config(config: Mapping[str, Any], rows: Mapping[str, Stored], graph: str) -> dict[str, Any]:
     """genai_config.json for the model in the file `graph`: greedy, unless a generator is told otherwise.
 
     A buffer that past and present share is for an attention that writes into it; ours appends.

@@ -28,12 +28,13 @@ from typing import Any
 
 import torch
 
+from ...dtypes import F32
 from ...errors import FileError
 from ...formats.affine import Affine
-from ...formats.base import FORMATS
+from ...formats.base import Format
 from ...storage.safetensors import Entry
 from ...version import VERSION
-from ..layout import Kind, is_plain
+from ..directory import Stored
 from .decoder import INPUTS, TABLE, Decoder, check_rows, decoder_of, past, present
 
 OPSET, IR = 18, 8  # the first with ReduceMean's axes as an input; what came with it
@@ -46,7 +47,7 @@ END = 2**31 - 1  # of a Slice: to the last
 class Graph:
     """Nodes in order, and the graph's own constants. An operation returns the name of its output."""
 
-    def __init__(self, decoder: Decoder, rows: Mapping[str, Kind]):
+    def __init__(self, decoder: Decoder, rows: Mapping[str, Stored]):
         self.helper, self.types = onnx_helper()
         self.decoder, self.rows = decoder, rows
         self.nodes: list[Any] = []
@@ -92,7 +93,7 @@ class Graph:
 
     def tensor(self, name: str) -> str:
         """A float tensor of the model, in f32."""
-        return self.float(name, self.rows[name][0])
+        return self.float(name, self.rows[name][0].name)
 
     def linear(self, x: str, module: str) -> str:
         """x `(..., k)` -> `(..., n)`, with the module's bias if it has one."""
@@ -102,9 +103,9 @@ class Graph:
     def times(self, x: str, name: str) -> str:
         """x `(..., k)` times the transpose of tensor `name` `(n, k)`."""
         kind, (n, k) = self.rows[name][0], self.rows[name][1]
-        if is_plain(kind):
+        if not isinstance(kind, Format):
             return self.op("MatMul", x, self.op("Transpose", self.tensor(name), perm=[1, 0]))
-        format = FORMATS.get(kind)
+        format = kind
         assert isinstance(format, Affine)
         scale = self.float(f"{name}.scale", str(_SHORT[format.dtype]))
         parts = [f"{name}.codes", scale] + ([f"{name}.zero"] if format.zero == "int" else [])
@@ -195,7 +196,7 @@ def _mlp(g: Graph, x: str, block: str) -> str:
 
 
 def decoder_graph(
-    config: Mapping[str, Any], rows: Mapping[str, Kind], entries: Sequence[Entry], data: str, said: str
+    config: Mapping[str, Any], rows: Mapping[str, Stored], entries: Sequence[Entry], data: str, said: str
 ) -> bytes:
     """The model.onnx of these tensors, whose arrays lie in the file `data` as `entries` say.
 
@@ -205,7 +206,7 @@ def decoder_graph(
     check_rows(decoder, rows)
     g = Graph(decoder, rows)
     x = g.op("Gather", TABLE, "input_ids")
-    x = x if rows[TABLE][0].upper() == "F32" else g.op("Cast", x, to=g.types.FLOAT)
+    x = x if rows[TABLE][0] == F32 else g.op("Cast", x, to=g.types.FLOAT)
     at = _positions(g)
     for i in range(len(decoder.windows)):
         block = f"model.layers.{i}"

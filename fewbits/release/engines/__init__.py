@@ -21,6 +21,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...storage.cache import cache_folder
+
 SCRIPTS = Path(__file__).parent
 
 
@@ -45,9 +47,8 @@ class Engine:
     def interpreter(self) -> str | None:
         """The Python that has the packages; None if none has."""
         if self.apart is not None:
-            cache = Path(os.environ.get("FEWBITS_CACHE", Path.home() / ".cache" / "fewbits"))
             named = os.environ.get(f"FEWBITS_{self.apart.upper().replace('-', '_')}")
-            apart = Path(named or cache / self.apart / "bin" / "python")
+            apart = Path(named or cache_folder() / self.apart / "bin" / "python")
             if apart.exists():
                 return str(apart)
         return sys.executable if all(map(importlib.util.find_spec, self.packages)) else None
@@ -81,7 +82,11 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
     "onnx": (
         Engine("onnxruntime", "run_onnxruntime.py", ("onnxruntime",), "pip install 'fewbits[onnx]'", "onnx"),
     ),
-    "native": (Engine(*_TRANSFORMERS, ("transformers",), "pip install transformers", imports=("fewbits",)),),
+    "native": (
+        Engine(
+            *_TRANSFORMERS, ("transformers",), "pip install transformers", imports=("fewbits.transformers",)
+        ),
+    ),
     "mlx": (Engine("mlx-lm", "run_mlx.py", ("mlx_lm",), "pip install mlx-lm 'mlx[cpu]'", "mlx"),),
     "huggingface": (_FLOATS,),
 }

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -32,18 +32,17 @@ from ...model.sites import Site, sites
 from ...qtensor import QTensor
 from ...train.polish import PolishSettings, polish
 from ..blockstore import BlockStore
-from .job import BlockJob, Told, decoded
-from .settings import Run
+from ..task import Spec, WeightRecord, measured
+from .job import BlockJob, Records, decoded
+from .settings import Note, Run
 from .stages import Batches, quantize_paused, stages_of
 
 Progress = Callable[[str, int, int], None]
-# Kinds of notes that are told once, with their number: "kind: what".
-_COUNTED = ("unseen", "few tokens", "dropped", "scaled", "no pairs")
 
 
 def quantize_blocks(
     run: Run, store: BlockStore, progress: Progress | None = None
-) -> tuple[Checkpoint, Told, tuple[str, ...]]:
+) -> tuple[Checkpoint, Records, tuple[str, ...]]:
     """-> the checkpoint with the weights asked for quantized, what each cost, and notes for the receipt.
 
     Raises CalibrationError naming the block or site for what cannot be calibrated; the blocks that
@@ -54,27 +53,35 @@ def quantize_blocks(
     if not all(store.has(i) for i in range(n)):
         walk.go()
     tensors: dict[str, LazyTensor] = dict(run.checkpoint.tensors)
-    told: Told = {}
-    notes: list[str] = []
+    records: Records = {}
+    notes: list[Note] = []
     for i in range(n):
-        _take(store, i, tensors, told, notes)
+        _take(store, i, tensors, records, notes)
     if run.method.polish:
         if not store.has(n):
             child = replace(run.checkpoint, tensors=dict(tensors))
-            _polish(run, child, told, store, n, progress)
-        _take(store, n, tensors, told, notes)
-    return replace(run.checkpoint, tensors=tensors), told, _gathered(notes)
+            _polish(run, child, records, store, n, progress)
+        _take(store, n, tensors, records, notes)
+    return replace(run.checkpoint, tensors=tensors), records, _gathered(notes)
 
 
-def _take(store: BlockStore, i: int, tensors: dict[str, LazyTensor], told: Told, notes: list[str]) -> None:
+def _take(
+    store: BlockStore, i: int, tensors: dict[str, LazyTensor], records: Records, notes: list[Note]
+) -> None:
     found, kept = store.read(i)
     tensors.update(found)
-    told.update(kept["told"])
-    notes += kept["notes"]
+    records.update({name: WeightRecord.from_dict(row) for name, row in kept["records"].items()})
+    notes += [Note(*note) for note in kept["notes"]]
+
+
+def _kept(records: Records, notes: Sequence[Note]) -> dict[str, Any]:
+    """What the store keeps beside a block's tensors."""
+    rows = {name: record.to_dict() for name, record in records.items()}
+    return {"records": rows, "notes": [[note.text, note.kind] for note in notes]}
 
 
 def _polish(
-    run: Run, child: Checkpoint, told: Told, store: BlockStore, at: int, progress: Progress | None
+    run: Run, child: Checkpoint, records: Records, store: BlockStore, at: int, progress: Progress | None
 ) -> None:
     """Distil scales and norms of the quantized model; kept in the store as one more block."""
     steps = run.method.polish
@@ -82,22 +89,17 @@ def _polish(
     polished = polish(
         run.checkpoint, child, run.tokens.windows, PolishSettings(steps=steps, state=state), progress
     )
-    changed: Told = {}
+    changed: Records = {}
     for name, value in polished.tensors.items():
-        if isinstance(value, QTensor) and name in told:
-            w = run.checkpoint.tensors[name].load()
-            lost = value.format.distortion(w, value)  # type: ignore[arg-type]
-            options = {**told[name]["options"], "polish": steps}
-            changed[name] = told[name] | {
-                "options": options,
-                "lost": [lost.squared, lost.energy, lost.largest],
-                "output": None,
-            }
+        if isinstance(value, QTensor) and name in records:
+            w, old = run.checkpoint.tensors[name].load(), records[name]
+            spec = Spec(value.format, old.algorithm, {**old.options, "polish": steps})
+            changed[name] = replace(measured(w, value, spec, None), tokens=old.tokens)  # type: ignore[arg-type]
     notes = [
         f"polished: KL divergence on held-out windows from {polished.before:.4f} to {polished.after:.4f}",
         *polished.notes,
     ]
-    store.write(at, polished.tensors, {"told": changed, "notes": notes})
+    store.write(at, polished.tensors, _kept(changed, [Note(text) for text in notes]))
 
 
 class _Walk:
@@ -106,7 +108,7 @@ class _Walk:
     def __init__(self, run: Run, store: BlockStore, progress: Progress):
         self.run, self.store, self.progress = run, store, progress
         self.model = BlockModel(run.checkpoint, run.streaming.dtype, run.streaming.device)
-        self.sites = {site.name: site for site in sites(run.checkpoint) if site.name in run.asked}
+        self.sites = {site.name: site for site in sites(run.checkpoint) if site.name in run.specs}
         self.total = sum(_size(site) for site in self.sites.values())
         self.done = 0
         self.seen: set[str] = set()
@@ -178,7 +180,7 @@ class _Walk:
                 job.learn(wanted, cast(Batches, x), cast(Batches, targets))
         if floats is not None and not through:
             advance(reference, floats, floats)
-        self.store.write(i, job.result, {"told": job.told, "notes": job.notes})
+        self.store.write(i, job.result, _kept(job.records, job.notes))
         return job.block, through
 
     def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:
@@ -204,13 +206,12 @@ def _size(site: Site) -> int:
     return site.shape[0] * site.shape[1]
 
 
-def _gathered(notes: Sequence[str]) -> tuple[str, ...]:
-    """Notes that differ; those of a counted kind as one, with the first and their number."""
-    kinds: dict[str, list[str]] = {}
+def _gathered(notes: Sequence[Note]) -> tuple[str, ...]:
+    """Notes that differ; those of a kind as one, with the first and their number."""
+    kinds: dict[Note | str, list[str]] = {}
     for note in notes:
-        kind = note.partition(": ")[0]
-        kinds.setdefault(kind if kind in _COUNTED else note, []).append(note)
+        kinds.setdefault(note.kind or note, []).append(note.text)
     return tuple(
-        rest[0] + (f" (and {len(rest) - 1} more)" if kind in _COUNTED and rest[1:] else "")
-        for kind, rest in kinds.items()
+        texts[0] + (f" (and {len(texts) - 1} more)" if isinstance(kind, str) and texts[1:] else "")
+        for kind, texts in kinds.items()
     )

@@ -5,26 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...calibrate.activations import DEFAULT_LIMIT
 from ...calibrate.tokens import Tokens
 from ...files.checkpoint import Checkpoint
-from ...formats.base import Format
 from ...plan.method import Method
+from ..task import Spec
 
 WIDEST = 64 * 2**20  # bytes
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What one weight is to get."""
-
-    format: Format
-    algorithm: str
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,12 +39,20 @@ class Streaming:
 
 
 @dataclass(frozen=True)
+class Note:
+    """A line for the receipt. kind: of those that stand there once, with their number; None: by itself."""
+
+    text: str
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
 class Run:
-    """A calibrated run: what is asked of each weight, and what it is done with. strict: too few tokens
+    """A calibrated run: what each weight is to get, and what it is done with. strict: too few tokens
     are an error."""
 
     checkpoint: Checkpoint
-    asked: Mapping[str, Asked]
+    specs: Mapping[str, Spec]
     method: Method
     tokens: Tokens
     streaming: Streaming = field(default_factory=Streaming)

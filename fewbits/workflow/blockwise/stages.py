@@ -18,6 +18,7 @@ from ...calibrate.paused import Passes, Paused, observed_groups
 from ...errors import CalibrationError
 from ...model.sites import Site
 from .job import BlockJob
+from .settings import Note
 
 Batches = Sequence[torch.Tensor]  # what Activations are, but for slices
 _EXPERT = re.compile(r"\.experts\.\d+(?=[.:])")
@@ -43,7 +44,7 @@ def quantize_paused(
     unseen = sites.keys() - {name for names in groups for name in names}
     if unseen:
         groups.append(sorted(unseen))
-    job.notes += _differences(groups, sites)
+    job.notes += [Note(text) for text in _differences(groups, sites)]
     stops = {names[0] for names in groups}
     none: tuple[torch.Tensor, ...] = ()
     with Passes(job.block, x, stops) as passes, Passes(reference, floats or none, stops) as others:

@@ -40,23 +40,22 @@ from ...storage.json import parse_json_object, read_json_object, regular_size
 from ...storage.mapped import absurd
 from ...storage.safetensors import DTYPES, MAX_DIMS, Entry
 from ..checkpoint import Checkpoint
-from ..huggingface import describe_files, find_side_files
-from ..integers import integer_name, out_of_order
-from ..layout import (
-    LAYOUTS,
+from ..directory import (
     Array,
-    Decoded,
-    Held,
-    Kind,
-    Layout,
+    Directory,
+    FloatEntry,
     Place,
+    QuantizedEntry,
     Row,
     Shape,
+    Stored,
     arrays_of,
-    is_plain,
     open_tensors,
 )
+from ..filetype import Probe
+from ..huggingface import BIN, INDEX, SINGLE
 from ..native import NATIVE
+from ..side_files import describe_files, find_side_files
 from .decoder import genai_config
 from .graph import TYPES, decoder_graph, onnx_helper
 
@@ -69,18 +68,27 @@ GROUPS = (16, 32, 64, 128, 256)
 GRAPH_LIMIT = 64 * 2**20  # bytes; 126 blocks take less than 2 MiB
 
 
-class Onnx(Layout):
+class Onnx(Directory):
     """int4 and int8 with or without integer zeros, in llama, mistral, qwen2 and qwen3."""
 
     name = "onnx"
+    where = "an onnx directory"
+    engines = ("onnxruntime",)
+    run = "onnxruntime_genai.Model({name!r})        # or onnxruntime, with the inputs of Optimum's exports"
+    library = "onnx"
     weights: ClassVar[str] = DATA
     marks = (GRAPH, GENAI)
 
-    def refusal(self, format: Format) -> str | None:
-        if format.ordered:
-            return out_of_order(self, format)
+    def recognizes(self, probe: Probe) -> bool:
+        weights = (SINGLE, INDEX, BIN, f"{BIN}.index.json")
+        return probe.has("config.json") and probe.has(GRAPH) and not any(map(probe.has, weights))
+
+    def open(self, path: Path) -> Checkpoint:
+        return open_onnx(path)
+
+    def reason(self, format: Format) -> str | None:
         if not isinstance(format, Affine):
-            return f"an onnx file cannot carry {format.name}; the nearest it has is int4_g128"
+            return "it holds int4 and int8, columns in order"
         bits, columns, faults = format.bits, format.cells.columns, []
         if format.zero == "float":
             faults.append("float minima")
@@ -90,13 +98,7 @@ class Onnx(Layout):
             faults.append("less than 8 bits without groups")
         if columns is not None and columns not in GROUPS:
             faults.append(f"groups other than of {', '.join(map(str, GROUPS))} columns")
-        if not faults:
-            return None
-        bits = 4 if bits <= 4 else 8
-        if columns is not None or bits == 4:
-            columns = min(GROUPS, key=lambda known: abs(known - (columns or 128)))
-        near = integer_name(bits, columns, format.zero != "none")
-        return f"an onnx file cannot carry {' or '.join(faults)}; the nearest it has is {near}"
+        return ", ".join(faults) or None
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         assert isinstance(format, Affine)
@@ -136,7 +138,7 @@ class Onnx(Layout):
             planes[plane.name] = part.reshape(rows, -1)[:, :columns].contiguous()
         return QTensor(format, shape, planes)
 
-    def placed(self, rows: Iterable[Row]) -> tuple[bytes, list[Entry]]:
+    def container(self, rows: Iterable[Row]) -> tuple[bytes, list[Entry]]:
         entries, end = [], 0
         for name, dtype, shape in rows:
             nbytes = prod(shape) * DTYPES[dtype.upper()].itemsize
@@ -145,25 +147,25 @@ class Onnx(Layout):
         return b"", entries
 
     def settings(
-        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+        self, rows: Mapping[str, Stored], config: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Mapping[str, Any] | bytes]:
         arrays = [array for name, row in rows.items() for array in arrays_of(self, name, row)]
         quantized = {
-            name: {"format": kind, "shape": list(shape)}
+            name: {"format": kind.name, "shape": list(shape)}
             for name, (kind, shape) in rows.items()
-            if not is_plain(kind)
+            if isinstance(kind, Format)
         }
         said = json.dumps({"version": VERSION, "tensors": quantized})
-        graph = decoder_graph(config, rows, self.placed(arrays)[1], DATA, said)
+        graph = decoder_graph(config, rows, self.container(arrays)[1], DATA, said)
         return {"config.json": config, GENAI: genai_config(config, rows, GRAPH), GRAPH: graph}
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> dict[str, Held | Decoded]:
+    ) -> dict[str, QuantizedEntry | FloatEntry]:
         """config: {"tensors": the rows of the metadata "fewbits"}."""
-        found: dict[str, Held | Decoded] = {}
+        found: dict[str, QuantizedEntry | FloatEntry] = {}
         for name, held in NATIVE.find(config, places, faults).items():
-            fault = self.refusal(held.format) if isinstance(held, Held) else None
+            fault = self.refusal(held.format, held.shape) if isinstance(held, QuantizedEntry) else None
             if fault is None:
                 found[name] = held
             else:
@@ -171,7 +173,7 @@ class Onnx(Layout):
         return found
 
 
-ONNX = LAYOUTS.add("onnx", Onnx())
+ONNX = Onnx()
 
 
 def open_onnx(path: Path) -> Checkpoint:
@@ -194,11 +196,10 @@ def open_onnx(path: Path) -> Checkpoint:
     places = _places(model.graph.initializer, path)
     return Checkpoint(
         path,
-        "huggingface",
+        ONNX,
         open_tensors(ONNX, {"tensors": index["tensors"]}, places, path / GRAPH),
         config,
         side_files=find_side_files(path),
-        metadata={"layout": ONNX.name},
         provenance=describe_files(path, "onnx", [path / name for name in ("config.json", GRAPH, DATA)]),
     )
 

@@ -33,14 +33,22 @@ import torch
 
 from ...errors import FormatError, PlanError, raise_all
 from ...formats.affine import Affine
-from ...formats.base import FORMATS, Format
+from ...formats.base import Format
 from ...formats.floats import NVFP4, Microscaling
 from ...model.fused import fused_groups, mixed_groups
 from ...model.sites import Site, role_of, sites
 from ...qtensor import QTensor
 from ...storage.safetensors import map_tensor
-from ..integers import out_of_order
-from ..layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
+from ..directory import (
+    Array,
+    Directory,
+    FloatEntry,
+    Place,
+    QuantizedEntry,
+    Shape,
+    Stored,
+    module_of,
+)
 from .arrays import ARRAYS, PACK, UNPACK
 from .config import (
     ACTIVATIONS,
@@ -52,12 +60,11 @@ from .config import (
     PACKED,
     Scheme,
     is_e4m3,
-    nearest,
     read_schemes,
     storage_of,
     weights_of,
 )
-from .runtime import cached_by, spoken, step_key
+from .runtime import cached_by, read_runtime, step_key
 
 NEVER = 9  # no integer of ours has so many bits
 INPUTS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
@@ -66,7 +73,7 @@ _NUMBER = re.compile(r"\.\d+")
 
 
 @dataclass(frozen=True)
-class Compressed(Layout):
+class Compressed(Directory):
     """in_bytes: integers of so many bits or more lie in bytes. activations: the scheme they meet, by name.
     kv_cache: that of keys and values."""
 
@@ -75,12 +82,13 @@ class Compressed(Layout):
     kv_cache: str | None = None
     name = METHOD
     method = METHOD
+    engines = ("transformers+compressed-tensors", "vLLM")
 
     @property
     def static(self) -> bool:
         return self.activations is not None and not ACTIVATIONS[self.activations]["dynamic"]
 
-    def told(self, activations: str | None = None, kv_cache: str | None = None) -> Compressed:
+    def with_runtime(self, activations: str | None = None, kv_cache: str | None = None) -> Compressed:
         for what, name, known in (
             ("activations", activations, ACTIVATIONS),
             ("a cache of keys and values in", kv_cache, CACHES),
@@ -90,15 +98,13 @@ class Compressed(Layout):
         integer = activations is not None and ACTIVATIONS[activations]["type"] == "int"
         return replace(self, in_bytes=8 if integer else NEVER, activations=activations, kv_cache=kv_cache)
 
-    def refusal(self, format: Format) -> str | None:
-        if format.ordered:
-            return out_of_order(self, format)
+    def reason(self, format: Format) -> str | None:
         carried = isinstance(format, NVFP4) or is_e4m3(format)
         carried |= isinstance(format, Affine) and format.zero != "float"
         carried |= isinstance(format, Microscaling) and format.element.name in MICROSCALED
         if carried:
             return None
-        return f"a {METHOD} file cannot carry {format.name}; the nearest it has is {nearest(format)}"
+        return "it holds integers with whole zero points, e4m3, MX and NVFP4, columns in order"
 
     def layout_of(self, name: str) -> Compressed:
         """The layout of one weight: what is outside the blocks, and a router, meets activations in float."""
@@ -135,10 +141,10 @@ class Compressed(Layout):
         return (lambda q: (*layout.pack(q), *more)) if more else layout.pack
 
     def settings(
-        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+        self, rows: Mapping[str, Stored], config: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Mapping[str, Any]]:
-        formats = {name: "float" if is_plain(kind) else kind for name, (kind, _) in rows.items()}
-        quantized = {name: FORMATS.get(kind) for name, kind in formats.items() if kind != "float"}
+        quantized = {name: kind for name, (kind, _) in rows.items() if isinstance(kind, Format)}
+        formats = {name: quantized[name].name if name in quantized else "float" for name in rows}
         shapes = {name: SimpleNamespace(shape=shape) for name, (_, shape) in rows.items()}
         found = sites(SimpleNamespace(tensors=shapes, config=config))
         faults = [
@@ -190,24 +196,24 @@ class Compressed(Layout):
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> dict[str, Held | Decoded]:
+    ) -> dict[str, QuantizedEntry | FloatEntry]:
         schemes = read_schemes(config, faults)
         if faults:
             return {}
-        found: dict[str, Held | Decoded] = {}
+        found: dict[str, QuantizedEntry | FloatEntry] = {}
         for module in _modules(places):
             scheme = schemes.of(module)
             if scheme is None or schemes.ignores(module):
                 why = "ignore leaves it in float" if scheme else "no config group has it as a target"
                 faults.append(f"{module}: is quantized, and {why}; the config is of another model")
                 continue
-            held = _held(module, scheme, places, faults)
+            held = _entry(module, scheme, places, faults)
             if held is not None:
                 found[f"{module}.weight"] = held
         return found
 
-    def spoken(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
-        return spoken(config, read_schemes(config, []), _modules(places), places)
+    def read_runtime(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
+        return read_runtime(config, read_schemes(config, []), _modules(places), places)
 
 
 # ---- the config that is written ----------------------------------------------------------------------
@@ -221,7 +227,7 @@ def _pair(about: Mapping[str, Any], kind: str, part: str, name: str) -> Sequence
     return found
 
 
-def _without_steps(rows: Mapping[str, Kind], quantized: Mapping[str, Format]) -> list[str]:
+def _without_steps(rows: Mapping[str, Stored], quantized: Mapping[str, Format]) -> list[str]:
     """Where the steps of a cache have no place: they lie beside quantized k_proj and v_proj."""
     beside = [name for name in rows if step_key(module_of(name)) is not None]
     if not beside:
@@ -245,7 +251,7 @@ def _left(found: Sequence[Site], said: Sequence[str]) -> set[str]:
     return left
 
 
-def _settings(groups: Mapping[str, Sequence[str]], rows: Mapping[str, Kind]) -> dict[str, Any]:
+def _settings(groups: Mapping[str, Sequence[str]], rows: Mapping[str, Stored]) -> dict[str, Any]:
     """groups: a scheme as JSON -> the modules that have it."""
     quantized = {module for modules in groups.values() for module in modules}
     left = [
@@ -300,7 +306,9 @@ def _marks(key: str, place: Place) -> bool:
     )
 
 
-def _held(module: str, scheme: Scheme, places: Mapping[str, Place], faults: list[str]) -> Held | None:
+def _entry(
+    module: str, scheme: Scheme, places: Mapping[str, Place], faults: list[str]
+) -> QuantizedEntry | None:
     scale, shape = places.get(f"{module}.weight_scale"), _shape(module, scheme, places, faults)
     if shape is None:
         return None
@@ -322,7 +330,7 @@ def _held(module: str, scheme: Scheme, places: Mapping[str, Place], faults: list
             format = scheme.format(dtype, ordered=True)
         else:
             extra.append(order)
-    return Held(format, shape, tuple(extra), layout)
+    return QuantizedEntry(format, shape, tuple(extra), layout)
 
 
 def _moves(key: str, columns: int, k: int, places: Mapping[str, Place], faults: list[str]) -> bool:
@@ -364,4 +372,4 @@ def _shape(module: str, scheme: Scheme, places: Mapping[str, Place], faults: lis
     return None
 
 
-LAYOUTS.add(METHOD, Compressed())
+COMPRESSED_TENSORS = Compressed()
