@@ -42,7 +42,7 @@ def rounded_256(x: torch.Tensor) -> torch.Tensor:
 def rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """What the engine does to the inputs of a weight in format `name`."""
     if name in FLOATS:
-        return lambda x: x.to(FLOATS[name]).float()
+        return lambda x: x.to(FLOATS[name].torch).float()
     return rounded_32 if FORMATS.get(name).block == 32 else rounded_256
 
 

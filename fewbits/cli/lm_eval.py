@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(resolve(options.path, options.cache_dir))
     tokenizer = load_tokenizer(checkpoint)
     with torch.no_grad():
-        scores = score(load(checkpoint, FLOATS[options.dtype]), tokenizer, asked)
+        scores = score(load(checkpoint, FLOATS[options.dtype].torch), tokenizer, asked)
     if options.json:
         print(json.dumps([asdict(found) for found in scores]))
     else:

@@ -13,37 +13,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from ..dtypes import DTYPES, DType
+from ..dtypes import BF16, DTYPES, F16, F32, DType
 from ..errors import FormatError
 from ..lazy import torch
-from ..qtensor import Plane, QTensor, torch_dtype
+from ..qtensor import Plane, QTensor
 from ..registry import Registry
 
-# The float types of scales: our name -> torch's.
-SCALE_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+# The number types of scales and of weights that are not quantized, by name.
+FLOATS = {dtype.name: dtype for dtype in (F32, F16, BF16)}
 # Weights encoded at once if rows are independent. A search takes some 100 bytes for each.
 CHUNK = 2**20
-
-
-class FloatTypes(Mapping[str, "torch.dtype"]):
-    """The float types that files, scales and unquantized weights have: name -> torch's type."""
-
-    def __getitem__(self, name: str) -> torch.dtype:
-        return torch_dtype(SCALE_TYPES[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(SCALE_TYPES)
-
-    def __len__(self) -> int:
-        return len(SCALE_TYPES)
-
-
-FLOATS = FloatTypes()
 
 
 class Grid(ABC):

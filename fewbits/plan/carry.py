@@ -106,7 +106,11 @@ def carries_as(file_type: FileType, format: Format) -> str | None:
     where that depends on the numbers; None."""
     if file_type.reason(format) is None:
         return "yes"
-    others = [other for other in map(FORMATS.get, lossless_equivalents(format.name)) if file_type.reason(other) is None]
+    others = [
+        other
+        for other in map(FORMATS.get, lossless_equivalents(format.name))
+        if file_type.reason(other) is None
+    ]
     if not others:
         return None
     sample = format.encode(*_sample())

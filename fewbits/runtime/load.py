@@ -16,7 +16,6 @@ import torch
 
 from ..adapters.hub import resolve
 from ..adapters.transformers import decoded, filled_model, model_config, needed_tensors
-from ..dtypes import DTYPES
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
 from ..files.directory import Stored
@@ -30,7 +29,7 @@ from .register import register
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DTYPES = {dtype: DTYPES[name] for name, dtype in FLOATS.items()}
+_DTYPES = {dtype.torch: dtype for dtype in FLOATS.values()}
 
 
 def load(

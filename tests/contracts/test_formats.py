@@ -79,7 +79,11 @@ def test_a_worse_format_fails_by_its_own_figures(monkeypatch):
     format = FORMATS.get("int4_g32")
     decode = type(format).decode
     monkeypatch.setattr(type(format), "decode", lambda self, q: decode(self, q) * 1.001)
-    assert figures()["int4_g32"]["constant"] < MEASURES["constant"](format) < figures()["int3_g32_actorder_bf16"]["constant"]
+    assert (
+        figures()["int4_g32"]["constant"]
+        < MEASURES["constant"](format)
+        < figures()["int3_g32_actorder_bf16"]["constant"]
+    )
 
 
 def test_a_format_that_refuses_what_it_takes_fails(monkeypatch):

@@ -91,7 +91,7 @@ def tensors_are_what_they_say(transform: Transform, case: Case) -> None:
     for name, tensor in transform(case).tensors.items():
         value = tensor.load()
         assert (tensor.name, tensor.shape, tensor.quantized) == (name, tuple(value.shape), False)
-        assert (FLOATS[tensor.dtype], tensor.nbytes) == (value.dtype, value.nbytes)
+        assert (FLOATS[tensor.dtype].torch, tensor.nbytes) == (value.dtype, value.nbytes)
 
 
 def input_is_left_alone(transform: Transform, case: Case) -> None:
