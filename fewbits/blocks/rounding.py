@@ -16,8 +16,9 @@ from collections.abc import Callable
 
 import torch
 
+from ..dtypes import DTYPES
 from ..files.checkpoint import Checkpoint
-from ..formats import FLOATS, FORMATS
+from ..formats import FORMATS
 
 Change = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -41,8 +42,8 @@ def rounded_256(x: torch.Tensor) -> torch.Tensor:
 
 def rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """What the engine does to the inputs of a weight in format `name`."""
-    if name in FLOATS:
-        return lambda x: x.to(FLOATS[name].torch).float()
+    if name in DTYPES:
+        return lambda x: x.to(DTYPES[name].torch).float()
     return rounded_32 if FORMATS.get(name).block == 32 else rounded_256
 
 

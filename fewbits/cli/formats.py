@@ -10,7 +10,7 @@ from typing import Any
 from ..dtypes import DTYPES, DType
 from ..files.open import FILE_TYPES
 from ..formats import FORMATS
-from ..formats.base import FLOATS, Format, Kind
+from ..formats.base import SCALE_TYPES, Format, Kind
 from ..formats.ggml import Ggml
 from ..plan.carry import carries_as
 from ..plan.mixtures import RECIPES
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     if options.support:
         print(json.dumps(support(), indent=1) if options.json else markdown(support()))
         return 0
-    kinds: list[Kind] = [DTYPES[name] for name in FLOATS]
+    kinds: list[Kind] = [DTYPES[name] for name in SCALE_TYPES]
     rows = [describe(kind) for kind in kinds + [format for _, format in FORMATS.items()]]
     recipes: list[dict[str, Any]] = [
         {"file_type": name, "number": recipe.file_type, "default": recipe.default}

@@ -12,8 +12,9 @@ import torch
 from ..adapters.hub import resolve
 from ..adapters.lm_eval import HarnessRun, score
 from ..adapters.transformers import load_tokenizer
+from ..dtypes import DTYPES
 from ..files.open import open_checkpoint
-from ..formats import FLOATS
+from ..formats.base import SCALE_TYPES
 from ..runtime.load import load
 from ..table import table
 
@@ -37,7 +38,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (default 1)")
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
-    parser.add_argument("--dtype", choices=sorted(FLOATS), default="f32", help="of activations (default f32)")
+    parser.add_argument(
+        "--dtype", choices=sorted(SCALE_TYPES), default="f32", help="of activations (default f32)"
+    )
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
@@ -49,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(resolve(options.path, options.cache_dir))
     tokenizer = load_tokenizer(checkpoint)
     with torch.no_grad():
-        scores = score(load(checkpoint, FLOATS[options.dtype].torch), tokenizer, asked)
+        scores = score(load(checkpoint, DTYPES[options.dtype].torch), tokenizer, asked)
     if options.json:
         print(json.dumps([asdict(found) for found in scores]))
     else:

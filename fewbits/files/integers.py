@@ -16,7 +16,7 @@ from ..core.pack import pack, unpack
 from ..errors import FormatError
 from ..formats.actorder import INDEX, SUFFIX, ActOrder
 from ..formats.affine import Affine
-from ..formats.base import FLOATS, Format
+from ..formats.base import SCALE_TYPES, Format
 from ..qtensor import QTensor
 from .directory import Place
 
@@ -92,4 +92,4 @@ def integer_name(
 def scale_dtype(places: Mapping[str, Place], key: str) -> str:
     """`f16`, `bf16` or `f32`: of the scales a file holds; f16 where they are something else."""
     dtype = places[key].entry.dtype.lower() if key in places else ""
-    return dtype if dtype in FLOATS else "f16"
+    return dtype if dtype in SCALE_TYPES else "f16"

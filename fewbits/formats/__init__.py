@@ -1,10 +1,9 @@
 """What do the bits mean? One module a family; importing this package registers every format."""
 
 from . import actorder, affine, codebook, floats, ggml, iq
-from .base import FLOATS, FORMATS, Distortion, Format, Grid, Kind, kind_of
+from .base import FORMATS, Distortion, Format, Grid, Kind, kind_of
 
 __all__ = [
-    "FLOATS",
     "FORMATS",
     "Distortion",
     "Format",

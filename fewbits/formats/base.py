@@ -23,8 +23,8 @@ from ..lazy import torch
 from ..qtensor import Plane, QTensor
 from ..registry import Registry
 
-# The number types of scales and of weights that are not quantized, by name.
-FLOATS = {dtype.name: dtype for dtype in (F32, F16, BF16)}
+# The number types of scales, by name.
+SCALE_TYPES = tuple(dtype.name for dtype in (F32, F16, BF16))
 # Weights encoded at once if rows are independent. A search takes some 100 bytes for each.
 CHUNK = 2**20
 

@@ -65,7 +65,7 @@ def carried(
         same = tuple(
             other
             for other in map(FORMATS.get, lossless_equivalents(kind.name))
-            if file_type.fits(other, shape)  # what `lossless_equivalents` names may not be whole there
+            if file_type.fits(other, shape)  # what it names may not be whole there
         )
         again = decode
         if again:

@@ -16,20 +16,20 @@ import torch
 
 from ..adapters.hub import resolve
 from ..adapters.transformers import decoded, filled_model, model_config, needed_tensors
+from ..dtypes import dtype_of
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
 from ..files.directory import Stored
 from ..files.huggingface import HUGGINGFACE
 from ..files.native import quantization_config
 from ..files.open import open_checkpoint
-from ..formats.base import FLOATS
 from ..qtensor import QTensor
 from .register import register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DTYPES = {dtype.torch: dtype for dtype in FLOATS.values()}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights
 
 
 def load(
@@ -91,7 +91,7 @@ def model_checkpoint(model: PreTrainedModel) -> tuple[dict[str, str], Checkpoint
     names = file_names(model, state)
     names |= {key: key for key in state if key not in names.values()}
     tensors = {
-        name: LazyTensor(name, tuple(value.shape), _DTYPES[value.dtype], value.nbytes, "memory",
+        name: LazyTensor(name, tuple(value.shape), dtype_of(value.dtype), value.nbytes, "memory",
                          partial(state.__getitem__, key))
         for name, key in names.items() if (value := state[key]).dtype in _DTYPES
     }  # fmt: skip

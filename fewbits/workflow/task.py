@@ -190,7 +190,7 @@ def _piece(
         same = convert_lossless(value, job.kind) if isinstance(job.kind, Format) else None
         if same is not None:
             w = same.decode()
-            spec = Spec(same.format, "recoded", {})
+            spec = Spec(same.format, "lossless", {})
             return same, work.done.get(name) or record_of(spec, Distortion.between(w, w))
         value = value.decode()
     if isinstance(job.kind, DType):

@@ -49,7 +49,7 @@ def rounding_codes(grid: Grid) -> torch.Tensor | None:
 
 
 def every_code(grid: Grid, n: int, k: int) -> torch.Tensor:
-    """`(n, k)` codes among which each that can be stored occurs (random bit patterns for plain floats)."""
+    """`(n, k)` codes among which each that can be stored occurs."""
     generator = torch.Generator().manual_seed(0)
     if grid.vector > 1:  # any bytes are codes
         format = grid.format

@@ -98,7 +98,7 @@ def test_a_refusal_names_what_is_carried_and_taken(layout, format):
         ("gguf", "nf4", "iq4_nl"), ("gguf", "nvfp4", "iq4_nl"), ("gguf", "fp8_e4m3_channel", "q8_0"),
         ("gptq", "q4_k", "int4_g32"), ("gptq", "int4_g64_asym", "int4_g64"),
         ("gptq_v2", "q4_k", "int4_g32_asym"),
-        ("awq", "int8_g128", "int4_g32_asym"), ("bitsandbytes", "int4_g64", "nf4"),
+        ("awq", "int8_g128", "int4_g32"), ("bitsandbytes", "int4_g64", "nf4"),
         ("fp8", "q8_0", "fp8_e4m3_block128"),
         ("mlx", "nf4", "int4_g32"), ("huggingface", "q4_k", "bf16"), ("onnx", "q6_k", "int8_g128"),
     ],

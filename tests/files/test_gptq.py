@@ -151,7 +151,7 @@ def test_one_weight_in_act_order_sets_desc_act(tmp_path):
         ("gptq_v2", "int4_g32_asym_actorder_bf16", "int4_g32_asym"),
         ("gptq", "int4_g32_asym_actorder", "int4_g32"),
         ("awq", "int4_g32_actorder", "int4_g32"),
-        ("awq", "int8_g32_actorder", "int4_g32_asym"),
+        ("awq", "int8_g32_actorder", "int4_g32"),
         ("mlx", "int4_g64_asym_actorder", "int4_g64_asym"),
         ("onnx", "int8_g32_actorder", "int8_g32"),
         ("compressed-tensors", "int8_g32_asym_actorder", "int8_g32_asym"),

@@ -25,7 +25,7 @@ import torch
 from ...errors import FormatError
 from ...formats.actorder import SUFFIX, ActOrder
 from ...formats.affine import Affine
-from ...formats.base import FLOATS, FORMATS, Format
+from ...formats.base import FORMATS, SCALE_TYPES, Format
 from ...formats.floats import ELEMENTS, NVFP4, Microscaling
 from ...formats.levels import ScaledLevels
 from ...model.sites import role_of
@@ -141,8 +141,10 @@ class Scheme:
     def format(self, dtype: str, ordered: bool = False) -> Format:
         """Of weights whose scales are `dtype` (f16 ...), in act order or not; FormatError where we have
         none."""
-        if self.storage in (PACKED, BYTES, FLOAT) and dtype not in FLOATS:
-            raise FormatError(f"its scales are {dtype}; scales of {self.storage} are {', '.join(FLOATS)}")
+        if self.storage in (PACKED, BYTES, FLOAT) and dtype not in SCALE_TYPES:
+            raise FormatError(
+                f"its scales are {dtype}; scales of {self.storage} are {', '.join(SCALE_TYPES)}"
+            )
         if self.storage == TWO_LEVELS:
             return FORMATS.get("nvfp4")
         if self.storage in _MX:
