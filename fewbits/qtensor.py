@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, prod
-from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
+from .dtypes import DTYPES
 from .errors import FormatError, raise_all
 from .lazy import torch
 
@@ -21,17 +21,11 @@ if TYPE_CHECKING:
     from .formats.base import Format
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """ "float16" -> torch.float16."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
 @dataclass(frozen=True)
 class Plane:
     """One array of a format.
 
-    type: the name of a number type of torch, whose bits are its last digits: "uint8", "bfloat16".
+    type: a name of DTYPES: "u8", "f16".
     The weight `(n, k)` is cut into cells of `rows` x `columns`; each cell owns `entries` numbers
     of that type, laid along the last axis:
 
@@ -51,7 +45,7 @@ class Plane:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch_dtype(self.type)
+        return DTYPES[self.type].torch
 
     def shape(self, n: int, k: int) -> tuple[int, ...]:
         if self.flat is not None:
@@ -61,8 +55,7 @@ class Plane:
         return (down, across * self.entries)
 
     def nbytes(self, n: int, k: int) -> int:
-        bits = int(self.type.lstrip(ascii_lowercase))
-        return prod(self.shape(n, k)) * bits // 8
+        return prod(self.shape(n, k)) * DTYPES[self.type].itemsize
 
     def empty(self, n: int, k: int) -> torch.Tensor:
         return torch.empty(self.shape(n, k), dtype=self.dtype)

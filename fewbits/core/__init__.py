@@ -40,7 +40,7 @@ def load() -> ModuleType | None:
     if cap not in ("", *ISAS):
         raise KernelError(f"FEWBITS_ISA={cap} is no instruction set; it may be {', '.join(ISAS)}")
     try:
-        from .. import _core  # type: ignore[attr-defined]
+        from .. import _core
     except ImportError as error:
         warnings.warn(
             f"the C++ core is not there ({error}): the torch twins work, tens of times slower; "

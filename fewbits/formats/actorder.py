@@ -131,7 +131,7 @@ def parse(name: str) -> ActOrder | None:
     dtype = "" if match["dtype"] in (None, "_f16") else match["dtype"]
     plain = parse_affine(match["head"] + dtype)
     assert plain is not None
-    planes = (*plain.planes, Plane(INDEX, "int32", rows=None))
+    planes = (*plain.planes, Plane(INDEX, "i32", rows=None))
     return ActOrder(f"{match['head']}{SUFFIX}{dtype}", 1, planes, plain)
 
 

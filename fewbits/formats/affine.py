@@ -30,9 +30,10 @@ import re
 from dataclasses import dataclass
 
 from ..core.pack import cell, pack, unpack
+from ..dtypes import DTYPES
 from ..lazy import torch
-from ..qtensor import Plane, QTensor, torch_dtype
-from .base import FORMATS, SCALE_TYPES, Format
+from ..qtensor import Plane, QTensor
+from .base import FORMATS, Format
 from .cells import Cells, Choice, choose, tries
 from .grids import AffineGrid, saturate
 from .levels import code_plane
@@ -41,7 +42,7 @@ from .search import fit_affine, fit_symmetric, inverse, lanes, ordered_sum
 
 @dataclass(frozen=True)
 class Affine(Format):
-    """zero: "none" (symmetric), "int" or "float". scale_type: torch's name of the type of scales and minima.
+    """zero: "none" (symmetric), "int" or "float". scale_type: of scales and minima, a name of DTYPES.
     zero_bits: of a stored integer zero."""
 
     bits: int
@@ -52,7 +53,7 @@ class Affine(Format):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch_dtype(self.scale_type)
+        return DTYPES[self.scale_type].torch
 
     @property
     def top(self) -> int:
@@ -174,7 +175,7 @@ def parse(name: str) -> Affine | None:
     match = GRAMMAR.fullmatch(name)
     if match is None:
         return None
-    bits, dtype = int(match["bits"]), SCALE_TYPES[match["dtype"] or "f16"]
+    bits, dtype = int(match["bits"]), match["dtype"] or "f16"
     group = int(match["group"]) if match["group"] else None
     cells = Cells(None if match["whole"] == "tensor" else 1, group)
     canonical = (
@@ -187,7 +188,7 @@ def parse(name: str) -> Affine | None:
     if match["zero"] == "_asym":
         count, words = cell(zero_bits)
         columns = None if group is None else group * count
-        planes.append(Plane("zero", "uint8", cells.rows, columns, words))
+        planes.append(Plane("zero", "u8", cells.rows, columns, words))
     elif match["zero"] == "_asym_float":
         planes.append(Plane("minimum", dtype, cells.rows, cells.columns))
     zero = {None: "none", "_asym": "int", "_asym_float": "float"}[match["zero"]]

@@ -23,8 +23,8 @@ from ..lazy import torch
 from ..qtensor import Plane, QTensor
 from ..registry import Registry
 
-# The float types of scales: our name -> torch's.
-SCALE_TYPES = {dtype.name: dtype.torch_name for dtype in (F32, F16, BF16)}
+# The number types of scales, by name.
+SCALE_TYPES = tuple(dtype.name for dtype in (F32, F16, BF16))
 # Weights encoded at once if rows are independent. A search takes some 100 bytes for each.
 CHUNK = 2**20
 

@@ -31,7 +31,7 @@ from functools import cache, cached_property
 from ..core.pack import pack, unpack
 from ..lazy import torch
 from ..qtensor import Plane, QTensor
-from .base import FORMATS, SCALE_TYPES, Format, Grid
+from .base import FORMATS, Format, Grid
 from .cells import Cells, choose
 from .floats import Element
 from .grids import mean_over_rows, saturate
@@ -345,11 +345,11 @@ def parse_normal(name: str) -> ScaledLevels | None:
     canonical = normal_name(match["levels"], block, match["nested"] is not None)
     shared = (levels, 4, Cells(1, block), (1, 0))
     if match["nested"] is None:
-        planes = (code_plane(4), Plane("absmax", "float32", columns=block))
+        planes = (code_plane(4), Plane("absmax", "f32", columns=block))
         return ScaledLevels(canonical, block, planes, *shared)
-    nested = Plane("nested_absmax", "float32", flat=block * NESTED_BLOCK)
-    offset = Plane("offset", "float32", rows=None, columns=None)
-    absmax = Plane("absmax", "uint8", columns=block)
+    nested = Plane("nested_absmax", "f32", flat=block * NESTED_BLOCK)
+    offset = Plane("offset", "f32", rows=None, columns=None)
+    absmax = Plane("absmax", "u8", columns=block)
     return DoubleQuantized(canonical, block, (code_plane(4), absmax, nested, offset), *shared)
 
 
@@ -367,7 +367,7 @@ def parse_pow2(name: str) -> ScaledLevels | None:
     group = None if match["whole"] else int(match["group"] or 128)
     cells = Cells(None if match["whole"] == "tensor" else 1, group)
     canonical = f"pow2_{bits}_" + (match["whole"] or f"g{group}") + ("" if dtype == "f16" else f"_{dtype}")
-    scale = Plane("scale", SCALE_TYPES[dtype], cells.rows, cells.columns)
+    scale = Plane("scale", dtype, cells.rows, cells.columns)
     element = pow2_element(bits)
     return ScaledLevels(canonical, 1, (code_plane(bits), scale), element.levels, bits, cells)
 
@@ -384,7 +384,7 @@ def parse_kmeans(name: str) -> KMeans | None:
     if match is None:
         return None
     bits, rows = int(match["bits"]), 1 if match["whole"] == "channel" else None
-    table = Plane("table", "float16", rows=rows, columns=None, entries=1 << bits)
+    table = Plane("table", "f16", rows=rows, columns=None, entries=1 << bits)
     return KMeans(name, 1, (code_plane(bits), table), bits, Cells(rows, None))
 
 
@@ -395,5 +395,5 @@ for _name in (
     *(f"kmeans{b}_{c}" for b in (2, 3, 4) for c in ("channel", "tensor")),
 ):
     FORMATS.add(_name, FORMATS.get(_name))
-_rows = (code_plane(8), Plane("absmax", "float32", columns=None))
+_rows = (code_plane(8), Plane("absmax", "f32", columns=None))
 FORMATS.add("int8_absmax", ScaledLevels("int8_absmax", 1, _rows, INT8, 8, Cells(1, None)))

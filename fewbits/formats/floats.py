@@ -32,7 +32,7 @@ from math import floor, log2
 from ..core.pack import pack, unpack
 from ..lazy import torch
 from ..qtensor import Plane, QTensor
-from .base import FORMATS, SCALE_TYPES, Format
+from .base import FORMATS, Format
 from .cells import Cells, choose
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
 from .search import fit_table, inverse
@@ -264,7 +264,7 @@ def parse(name: str) -> ScaledLevels | None:
     default = "f16" if match["group"] else "f32"
     dtype = match["dtype"] or default
     canonical = name.removesuffix(f"_{default}")
-    scale = Plane("scale", SCALE_TYPES[dtype], cells.rows, cells.columns)
+    scale = Plane("scale", dtype, cells.rows, cells.columns)
     return ScaledLevels(canonical, 1, (code_plane(element.bits), scale), element.levels, element.bits, cells)
 
 
@@ -278,7 +278,7 @@ for _name, _element in {
     "mxfp8_e4m3": "e4m3",
     "mxfp8_e5m2": "e5m2",
 }.items():
-    _scale = Plane("scale", "uint8", columns=32)
+    _scale = Plane("scale", "u8", columns=32)
     FORMATS.add(
         _name,
         Microscaling(_name, 32, (code_plane(ELEMENTS[_element].bits), _scale), ELEMENTS[_element]),
@@ -290,8 +290,8 @@ FORMATS.add(
         16,
         (
             code_plane(4),
-            Plane("scale", "uint8", columns=16),
-            Plane("global_scale", "float32", rows=None, columns=None),
+            Plane("scale", "u8", columns=16),
+            Plane("global_scale", "f32", rows=None, columns=None),
         ),
     ),
 )

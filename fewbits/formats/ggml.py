@@ -209,11 +209,11 @@ def group_parameters(fmt: Ggml, values: Values) -> tuple[torch.Tensor, torch.Ten
 
 
 def one_level(name: str, nbytes: int, **row: object) -> Ggml:
-    return Ggml(name, 32, (Plane("blocks", "uint8", columns=32, entries=nbytes),), **row)  # type: ignore[arg-type]
+    return Ggml(name, 32, (Plane("blocks", "u8", columns=32, entries=nbytes),), **row)  # type: ignore[arg-type]
 
 
 def two_level(name: str, nbytes: int, **row: object) -> Ggml:
-    return Ggml(name, 256, (Plane("blocks", "uint8", columns=256, entries=nbytes),), **row)  # type: ignore[arg-type]
+    return Ggml(name, 256, (Plane("blocks", "u8", columns=256, entries=nbytes),), **row)  # type: ignore[arg-type]
 
 
 def iq4_levels() -> Sequence[int]:

@@ -281,7 +281,7 @@ def words(bits: int, *pieces: tuple[str, int, int]) -> Words:
 
 
 def iq(name: str, nbytes: int, group: int, fields: tuple[Field, ...], scales: int = 16, **row: object) -> Iq:
-    planes = (Plane("blocks", "uint8", columns=256, entries=nbytes),)
+    planes = (Plane("blocks", "u8", columns=256, entries=nbytes),)
     return Iq(name, 256, planes, "lattice", group, scale_range=(0, scales - 1), fields=fields, **row)  # type: ignore[arg-type]
 
 

@@ -115,7 +115,7 @@ class LevelGrid(Grid):
 def code_plane(bits: int) -> Plane:
     """The plane of a row's packed codes."""
     columns, entries = cell(bits)
-    return Plane("codes", "uint8", columns=columns, entries=entries)
+    return Plane("codes", "u8", columns=columns, entries=entries)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class TwoPlanes(Format):
         raise NotImplementedError
 
 
-PLANES = (Plane("codes", "uint8", columns=2), Plane("scales", "float16", columns=32))
+PLANES = (Plane("codes", "u8", columns=2), Plane("scales", "f16", columns=32))
 
 
 @pytest.fixture
