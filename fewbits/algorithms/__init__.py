@@ -5,15 +5,16 @@ its keyword arguments are the options that a plan may set. NEEDS says what it mu
 input: "nothing", "mean_square" or "hessian". Without statistics an algorithm that needs them raises
 CalibrationError; nothing falls back in silence.
 
-What they share: `curvature` (the loss, the Hessian and its factor), `sweep` (columns in turn, at the
-speed of matrix products), `descent` (better codes and steps for any QTensor, in closed form).
+What they share: `hessian` (the loss, the Hessian and its factor), `columns` (columns rounded one after the
+other), `blocked` (the same at the speed of matrix products), `descent` (better codes and scales for any
+QTensor, in closed form).
 """
 
 from ..errors import PlanError
 from ..registry import Registry
-from .curvature import CalibrationWarning
 from .descent import descend
 from .gptq import gptq
+from .hessian import CalibrationWarning
 from .hqq import hqq
 from .rtn import rtn
 from .weighted import weighted

@@ -149,7 +149,8 @@ class TableGrid(Grid):
     @cached_property
     def levels(self) -> torch.Tensor:
         """The value of each code up to the largest."""
-        levels = torch.full((int(self.codes.max()) + 1,), float(self.table[self.table.abs().argmin()]))
+        nearest_zero = float(self.table[self.table.abs().argmin()])
+        levels = self.table.new_full((int(self.codes.max()) + 1,), nearest_zero)
         levels[self.codes.long()] = self.table
         return levels
 

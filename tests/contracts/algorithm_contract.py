@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fewbits.algorithms import ALGORITHMS, NEEDS
-from fewbits.algorithms.curvature import loss
+from fewbits.algorithms.hessian import loss
 from fewbits.calibrate.stats import Stats
 from fewbits.errors import CalibrationError, FormatError
 from fewbits.formats import Format
