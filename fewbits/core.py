@@ -29,6 +29,7 @@ from .errors import KernelError
 
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+OWN_MEMORY = (torch.Tensor, torch.nn.Parameter)  # other subclasses may stand for memory elsewhere, or none
 
 # Types whose codes are points of a lattice: levels `(L,)` f32, points `(P, dim)` as indices of levels, and
 # where the search for a step starts, `(s,)` f32. formats/iq.py adds them; `load` gives them to the core.
@@ -176,18 +177,20 @@ def _address(
     """
     if part is None:
         return 0
-    fits = part.device.type == "cpu" and part.layout == torch.strided and part.dtype in dtypes
-    if not fits or not part.is_contiguous() or (shape is not None and part.shape != shape):
+    fits = type(part) in OWN_MEMORY and part.device.type == "cpu" and part.layout == torch.strided
+    fits = fits and part.dtype in dtypes and part.is_contiguous() and shape in (None, part.shape)
+    if not fits:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         strides = part.stride() if part.layout == torch.strided else part.layout
         raise KernelError(
             f"the core takes {what} as a contiguous {wanted} tensor{'' if shape is None else f' {shape}'} on "
-            f"the CPU, not {part.dtype} {tuple(part.shape)} with strides {strides} on {part.device}"
+            f"the CPU, not {type(part).__name__} {part.dtype} {tuple(part.shape)} with strides {strides} on "
+            f"{part.device}"
         )
-    address = part.data_ptr()
-    if not address and part.numel():
-        raise KernelError(f"{what} {tuple(part.shape)} is a tensor without memory ({type(part).__name__})")
-    return address
+    there = part.untyped_storage().nbytes() // part.itemsize - part.storage_offset()
+    if there < part.numel():
+        raise KernelError(f"{what}: {part.numel()} entries in a storage of {there}: its memory was freed")
+    return part.data_ptr()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import gguf
 import torch
 
 from .. import core
+from ..errors import FormatError
 from ..qtensor import Plane, QTensor
 from .base import FORMATS, Distortion, Format, Grid, checked_importance
 from .ggml_fit import exponent_step, fit_values, refit_values
@@ -151,6 +152,8 @@ class Ggml(Format):
 
     def distortion(self, w: torch.Tensor, q: QTensor) -> Distortion:
         blocks = q.planes["blocks"]
+        if w.is_meta or blocks.is_meta:
+            raise FormatError(f"{self.name}: a tensor on the meta device has no values to compare")
         if w.dtype not in core.DTYPES or not core.takes(w, blocks):
             return super().distortion(w, q)
         return Distortion(*core.measure(self.name, w.contiguous(), blocks.contiguous()))

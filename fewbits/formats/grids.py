@@ -148,9 +148,8 @@ class TableGrid(Grid):
 
     @cached_property
     def levels(self) -> torch.Tensor:
-        """The value of each code up to the largest."""
-        nearest_zero = float(self.table[self.table.abs().argmin()])
-        levels = self.table.new_full((int(self.codes.max()) + 1,), nearest_zero)
+        """The value of each code."""
+        levels = self.table[self.table.abs().argmin(0, keepdim=True)].repeat(256)
         levels[self.codes.long()] = self.table
         return levels
 
