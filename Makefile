@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 , = ,
 
-.PHONY: demo test lint engine slow fuzz sanitize clang aarch64 bench bench-methods doors gptqmodel mlx vllm clean
+.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 bench bench-methods doors gptqmodel mlx vllm clean
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -57,7 +57,12 @@ build/driver.expected: CMakeLists.txt $(wildcard csrc/*.* csrc/tests/*)
 # Faults of memory, leaks and undefined behaviour. Of the last the plain C++ shows what there is.
 SANITIZE = -O1 -g1 -fno-sanitize-recover=all -fsanitize=
 sanitize: build/driver.expected
+	$(MAKE) -j2 asan ubsan
+
+asan:
 	$(call driver,asan,-DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS='$(SANITIZE)address',,portable avx2 avx512)
+
+ubsan:
 	$(call driver,ubsan,-DCMAKE_BUILD_TYPE=None -DFEWBITS_PORTABLE=ON \
 		-DCMAKE_CXX_FLAGS='$(SANITIZE)undefined$(,)float-cast-overflow',,portable)
 
