@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 , = ,
 
-.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 bench bench-methods doors gptqmodel mlx vllm clean
+.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 bench bench-methods support gptqmodel mlx vllm clean
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -90,8 +90,8 @@ bench: $(VENV)/engine
 	$(RUN) bench/memory
 
 # Every format through every file type into its engines. GPTQModel, mlx-lm and vLLM have environments apart.
-doors: $(VENV)/engine gptqmodel mlx vllm
-	$(RUN) bench/doors
+support: $(VENV)/engine gptqmodel mlx vllm
+	$(RUN) bench/format_support
 
 # Calibrated quantization against its peers; hours. CALIBRATION="--calibration FILE" and TEXT="--text FILE"
 # name texts; without, the model writes them. An interrupted run goes on with what .bench keeps.

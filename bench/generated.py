@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fewbits.files.safetensors import lay_out
+from fewbits.storage.safetensors import lay_out
 
 Rows = list[tuple[str, tuple[int, ...]]]
 

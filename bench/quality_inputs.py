@@ -22,7 +22,7 @@ import torch
 from fewbits.adapters.hub import resolve
 from fewbits.calibrate.tokens import Tokens, read_tokens
 from fewbits.evaluation import Text, read_text, self_text
-from fewbits.files.base import Checkpoint
+from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
 
 CACHE = Path(os.environ.get("FEWBITS_CACHE", Path.home() / ".cache" / "fewbits"))

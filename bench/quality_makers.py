@@ -17,17 +17,20 @@ import torch
 from quality_inputs import Inputs, say
 from report import peak_of
 
-from fewbits import Plan, Request, Rule, convert, quantize
+from fewbits import Plan, Rule
 from fewbits.adapters.llamacpp import engine_quantize
-from fewbits.blockwise import Streaming
-from fewbits.blockwise.collect import collect
 from fewbits.calibrate.imatrix import gguf_importance, read_imatrix, write_imatrix
-from fewbits.files.base import Checkpoint
-from fewbits.files.layout import is_plain
+from fewbits.files.checkpoint import Checkpoint
+from fewbits.files.directory import is_plain
 from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import sites
 from fewbits.plan.method import EFFORTS
 from fewbits.plan.mixtures import RECIPES
+from fewbits.workflow.blockwise import Streaming
+from fewbits.workflow.blockwise.collect import collect
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 
 BLOCKS = "model.layers.*_proj"  # all linear weights of the blocks
 PEER = Path(__file__).parent / "peers" / "gptqmodel_quantize.py"

@@ -3,34 +3,71 @@ cost, writes the file that the user's runtime loads, and runs it.
 
     import fewbits
 
-    receipt = fewbits.quantize("Llama-3.2-1B", "Llama-3.2-1B-Q4_K_M.gguf", fewbits.Request(to="q4_k_m"))
+    receipt = fewbits.quantize("Llama-3.2-1B", "Llama-3.2-1B-Q4_K_M.gguf", to="q4_k_m")
     print(receipt.table())
+
+A name is imported when it is first used: `import fewbits` alone loads neither torch nor anything else.
 """
 
-import fewbits.threads as _threads  # noqa: F401  before torch
+from __future__ import annotations
 
-from .errors import (
-    CalibrationError,
-    FewbitsError,
-    FileError,
-    FormatError,
-    KernelError,
-    ModelError,
-    PlanError,
-)
-from .evaluation import evaluate
-from .files.base import Checkpoint
-from .files.open import open_checkpoint as open
-from .formats import FORMATS, Format
-from .pipeline import Request, convert, quantize
-from .plan import Plan, Rule
-from .qtensor import Plane, QTensor
-from .report.receipt import Receipt
-from .runtime import load, quantize_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .version import VERSION as __version__
 
+if TYPE_CHECKING:
+    from .calibrate.tokens import Tokens, read_tokens
+    from .errors import (
+        CalibrationError,
+        FewbitsError,
+        FileError,
+        FormatError,
+        KernelError,
+        ModelError,
+        PlanError,
+    )
+    from .evaluation import evaluate
+    from .files.checkpoint import Checkpoint
+    from .files.open import open_checkpoint as open
+    from .formats import FORMATS, Format
+    from .plan import Plan, Rule
+    from .plan.method import EFFORTS, METHODS, Method
+    from .qtensor import Plane, QTensor
+    from .release.receipt import Receipt
+    from .release.verify import verify
+    from .runtime.load import load
+    from .runtime.register import register
+    from .workflow.in_place import quantize_model
+    from .workflow.options import Options
+    from .workflow.quantize import quantize
+    from .workflow.run import convert
+
+_HOMES = {
+    "errors": "CalibrationError FewbitsError FileError FormatError KernelError ModelError PlanError",
+    "evaluation": "evaluate",
+    "calibrate.tokens": "Tokens read_tokens",
+    "files.checkpoint": "Checkpoint",
+    "files.open": "open_checkpoint",
+    "formats": "FORMATS Format",
+    "plan": "Plan Rule",
+    "plan.method": "EFFORTS METHODS Method",
+    "qtensor": "Plane QTensor",
+    "release.receipt": "Receipt",
+    "release.verify": "verify",
+    "runtime.load": "load",
+    "runtime.register": "register",
+    "workflow.in_place": "quantize_model",
+    "workflow.options": "Options",
+    "workflow.quantize": "quantize",
+    "workflow.run": "convert",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
 __all__ = [
+    "EFFORTS",
     "FORMATS",
+    "METHODS",
     "CalibrationError",
     "Checkpoint",
     "FewbitsError",
@@ -38,14 +75,16 @@ __all__ = [
     "Format",
     "FormatError",
     "KernelError",
+    "Method",
     "ModelError",
+    "Options",
     "Plan",
     "PlanError",
     "Plane",
     "QTensor",
     "Receipt",
-    "Request",
     "Rule",
+    "Tokens",
     "__version__",
     "convert",
     "evaluate",
@@ -53,4 +92,20 @@ __all__ = [
     "open",
     "quantize",
     "quantize_model",
+    "read_tokens",
+    "register",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    wanted = "open_checkpoint" if name == "open" else name
+    if name not in __all__ or wanted not in _HOME:
+        raise AttributeError(f"module 'fewbits' has no attribute {name!r}")
+    found = getattr(import_module(f".{_HOME[wanted]}", __name__), wanted)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

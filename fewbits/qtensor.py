@@ -1,8 +1,8 @@
 """QTensor: the one value in which formats, algorithms, files and kernels meet.
 
-A weight `(n, k)` = (out, in) in some format is a handful of arrays, its *planes*: packed codes,
-scales, zero points, codebooks. What each plane is, is data (`Plane`); shapes, bytes, bits per
-weight, validation and the names on disk are all derived from it.
+A weight `(n, k)` = (out, in) in some format consists of a few arrays, its *planes*: packed codes,
+scales, zero points, codebooks. A `Plane` describes one of them; shapes, bytes, bits per weight,
+validation and the names on disk are all derived from these descriptions.
 """
 
 from __future__ import annotations
@@ -10,23 +10,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
+from math import ceil, prod
+from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
-import torch
-
 from .errors import FormatError, raise_all
+from .lazy import torch
 
 if TYPE_CHECKING:
     from .formats.base import Format
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """ "float16" -> torch.float16."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 @dataclass(frozen=True)
 class Plane:
     """One array of a format.
 
+    type: the name of a number type of torch, whose bits are its last digits: "uint8", "bfloat16".
     The weight `(n, k)` is cut into cells of `rows` x `columns`; each cell owns `entries` numbers
-    of `dtype`, laid along the last axis:
+    of that type, laid along the last axis:
 
         shape = (ceil(n / rows), ceil(k / columns) * entries)         None = all rows / all columns
 
@@ -36,11 +43,15 @@ class Plane:
     """
 
     name: str
-    dtype: torch.dtype
+    type: str
     rows: int | None = 1
     columns: int | None = 1
     entries: int = 1
     flat: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.type)
 
     def shape(self, n: int, k: int) -> tuple[int, ...]:
         if self.flat is not None:
@@ -50,10 +61,8 @@ class Plane:
         return (down, across * self.entries)
 
     def nbytes(self, n: int, k: int) -> int:
-        count = 1
-        for size in self.shape(n, k):
-            count *= size
-        return count * self.dtype.itemsize
+        bits = int(self.type.lstrip(ascii_lowercase))
+        return prod(self.shape(n, k)) * bits // 8
 
     def empty(self, n: int, k: int) -> torch.Tensor:
         return torch.empty(self.shape(n, k), dtype=self.dtype)
@@ -61,7 +70,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized weight: a format, the `(n, k)` shape it stands for, and its planes."""
+    """A quantized weight: a format, the `(n, k)` shape of the weight, and its planes."""
 
     format: Format
     shape: tuple[int, int]
@@ -116,10 +125,8 @@ class QTensor:
 
     @staticmethod
     def join_columns(parts: Sequence[QTensor]) -> QTensor:
-        """Weights `(n, k_i)` of one format side by side -> `(n, sum of k_i)`; exact, no plane is recoded.
-
-        Raises FormatError where a plane has cells that do not end between the parts.
-        """
+        """Weights `(n, k_i)` of one format side by side -> `(n, sum of k_i)`. The planes are concatenated, so
+        this is exact. Raises FormatError if a cell of a plane would extend over two parts."""
         format, n = parts[0].format, parts[0].shape[0]
         k = sum(part.shape[1] for part in parts)
         faults = [

@@ -2,9 +2,10 @@
 
 import torch
 
-import fewbits
-from fewbits import Plan, Request, Rule
+from fewbits import Plan, Rule
 from fewbits.files.open import open_checkpoint
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run
 from tests.tiny import save_tiny
 
 IDS = torch.arange(1, 25).reshape(2, 12)
@@ -15,7 +16,7 @@ def quantized(path, architecture="LlamaForCausalLM", to="int4_g128", plan=EVERYT
     """A tiny model's directory, quantized -> the new one."""
     source = save_tiny(architecture, path / "float", **given)
     out = path / ("model.gguf" if file == "gguf" else "quantized")
-    fewbits.quantize(source, out, Request(to=to, plan=plan, file=file))
+    run(source, out, Request(to=to, plan=plan, file=file))
     return out
 
 

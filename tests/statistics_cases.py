@@ -7,7 +7,9 @@ import torch
 
 from fewbits.calibrate.statistics import Statistics, gather, identify
 from fewbits.calibrate.stats import Stats
-from fewbits.files.base import Checkpoint, LazyTensor
+from fewbits.dtypes import F32
+from fewbits.files.checkpoint import Checkpoint, LazyTensor
+from fewbits.files.open import FILE_TYPES
 from fewbits.model.archs import architectures, every_name
 from fewbits.model.sites import sites
 
@@ -40,8 +42,8 @@ def model(name: str = "MixtralForCausalLM", layers: int = 1, hidden: int = 16) -
         "_name_or_path": f"{name}-{layers}x{hidden}",
     }  # fmt: skip
     names = [name for name in every_name(arch, config) if name.endswith("weight")]
-    tensors = {n: LazyTensor(n, _shape(n, hidden), "f32", 0, "", lambda: torch.empty(0)) for n in names}
-    return Checkpoint(Path("nowhere"), "huggingface", tensors, config)
+    tensors = {n: LazyTensor(n, _shape(n, hidden), F32, 0, "", lambda: torch.empty(0)) for n in names}
+    return Checkpoint(Path("nowhere"), FILE_TYPES.get("huggingface"), tensors, config)
 
 
 def _shape(name: str, hidden: int) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from fewbits.activations import (
 from fewbits.activations.mixed import measure, observe
 from fewbits.activations.observers import HALF, divergence, percentile, squared_error
 from fewbits.activations.quantizers import fit, quantize
-from fewbits.adapters.simulate import changed_attention, changed_inputs
+from fewbits.blocks.simulate import changed_attention, changed_inputs
 from fewbits.errors import CalibrationError, ModelError, PlanError
 from fewbits.evaluation import Settings, Simulation, Text, evaluate
 from fewbits.files.open import open_checkpoint

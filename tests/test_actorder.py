@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewbits import Plan, Request, Rule, convert, quantize
-from fewbits.adapters.hf import load_model
+import fewbits.transformers  # noqa: F401  registers native directories
+from fewbits import Plan, Rule
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.errors import FewbitsError
@@ -17,6 +18,9 @@ from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.plan.method import EFFORTS, METHODS
 from fewbits.qtensor import QTensor
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 from tests.packed_models import IDS, auto, logits
 from tests.tiny import CORPUS, VOCAB, change_weights, save_tiny
 

@@ -215,7 +215,7 @@ def test_steps_are_solved(width, ordered, bases):
     gradient = (value - w) @ stats.hessian
     index = (torch.arange(64) // width)[random(64).argsort()] if ordered else None
     ones = torch.ones(5, -(-64 // width))
-    grid = AffineGrid(ones, ones if bases else None, 0, 15, width, 64, index=index)
+    grid = AffineGrid(ones, ones if bases else None, 0, 15, width, 64, torch.float16, index=index)
     step, base = solve_steps(grid, level, gradient, stats.hessian, bases)
     value = value + grid.spread(step, 64) * level
     if bases:

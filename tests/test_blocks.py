@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from fewbits.adapters.block import Block
-from fewbits.adapters.blocks import BlockModel
-from fewbits.adapters.hf import empty_model, load_model
+from fewbits.adapters.transformers import empty_model, load_model
+from fewbits.blocks.block import Block
+from fewbits.blocks.model import BlockModel
 from fewbits.errors import CalibrationError, ModelError
-from fewbits.files.base import Checkpoint
+from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.model.sites import sites
@@ -85,7 +85,7 @@ def test_quantized_tensors_are_decoded_table_of_embeddings_included(opened: Open
     checkpoint = opened("Qwen2ForCausalLM")
     q8_0 = FORMATS.get("q8_0")
     tensors = {
-        name: replace(tensor, load=lambda load=tensor.load: q8_0.encode(load().float()), quantized=True)
+        name: replace(tensor, load=lambda load=tensor.load: q8_0.encode(load().float()), kind=q8_0)
         if len(tensor.shape) == 2
         else tensor
         for name, tensor in checkpoint.tensors.items()

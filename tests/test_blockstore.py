@@ -13,11 +13,12 @@ import torch
 
 from fewbits.calibrate.tokens import Tokens
 from fewbits.errors import FileError
-from fewbits.files.blockstore import BlockStore
 from fewbits.formats import FORMATS
-from fewbits.pipeline import Request, quantize
 from fewbits.plan.method import Method
 from fewbits.qtensor import QTensor
+from fewbits.workflow.blockstore import BlockStore
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import VOCAB, save_tiny
 
 NOTES = {"told": {"a.weight": {"algorithm": "gptq", "lost": [0.5, 1.0, 0.25]}}, "notes": ["a", "ü"]}
@@ -128,10 +129,10 @@ def test_two_runs_of_one_output_exclude_each_other(folder):
 POLISH = 30  # steps: the state is kept after 25
 RUN = """
 import os, signal, sys
-from fewbits.blockwise import job
-from fewbits.files import blockstore
-from fewbits.files.stream import StreamFile
-from fewbits.learn import polish
+from fewbits.workflow.blockwise import job
+from fewbits.workflow import blockstore
+from fewbits.storage.stream import StreamFile
+from fewbits.train import polish
 from tests.test_blockstore import calibrated
 
 source, out, point, after = *sys.argv[1:4], int(sys.argv[4])
@@ -147,7 +148,7 @@ def dying(real):  # the call after `after` others kills when it is done
     return call
 
 if point == "inside":
-    job.quantized = dying(job.quantized)
+    job.task = dying(job.task)
 if point == "unindexed":
     blockstore.write_file_atomic = dying(blockstore.write_file_atomic)
 if point == "between":

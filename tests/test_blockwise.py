@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
-from fewbits.blockwise import Streaming
-from fewbits.blockwise import job as job_module
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.errors import CalibrationError, FewbitsError
 from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import sites
-from fewbits.pipeline import Request, quantize
 from fewbits.plan import Plan
 from fewbits.plan.method import EFFORTS, METHODS, Method
 from fewbits.plan.rules import parse_rule
-from fewbits.report.receipt import Receipt, TensorRow
+from fewbits.release.receipt import Receipt, TensorRow
+from fewbits.workflow.blockwise import Streaming
+from fewbits.workflow.blockwise import job as job_module
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import VOCAB, change_weights, save_tiny
 
 SMALL = {
@@ -248,21 +249,23 @@ def test_a_weight_that_is_not_finite_is_named_and_the_blocks_before_it_are_kept(
 
 
 def test_an_error_that_explodes_names_the_weight_and_the_run_goes_on_from_there(llama, tmp_path, monkeypatch):
-    real = job_module.quantized
+    real = job_module.task
     left = [9]  # of the 14 weights; the tenth is broken
 
-    def breaking(name, w, fmt, method, stats):
+    def breaking(name, w, spec, stats):
         left[0] -= 1
-        return real(name, w * (-100 if left[0] < 0 else 1), fmt, method, stats)
+        q, record = real(name, w, spec, stats)
+        error = record.output if left[0] >= 0 else (1e4 * record.output[1], record.output[1])
+        return q, replace(record, output=error)
 
-    monkeypatch.setattr(job_module, "quantized", breaking)
+    monkeypatch.setattr(job_module, "task", breaking)
     out = tmp_path / "m.gguf"
     with pytest.raises(
         CalibrationError, match=r"layers\.1\.\S+: its output error is \d+\S* times its output"
     ):
         quantize(llama, out, asked("q4_0"))
     assert blocks_of(out) == ["block-0000.json"]
-    monkeypatch.setattr(job_module, "quantized", real)
+    monkeypatch.setattr(job_module, "task", real)
     quantize(llama, out, asked("q4_0"))
     quantize(llama, tmp_path / "fresh.gguf", asked("q4_0"))
     assert out.read_bytes() == (tmp_path / "fresh.gguf").read_bytes()

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
-from fewbits.blockwise import Streaming
-from fewbits.blockwise.collect import collect
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.imatrix import open_statistics
 from fewbits.calibrate.statistics import Statistics, merge
 from fewbits.calibrate.stats import Stats
 from fewbits.calibrate.tokens import read_tokens
 from fewbits.cli.main import main
 from fewbits.files.open import open_checkpoint
-from fewbits.report.receipt import Receipt
+from fewbits.release.receipt import Receipt
+from fewbits.workflow.blockwise import Streaming
+from fewbits.workflow.blockwise.collect import collect
 from tests.statistics_cases import agree
 from tests.tiny import CORPUS, change_weights, save_tiny
 
@@ -180,7 +180,9 @@ def test_an_output_is_replaced_when_asked(model, run):
 
 def test_too_little_disk_for_the_hessians_is_told_before_the_start(model, run, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("fewbits.blockwise.collect.shutil.disk_usage", lambda path: usage(9, 9, 1000))
+    monkeypatch.setattr(
+        "fewbits.workflow.blockwise.collect.shutil.disk_usage", lambda path: usage(9, 9, 1000)
+    )
     code, _, err = run("calibrate", model, *TEXT, "--out", "s.safetensors")
     # twice the triangles of 2 blocks with 3 inputs of 64 columns and one of 96
     needed = 2 * 2 * 4 * (3 * 64 * 65 // 2 + 96 * 97 // 2)

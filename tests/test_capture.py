@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fewbits.adapters.block import Block
-from fewbits.adapters.blocks import BlockModel
+from fewbits.blocks.block import Block
+from fewbits.blocks.model import BlockModel
 from fewbits.calibrate.activations import Activations
 from fewbits.calibrate.capture import PANEL, Capture, FloatStream, add_outer, advance, capture, mirror
 from fewbits.calibrate.stats import Stats

@@ -10,11 +10,11 @@ import pytest
 from fewbits.cli.main import COMMANDS, main
 from fewbits.errors import PlanError
 from fewbits.files.open import open_checkpoint
-from fewbits.report.receipt import Receipt
-from fewbits.verify import Outcome
+from fewbits.release.receipt import Receipt
+from fewbits.release.verify import Outcome
 from tests.tiny import CORPUS, save_tiny
 
-NAMES = [module.__name__.rsplit(".", 1)[-1].replace("_", "-") for module in COMMANDS]
+NAMES = list(COMMANDS)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ MISSING = Outcome("an engine", "not checked", reason="it is not installed (pip i
 def run(capsys, tmp_path, monkeypatch):
     """-> (exit code, stdout, stderr) of a command run in an empty directory. No engine is installed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given: MISSING)
+    monkeypatch.setattr("fewbits.workflow.quantize.verify", lambda *given: MISSING)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -68,7 +68,7 @@ def test_quantize_prints_a_table(model, run):
     code, out, err = run("quantize", model, "--to", "int4_g32", "--no-search", "--threads", 1)
     assert (code, err) == (0, "")
     assert "int4_g32" in out and "bits per weight" in out and out.endswith("wrote tiny-int4_g32\n")
-    assert open_checkpoint(Path("tiny-int4_g32")).kind == "native"
+    assert open_checkpoint(Path("tiny-int4_g32")).file_type.name == "native"
     assert {
         row.options["search"] for row in receipt("tiny-int4_g32/receipt.json").tensors if row.options
     } == {False}
@@ -163,9 +163,9 @@ def test_a_rule_for_experts_that_falls_back_is_told(run, tmp_path):
 ERRORS = {
     "no such model": (["inspect", "none/at/all"], "none/at/all"),
     "no such file": (["inspect", "none.gguf"], "none.gguf: no such file"),
-    "no model": (["inspect", "{here}"], "neither config.json nor fewbits.json"),
+    "no model": (["inspect", "{here}"], "has no config.json"),
     "type": (["quantize", "{model}", "--to", "q4_k_x"], "did you mean q4_k_"),
-    "nothing asked": (["quantize", "{model}"], "--to TYPE, --rule or --plan"),
+    "nothing asked": (["quantize", "{model}"], "--to TYPE"),
     "rule": (["quantize", "{model}", "--rule", "x"], "PATTERN="),
     "rule hits nothing": (["quantize", "{model}", "--to", "q8_0", "--rule", "*.x=q8_0"], "matches no tensor"),
     "no such plan": (["quantize", "{model}", "--plan", "none.toml"], "none.toml: the plan cannot be read"),
@@ -259,7 +259,7 @@ def test_inspect(model, child, run, which):
     assert (code, err) == (0, "")
     found = json.loads(out)
     tensors = open_checkpoint(path).tensors
-    assert found["kind"] == open_checkpoint(path).kind
+    assert found["kind"] == open_checkpoint(path).file_type.name
     assert len(found["tensors"]) == len(tensors)
     assert found["nbytes"] == sum(t.nbytes for t in tensors.values())
     assert {t["type"] for t in found["tensors"]} == {t.dtype for t in tensors.values()} == set(found["types"])
@@ -369,11 +369,11 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
 
 def test_options_add_to_an_effort():
     from fewbits.cli.main import parser
-    from fewbits.cli.method import method_of
+    from fewbits.cli.options import options_of
     from fewbits.plan.method import EFFORTS, METHODS
 
     def method(*arguments: str):
-        return method_of(parser().parse_args(["quantize", "m", "--to", "q4_0", *arguments]))
+        return options_of(parser().parse_args(["quantize", "m", "--to", "q4_0", *arguments])).chosen_method()
 
     assert method() == EFFORTS["good"] and method("--effort", "best") == EFFORTS["best"]
     assert method("--method", "gptq") == METHODS["gptq"] and method("--no-search") == EFFORTS["fast"]

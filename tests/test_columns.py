@@ -93,7 +93,7 @@ CHANGES = {
     "both": "either pivots or old values",
     "neither": "either pivots or old values",
     "group": "not one of 2",
-    "scale": r"scales as a .* not torch.float32 \(2, 7\)",
+    "scale": r"scales as a .* not Tensor torch.float32 \(2, 7\)",
     "levels": r"boundaries .* \(2,\) on",
 }
 

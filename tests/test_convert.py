@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 
-from fewbits import Plan, Request, Rule, convert, quantize
+from fewbits import Plan, Rule
 from fewbits.errors import FewbitsError
 from fewbits.files.open import open_checkpoint
 from fewbits.qtensor import QTensor
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 # Where int4 goes without a change, and what it is called there.
@@ -32,7 +35,7 @@ def model(tmp_path_factory):
 
 
 def values(path):
-    """Decoded weights by name."""
+    """FloatEntry weights by name."""
     found = {}
     for name, tensor in open_checkpoint(path).tensors.items():
         value = tensor.load()
@@ -57,7 +60,7 @@ def test_not_a_value_changes(model, tmp_path, format):
 
 def test_what_cannot_be_exact_is_refused_and_told_when_asked_for(model, tmp_path):
     quantize(model, tmp_path / "k", Request("nf4", file="native"))
-    with pytest.raises(FewbitsError, match="int4_g128"):
+    with pytest.raises(FewbitsError, match="the nearest it can is int4_g32"):
         convert(tmp_path / "k", tmp_path / "g", "gptq")
     assert not (tmp_path / "g").exists()
     receipt = convert(tmp_path / "k", tmp_path / "g", "gptq", requantize=True)
@@ -89,12 +92,10 @@ def test_a_quantized_table_has_no_place_beside_linear_weights(model, tmp_path):
         convert(tmp_path / "m.gguf", tmp_path / "g", "gptq")
 
 
-def test_floats_come_back_when_asked_for(model, tmp_path):
+def test_a_file_type_of_floats_gets_them_decoded(model, tmp_path):
     """The values decoded, in the model's float type: f32 here, so exactly."""
     quantize(model, tmp_path / "n", Request(plan=blocks("q4_0")))
-    with pytest.raises(FewbitsError, match="holds floats only"):
-        convert(tmp_path / "n", tmp_path / "f", "huggingface")
-    convert(tmp_path / "n", tmp_path / "f", "huggingface", requantize=True)
+    convert(tmp_path / "n", tmp_path / "f", "huggingface")
     wanted, found = values(tmp_path / "n"), values(tmp_path / "f")
     assert all(torch.equal(found[name], w) for name, w in wanted.items())
     assert not any(tensor.quantized for tensor in open_checkpoint(tmp_path / "f").tensors.values())

@@ -8,15 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.sampling import draw
+from fewbits.dtypes import F32
 from fewbits.errors import CalibrationError, FewbitsError, FileError, ModelError
 from fewbits.evaluation import Settings, Text, compare, evaluate, self_text
 from fewbits.evaluation.compare import cut
 from fewbits.evaluation.generation import first_divergence, greedy, repetition_loop
 from fewbits.evaluation.scores import compare as compare_scores
 from fewbits.evaluation.scores import fidelity, mean, perplexity
-from fewbits.files.base import LazyTensor
+from fewbits.files.checkpoint import LazyTensor
 from fewbits.files.open import open_checkpoint
 from tests.tiny import save_tiny
 
@@ -44,7 +45,7 @@ def noisy(checkpoint, size, name):
             noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
             return w + size * w.std() * noise if w.ndim == 2 else w
 
-        return LazyTensor(tensor.name, tensor.shape, "f32", tensor.nbytes, tensor.file, load)
+        return LazyTensor(tensor.name, tensor.shape, F32, tensor.nbytes, tensor.file, load)
 
     tensors = {key: changed(tensor) for key, tensor in checkpoint.tensors.items()}
     return replace(checkpoint, tensors=tensors, path=checkpoint.path.with_name(name))

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fewbits.activations import CACHES, Cache, attention
 from fewbits.activations.kv_cache import per_channel, per_token, quantize_dequantize
-from fewbits.adapters.simulate import changed_attention
+from fewbits.blocks.simulate import changed_attention
 from fewbits.errors import ModelError
 from fewbits.evaluation import Settings, Simulation, Text, evaluate
 from fewbits.files.open import open_checkpoint

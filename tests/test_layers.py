@@ -1,7 +1,6 @@
 """The house: docs/architecture.md draws what each room may import, and this holds every import to it."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import fewbits
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fewbits"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+SMALL = ("registry", "qtensor", "table", "core", "formats", "model", "storage")
+LARGE = ("torch", "numpy", "gguf", "transformers")
 OUTSIDE = ("transformers", "llama_cpp", "huggingface_hub", "tokenizers", "sentencepiece")
 
 
@@ -56,8 +57,8 @@ def imports(module: str) -> tuple[set[str], set[str]]:
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [str(node.module)]
+        elif isinstance(node, ast.ImportFrom) and (not node.level or node.module == "lazy"):
+            names = [str(node.module)] if not node.level else [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             at = [*Path(module).parent.parts][: 1 + len(Path(module).parent.parts) - node.level]
             inner = (
@@ -72,7 +73,7 @@ def imports(module: str) -> tuple[set[str], set[str]]:
                 ours.add(rest.split(".")[0])
             else:
                 others.add(top)
-    compiled = {"_core"} if module == "core.py" else set()
+    compiled = {"_core"} if room_of(module) == "core" else set()
     return ours - {room_of(module)} - compiled, others - sys.stdlib_module_names - {"torch", "__future__"}
 
 
@@ -97,20 +98,21 @@ def test_a_room_uses_what_it_may_import_and_names_rooms_above(room: str) -> None
     assert allowed <= set(list(ROOMS)[: list(ROOMS).index(room)])
 
 
-HOOKS = "adapters/hf_quantizer.py"
+HOOKS = "runtime/hf_quantizer.py"
 
 
-def test_only_two_modules_import_transformers() -> None:
+def test_few_modules_import_transformers() -> None:
     """Of ours: what runs in an engine's own process is that engine's."""
-    ours = [module for module in MODULES if room_of(module) != "engines"]
-    assert [m for m in ours if "transformers" in imports(m)[1]] == ["adapters/hf.py", HOOKS]
+    ours = [module for module in MODULES if "/engines/run_" not in module]
+    found = {m for m in ours if "transformers" in imports(m)[1]}
+    assert found == {"adapters/transformers.py", "runtime/load.py", HOOKS}
 
 
 def test_importing_every_module_loads_no_outside_system() -> None:
     """Each is loaded by the first function that needs it: the package itself imports in a second or two.
 
     HOOKS is not tried: its classes derive from transformers' own, and none but register.py imports it."""
-    tried = [module for module in MODULES if module != HOOKS]
+    tried = [module for module in MODULES if module not in (HOOKS, "transformers.py")]
     names = [f"fewbits.{module.removesuffix('.py').replace('/', '.')}" for module in tried]
     names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
     names = [name for name in names if ".engines.run_" not in name]
@@ -119,7 +121,24 @@ def test_importing_every_module_loads_no_outside_system() -> None:
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) not in ("cli", "engines")])
+def test_formats_and_structure_load_nothing_large() -> None:
+    """Listing formats and reading a header begin at once: torch alone takes a second or two to import."""
+    names = [
+        f"fewbits.{module.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
+        for module in MODULES
+        if room_of(module) in SMALL and module != "storage/safetensors.py"
+    ]
+    code = (
+        "import sys, types; package = sys.modules['fewbits'] = types.ModuleType('fewbits'); "
+        f"package.__path__ = [{str(PACKAGE)!r}]; import {', '.join(names)}; "
+        "from fewbits.formats import FORMATS; [f.bits_per_weight() for _, f in FORMATS.items()]; "
+        f"print(*[name for name in {LARGE} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) != "cli" and "/engines/" not in m])
 def test_only_the_command_line_prints(module: str) -> None:
     said = [
         ast.unparse(node)
@@ -130,15 +149,20 @@ def test_only_the_command_line_prints(module: str) -> None:
 
 
 def test_public_names_are_listed_and_there() -> None:
-    exported = {
+    """`from fewbits import *`, what a type checker sees, and what is there are one list."""
+    checked = {
         alias.asname or alias.name
-        for node in tree(PACKAGE / "__init__.py").body
-        if isinstance(node, ast.ImportFrom)
+        for node in ast.walk(tree(PACKAGE / "__init__.py"))
+        if isinstance(node, ast.ImportFrom) and node.level
         for alias in node.names
     }
-    assert sorted(fewbits.__all__) == sorted(exported) and all(hasattr(fewbits, name) for name in exported)
-    exposed = {name for name in vars(fewbits) if not name.startswith("_")}
-    assert exposed - exported <= {room_of(module) for module in MODULES}  # submodules, by being imported
+    assert sorted(fewbits.__all__) == sorted(checked) and all(hasattr(fewbits, n) for n in fewbits.__all__)
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys; before = set(sys.modules); import fewbits; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {name.split(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names == {"fewbits"}
 
 
 SOURCES = sorted(
@@ -169,7 +193,8 @@ def test_documents_name_files_that_exist() -> None:
     """Every path in the table of new things, and every test named as a proof."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     named = re.findall(
-        r"`((?:tests|csrc|bench|files|formats|model|plan|adapters|evaluate|cli|algorithms)/[\w/.]*)`", text
+        r"`((?:tests|csrc|bench|files|formats|model|plan|adapters|evaluation|cli|algorithms|workflow|release|runtime|train)/[\w/.]*)`",
+        text,
     )
     homes = (ROOT, PACKAGE)
     missing = {
@@ -180,12 +205,7 @@ def test_documents_name_files_that_exist() -> None:
     assert len(named) > 30 and missing == set()
 
 
-@pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_waiting_threads_sleep_unless_told_otherwise(given: str | None) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
-    code = "import fewbits, os; print(os.environ['OMP_WAIT_POLICY'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout.strip() == (given or "PASSIVE")
+def test_importing_the_package_changes_nothing_outside_it() -> None:
+    """Neither the environment, which other programs inherit, nor how torch's threads wait."""
+    code = "import os; before = dict(os.environ); import fewbits; assert dict(os.environ) == before"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from fewbits.adapters.blocks import BlockModel
 from fewbits.algorithms.gptq import gptq
+from fewbits.blocks.model import BlockModel
 from fewbits.calibrate.stats import Stats
 from fewbits.errors import CalibrationError
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
-from fewbits.learn.rounding import EFFORTS, NEAR, REACH, Offset, RoundingSettings, learn_block
-from fewbits.learn.ste import GridLinear, straight_through
 from fewbits.model.sites import sites
 from fewbits.qtensor import QTensor
+from fewbits.train.rounding import EFFORTS, NEAR, REACH, Offset, RoundingSettings, learn_block
+from fewbits.train.ste import GridLinear, straight_through
 from tests.tiny import VOCAB, save_tiny
 
 GRIDS = (

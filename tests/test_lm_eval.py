@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewbits import Plan
-from fewbits.adapters.hf import load_model, load_tokenizer
+from fewbits.adapters.transformers import load_model, load_tokenizer
 from fewbits.cli.main import main
 from fewbits.files.open import open_checkpoint
 from tests.packed_models import quantized

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from fewbits.calibrate.stats import Stats
+from fewbits.dtypes import F32
 from fewbits.errors import CalibrationError, ModelError
-from fewbits.files.base import Checkpoint, LazyTensor
+from fewbits.files.checkpoint import Checkpoint, LazyTensor
+from fewbits.files.open import FILE_TYPES
+from fewbits.formats import kind_of
 from fewbits.transforms import Pair, applied, apply, checked, find_pairs, rescaled, scaled
 from fewbits.transforms.check import TOLERANCE
 from fewbits.transforms.pairs import WIDEST, Rows, Vector, settled
@@ -35,8 +38,8 @@ def block_of(*extra: dict, without: tuple[str, ...] = (), **config: object) -> C
     for seed, (name, shape) in enumerate(shapes.items()):
         value = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         full = f"model.layers.0.{name}"
-        tensors[full] = LazyTensor(full, shape, "f32", value.nbytes, "", lambda value=value: value)
-    return Checkpoint(Path("made-up"), "huggingface", tensors, {**CONFIG, **config})
+        tensors[full] = LazyTensor(full, shape, F32, value.nbytes, "", lambda value=value: value)
+    return Checkpoint(Path("made-up"), FILE_TYPES.get("huggingface"), tensors, {**CONFIG, **config})
 
 
 def found(checkpoint: Checkpoint) -> dict[str, list[str]]:
@@ -155,7 +158,7 @@ def test_rescaled_statistics_are_those_of_the_scaled_input() -> None:
 def test_vectors_that_are_quantized_are_refused() -> None:
     checkpoint = block_of()
     norm = "model.layers.0.input_layernorm.weight"
-    tensors = {**checkpoint.tensors, norm: replace(checkpoint.tensors[norm], dtype="q8_0")}
+    tensors = {**checkpoint.tensors, norm: replace(checkpoint.tensors[norm], kind=kind_of("q8_0"))}
     with pytest.raises(ModelError, match="stored as q8_0"):
         find_pairs(replace(checkpoint, tensors=tensors))
 
@@ -163,7 +166,7 @@ def test_vectors_that_are_quantized_are_refused() -> None:
 def test_quantized_weights_are_not_rewritten() -> None:
     checkpoint = block_of()
     down = "model.layers.0.mlp.down_proj.weight"
-    tensors = {**checkpoint.tensors, down: replace(checkpoint.tensors[down], dtype="q4_0", quantized=True)}
+    tensors = {**checkpoint.tensors, down: replace(checkpoint.tensors[down], kind=kind_of("q4_0"))}
     checkpoint = replace(checkpoint, tensors=tensors)
     (pair,) = [pair for pair in find_pairs(checkpoint) if down in pair.consumers]
     with pytest.raises(ModelError, match=r"down_proj.* as q4_0"):

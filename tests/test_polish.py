@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.transformers import load_model
 from fewbits.errors import CalibrationError, FileError
-from fewbits.files.base import Checkpoint, LazyTensor
+from fewbits.files.checkpoint import Checkpoint, LazyTensor
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
-from fewbits.learn.halves import Halves
-from fewbits.learn.polish import Polished, PolishSettings, polish
 from fewbits.model.sites import sites
 from fewbits.qtensor import QTensor
+from fewbits.train.halves import Halves
+from fewbits.train.polish import Polished, PolishSettings, polish
 from tests.tiny import MODELS, VOCAB, save_tiny, tiny_model
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "moe_intermediate_size": 32}
@@ -33,14 +33,13 @@ def holding(checkpoint: Checkpoint, values: Mapping[str, Value]) -> Checkpoint:
     """The same checkpoint with some tensors replaced."""
     tensors = dict(checkpoint.tensors)
     for name, value in values.items():
-        quantized = isinstance(value, QTensor)
-        dtype = value.format.name if isinstance(value, QTensor) else tensors[name].dtype
+        kind = value.format if isinstance(value, QTensor) else tensors[name].kind
 
         def load(value: Value = value) -> Value:
             return value
 
         shape = tuple(value.shape)
-        tensors[name] = LazyTensor(name, shape, dtype, value.nbytes, "memory", load, quantized)
+        tensors[name] = LazyTensor(name, shape, kind, value.nbytes, "memory", load)
     return replace(checkpoint, tensors=tensors)
 
 

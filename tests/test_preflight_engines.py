@@ -6,11 +6,12 @@ from itertools import product
 import pytest
 
 from fewbits.errors import PlanError
-from fewbits.files.open import open_checkpoint
+from fewbits.files.open import FILE_TYPES, open_checkpoint
+from fewbits.formats import kind_of
 from fewbits.model.fused import fused_groups, mixed_groups
 from fewbits.model.sites import Site, sites
 from fewbits.preflight import engines
-from fewbits.preflight.engines import Output, verdicts
+from fewbits.preflight.engines import Seen, verdicts
 from tests.tiny import save_tiny
 
 # Fused groups
@@ -49,13 +50,19 @@ def test_a_group_is_mixed_exactly_if_two_formats_meet(formats):
 # Engines
 
 
-def output(**given) -> Output:
-    base = Output("gguf", None, {"model_type": "llama"}, "llama", frozenset({"q8_0", "f32"}), True)
+def kinds(*names):
+    return frozenset(map(kind_of, names))
+
+
+def output(**given) -> Seen:
+    base = Seen("gguf", ("llama.cpp",), None, {"model_type": "llama"}, "llama", kinds("q8_0", "f32"))
+    if "file" in given:
+        given["engines"] = FILE_TYPES.get(given["file"]).engines if given["file"] in FILE_TYPES else ()
     return replace(base, **given)
 
 
 def verdict(engine: str, version: str | None, **given) -> engines.Verdict:
-    return next(v for v in verdicts(output(**given), {engine: version}) if v.engine == engine)
+    return next(v for v in verdicts(output(**given), {engine: version}) if v.engine.lower() == engine)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +72,8 @@ def verdict(engine: str, version: str | None, **given) -> engines.Verdict:
         ("b4000", {"gguf": "qwen3"}, False),
         ("b5100", {"gguf": "qwen3"}, None),
         ("b5220", {"gguf": "qwen3"}, True),
-        ("b6000", {"types": frozenset({"mxfp4_ggml"})}, False),
-        ("b6097", {"types": frozenset({"mxfp4_ggml"})}, True),
+        ("b6000", {"kinds": kinds("mxfp4_ggml")}, False),
+        ("b6097", {"kinds": kinds("mxfp4_ggml")}, True),
         ("0.3.8", {"gguf": "qwen3"}, False),
         ("0.3.36", {"gguf": "qwen3"}, True),
         ("b9999", {"file": "native"}, False),
@@ -84,7 +91,7 @@ def test_llamacpp_by_version(version, given, loads):
         ({}, True, "to float"),
         ({"gguf": "unheard"}, False, "unheard"),
         ({"config": {"model_type": "unheard"}}, False, "'unheard'"),
-        ({"file": "native", "quantized": False}, True, "in float"),
+        ({"file": "native", "kinds": kinds("f32")}, True, "in float"),
         ({"file": "native"}, False, "native"),
         ({"file": "x", "method": "unheard"}, False, "'unheard'"),
     ],
@@ -107,7 +114,7 @@ def test_transformers_names_the_packages_it_lacks(monkeypatch, present):
 
 def test_vllm_wants_its_file_types_and_equal_groups():
     mixed = mixed_groups([site("q", "q", "a:in"), site("k", "k", "a:in")], {"q": "x", "k": "y"})
-    gptq = {"file": "gptq", "method": "gptq", "types": frozenset({"int4_g64", "bf16"})}
+    gptq = {"file": "gptq", "method": "gptq", "kinds": kinds("int4_g64", "bf16")}
     assert verdict("vllm", "0.33", **gptq).loads is None
     assert verdict("vllm", "0.33", file="native").loads is False
     refused = verdict("vllm", "0.33", **gptq, mixed=mixed)
@@ -116,7 +123,7 @@ def test_vllm_wants_its_file_types_and_equal_groups():
 
 @pytest.mark.parametrize("kind", ["int3_g64", "int4_g64_asym", "int4_g64_actorder"])
 def test_vllm_lacks_some_formats_of_a_file_type(kind):
-    given = {"file": "gptq_v2", "method": "gptq", "types": frozenset({kind, "bf16"})}
+    given = {"file": "gptq_v2", "method": "gptq", "kinds": kinds(kind, "bf16")}
     found = verdict("vllm", "0.33.0", **given)
     assert found.loads is False and f"has no {kind} in gptq files" in found.why
     assert verdict("vllm", "0.9", **given).loads is None

@@ -7,8 +7,8 @@ import torch
 
 import fewbits
 from fewbits import Plan, Rule
-from fewbits.adapters.packed import packed_modules
 from fewbits.errors import ModelError, PlanError
+from fewbits.runtime.packed import packed_modules
 from tests.packed_models import auto, logits, planes, quantized
 from tests.tiny import save_tiny, tiny_model
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbits.errors import FileError
-from fewbits.report.receipt import FileDigest, Receipt, TensorRow
-from fewbits.report.table import size, table
+from fewbits.release.receipt import FileDigest, Receipt, TensorRow
+from fewbits.table import size, table
 
 text = st.text(st.characters(codec="utf-8"), max_size=8)
 number = st.floats(allow_nan=False, allow_infinity=False, min_value=0)

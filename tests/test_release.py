@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from fewbits import Request, quantize
-from fewbits.audit import audit
 from fewbits.cli.main import main
 from fewbits.errors import FileError
 from fewbits.files.open import open_checkpoint
-from fewbits.release import card_path, finished, measured, push, read_receipt
-from fewbits.report.card import front_matter
-from fewbits.verify import Outcome
+from fewbits.release.audit import audit
+from fewbits.release.card import front_matter
+from fewbits.release.publish import card_path, finished, measured, push, read_receipt
+from fewbits.release.verify import Outcome
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 SAID = "---\nlicense: apache-2.0\nbase_model: org/base\ntags:\n- x\n---\n# Parent\n"
@@ -116,7 +117,8 @@ def test_a_name_that_is_none_is_refused(parent, output):
 
 @pytest.mark.parametrize(("outcome", "code"), [(SAME, 0), (replace(SAME, verdict="differs", kl=5.0), 4)])
 def test_the_engine_has_the_last_word(parent, tmp_path, monkeypatch, capsys, outcome, code):
-    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given: outcome)
+    for module in ("fewbits.cli.verify", "fewbits.workflow.quantize"):
+        monkeypatch.setattr(f"{module}.verify", lambda *given: outcome)
     out, again = tmp_path / "m.gguf", tmp_path / "again.gguf"
     assert main(["quantize", str(parent.path), "--to", "q8_0", "--effort", "fast", "--out", str(out)]) == code
     assert outcome.line() in capsys.readouterr().err

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits import jobs
 from fewbits.errors import FewbitsError, FileError, FormatError
 from fewbits.files.open import open_checkpoint
-from fewbits.pipeline import Request, convert, quantize
-from fewbits.report.receipt import Receipt
+from fewbits.release.receipt import Receipt
+from fewbits.workflow import task as jobs
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 from tests.tiny import change_weights, save_tiny
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -25,8 +27,9 @@ OUTPUTS = {"gguf": ("m.gguf", "q4_k_m"), "native": ("n", "nf4")}
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from fewbits import pipeline
-from fewbits.files.stream import StreamFile
+from fewbits.workflow import run as pipeline
+from fewbits.workflow.request import Request
+from fewbits.storage.stream import StreamFile
 
 source, out, to, point, after = *sys.argv[1:5], int(sys.argv[5])
 
@@ -59,7 +62,7 @@ def half_written(self, name, chunks, note=None):
 
 StreamFile.write = {"inside": half_written, "entry": dying(real_write)}.get(point, real_write)
 if point == "synced":  # the journal is written at every entry
-    import fewbits.files.stream as stream
+    import fewbits.storage.stream as stream
     stream.SYNC_BYTES = 1
     StreamFile.write = dying(real_write)
 if point == "renamed":
@@ -67,11 +70,11 @@ if point == "renamed":
 if point == "receipt":
     pipeline.write_atomic = dying(pipeline.write_atomic, before=True)
 if point == "side":
-    import fewbits.files.target as target
+    import fewbits.files.directory as target
     target.write_atomic = dying(target.write_atomic)
 if point == "journal":
     StreamFile.close_journal = dying(StreamFile.close_journal, before=True)
-pipeline.quantize(source, out, pipeline.Request(to))
+pipeline.run(source, out, Request(to))
 """
 POINTS = {
     "gguf": [("entry", 0), ("synced", 5), ("inside", 3), ("renamed", 0), ("receipt", 0), ("journal", 0)],
@@ -159,13 +162,13 @@ def test_what_is_done_is_not_done_again(model, tmp_path, monkeypatch):
     killed(model, tmp_path, "gguf", "synced", 5)
     done = [json.loads(line)["name"] for line in (tmp_path / "m.gguf.journal").read_text().splitlines()[1:]]
     encoded: list[str] = []
-    real = jobs._encode
+    real = jobs._piece
 
     def encode(name, *rest):
         encoded.append(name)
         return real(name, *rest)
 
-    monkeypatch.setattr(jobs, "_encode", encode)
+    monkeypatch.setattr(jobs, "_piece", encode)
     receipt = quantize(model, tmp_path / "m.gguf", Request("q4_k_m"))
     assert len(done) == 6
     assert encoded == [row.name for row in receipt.tensors if row.gguf_name not in done]
@@ -297,7 +300,7 @@ def test_too_little_disk_is_told_before_the_start(model, tmp_path, kind, monkeyp
 def test_a_disk_that_fills_meanwhile_leaves_a_run_to_be_continued(model, whole, tmp_path):
     code = (
         "import resource, signal, sys\n"
-        "from fewbits.pipeline import Request, quantize\n"
+        "from fewbits.workflow.request import Request\nfrom fewbits.workflow.run import run as quantize\n"
         "from fewbits.errors import FileError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))\n"
@@ -334,7 +337,7 @@ def test_an_index_of_the_old_output_never_stands_beside_new_weights(model, tmp_p
     """nf4 and fp4 have the same planes: the old index would read the new codes as the wrong numbers."""
     quantize(model, tmp_path / "n", Request("fp4"))
     monkeypatch.setitem(quantize.__globals__, "write_atomic", None)
-    monkeypatch.setattr("fewbits.files.target.copy_side_files", interrupted)
+    monkeypatch.setattr("fewbits.files.directory.copy_side_files", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(model, tmp_path / "n", Request("nf4", overwrite=True))
     assert not (tmp_path / "n/fewbits.json").exists()

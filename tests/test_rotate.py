@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fewbits.errors import ModelError
-from fewbits.files.base import Checkpoint
+from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
+from fewbits.formats import kind_of
 from fewbits.transforms import rotate
 from fewbits.transforms.hadamard import hadamard, rotation
 
@@ -186,13 +187,11 @@ NORM, Q = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_p
         (with_tensor(NORM.replace("input", "post_feedforward"), NORM), "before the residual sum"),
         (with_tensor(Q.replace("q_proj", "g_proj"), Q), r"g_proj.weight: how it meets the residual"),
         (
-            lambda c: replace(c, tensors={Q: replace(c.tensors[Q], quantized=True)}),
+            lambda c: replace(c, tensors={Q: replace(c.tensors[Q], kind=kind_of("q4_0"))}),
             "norm before .* not found",
         ),
         (
-            lambda c: replace(
-                c, tensors={**c.tensors, Q: replace(c.tensors[Q], dtype="q4_0", quantized=True)}
-            ),
+            lambda c: replace(c, tensors={**c.tensors, Q: replace(c.tensors[Q], kind=kind_of("q4_0"))}),
             "q_proj.* as q4_0; rewrite the float model",
         ),
     ],

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fewbits.adapters import smollm2
-from fewbits.adapters.hf import load_model, load_tokenizer
 from fewbits.adapters.smollm2 import orthogonal_blocks, take_off_grid, turn_columns
+from fewbits.adapters.transformers import load_model, load_tokenizer
 from fewbits.errors import FileError
-from fewbits.files.gguf_model import open_gguf
+from fewbits.files.gguf.model import open_gguf
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from tests.tiny import bpe_tokenizer, save_tiny, tiny_model, write_float_gguf

@@ -22,8 +22,8 @@ from fewbits.calibrate.stats import Stats
 from fewbits.calibrate.store import load_statistics, save_statistics
 from fewbits.errors import CalibrationError, FileError
 from fewbits.files.open import open_checkpoint
-from fewbits.files.safetensors import lay_out, read_header
 from fewbits.model.sites import sites
+from fewbits.storage.safetensors import lay_out, read_header
 from tests.statistics_cases import MIXTRAL, ROUNDING, SMALL, agree, model, seen_of
 from tests.tiny import save_tiny, write_float_gguf
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fewbits.adapters.hf import load_model, load_tokenizer
+from fewbits.adapters.transformers import load_model, load_tokenizer
 from fewbits.calibrate import documents, sampling, tokens
 from fewbits.calibrate.documents import parse_dataset, read_characters, read_json_lines
 from fewbits.calibrate.sampling import LOOP, NGRAM, Documents, Heads, sample, write_rows

@@ -9,14 +9,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fewbits.activations import CACHES, attention
 from fewbits.activations.kv_cache import ranges, to_e4m3
-from fewbits.adapters.hf import load_model
-from fewbits.adapters.simulate import changed_attention
+from fewbits.adapters.transformers import load_model
+from fewbits.blocks.simulate import changed_attention
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.errors import CalibrationError, FewbitsError, PlanError
 from fewbits.evaluation import Settings, Simulation, Text, evaluate
 from fewbits.files.open import open_checkpoint
-from fewbits.pipeline import Request, convert, quantize
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny, tiny_model
 
 WINDOWS = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(0))
@@ -108,7 +110,7 @@ def test_what_is_not_kept_is_a_note(source, tmp_path):
     assert any("activations in int8_dynamic: not kept" in note for note in notes)
     assert any("kv_cache in fp8: not kept" in note for note in notes)
     notes = convert(first, tmp_path / "c.gguf").notes
-    assert sum("a GGUF file says nothing of it" in note for note in notes) == 2
+    assert sum("a GGUF file cannot say anything of" in note for note in notes) == 2
     request = Request(to="int4_g32", requantize=True)
     assert sum("quantized anew" in note for note in quantize(first, tmp_path / "d", request).notes) == 2
 
@@ -146,9 +148,9 @@ def test_what_no_record_says_is_told(source, tmp_path):
 
 
 def test_it_is_refused_where_it_cannot_be_said(source, tmp_path):
-    with pytest.raises(PlanError, match="gptq file says nothing of a cache"):
+    with pytest.raises(PlanError, match="gptq directory cannot say anything of a cache"):
         written(source, tmp_path / "a", file="gptq", kv_cache="fp8")
-    with pytest.raises(PlanError, match="GGUF file says nothing"):
+    with pytest.raises(PlanError, match="GGUF file cannot say anything"):
         written(source, tmp_path / "a.gguf", kv_cache="fp8")
     with pytest.raises(PlanError, match="a cache of keys and values in int4; it can say fp8"):
         written(source, tmp_path / "a", file="compressed-tensors", kv_cache="int4")

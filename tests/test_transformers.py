@@ -9,12 +9,15 @@ import pytest
 import torch
 
 import fewbits
-from fewbits import Plan, Request
-from fewbits.adapters.hf import load_model
-from fewbits.adapters.packed import PackedWeight, QEmbedding, QLinear, packed_modules
+import fewbits.transformers
+from fewbits import Plan
+from fewbits.adapters.transformers import load_model
 from fewbits.errors import FileError, PlanError
 from fewbits.files.open import open_checkpoint
-from fewbits.verify import verify
+from fewbits.release.verify import verify
+from fewbits.runtime.packed import PackedWeight, QEmbedding, QLinear, packed_modules
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run
 from tests.packed_models import IDS, auto, logits, planes, quantized
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -113,7 +116,7 @@ def test_weights_of_other_modules_are_floats(tmp_path):
     )
     torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "float")
-    fewbits.quantize(tmp_path / "float", tmp_path / "m", Request(to="int4_g32"))
+    run(tmp_path / "float", tmp_path / "m", Request(to="int4_g32"))
     with pytest.warns(UserWarning, match="held as floats"):
         model = auto(tmp_path / "m")
     assert torch.equal(logits(model), logits(load_model(open_checkpoint(tmp_path / "m"))))
@@ -171,7 +174,7 @@ def test_a_gradient_goes_through_and_no_floats_are_kept_for_it():
     packed = fewbits.FORMATS.get("int8_g32").encode(w)
     module, x = torch.nn.Linear(64, 48), torch.randn(5, 64, requires_grad=True)
     bias = module.bias.detach()
-    from fewbits.adapters.packed import pack_module
+    from fewbits.runtime.packed import pack_module
 
     pack_module(module, PackedWeight(packed, torch.float32))
     out = module(x)
@@ -223,7 +226,7 @@ def test_saved_again_it_is_the_same(request, tmp_path, which, open_model):
     quantized = {key: body for key, body in planes(path).items() if key[1]}
     assert quantized == {key: body for key, body in planes(tmp_path / "again").items() if key[1]}
     checkpoint = open_checkpoint(tmp_path / "again")
-    assert checkpoint.metadata == {"layout": "native"} and "quantization_config" not in checkpoint.config
+    assert checkpoint.file_type.name == "native" and "quantization_config" not in checkpoint.config
     assert torch.equal(logits(auto(tmp_path / "again")), logits(model))
 
 
@@ -240,7 +243,8 @@ def test_dequantized_it_is_a_float_model(tied):
     model.dequantize()
     assert not list(packed_modules(model)) and type(model.lm_head) is torch.nn.Linear
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(logits(model), before)
+    # The same numbers; where they lie in memory may change the order in which a product sums them.
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6 * float(before.abs().max()))
 
 
 @pytest.mark.parametrize(

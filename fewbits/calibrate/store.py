@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from ..errors import CalibrationError, FileError, raise_all
-from ..files.atomic import as_bytes, write_file_atomic
-from ..files.base import Checkpoint
-from ..files.json_object import parse_json_object
-from ..files.safetensors import Entry, lay_out, map_tensor, read_header
+from ..files.checkpoint import Checkpoint
+from ..storage.atomic import as_bytes, write_file_atomic
+from ..storage.json import parse_json_object
+from ..storage.safetensors import Entry, lay_out, map_tensor, read_header
 from .statistics import FIELDS, RECENT, LazyStats, ModelIdentity, Statistics, check_model, value_faults
 from .stats import Stats
 

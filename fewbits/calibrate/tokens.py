@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapters.hf import load_tokenizer
+from ..adapters.transformers import load_tokenizer
 from ..errors import CalibrationError, raise_all
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from .documents import Document, read_characters, read_dataset, read_json_lines
 from .sampling import ROW, write_rows
 

@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.hub import resolve
-from ..blockwise.collect import collect
 from ..calibrate.imatrix import open_statistics, write_imatrix
 from ..calibrate.statistics import Statistics, merge
 from ..calibrate.store import save_statistics
 from ..calibrate.sufficiency import needed_for
 from ..errors import CalibrationError, FileError, PlanError
-from ..files.atomic import make_directory
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
 from ..model.archs import require_architecture
-from ..report.table import Cell, size, table
-from .calibration import streaming_of, text_arguments, tokens_of
+from ..storage.atomic import make_directory
+from ..table import Cell, size, table
+from ..workflow.blockwise.collect import collect
+from ..workflow.options import Options
+from ..workflow.text import reader
+from .options import streaming_of, text_arguments
 from .progress import StageProgress
 
-HELP = "measure what a model's weights read, for quantize --calibrate"
 EXAMPLES = """Runs the model block by block over the text and writes what error-aware methods need:
 
   .safetensors    magnitudes, mean squares and Hessians, for --method gptq or weighted
@@ -65,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
         saved = [open_statistics(path, checkpoint) for path in options.merge]
         hessian = out.suffix == ".safetensors" and not options.no_hessian
         streaming = streaming_of(options)
-        tokens = tokens_of(checkpoint, options, options.calibrate or "self", progress)
+        asked = Options(tokens=options.tokens, context=options.context, seed=options.seed)
+        tokens = reader(checkpoint, asked, progress)(options.calibrate or "self")
         found = collect(checkpoint, tokens, streaming, parts, hessian, progress)
         for other in saved:
             found = merge(found, other)
@@ -93,7 +95,7 @@ def _prepared(out: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Pa
         raise FileError(f"{out}: exists; choose another output or pass --overwrite")
     if out.exists() and out.samefile(checkpoint.path):
         raise FileError(f"{out}: is the model itself; choose another output")
-    if out.suffix != ".safetensors" and checkpoint.kind != "gguf":
+    if out.suffix != ".safetensors" and not checkpoint.gguf_keys:
         require_architecture(checkpoint.config)
     make_directory(out.parent)
     try:

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 
 from ..adapters.hub import resolve
-from ..files.layout import LAYOUTS
-from ..files.open import open_checkpoint
-from ..pipeline import convert
+from ..files.open import FILE_TYPES, open_checkpoint
+from ..workflow.options import Options
+from ..workflow.quantize import conclude
+from ..workflow.run import convert
 from .progress import ByteProgress
-from .verify import concluded, verify_arguments
+from .verify import concluded, memory_of, verify_arguments
 
-HELP = "write a model to another file type without quantizing again"
 EXAMPLES = """examples:
   fewbits convert smollm2-native smollm2.gguf
   fewbits convert ./Llama-3.2-1B Llama-3.2-1B-BF16.gguf
@@ -24,25 +24,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("out", metavar="OUT", type=Path, help=".gguf file or directory")
     parser.add_argument(
-        "--to", metavar="TYPE", choices=("gguf", *LAYOUTS),
-        help=f"file type: gguf, {', '.join(LAYOUTS)} (default: by the name of OUT)",
+        "--to", metavar="TYPE", choices=tuple(FILE_TYPES),
+        help=f"file type: {', '.join(FILE_TYPES)} (default: by the name of OUT)",
     )  # fmt: skip
     parser.add_argument(
         "--requantize",
         action="store_true",
-        help="quantize again what the file type cannot carry exactly, and tell the added error",
+        help="quantize again what the file type cannot carry exactly, and say what that cost",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
     verify_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(resolve(options.model, options.cache_dir))
+def run(given: argparse.Namespace) -> int:
+    checkpoint = open_checkpoint(resolve(given.model, given.cache_dir))
     with ByteProgress("convert") as progress:
-        receipt = convert(
-            checkpoint, options.out, options.to, options.overwrite, progress, options.requantize
-        )
-    receipt, code = concluded(receipt, checkpoint, options.out, options)
-    print(receipt.to_json() if options.json else f"{receipt.table()}\n\nwrote {options.out}")
+        receipt = convert(checkpoint, given.out, given.to, given.overwrite, progress, given.requantize)
+    options = Options(
+        verify=not given.no_verify, verify_seconds=given.verify_seconds, verify_memory=memory_of(given)
+    )
+    receipt, code = concluded(*conclude(receipt, checkpoint, given.out, options), given.out, given.push)
+    print(receipt.to_json() if given.json else f"{receipt.table()}\n\nwrote {given.out}")
     return code

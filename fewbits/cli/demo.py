@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FewbitsError
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
-from ..report.table import Cell, size, table
+from ..table import Cell, size, table
 from .progress import StageProgress
 
-HELP = "quantize a real model to three types, measure each, and let each write a sentence"
 EXAMPLES = """The model is SmolLM2-135M-Instruct from a package index, rewritten off its 4-bit grid
 (163M parameters).
 
@@ -112,7 +111,7 @@ def write_sentences(model: Path, children: list[Path]) -> dict[str, str]:
     """The same prompt, continued greedily by every model -> name -> text."""
     import torch
 
-    from ..adapters.hf import load_model, load_tokenizer
+    from ..adapters.transformers import load_model, load_tokenizer
     from ..evaluation.generation import greedy
 
     parent = open_checkpoint(model)

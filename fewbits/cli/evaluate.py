@@ -14,10 +14,9 @@ from .progress import StageProgress
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation, ModelScores, Simulation
-    from ..files.base import Checkpoint
+    from ..files.checkpoint import Checkpoint
 
 CALIBRATION, WINDOW = 4096, 512  # tokens to calibrate activations on, and in a window
-HELP = "compare quantized models with their parent: KL divergence, agreement, perplexity, generation"
 EXAMPLES = """Windows and scoring are those of llama-perplexity: windows of --context tokens, the second half
 scored. PARENT and CHILD are Hugging Face or native directories, .gguf files, hub names, in any combination.
 
@@ -93,7 +92,7 @@ def _simulation(options: argparse.Namespace, parent: Checkpoint, progress: Stage
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..adapters.hf import load_tokenizer
+    from ..adapters.transformers import load_tokenizer
     from ..evaluation import Settings, evaluate, read_text, self_text
 
     parent = open_checkpoint(resolve(options.parent, options.cache_dir))
@@ -123,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
 
 def record(path: Path, result: Evaluation, child: ModelScores) -> None:
     """Keep a child's figures in its receipt and card."""
-    from ..release import measured
+    from ..release.publish import measured
 
     if child.fidelity is None:
         return

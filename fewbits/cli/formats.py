@@ -7,21 +7,21 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..engines import ENGINES
-from ..files.layout import LAYOUTS
-from ..files.target import gguf_refusal
-from ..formats import FLOATS, FORMATS
-from ..formats.ggml import Ggml, format_of
-from ..plan.carry import Refusal, way
+from ..dtypes import DTYPES, DType
+from ..files.open import FILE_TYPES
+from ..formats import FORMATS
+from ..formats.base import SCALE_TYPES, Format, Kind
+from ..formats.ggml import Ggml
+from ..plan.carry import carries_as
 from ..plan.mixtures import RECIPES
-from ..report.table import table
-from ..verify import NEW
+from ..release.engines import ENGINES
+from ..release.verify import NEW
+from ..table import table
 
-HELP = "list number formats and file types"
 EXAMPLES = """examples:
   fewbits formats
   fewbits formats --json
-  fewbits formats --doors          which file type carries which format (the table of docs/formats.md)"""
+  fewbits formats --support        which file type carries which format (the table of docs/formats.md)"""
 
 GRAMMAR = """Integer formats follow a grammar, so any of its names works: int{2..8}[_g{G} | _channel |
 _tensor][_asym | _asym_float][_f16 | _bf16 | _f32], such as int3_g64 or int4_g32_asym_bf16. With groups, and
@@ -30,18 +30,21 @@ without _float, _actorder may stand before the type: int4_g128_actorder (GPTQ's 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print as JSON")
-    parser.add_argument("--doors", action="store_true", help="formats x file types, as a Markdown table")
+    parser.add_argument(
+        "--support", "--doors", action="store_true", help="formats x file types, as a Markdown table"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.doors:
-        print(json.dumps(doors(), indent=1) if options.json else markdown(doors()))
+    if options.support:
+        print(json.dumps(support(), indent=1) if options.json else markdown(support()))
         return 0
-    rows = [describe(name) for name, _ in FORMATS.items()]
+    kinds: list[Kind] = [DTYPES[name] for name in SCALE_TYPES]
+    rows = [describe(kind) for kind in kinds + [format for _, format in FORMATS.items()]]
     recipes: list[dict[str, Any]] = [
         {"file_type": name, "number": recipe.file_type, "default": recipe.default}
         for name, recipe in RECIPES.items()
-        if name == recipe.name and format_of(recipe.default) in FORMATS
+        if name == recipe.name
     ]
     if options.json:
         print(json.dumps({"formats": rows, "file_types": recipes}, indent=1))
@@ -55,42 +58,41 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def describe(name: str) -> dict[str, Any]:
-    """One format as data; bits per weight are computed from its planes, for a 4096 x 4096 weight."""
-    fmt = FORMATS.get(name)
+def describe(kind: Kind) -> dict[str, Any]:
+    """One format or float type as data; bits per weight of a 4096 x 4096 weight, computed from planes."""
+    if isinstance(kind, DType):
+        row = {"bits_per_weight": 8.0 * kind.itemsize, "block": 1, "planes": "values", "gguf": "yes"}
+        return {"format": kind.name, **row}
     return {
-        "format": name,
-        "bits_per_weight": float(fmt.bits_per_weight()),
-        "block": fmt.block,
-        "planes": " ".join(plane.name for plane in fmt.planes),
-        "gguf": "yes" if isinstance(fmt, Ggml) or name in ("f32", "f16", "bf16") else "-",
+        "format": kind.name,
+        "bits_per_weight": float(kind.bits_per_weight()),
+        "block": kind.block,
+        "planes": " ".join(plane.name for plane in kind.planes),
+        "gguf": "yes" if isinstance(kind, Ggml) else "-",
     }
 
 
-def doors() -> dict[str, dict[str, str]]:
-    """Registered format -> file type -> how it carries the format; see `ways_of`."""
-    return {format: ways_of(format) for format in FORMATS if format not in FLOATS}
+def support() -> dict[str, dict[str, str]]:
+    """Registered format -> file type -> how it carries the format."""
+    return {name: support_of(format) for name, format in FORMATS.items()}
 
 
-def ways_of(format: str) -> dict[str, str]:
+def support_of(format: Format) -> dict[str, str]:
     """File type -> how it carries a format; what does not carry it is left out."""
-    refusals: dict[str, Refusal] = {"gguf": gguf_refusal}
-    refusals |= {name: layout.refusal for name, layout in LAYOUTS.items()}
-    ways = {file: way(format, refusal) for file, refusal in refusals.items()}
-    return {file: how for file, how in ways.items() if how is not None}
+    ways = {name: carries_as(file_type, format) for name, file_type in FILE_TYPES.items()}
+    return {name: how for name, how in ways.items() if how is not None}
 
 
 def markdown(found: Mapping[str, Mapping[str, str]]) -> str:
-    files = ["gguf", *(name for name in LAYOUTS if name != "huggingface")]
+    files = [name for name, file_type in FILE_TYPES.items() if file_type.carries_formats]
     lines = [f"| format | {' | '.join(files)} |", "|---" * (len(files) + 1) + "|"]
     for format, ways in found.items():
-        cells = ["yes" if ways.get(file) == "itself" else ways.get(file, "") for file in files]
-        lines.append(f"| {format} | {' | '.join(cells)} |")
+        lines.append(f"| {format} | {' | '.join(ways.get(file, '') for file in files)} |")
     return "\n".join(lines)
 
 
 def verified(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of bench/doors -> a Markdown table: what each engine made of each format in each file type."""
+    """Rows of bench/format_support -> a Markdown table: what each engine made of each format."""
     doors = sorted({(row["file"], row["engine"]) for row in rows}, key=_place)
     versions = {row["engine"]: row["version"] for row in rows if row["version"]}
     head = [f"{file}, {engine} {versions.get(engine, '')}".strip() for file, engine in doors]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..adapters.hub import resolve
-from ..files.gguf import read_gguf
-from ..files.open import open_checkpoint, open_file_type
-from ..report.table import Cell, size, table
+from ..files.open import file_type_at
+from ..table import Cell, size, table
 
-HELP = "show the tensors, types, bits and metadata of a model"
 EXAMPLES = """Reads headers only.
 
 examples:
@@ -54,22 +51,10 @@ def run(options: argparse.Namespace) -> int:
 
 def describe(path: Path) -> dict[str, Any]:
     """A model as data: kind, metadata, tensors as they are stored, totals by type."""
-    kind = open_file_type(path)
-    tensors: list[dict[str, Any]]
-    if kind == "gguf":
-        file = read_gguf(path)
-        metadata: Mapping[str, Any] = file.metadata
-        tensors = [
-            {"name": t.name, "shape": list(t.shape), "type": t.type_name, "nbytes": t.nbytes}
-            for t in file.tensors.values()
-        ]
-    else:
-        checkpoint = open_checkpoint(path)
-        metadata = checkpoint.config
-        tensors = [
-            {"name": t.name, "shape": list(t.shape), "type": t.dtype, "nbytes": t.nbytes}
-            for t in checkpoint.tensors.values()
-        ]
+    file_type = file_type_at(path)
+    metadata, rows = file_type.inspect(path)
+    keys = ("name", "shape", "type", "nbytes")
+    tensors: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in rows]
     types: dict[str, dict[str, Any]] = {}
     for tensor in tensors:
         row = types.setdefault(
@@ -83,7 +68,7 @@ def describe(path: Path) -> dict[str, Any]:
     nbytes = sum(row["nbytes"] for row in types.values())
     return {
         "path": str(path),
-        "kind": kind,
+        "kind": file_type.name,
         "weights": weights,
         "nbytes": nbytes,
         "bits_per_weight": 8 * nbytes / max(1, weights),

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.harness import HarnessRun, score
-from ..adapters.hf import load_tokenizer
 from ..adapters.hub import resolve
+from ..adapters.lm_eval import HarnessRun, score
+from ..adapters.transformers import load_tokenizer
+from ..dtypes import DTYPES
 from ..files.open import open_checkpoint
-from ..formats import FLOATS
-from ..report.table import table
-from ..runtime import load
+from ..formats.base import SCALE_TYPES
+from ..runtime.load import load
+from ..table import table
 
-HELP = "run tasks of lm-eval (the evaluation harness) on a model of any file type"
 EXAMPLES = """The model runs in transformers with its quantized weights packed, decoded at each use: less
 memory than a float model, and slower. Needs `pip install 'fewbits[harness]'`. Tasks that ship with lm-eval
 fetch their data from the hub; one of your own, a YAML file in --include-path, may name a file beside it and
@@ -38,7 +38,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (default 1)")
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
-    parser.add_argument("--dtype", choices=sorted(FLOATS), default="f32", help="of activations (default f32)")
+    parser.add_argument(
+        "--dtype", choices=sorted(SCALE_TYPES), default="f32", help="of activations (default f32)"
+    )
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
@@ -50,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(resolve(options.path, options.cache_dir))
     tokenizer = load_tokenizer(checkpoint)
     with torch.no_grad():
-        scores = score(load(checkpoint, FLOATS[options.dtype]), tokenizer, asked)
+        scores = score(load(checkpoint, DTYPES[options.dtype].torch), tokenizer, asked)
     if options.json:
         print(json.dumps([asdict(found) for found in scores]))
     else:

@@ -1,7 +1,7 @@
 """fewbits: quantize a language model, measure what it cost, write what the runtime loads.
 
-Exit codes: 0 all that was asked is done; 1 an error, said in one message; 2 wrong usage; 3 done, but
-a tensor that a rule names did not get what the rule asks, or a plan that does not fit; 130 interrupted.
+A command is a module of this folder (EXAMPLES, `arguments`, `run`) and a row of COMMANDS; only the one that
+is called is imported, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from ..errors import FewbitsError
+from ..storage.cache import cache_folder
 from ..version import VERSION
-from . import calibrate, convert, demo, evaluate, formats, inspect, lm_eval, plan, push, quantize, verify
+from .exit_codes import ERROR, INTERRUPTED, TEXT
 
-EXAMPLES = """examples:
+EXAMPLES = f"""examples:
   fewbits quantize demo:smollm2 --to q4_k_m --out smollm2-Q4_K_M.gguf
   fewbits quantize ./Mistral-7B --to iq4_xs --rule '*.down_proj=q6_k'
   fewbits quantize Qwen/Qwen3-0.6B --to int4_g128 --out qwen3-int4
@@ -26,13 +28,25 @@ EXAMPLES = """examples:
   fewbits inspect mistral-IQ4_XS.gguf
   fewbits demo
 
-exit codes: 0 done, 1 error, 2 usage, 3 done but a rule could not be followed, 4 done but the engine that
-the output is for computes something else"""
+{TEXT}"""
 
-COMMANDS = (quantize, plan, calibrate, evaluate, lm_eval, inspect, convert, verify, push, formats, demo)
+COMMANDS = {
+    "quantize": "quantize a model into a GGUF file or a directory",
+    "plan": "say what a quantization will give and take, before any work",
+    "calibrate": "measure what a model's weights read, for quantize --calibrate",
+    "evaluate": "compare quantized models with their original: KL divergence, agreement, perplexity, text",
+    "lm-eval": "run tasks of lm-eval (the evaluation harness) on a model of any file type",
+    "inspect": "show the tensors, types, bits and metadata of a model",
+    "convert": "write a model to another file type without quantizing again",
+    "verify": "load an output in its engine and compare logits and greedy tokens",
+    "push": "upload a model that fewbits wrote, with its card and receipt",
+    "formats": "list number formats and file types",
+    "demo": "quantize a real model to three types, measure each, and let each write a sentence",
+}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(called: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The parser of all commands, with the options of those that are called."""
     top = argparse.ArgumentParser(
         prog="fewbits",
         description="Make a language model small: quantize it, measure the cost, write what runtimes load.",
@@ -41,15 +55,17 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"fewbits {VERSION}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        name = module.__name__.rsplit(".", 1)[-1].replace("_", "-")
+    for name, help in COMMANDS.items():
+        module = import_module(f".{name.replace('-', '_')}", __package__) if name in called else None
         sub = subparsers.add_parser(
             name,
-            help=module.HELP,
-            description=module.HELP,
-            epilog=module.EXAMPLES,
+            help=help,
+            description=help,
+            epilog=module.EXAMPLES if module else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if module is None:
+            continue
         module.arguments(sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
@@ -57,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
             "--cache-dir",
             type=Path,
             metavar="DIR",
-            default=Path(os.environ.get("FEWBITS_CACHE", Path.home() / ".cache" / "fewbits")),
+            default=cache_folder(),
             help="where downloaded models are kept (default: $FEWBITS_CACHE or ~/.cache/fewbits)",
         )
         sub.set_defaults(run=module.run)
@@ -66,12 +82,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command -> exit code."""
-    options = parser().parse_args(arguments)
+    # Threads of torch that wait would hold cores that other programs need; a setting of the user's stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    called = parser([word for word in arguments if word in COMMANDS][:1])
+    options = called.parse_args(arguments)
     if options.threads is not None:
         import torch
 
         if options.threads < 1:
-            parser().error(f"--threads {options.threads}: at least 1")
+            called.error(f"--threads {options.threads}: at least 1")
         torch.set_num_threads(options.threads)
     try:
         return int(options.run(options))
@@ -79,13 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"fewbits {options.command}: error: {error}", file=sys.stderr)
-        return 1
+        return ERROR
     except BrokenPipeError:
         sys.stderr.close()
-        return 1
+        return ERROR
     except KeyboardInterrupt:
         print(f"fewbits {options.command}: interrupted; run the same command to go on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

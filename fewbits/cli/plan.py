@@ -7,27 +7,17 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil, isfinite
-from pathlib import Path
-from uuid import uuid4
+from math import isfinite
 
-import torch
-
-from ..adapters.blocks import BlockModel
-from ..calibrate.imatrix import open_statistics
-from ..calibrate.tokens import Tokens
-from ..errors import ModelError, PlanError
-from ..files.base import Checkpoint
-from ..pipeline import Request, quantizes_blocks
-from ..plan.method import EFFORTS, Method
+from ..adapters.hub import resolve
+from ..errors import PlanError
+from ..files.open import open_checkpoint
 from ..preflight import Preflight, parameters, preflight
 from ..preflight.cache import KINDS
-from ..report.table import Cell, size, table
-from .calibration import STATISTICS, from_statistics, streaming_of
-from .method import method_arguments
-from .quantize import requested
+from ..table import Cell, size, table
+from ..workflow.text import stand_in, with_text
+from .options import method_arguments, options_of, type_arguments
 
-HELP = "say what a quantization will give and take, before any work"
 EXAMPLES = """Reads headers, and measures this machine for a second or two. Sizes are exact, memory is a
 bound, times are rough; tokens/s are what memory bandwidth allows at most.
 
@@ -44,14 +34,7 @@ NOT = 3
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?")
-    parser.add_argument("--to", metavar="TYPE", help="file type or format (see `fewbits formats`)")
-    parser.add_argument("--file", metavar="FILETYPE", help="output file type (default: by --to)")
-    parser.add_argument(
-        "--rule", action="append", default=[], metavar="PATTERN=FORMAT", help="as for quantize; repeatable"
-    )
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="TOML, as for quantize")
-    parser.add_argument("--requantize", action="store_true", help="accept a model that is already quantized")
-    parser.add_argument("--no-search", action="store_true", help="plain min-max block parameters")
+    type_arguments(parser)
     parser.add_argument("--params", type=float, metavar="N", help="no model: bytes of N parameters by format")
     parser.add_argument("--json", action="store_true", help="print as JSON")
     result = parser.add_argument_group("running the result")
@@ -69,8 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--calibrate", metavar="SOURCE", help="as for quantize; a text is not read")
     text.add_argument("--tokens", type=int, metavar="N", help="how many (default 32768)")
     text.add_argument("--activation-memory", type=float, default=2.0, metavar="GIB", help="(default 2)")
-    parser.set_defaults(context=None, seed=None, scratch=None, device="cpu", compute="auto", out=None)
-    parser.set_defaults(kv_cache=None, overwrite=False, strict_calibration=False)
+    parser.set_defaults(context=None, seed=None, scratch=None, device="cpu", compute="auto")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,8 +62,13 @@ def run(options: argparse.Namespace) -> int:
         raise PlanError("nothing to plan: give MODEL and --to TYPE, or --params N")
     if options.run_context < 1 or options.batch < 1:
         raise PlanError(f"--context {options.run_context} --batch {options.batch}: each is at least 1")
-    checkpoint, _, request = requested(options)
-    request, writes_text = with_stand_in(request, checkpoint, options)
+    asked = options_of(options)
+    request, path = asked.request(), resolve(options.model, options.cache_dir)
+    checkpoint = open_checkpoint(path)
+    file_type = asked.place(path, checkpoint, None)[1]
+    request = replace(request, file=file_type.name)
+    request = with_text(request, checkpoint, asked, stand_in(asked))
+    writes_text = request.tokens is not None and asked.calibrate in (None, "self")
     stated = dict(engine_of(text) for text in options.engine)
     place = options.run_context, options.batch, options.run_cache
     found = preflight(checkpoint, request, place, stated, writes_text)
@@ -99,30 +86,6 @@ def engine_of(text: str) -> tuple[str, str | None]:
     """`llama.cpp=b4000` -> (name, version)."""
     name, _, version = text.partition("=")
     return name, version or None
-
-
-def with_stand_in(
-    request: Request, checkpoint: Checkpoint, options: argparse.Namespace
-) -> tuple[Request, bool]:
-    """The request as `quantize` would carry it out, with zeros for its text; does the model write that?"""
-    if not request.method.needs_data:
-        return request, False
-    if not quantizes_blocks(checkpoint, Path(uuid4().hex), request):
-        return replace(request, method=Method()), False
-    source = options.calibrate or "self"
-    if Path(source).suffix in STATISTICS:
-        return from_statistics(request, open_statistics(Path(source), checkpoint)), False
-    try:
-        BlockModel(checkpoint)
-    except ModelError as error:
-        if options.effort or options.method or options.calibrate or request.method.transforms:
-            raise
-        note = f"not calibrated, rounded to nearest instead: {error}"
-        return replace(request, method=EFFORTS["fast"], notes=(note,)), False
-    context = options.context or 512
-    windows = torch.zeros(ceil((options.tokens or 32768) / context), context, dtype=torch.int64)
-    tokens = Tokens.of(windows, "not read")
-    return replace(request, tokens=tokens, streaming=streaming_of(options)), source == "self"
 
 
 def objections(found: Preflight, stated: dict[str, str | None], memory: float | None) -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..release import push
+from ..release.publish import push
 
-HELP = "upload a model that fewbits wrote, with its card and receipt"
 EXAMPLES = """examples:
   fewbits push Llama-3.2-1B-gptq me/Llama-3.2-1B-GPTQ
   fewbits push model-Q4_K_M.gguf me/model-GGUF --private"""

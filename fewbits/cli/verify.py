@@ -7,13 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from ..files.base import Checkpoint
-from ..files.open import open_checkpoint
-from ..release import finished, push
-from ..report.receipt import Receipt
-from ..verify import Outcome, file_type_of, verify
+from ..release.publish import push
+from ..release.receipt import Receipt
+from ..release.verify import Outcome, verify
 
-HELP = "load an output in its engine and compare logits and greedy tokens"
 EXAMPLES = """examples:
   fewbits verify model-Q4_K_M.gguf
   fewbits verify model-gptq --json
@@ -48,31 +45,24 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    outcome = outcome_of(options.path, options, options.engine)
+    outcome = verify(options.path, options.verify_seconds, memory_of(options), options.engine)
     print(json.dumps(outcome.to_dict()) if options.json else outcome.line())
     return code_of(outcome)
 
 
-def outcome_of(path: Path, options: argparse.Namespace, engine: str | None = None) -> Outcome:
-    memory = None if options.verify_memory is None else int(options.verify_memory * 2**30)
-    return verify(path, options.verify_seconds, memory, engine)
+def memory_of(given: argparse.Namespace) -> int | None:
+    return None if given.verify_memory is None else int(given.verify_memory * 2**30)
 
 
 def code_of(outcome: Outcome) -> int:
     return 4 if outcome.verdict in ("differs", "failed") else 0
 
 
-def concluded(
-    receipt: Receipt, parent: Checkpoint, out: Path, options: argparse.Namespace
-) -> tuple[Receipt, int]:
-    """Verify a new output, audit it, write receipt and card, push it if asked -> the receipt, exit code."""
-    # A native directory is ours: no other engine is waiting for it.
-    ours = file_type_of(open_checkpoint(out)) == "native"
-    outcome = None if options.no_verify or ours else outcome_of(out, options)
-    receipt = finished(receipt, parent, out, outcome)
+def concluded(receipt: Receipt, outcome: Outcome | None, out: Path, repo: str | None) -> tuple[Receipt, int]:
+    """Say what the engine made of a new output, push it if asked -> the receipt, exit code."""
     if outcome is not None:
         print(f"fewbits: {outcome.line()}", file=sys.stderr)
     code = 0 if outcome is None else code_of(outcome)
-    if options.push and code == 0:
-        print(f"fewbits: uploaded to {push(out, options.push)}", file=sys.stderr)
+    if repo and code == 0:
+        print(f"fewbits: uploaded to {push(out, repo)}", file=sys.stderr)
     return receipt, code

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from ..adapters.hf import load_model
+from ..adapters.transformers import load_model
 from ..errors import CalibrationError, FileError, ModelError, raise_all
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
-from ..report.table import Cell, size, table
+from ..table import Cell, size, table
 from .generation import Continuation, continuation, greedy
 from .scores import Fidelity, Measured, TokenScores, compare, fidelity, negative_log_likelihood, perplexity
 from .simulated import Simulated, Simulation, simulated
@@ -131,7 +131,7 @@ def evaluate(
     decode: tokens -> text for the samples (default: the token numbers). Raises CalibrationError for
     too little text, ModelError for models that cannot be compared, FileError for a full scratch disk.
 
-        >>> receipt = fewbits.quantize(tiny, out, fewbits.Request(to="int8_g32"))
+        >>> receipt = fewbits.quantize(tiny, out, to="int8_g32", effort="fast")
         >>> found = fewbits.evaluate(tiny, [out], "the quick brown fox " * 200)
         >>> 0 < found.children[0].fidelity.kl.value < 0.01
         True

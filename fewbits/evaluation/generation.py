@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.hf import next_logits
+from ..adapters.transformers import next_logits
 
 LONGEST_PERIOD = 16
 REPEATS = 3

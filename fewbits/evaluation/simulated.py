@@ -28,7 +28,7 @@ from ..activations import (
 )
 from ..activations.kv_cache import Steps, ranges
 from ..activations.record import record_of
-from ..adapters.simulate import changed_attention, changed_inputs
+from ..blocks.simulate import changed_attention, changed_inputs
 from ..errors import CalibrationError
 
 

@@ -13,11 +13,11 @@ from math import ceil
 
 import torch
 
-from ..adapters.hf import load_model, load_tokenizer
+from ..adapters.transformers import load_model, load_tokenizer
 from ..calibrate.sampling import sample
 from ..calibrate.tokens import bos_of
 from ..errors import CalibrationError
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 
 SEQUENCES_AT_ONCE = 16
 

@@ -28,14 +28,24 @@ from typing import Any
 
 import torch
 
+from ..core.pack import pack, unpack
 from ..errors import FormatError, PlanError, raise_all
 from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
-from ..pack import pack, unpack
 from ..qtensor import QTensor
 from ..version import VERSION
-from .integers import from_integers, group_of, integer_name, integers, out_of_order, scale_dtype
-from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, gathered, is_plain, module_of
+from .directory import (
+    Array,
+    Directory,
+    FloatEntry,
+    Place,
+    QuantizedEntry,
+    Shape,
+    Stored,
+    gathered,
+    module_of,
+)
+from .integers import from_integers, group_of, integer_name, integers, scale_dtype
 
 BITS = 4
 WORD = 8  # codes
@@ -44,17 +54,17 @@ GROUP_SIZE = 128  # where a config says none
 SYMMETRIC = "symmetric"
 
 
-class AWQ(Layout):
+class AWQ(Directory):
     """int4 in groups, with and without zero points."""
 
     name = "awq"
+    where = "an awq directory"
     method = "awq"
+    engines = ("GPTQModel", "transformers+gptqmodel", "vLLM")
 
-    def refusal(self, format: Format) -> str | None:
-        if format.ordered:
-            return out_of_order(self, format)
+    def reason(self, format: Format) -> str | None:
         if not isinstance(format, Affine) or format.zero == "float":
-            return f"an awq file cannot carry {format.name}; the nearest it has is int4_g128_asym"
+            return "it holds int4 with whole zero points, columns in order"
         faults = []
         if format.bits != BITS:
             faults.append(f"{format.bits} bits")
@@ -62,10 +72,7 @@ class AWQ(Layout):
             faults.append("scales that are not f16")
         if format.cells.rows != 1:
             faults.append("one scale for the whole tensor")
-        if not faults:
-            return None
-        near = integer_name(BITS, format.cells.columns or 128, format.zero == "int")
-        return f"an awq file cannot carry {' or '.join(faults)}; the nearest it has is {near}"
+        return ", ".join(faults) or None
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         assert isinstance(format, Affine)
@@ -96,10 +103,10 @@ class AWQ(Layout):
         return from_integers(format, shape, codes, scales.T.contiguous(), zero)
 
     def settings(
-        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+        self, rows: Mapping[str, Stored], config: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Mapping[str, Any]]:
-        kinds = {name: kind for name, (kind, _) in rows.items() if not is_plain(kind)}
-        format = FORMATS.get(next(iter(kinds.values()), "int4_g128_asym"))
+        kinds = {name: kind for name, (kind, _) in rows.items() if isinstance(kind, Format)}
+        format = next(iter(kinds.values()), FORMATS.get("int4_g128_asym"))
         assert isinstance(format, Affine)
         left = [
             module_of(name)
@@ -120,7 +127,7 @@ class AWQ(Layout):
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> dict[str, Held | Decoded]:
+    ) -> dict[str, QuantizedEntry | FloatEntry]:
         said = _normal(config)
         bits, group, version = said["bits"], said["group_size"], said["version"]
         if bits != BITS or version != "gemm" or type(group) is not int or group == 0 or group < -1:
@@ -130,7 +137,7 @@ class AWQ(Layout):
                 "that wrote it"
             )
             return {}
-        found: dict[str, Held | Decoded] = {}
+        found: dict[str, QuantizedEntry | FloatEntry] = {}
         for key, place in places.items():
             module, shape = key.removesuffix(".qweight"), place.entry.shape
             if module == key:
@@ -142,7 +149,7 @@ class AWQ(Layout):
                 continue
             dtype = scale_dtype(places, f"{module}.scales")
             name = integer_name(BITS, columns, said["zero_point"], dtype)
-            found[f"{module}.weight"] = Held(FORMATS.get(name), (n, k))
+            found[f"{module}.weight"] = QuantizedEntry(FORMATS.get(name), (n, k))
         return found
 
 
@@ -159,15 +166,16 @@ def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _mixed(kinds: Mapping[str, str]) -> list[str]:
+def _mixed(kinds: Mapping[str, Format]) -> list[str]:
     """Each format but the most common, and the weights that have it."""
-    given = list(kinds.values())
+    given = [kind.name for kind in kinds.values()]
     common = max(given, key=given.count, default="")
     other: dict[str, list[str]] = {}
     for name, kind in kinds.items():
-        if kind != common:
+        if kind.name != common:
             other.setdefault(
-                f"is {kind}, others are {common}; an awq file has one format for all: use gptq_v2 or native",
+                f"is {kind.name}, others are {common}; an awq directory has one format for all: use gptq_v2 "
+                "or native",
                 [],
             ).append(name)
     return gathered(other)
@@ -185,4 +193,4 @@ def _swallowed(left: Sequence[str], quantized: Sequence[str]) -> list[str]:
     ]
 
 
-LAYOUTS.add("awq", AWQ())
+AWQ_DIRECTORY = AWQ()

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from ..core.pack import unpack
 from ..errors import FileError, FormatError, PlanError, raise_all
 from ..formats.base import FORMATS, Format
 from ..formats.codebook import (
@@ -45,11 +46,19 @@ from ..formats.codebook import (
     per_scale,
 )
 from ..model.sites import role_of
-from ..pack import unpack
 from ..qtensor import QTensor
-from .json_object import parse_json_object
-from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
-from .safetensors import DTYPES, map_tensor
+from ..storage.json import parse_json_object
+from ..storage.safetensors import DTYPES, map_tensor
+from .directory import (
+    Array,
+    Directory,
+    FloatEntry,
+    Place,
+    QuantizedEntry,
+    Shape,
+    Stored,
+    module_of,
+)
 
 LEVELS = {"nf4": NF4, "fp4": FP4}
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -60,25 +69,22 @@ DIGITS = 24  # the longest a number is written
 
 
 @dataclass(frozen=True)
-class BitsAndBytes(Layout):
+class BitsAndBytes(Directory):
     """dtype: what the package is told to decode to, and to compute in."""
 
     dtype: str = "float32"
     name = "bitsandbytes"
     method = "bitsandbytes"
+    engines = ("transformers+bitsandbytes",)
+    run = "AutoModelForCausalLM.from_pretrained({name!r})      # with bitsandbytes installed"
 
     def of(self, config: Mapping[str, Any]) -> BitsAndBytes:
         said = str(config.get("dtype", config.get("torch_dtype")))
         return replace(self, dtype=said) if said in DTYPES_TOLD else self
 
-    def refusal(self, format: Format) -> str | None:
-        if isinstance(format, ScaledLevels) and format.levels in (NF4, FP4, INT8):
-            return None
-        bits = getattr(format, "bits", 4)
-        return (
-            f"a bitsandbytes file holds NF4, FP4 and rows of LLM.int8(), not {format.name}; the nearest it "
-            f"has is {'int8_absmax' if bits > 5 else 'nf4'}"
-        )
+    def reason(self, format: Format) -> str | None:
+        carried = isinstance(format, ScaledLevels) and format.levels in (NF4, FP4, INT8)
+        return None if carried else "it holds NF4, FP4 and rows of LLM.int8()"
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         assert isinstance(format, ScaledLevels)
@@ -146,14 +152,14 @@ class BitsAndBytes(Layout):
         return QTensor(format, shape, planes)
 
     def settings(
-        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+        self, rows: Mapping[str, Stored], config: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Mapping[str, Any]]:
-        by_format: dict[str, list[str]] = {}
+        by_format: dict[Format, list[str]] = {}
         for name, (kind, _) in rows.items():
-            if not is_plain(kind):
+            if isinstance(kind, Format):
                 by_format.setdefault(kind, []).append(name)
         raise_all(PlanError, self.name, _mixture(by_format))
-        format = FORMATS.get(next(iter(by_format), "nf4"))
+        format = next(iter(by_format), FORMATS.get("nf4"))
         assert isinstance(format, ScaledLevels)
         four = format.levels is not INT8
         quantized = {name for names in by_format.values() for name in names}
@@ -178,11 +184,11 @@ class BitsAndBytes(Layout):
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> dict[str, Held | Decoded]:
-        found: dict[str, Held | Decoded] = {}
+    ) -> dict[str, QuantizedEntry | FloatEntry]:
+        found: dict[str, QuantizedEntry | FloatEntry] = {}
         for key in places:
             match, module = STATE.fullmatch(key), key.removesuffix(".SCB")
-            held: Held | Decoded | None = None
+            held: QuantizedEntry | FloatEntry | None = None
             if match is not None:
                 module = match["module"]
                 held = self._four_bits(module, match["levels"], config, places, faults)
@@ -202,7 +208,7 @@ class BitsAndBytes(Layout):
 
     def _rows(
         self, module: str, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> Held | None:
+    ) -> QuantizedEntry | None:
         name, mark = f"{module}.weight", f"{module}.weight_format"
         if name not in places or len(places[name].entry.shape) != 2:
             faults.append(f"{module}: has SCB but no weight of rows; fetch the directory again")
@@ -222,7 +228,7 @@ class BitsAndBytes(Layout):
                 "others: load it with a version before 0.43 and save it again"
             )
             return None
-        return Held(format, (n, k))
+        return QuantizedEntry(format, (n, k))
 
     def _four_bits(
         self,
@@ -231,7 +237,7 @@ class BitsAndBytes(Layout):
         config: Mapping[str, Any],
         places: Mapping[str, Place],
         faults: list[str],
-    ) -> Held | Decoded | None:
+    ) -> QuantizedEntry | FloatEntry | None:
         """One NF4 or FP4 weight, as its quant_state says it is."""
         name, before = f"{module}.weight", len(faults)
         key = f"{name}.quant_state.bitsandbytes__{levels}"
@@ -256,17 +262,17 @@ class BitsAndBytes(Layout):
         stored = places[name].entry if name in places else None
         if stored is not None and stored.nbytes == size and stored.dtype in DTYPES:
             # bnb_4bit_quant_storage: the same bytes under another dtype
-            arrays[0] = Array(name, DTYPES[stored.dtype], stored.shape)
+            arrays[0] = Array(name, DTYPES[stored.dtype].torch, stored.shape)
         arrays[1] = arrays[1]._replace(shape=(blocks,))
         if nested:
             arrays[3] = arrays[3]._replace(shape=(-(-blocks // NESTED_BLOCK),))
         arrays[-1] = arrays[-1]._replace(shape=places[key].entry.shape)
-        held = Held(format, (n, k), arrays=tuple(arrays))
+        held = QuantizedEntry(format, (n, k), arrays=tuple(arrays))
         whole = all(array.key in places and _fits(array, places[array.key]) for array in arrays)
         if not whole or (k % block == 0 and _own_levels(levels, nested, arrays, places)):
             return held  # what is not whole is told when it is opened
         keys = tuple(array.key for array in arrays)
-        return Decoded((n, k), keys, lambda parts: _decode((n, k), block, state, parts))
+        return FloatEntry((n, k), keys, lambda parts: _decode((n, k), block, state, parts))
 
 
 def _decode(
@@ -316,11 +322,11 @@ def _checked_state(module: str, levels: str, nested: bool, place: Place, faults:
     return state
 
 
-def _mixture(by_format: Mapping[str, Sequence[str]]) -> list[str]:
+def _mixture(by_format: Mapping[Format, Sequence[str]]) -> list[str]:
     """What the config cannot say, or transformers not load."""
     faults = []
     if len(by_format) > 1:
-        told = (f"{kind} ({names[0]} and {len(names) - 1} more)" for kind, names in by_format.items())
+        told = (f"{kind.name} ({names[0]} and {len(names) - 1} more)" for kind, names in by_format.items())
         faults.append(f"one model has one format, these are {', '.join(told)}; leave the others in float")
     names = [name for names in by_format.values() for name in names]
     for what, hit in (
@@ -354,7 +360,7 @@ def _coded(key: str, place: Place) -> bool:
 
 
 def _fits(array: Array, place: Place) -> bool:
-    return (DTYPES.get(place.entry.dtype), place.entry.shape) == (array.dtype, array.shape)
+    return (DTYPES[place.entry.dtype].torch, place.entry.shape) == (array.dtype, array.shape)
 
 
 def _own_levels(levels: str, nested: bool, arrays: Sequence[Array], places: Mapping[str, Place]) -> bool:
@@ -363,4 +369,4 @@ def _own_levels(levels: str, nested: bool, arrays: Sequence[Array], places: Mapp
     return own and (not nested or torch.equal(map_tensor(*places[arrays[4].key]), DYNAMIC.values))
 
 
-LAYOUTS.add("bitsandbytes", BitsAndBytes())
+BITSANDBYTES = BitsAndBytes()

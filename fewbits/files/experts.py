@@ -20,7 +20,7 @@ from math import prod
 import torch
 
 from ..errors import ModelError
-from .base import Checkpoint, LazyTensor
+from .checkpoint import Checkpoint, LazyTensor
 
 _FUSED = re.compile(r"^(.*)\.(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)(?:\.weight)?$")
 _NAMES = {
@@ -63,7 +63,7 @@ def split_experts(checkpoint: Checkpoint) -> Checkpoint:
 def _cut(tensor: LazyTensor, name: str, place: Place) -> LazyTensor:
     if tensor.quantized:
         raise ModelError(
-            f"{tensor.file}: {tensor.name!r} {tensor.shape} {tensor.dtype} cannot be cut into experts; "
+            f"{tensor.file}: {tensor.name!r} {tensor.shape} {tensor.kind.name} cannot be cut into experts; "
             "save the model with one float tensor for each expert"
         )
     assert len(place) == 2

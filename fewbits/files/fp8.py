@@ -27,24 +27,33 @@ from ..errors import FormatError
 from ..formats.base import FORMATS, Format
 from ..model.sites import role_of
 from ..qtensor import QTensor
-from .compressed_config import BLOCK, scale_dtype
-from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
+from .compressed_tensors.config import BLOCK, scale_dtype
+from .directory import (
+    Array,
+    Directory,
+    FloatEntry,
+    Place,
+    QuantizedEntry,
+    Shape,
+    Stored,
+    module_of,
+)
 
 E4M3 = torch.float8_e4m3fn
 SCALE = "weight_scale_inv"
 _DTYPES = {"F32": "fp8_e4m3_block128", "BF16": "fp8_e4m3_block128_bf16"}
 
 
-class Fp8(Layout):
+class Fp8(Directory):
     """e4m3 in square blocks."""
 
     name = "fp8"
+    where = "an fp8 directory"
     method = "fp8"
+    engines = ("transformers+accelerate", "vLLM")
 
-    def refusal(self, format: Format) -> str | None:
-        if format.name in _DTYPES.values():
-            return None
-        return f"an fp8 directory cannot carry {format.name}; the nearest it has is fp8_e4m3_block128"
+    def reason(self, format: Format) -> str | None:
+        return None if format.name in _DTYPES.values() else f"it holds e4m3 in blocks of {BLOCK} x {BLOCK}"
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         n, k = shape
@@ -67,12 +76,15 @@ class Fp8(Layout):
         return QTensor(format, shape, {"codes": arrays[0].view(torch.uint8), "scale": arrays[1]})
 
     def settings(
-        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+        self, rows: Mapping[str, Stored], config: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Mapping[str, Any]]:
         left = [
             module_of(name)
             for name, (kind, shape) in rows.items()
-            if is_plain(kind) and len(shape) == 2 and module_of(name) != name and role_of(name) != "embed"
+            if not isinstance(kind, Format)
+            and len(shape) == 2
+            and module_of(name) != name
+            and role_of(name) != "embed"
         ]
         settings = {
             "quant_method": "fp8",
@@ -85,7 +97,7 @@ class Fp8(Layout):
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> dict[str, Held | Decoded]:
+    ) -> dict[str, QuantizedEntry | FloatEntry]:
         block, scales = config.get("weight_block_size"), config.get("scale_fmt", "float")
         experts = config.get("expert_dtype", "fp8")
         if block != [BLOCK, BLOCK] or scales != "float" or experts != "fp8":
@@ -95,7 +107,7 @@ class Fp8(Layout):
                 "experts: use an engine that has these, or the float model"
             )
             return {}
-        found: dict[str, Held | Decoded] = {}
+        found: dict[str, QuantizedEntry | FloatEntry] = {}
         for key, place in places.items():
             module = module_of(key)
             if module == key or place.entry.dtype != "F8_E4M3":
@@ -109,12 +121,14 @@ class Fp8(Layout):
             size = shape[0], shape[1]
             extra = [f"{module}.{part}" for part in ("activation_scale", "input_scale")]
             extra = [key for key in extra if key in places]
-            found[key] = Held(format, size, tuple(extra), arrays=tuple(self._arrays(key, format, size)))
+            found[key] = QuantizedEntry(
+                format, size, tuple(extra), arrays=tuple(self._arrays(key, format, size))
+            )
         return found
 
-    def spoken(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
+    def read_runtime(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
         scheme = str(config.get("activation_scheme", "dynamic"))[:20]
         return {"unread": [f"engines quantize the inputs of weights in fp8 ({scheme}): not kept"]}
 
 
-LAYOUTS.add("fp8", Fp8())
+FP8 = Fp8()

@@ -33,16 +33,24 @@ from typing import Any
 
 import torch
 
+from ..core.pack import pack, unpack
 from ..errors import FormatError
-from ..formats.actorder import ActOrder
 from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
-from ..pack import pack, unpack
 from ..qtensor import QTensor
+from ..storage.safetensors import map_tensor
 from ..version import VERSION
+from .directory import (
+    Array,
+    Directory,
+    FloatEntry,
+    Place,
+    QuantizedEntry,
+    Shape,
+    Stored,
+    module_of,
+)
 from .integers import from_integers, group_of, index_of, integer_name, integers, plain_of, scale_dtype
-from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
-from .safetensors import map_tensor
 
 BITS = (2, 3, 4, 8)
 WORD = 32  # bits, and rows and columns that are packed together
@@ -51,11 +59,13 @@ FORMATS_READ = ("gptq", "gptq_v2")
 
 
 @dataclass(frozen=True)
-class GPTQ(Layout):
+class GPTQ(Directory):
     """version: of checkpoint_format: 1 is `gptq`, 2 is `gptq_v2`."""
 
     version: int
     method = "gptq"
+    engines = ("GPTQModel", "transformers+gptqmodel", "vLLM")
+    run = "vllm serve {name}        # or GPTQModel.load({name!r})"
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -66,25 +76,20 @@ class GPTQ(Layout):
             self.version == 2
         )
 
-    def refusal(self, format: Format) -> str | None:
-        ordered, format = isinstance(format, ActOrder), plain_of(format)
-        if not isinstance(format, Affine) or format.zero == "float":
-            return f"a {self.name} file cannot carry {format.name}; the nearest it has is int4_g128"
+    def reason(self, format: Format) -> str | None:
+        plain = plain_of(format)
+        if not isinstance(plain, Affine) or plain.zero == "float":
+            return "it holds integers with whole zero points"
         faults = []
-        bits, zero, columns = format.bits, format.zero == "int", format.cells.columns
-        if bits not in BITS:
-            faults.append(f"{bits} bits")
-            bits = min(BITS, key=lambda known: (known < bits, abs(known - bits)))
-        if format.dtype != torch.float16:
+        if plain.bits not in BITS:
+            faults.append(f"{plain.bits} bits")
+        if plain.dtype != torch.float16:
             faults.append("scales that are not f16")
-        if format.cells.rows != 1:
+        if plain.cells.rows != 1:
             faults.append("one scale for the whole tensor")
-        if faults:
-            near = integer_name(bits, columns, zero, ordered=ordered)
-            return f"a {self.name} file cannot carry {' or '.join(faults)}; the nearest it has is {near}"
-        if zero and self.version == 1:
-            return "version 1 of GPTQ's layout cannot carry every zero point; write gptq_v2"
-        return None
+        if plain.zero == "int" and self.version == 1:
+            faults.append("zero points, which gptq_v2 can say to every reader")
+        return ", ".join(faults) or None
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         plain, (n, k), module = plain_of(format), shape, module_of(name)
@@ -124,16 +129,16 @@ class GPTQ(Layout):
         return from_integers(format, shape, codes, scales.T.contiguous(), zero, index)
 
     def settings(
-        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+        self, rows: Mapping[str, Stored], config: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Mapping[str, Any]]:
-        kinds = {module_of(name): _scheme(FORMATS.get(k)) for name, (k, _) in rows.items() if not is_plain(k)}
+        kinds = {module_of(name): _scheme(k) for name, (k, _) in rows.items() if isinstance(k, Format)}
         common = Counter(kinds.values()).most_common(1)[0][0] if kinds else (4, 128, True)
         dynamic: dict[str, dict[str, Any]] = {
             f"+:^{re.escape(module)}$": _said(scheme) for module, scheme in kinds.items() if scheme != common
         }
         left = _left_in_float(rows, kinds)
         dynamic |= {f"-:^{re.escape(module)}$": {} for module in left}
-        ordered = any(FORMATS.get(kind).ordered for kind, _ in rows.values() if not is_plain(kind))
+        ordered = any(kind.ordered for kind, _ in rows.values() if isinstance(kind, Format))
         meta = {"quantizer": [f"fewbits:{VERSION}"]} | ({"act_group_aware": False} if ordered else {})
         settings = {
             "quant_method": "gptq",
@@ -150,7 +155,7 @@ class GPTQ(Layout):
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> dict[str, Held | Decoded]:
+    ) -> dict[str, QuantizedEntry | FloatEntry]:
         said, other = _said_format(config), config.get("format", _said_format(config))
         if said not in FORMATS_READ or other != said or config.get("pack_dtype", "int32") != "int32":
             faults.append(
@@ -159,7 +164,7 @@ class GPTQ(Layout):
                 "it as one of them with the tool that wrote it"
             )
             return {}
-        found: dict[str, Held | Decoded] = {}
+        found: dict[str, QuantizedEntry | FloatEntry] = {}
         changes = _patterns(config.get("dynamic"), faults)
         for key in places:
             module = key.removesuffix(".qweight")
@@ -171,7 +176,7 @@ class GPTQ(Layout):
 
     def _find(
         self, module: str, said: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> Held | None:
+    ) -> QuantizedEntry | None:
         bits, group = said.get("bits", 4), said.get("group_size", GROUP_SIZE)
         sym = bool(said.get("sym", True))
         shape = places[f"{module}.qweight"].entry.shape
@@ -189,17 +194,17 @@ class GPTQ(Layout):
         format = FORMATS.get(integer_name(bits, columns, not sym, dtype))
         arrays = self.arrays(f"{module}.weight", format, (n, k))
         if not all(key in places and places[key].entry.shape == shape for key, _, shape in arrays):
-            return Held(format, (n, k))  # what is missing or of another shape is told when it is opened
+            return QuantizedEntry(format, (n, k))  # opening names what is missing
         order, width = map_tensor(*places[f"{module}.g_idx"]).long(), columns or k
         if torch.equal(order, torch.arange(k) // width):
-            return Held(format, (n, k))
+            return QuantizedEntry(format, (n, k))
         groups, low, high = -(-k // width), int(order.min()), int(order.max())
         if low < 0 or high >= groups:
             faults.append(
                 f"{module}: g_idx names group {low if low < 0 else high}, there are {groups}; it is damaged"
             )
             return None
-        return Held(FORMATS.get(integer_name(bits, columns, not sym, dtype, ordered=True)), (n, k))
+        return QuantizedEntry(FORMATS.get(integer_name(bits, columns, not sym, dtype, ordered=True)), (n, k))
 
 
 def _scheme(format: Format) -> tuple[int, int, bool]:
@@ -213,7 +218,7 @@ def _said(scheme: tuple[int, int, bool]) -> dict[str, Any]:
     return dict(zip(("bits", "group_size", "sym"), scheme, strict=True))
 
 
-def _left_in_float(rows: Mapping[str, Kind], kinds: Mapping[str, Any]) -> list[str]:
+def _left_in_float(rows: Mapping[str, Stored], kinds: Mapping[str, Any]) -> list[str]:
     """Modules that a reader would take for quantized: matrices beside quantized ones in the blocks."""
     parts = {re.sub(r"\.\d+\.", ".*.", module) for module in kinds}
     return [
@@ -251,6 +256,4 @@ def _settings_of(
     return {**config, **next((changes for pattern, changes in patterns if pattern.match(module)), {})}
 
 
-for _version in (1, 2):
-    _layout = GPTQ(_version)
-    LAYOUTS.add(_layout.name, _layout)
+GPTQ_V1, GPTQ_V2 = GPTQ(1), GPTQ(2)

@@ -21,104 +21,83 @@ from typing import Any
 import torch
 
 from ..errors import FileError, FormatError, raise_all
-from ..formats.base import FLOATS, Format
+from ..formats.base import Format
 from ..qtensor import QTensor
-from .base import Checkpoint
-from .json_object import read_json_object
-from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, lazy_tensor, open_tensors
-from .safetensors import read_header
+from ..storage.json import read_json_object
+from ..storage.safetensors import read_header
+from .checkpoint import Checkpoint
+from .directory import (
+    Array,
+    Directory,
+    FloatEntry,
+    Place,
+    QuantizedEntry,
+    Shape,
+    Stored,
+    open_tensors,
+)
+from .filetype import Probe, quantization_of
+from .side_files import describe_files, find_side_files
 from .torch_bin import read_torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"  # in shards: BIN.index.json
 
-SIDE_FILES = (
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-)
 
-
-class Floats(Layout):
+class Floats(Directory):
     """The directory without any quantization: what every tool of the field reads."""
 
     name = "huggingface"
+    engines = ("transformers",)
+    run = "AutoModelForCausalLM.from_pretrained({name!r})"
 
-    def refusal(self, format: Format) -> str | None:
-        if format.name in FLOATS:
-            return None
-        return (
-            f"a huggingface directory holds floats only, not {format.name}; decode it: "
-            "fewbits quantize --to bf16 --file huggingface"
-        )
+    def recognizes(self, probe: Probe) -> bool:
+        return probe.has("config.json") and probe.quantization is None
+
+    def reason(self, format: Format) -> str | None:
+        return "it holds floats only"
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
-        raise FormatError(f"{name}: {self.refusal(format) or 'floats have no planes'}")
+        raise FormatError(f"{name}: {self.refusal(format)}")
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
-        raise FormatError(f"{self.refusal(q.format) or 'floats have no planes'}")
+        raise FormatError(self.refusal(q.format) or "")
 
     def unpack(self, format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
-        raise FormatError(f"{self.refusal(format) or 'floats have no planes'}")
+        raise FormatError(self.refusal(format) or "")
 
     def settings(
-        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+        self, rows: Mapping[str, Stored], config: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Mapping[str, Any]]:
         return {"config.json": config}
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> dict[str, Held | Decoded]:
+    ) -> dict[str, QuantizedEntry | FloatEntry]:
         return {}
 
 
-LAYOUTS.add("huggingface", Floats())
+HUGGINGFACE = Floats()
 
 
-def open_huggingface(path: Path) -> Checkpoint:
-    """A model directory -> Checkpoint; every missing shard and tensor in one FileError."""
+def open_directory(path: Path, file_type: Directory) -> Checkpoint:
+    """A directory whose config says that it is of a type -> Checkpoint; every missing shard and tensor in one
+    FileError."""
     path = Path(path)
     config = read_json_object(path / "config.json")
+    settings = quantization_of(path, config) or {}
     files, weight_map = _weight_files(path)
     places = _places(path, files, weight_map)
-    layout, settings = _layout_of(path, config)
-    if layout is None:
-        tensors = {key: lazy_tensor(*place) for key, place in places.items()}
-    else:
-        tensors = open_tensors(layout, settings, places, path)
     return Checkpoint(
         path,
-        "huggingface",
-        tensors,
+        file_type,
+        open_tensors(file_type, settings, places, path),
         config,
         side_files=find_side_files(path),
-        metadata={} if layout is None else {"layout": layout.name, **layout.spoken(settings, places)},
+        metadata=file_type.read_runtime(settings, places),
         provenance=describe_files(path, "huggingface", [path / "config.json", *files]),
     )
-
-
-def find_side_files(path: Path) -> dict[str, Path]:
-    """Tokenizer, templates, generation settings and licenses of a model directory: name -> path."""
-    found = {file.name: file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
-    return dict(sorted(found.items()))
-
-
-def describe_files(path: Path, kind: str, files: list[Path]) -> dict[str, Any]:
-    """What a receipt says of an input: where it lay, of which type, its files and their sizes."""
-    sizes = [{"name": file.name, "nbytes": file.stat().st_size} for file in files]
-    return {"reference": str(path), "type": kind, "files": sizes}
 
 
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
@@ -158,27 +137,6 @@ def _shards(path: Path, index: Path, suffix: str) -> tuple[list[Path], dict[str,
 
 def _is_plain(name: str, suffix: str) -> bool:
     return name.endswith(suffix) and "/" not in name and "\\" not in name and "\0" not in name
-
-
-def _layout_of(path: Path, config: dict[str, Any]) -> tuple[Layout | None, dict[str, Any]]:
-    """How the weights are laid out and the settings that say so; FileError for a way that is not known."""
-    settings = config.pop("quantization_config", None)
-    if isinstance(mlx := config.get("quantization"), dict) and "group_size" in mlx:
-        settings = config.pop("quantization")  # as mlx-lm does: it names the other one for the same
-    for method, file in (("gptq", "quantize_config.json"), ("awq", "quant_config.json")):
-        if settings is None and (path / file).is_file():
-            settings = {"quant_method": method, **read_json_object(path / file)}
-    if settings is None:
-        return None, {}
-    settings = settings if isinstance(settings, dict) else {}
-    for _, layout in LAYOUTS.items():
-        if layout.reads(settings):
-            return layout, settings
-    known = sorted({layout.method for _, layout in LAYOUTS.items() if layout.method})
-    raise FileError(
-        f"{path}: config.json says quant_method {str(settings.get('quant_method'))[:40]!r}; read are "
-        f"{', '.join(known)}: load it with the tool that wrote it, or quantize the original float model"
-    )
 
 
 def _places(path: Path, files: list[Path], weight_map: dict[str, str]) -> dict[str, Place]:

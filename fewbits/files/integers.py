@@ -12,27 +12,18 @@ from collections.abc import Mapping
 
 import torch
 
+from ..core.pack import pack, unpack
 from ..errors import FormatError
 from ..formats.actorder import INDEX, SUFFIX, ActOrder
 from ..formats.affine import Affine
-from ..formats.base import FLOATS, Format
-from ..pack import pack, unpack
+from ..formats.base import SCALE_TYPES, Format
 from ..qtensor import QTensor
-from .layout import Layout, Place
+from .directory import Place
 
 
 def plain_of(format: Format) -> Format:
     """The format of the same groups with columns in order: itself, but for one in act order."""
     return format.ordered or format
-
-
-def out_of_order(layout: Layout, format: Format) -> str:
-    """The refusal of a format in act order by a layout whose columns are in order."""
-    plain = plain_of(format)
-    return layout.refusal(plain) or (
-        f"groups in {layout.name} files are of columns in order, which those of {format.name} are not; the "
-        f"nearest they have is {plain.name}"
-    )
 
 
 def integers(q: QTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -65,7 +56,7 @@ def from_integers(
     than its own."""
     if isinstance(format, ActOrder):
         assert index is not None
-        return format.joined(from_integers(format.plain, shape, codes, scale, zero), index)
+        return format.with_index(from_integers(format.plain, shape, codes, scale, zero), index)
     assert isinstance(format, Affine)
     planes = {"codes": pack(codes, format.bits), "scale": scale}
     if format.zero == "int":
@@ -101,4 +92,4 @@ def integer_name(
 def scale_dtype(places: Mapping[str, Place], key: str) -> str:
     """`f16`, `bf16` or `f32`: of the scales a file holds; f16 where they are something else."""
     dtype = places[key].entry.dtype.lower() if key in places else ""
-    return dtype if dtype in FLOATS else "f16"
+    return dtype if dtype in SCALE_TYPES else "f16"

@@ -31,13 +31,22 @@ from typing import Any
 
 import torch
 
+from ..core.pack import pack, unpack
 from ..errors import FormatError
 from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
-from ..pack import pack, unpack
 from ..qtensor import QTensor
-from .integers import from_integers, integer_name, integers, out_of_order, scale_dtype
-from .layout import LAYOUTS, Array, Decoded, Held, Kind, Layout, Place, Shape, is_plain, module_of
+from .directory import (
+    Array,
+    Directory,
+    FloatEntry,
+    Place,
+    QuantizedEntry,
+    Shape,
+    Stored,
+    module_of,
+)
+from .integers import from_integers, integer_name, integers, scale_dtype
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -46,33 +55,30 @@ SETTINGS = ("quantization", "quantization_config")
 WORD = 32
 
 
-class MLX(Layout):
+class MLX(Directory):
     """int2 to int8 in groups, with any kind of zero."""
 
     name = "mlx"
+    where = "an mlx directory"
+    engines = ("mlx-lm",)
+    run = "mlx_lm.generate --model {name} --prompt 'Once upon a time'"
+    library = "mlx"
     tables = True
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
         return "quant_method" not in settings and "bits" in settings and "group_size" in settings
 
-    def refusal(self, format: Format) -> str | None:
-        if format.ordered:
-            return out_of_order(self, format)
+    def reason(self, format: Format) -> str | None:
         if not isinstance(format, Affine):
-            return f"an mlx file cannot carry {format.name}; the nearest it has is int4_g64"
-        faults, bits, columns, dtype = [], format.bits, format.cells.columns, format.dtype
-        if bits not in BITS:
-            faults.append(f"{bits} bits")
-        if format.cells.rows != 1 or columns not in GROUPS:
+            return "it holds integers in groups, columns in order"
+        faults = []
+        if format.bits not in BITS:
+            faults.append(f"{format.bits} bits")
+        if format.cells.rows != 1 or format.cells.columns not in GROUPS:
             faults.append(f"scales other than of {', '.join(map(str, GROUPS))} columns")
-        if format.zero != "float" and dtype == torch.float32:
+        if format.zero != "float" and format.dtype == torch.float32:
             faults.append("zeros under f32 scales, whose products f32 cannot hold")
-        if not faults:
-            return None
-        bits = bits if bits in BITS else 8
-        columns = min(GROUPS, key=lambda known: abs(known - (columns or GROUPS[1])))
-        near = integer_name(bits, columns, format.zero == "int")
-        return f"an mlx file cannot carry {' or '.join(faults)}; the nearest it has is {near}"
+        return ", ".join(faults) or None
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         assert isinstance(format, Affine)
@@ -130,20 +136,20 @@ class MLX(Layout):
         return from_integers(format, shape, codes, stored, zero)
 
     def settings(
-        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+        self, rows: Mapping[str, Stored], config: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Mapping[str, Any]]:
-        kinds = {module_of(name): kind for name, (kind, _) in rows.items() if not is_plain(kind)}
-        common = Counter(kinds.values()).most_common(1)[0][0] if kinds else "int4_g64"
+        kinds = {module_of(name): kind for name, (kind, _) in rows.items() if isinstance(kind, Format)}
+        common = Counter(kinds.values()).most_common(1)[0][0] if kinds else FORMATS.get("int4_g64")
         other = {module: kind for module, kind in kinds.items() if kind != common}
         settings: dict[str, Any] = _said(common)
         settings |= {module: _said(kind) for module, kind in other.items() if _said(kind) != _said(common)}
-        settings["fewbits"] = {"format": common, "modules": other}
+        settings["fewbits"] = {"format": common.name, "modules": {m: kind.name for m, kind in other.items()}}
         return {"config.json": {**_older_rope(config), **config, **dict.fromkeys(SETTINGS, settings)}}
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> dict[str, Held | Decoded]:
-        found: dict[str, Held | Decoded] = {}
+    ) -> dict[str, QuantizedEntry | FloatEntry]:
+        found: dict[str, QuantizedEntry | FloatEntry] = {}
         for key in places:
             module = key.removesuffix(".scales")
             if module != key and f"{module}.weight" in places:
@@ -170,15 +176,14 @@ def _bias(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     return 0 - scale * zero.to(scale.dtype)
 
 
-def _said(kind: str) -> dict[str, Any]:
-    format = FORMATS.get(kind)
+def _said(format: Format) -> dict[str, Any]:
     assert isinstance(format, Affine)
     return {**DEFAULT, "bits": format.bits, "group_size": format.cells.columns}
 
 
 def _find(
     module: str, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-) -> Held | None:
+) -> QuantizedEntry | None:
     """One module's weight as its settings have it; or None and `faults`."""
     said = {**DEFAULT, **(config[module] if isinstance(config.get(module), dict) else config)}
     bits, group, mode = said["bits"], said["group_size"], said["mode"]
@@ -199,7 +204,7 @@ def _find(
     name = integer_name(bits, group, False, "f16") + "_asym_float"
     dtype = scale_dtype(places, f"{module}.scales")
     floats = FORMATS.get(name if dtype == "f16" else f"{name}_{dtype}")
-    return Held(_meant(module, config, said, faults) or floats, (shape[0], k))
+    return QuantizedEntry(_meant(module, config, said, faults) or floats, (shape[0], k))
 
 
 def _meant(
@@ -228,4 +233,4 @@ def _meant(
     return None
 
 
-LAYOUTS.add("mlx", MLX())
+MLX_DIRECTORY = MLX()

@@ -22,23 +22,22 @@ import torch
 from ..errors import FileError, FormatError
 from ..formats.base import FORMATS, Format
 from ..qtensor import QTensor
-from .base import Checkpoint, LazyTensor
-from .huggingface import describe_files, find_side_files
-from .json_object import read_json_object
-from .layout import (
-    LAYOUTS,
+from ..storage.json import read_json_object
+from ..storage.safetensors import read_header
+from .checkpoint import Checkpoint, LazyTensor
+from .directory import (
     Array,
-    Decoded,
-    Held,
-    Kind,
-    Layout,
+    Directory,
+    FloatEntry,
     Place,
+    QuantizedEntry,
     Shape,
-    is_plain,
+    Stored,
     open_tensors,
-    planes_of,
 )
-from .safetensors import read_header
+from .filetype import Probe
+from .output import planes_of
+from .side_files import describe_files, find_side_files
 
 VERSION = 1
 METHOD = "fewbits"
@@ -46,18 +45,27 @@ INDEX = "fewbits.json"
 WEIGHTS = "model.safetensors"
 
 
-class Native(Layout):
+class Native(Directory):
     """Carries every format, in any mixture."""
 
     name = "native"
+    engines = ("transformers+fewbits",)
+    run = "import fewbits.transformers; AutoModelForCausalLM.from_pretrained({name!r})"
+    verified = False
     method = METHOD
     tables = True
     marks = (INDEX,)
 
-    def told(self, activations: str | None = None, kv_cache: str | None = None) -> Native:
+    def recognizes(self, probe: Probe) -> bool:
+        return probe.has(INDEX) or super().recognizes(probe)
+
+    def open(self, path: Path) -> Checkpoint:
+        return open_native(path) if (path / INDEX).is_file() else super().open(path)
+
+    def with_runtime(self, activations: str | None = None, kv_cache: str | None = None) -> Native:
         return self
 
-    def refusal(self, format: Format) -> str | None:
+    def reason(self, format: Format) -> str | None:
         return None
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
@@ -71,39 +79,39 @@ class Native(Layout):
         return QTensor(format, shape, dict(zip(names, arrays, strict=True)))
 
     def settings(
-        self, rows: Mapping[str, Kind], config: Mapping[str, Any], about: Mapping[str, Any]
+        self, rows: Mapping[str, Stored], config: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Mapping[str, Any]]:
         quantized = {
-            name: {"format": kind, "shape": list(shape)}
+            name: {"format": kind.name, "shape": list(shape)}
             for name, (kind, shape) in rows.items()
-            if not is_plain(kind)
+            if isinstance(kind, Format)
         }
         known = {**config, "quantization_config": quantization_config(rows)} if quantized else config
         return {"config.json": known, INDEX: {"version": VERSION, **about, "tensors": quantized}}
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
-    ) -> dict[str, Held | Decoded]:
+    ) -> dict[str, QuantizedEntry | FloatEntry]:
         """config: {"tensors": the rows of fewbits.json}, or the quantization_config of config.json."""
         rows = config["tensors"] if "tensors" in config else _rows(config, faults)
-        found = {name: _held(name, row, faults) for name, row in rows.items()}
+        found = {name: _entry(name, row, faults) for name, row in rows.items()}
         return {name: held for name, held in found.items() if held is not None}
 
 
-NATIVE = LAYOUTS.add("native", Native())
+NATIVE = Native()
 
 
-def quantization_config(rows: Mapping[str, Kind]) -> dict[str, Any]:
+def quantization_config(rows: Mapping[str, Stored]) -> dict[str, Any]:
     """What config.json says of the quantized ones of these tensors."""
     return {"quant_method": METHOD, "version": VERSION, "formats": named_formats(rows)}
 
 
-def named_formats(rows: Mapping[str, Kind]) -> dict[str, dict[str, list[int]]]:
+def named_formats(rows: Mapping[str, Stored]) -> dict[str, dict[str, list[int]]]:
     """Tensors -> format -> {tensor: [n, k]}, the quantized ones."""
     formats: dict[str, dict[str, list[int]]] = {}
     for name, (kind, shape) in rows.items():
-        if not is_plain(kind):
-            formats.setdefault(kind, {})[name] = list(shape)
+        if isinstance(kind, Format):
+            formats.setdefault(kind.name, {})[name] = list(shape)
     return formats
 
 
@@ -142,11 +150,12 @@ def open_native(path: Path) -> Checkpoint:
     weights = path / WEIGHTS
     return Checkpoint(
         path,
-        "native",
+        NATIVE,
         indexed_tensors(weights, index["tensors"]),
         config,
         side_files=find_side_files(path),
         metadata={key: value for key, value in index.items() if key != "tensors"},
+        mixture=mixture if isinstance(mixture := index.get("file_type"), int) else None,
         provenance=describe_files(path, "native", [path / INDEX, path / "config.json", weights]),
     )
 
@@ -160,7 +169,7 @@ def indexed_tensors(weights: Path, rows: Mapping[str, Any]) -> dict[str, LazyTen
     return open_tensors(NATIVE, {"tensors": rows}, places, weights)
 
 
-def _held(name: str, row: Any, faults: list[str]) -> Held | None:
+def _entry(name: str, row: Any, faults: list[str]) -> QuantizedEntry | None:
     """What one row of the index says; or None, with what is wrong appended to `faults`."""
     shape: Any = row.get("shape") if isinstance(row, dict) else None
     form: Any = row.get("format") if isinstance(row, dict) else None
@@ -174,4 +183,4 @@ def _held(name: str, row: Any, faults: list[str]) -> Held | None:
     except FormatError as error:
         faults.append(f"tensor {name!r}: {error}")
         return None
-    return Held(found, (shape[0], shape[1]))
+    return QuantizedEntry(found, (shape[0], shape[1]))

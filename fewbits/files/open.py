@@ -1,40 +1,36 @@
-"""Opening a model of any file type, which is told by its content.
-
-    directory with fewbits.json      native         native.py
-    directory with config.json       huggingface    huggingface.py
-      and model.onnx, no weights     onnx           onnx.py
-    file that begins with "GGUF"     gguf           gguf_model.py
-
-A new file type to read is a row of OPENERS and a test of content in `open_file_type`.
-"""
+"""Opening a model of any file type, which is told by its content; this module has them all registered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from ..errors import FileError
-from . import awq, bitsandbytes, compressed, fp8, gptq, mlx  # noqa: F401  they register their layouts
-from .base import Checkpoint
+from .awq import AWQ_DIRECTORY
+from .bitsandbytes import BITSANDBYTES
+from .checkpoint import Checkpoint
+from .compressed_tensors.filetype import COMPRESSED_TENSORS
+from .directory import Directory
 from .experts import split_experts
-from .gguf_model import open_gguf
-from .huggingface import BIN, INDEX, SINGLE, open_huggingface
-from .mapped import first_bytes
-from .native import open_native
-from .onnx import GRAPH, open_onnx
+from .filetype import FILE_TYPES, FileType, Probe
+from .fp8 import FP8
+from .gguf.filetype import GGUF_FILE
+from .gptq import GPTQ_V1, GPTQ_V2
+from .huggingface import HUGGINGFACE
+from .mlx import MLX_DIRECTORY
+from .native import NATIVE
+from .onnx.filetype import ONNX
 
-FileType = Literal["huggingface", "gguf", "native", "onnx"]
-OPENERS: dict[FileType, Callable[[Path], Checkpoint]] = {
-    "gguf": open_gguf,
-    "onnx": open_onnx,
-    "native": lambda path: split_experts(open_native(path)),
-    "huggingface": lambda path: split_experts(open_huggingface(path)),
-}
+for _file_type in (
+    GGUF_FILE, NATIVE, HUGGINGFACE, GPTQ_V1, GPTQ_V2, AWQ_DIRECTORY, COMPRESSED_TENSORS, BITSANDBYTES, FP8,
+    MLX_DIRECTORY, ONNX,
+):  # fmt: skip
+    FILE_TYPES.add(_file_type.name, _file_type)
+
+__all__ = ["FILE_TYPES", "GGUF_FILE", "file_type_at", "open_checkpoint"]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A directory or file of any type above -> Checkpoint; experts one weight each. Only headers are read.
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A directory or file of any type -> Checkpoint; experts one weight each. Only headers are read.
 
     >>> model = fewbits.open(tiny)
     >>> model.tensors["model.norm.weight"].shape
@@ -43,24 +39,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
     torch.float32
     """
     path = Path(path)
-    return OPENERS[open_file_type(path)](path)
+    return split_experts(file_type_at(path).open(path))
 
 
-def open_file_type(path: Path) -> FileType:
-    """Which file type lies at `path`, by its content; FileError for anything else."""
-    path = Path(path)
-    if path.is_dir():
-        if (path / "fewbits.json").is_file():
-            return "native"
-        if (path / "config.json").is_file():
-            weights = any((path / name).exists() for name in (SINGLE, INDEX, BIN, f"{BIN}.index.json"))
-            return "onnx" if (path / GRAPH).is_file() and not weights else "huggingface"
+def file_type_at(path: str | Path) -> FileType:
+    """The type of what lies at `path`, by its content; FileError for anything else."""
+    probe = Probe(Path(path))
+    known = [file_type for _, file_type in FILE_TYPES.items()]
+    # What marks a directory by a file of its own goes before what its config.json says.
+    known.sort(key=lambda file_type: not getattr(file_type, "marks", ()))
+    found = next((file_type for file_type in known if file_type.recognizes(probe)), None)
+    if found is not None:
+        return found
+    if probe.has("config.json"):
+        methods = sorted({t.method for t in known if isinstance(t, Directory) and t.method})
+        method = str((probe.quantization or {}).get("quant_method"))[:40]
         raise FileError(
-            f"{path}: has neither config.json nor fewbits.json; give a model directory or a .gguf file"
+            f"{path}: config.json says quant_method {method!r}; read are {', '.join(methods)}: load it with "
+            "the tool that wrote it, or quantize the original float model"
         )
-    magic = first_bytes(path, 4)
-    if magic == b"GGUF":
-        return "gguf"
-    if path.suffix in (".safetensors", ".onnx"):
+    if probe.directory:
+        raise FileError(f"{path}: has no config.json; give a model directory or a .gguf file")
+    if probe.path.suffix in (".safetensors", ".onnx"):
         raise FileError(f"{path}: is one file of a model; give its directory, with config.json")
-    raise FileError(f"{path}: is neither a GGUF file (it begins {magic!r}) nor a model directory")
+    raise FileError(f"{path}: is neither a GGUF file (it begins {probe.magic!r}) nor a model directory")

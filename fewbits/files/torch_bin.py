@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, raise_all
-from .json_object import regular_size
-from .mapped import absurd, first_bytes
-from .safetensors import DTYPES, MAX_DIMS, Entry
+from ..storage.json import regular_size
+from ..storage.mapped import absurd, first_bytes
+from ..storage.safetensors import DTYPES, MAX_DIMS, Entry
 
 STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",

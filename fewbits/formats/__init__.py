@@ -1,9 +1,19 @@
 """What do the bits mean? One module a family; importing this package registers every format."""
 
 from . import actorder, affine, codebook, floats, ggml, iq
-from .base import FLOATS, FORMATS, Distortion, Format, Grid
+from .base import FORMATS, Distortion, Format, Grid, Kind, kind_of
 
 __all__ = [
-    "FLOATS", "FORMATS", "Distortion", "Format", "Grid",
-    "actorder", "affine", "codebook", "floats", "ggml", "iq",
+    "FORMATS",
+    "Distortion",
+    "Format",
+    "Grid",
+    "Kind",
+    "actorder",
+    "affine",
+    "codebook",
+    "floats",
+    "ggml",
+    "iq",
+    "kind_of",
 ]  # fmt: skip

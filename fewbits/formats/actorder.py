@@ -1,21 +1,21 @@
-"""Act order: columns belong to groups by how much they count, and not by where they lie.
+"""Act order: columns are put into groups by their importance, not by their position.
 
     int{bits}_g{columns}[_asym]_actorder[_f16 | _bf16 | _f32]
 
-    int4_g128_actorder        int4_g128 whose groups are of any columns
-    int4_g128_asym_actorder   the same of int4_g128_asym
+    int4_g128_actorder        int4_g128, but a group may consist of any 128 columns
+    int4_g128_asym_actorder   int4_g128_asym, likewise
 
     w[i, j] = scale[i, g_idx[j]] * (code[i, j] - zero[i, g_idx[j]])
 
-    codes, scale, zero    as the format in order has them, the codes where their columns are
+    codes, scale, zero    as in the format in order; codes stay at the position of their column
     g_idx    i32 (1, k)   the group of each column, the same for all rows
 
-Columns sorted by falling importance are cut into groups: those that matter most share scales with one
-another, and error feedback, which takes columns in that order, fits a scale when it comes to its group
-(see algorithms/gptq.py). Which group a column is in depends on the input alone, so that weights with one
-input (q, k and v) have one g_idx: vLLM, which makes one matrix of them, keeps only one. Without importance
-columns stay in order, and all is as in the format in order. A g_idx of another tool may be any: groups
-of different sizes, or none of their columns.
+Columns are sorted by falling importance and cut into groups, so the most important columns share scales
+with one another. Error feedback takes columns in the same order and fits the scale of a group when it
+reaches it (see algorithms/gptq.py). The group of a column depends on the input alone, so weights with the
+same input (q, k and v) have the same g_idx: vLLM fuses them into one matrix and keeps a single g_idx.
+Without importance, columns stay in order, and g_idx is j // group. Other tools may write any g_idx, with
+groups of different sizes and even empty groups.
 
 AutoGPTQ and GPTQModel call it desc_act, compressed-tensors actorder "group".
 Source: the option --act-order of the code of GPTQ (arXiv 2210.17323); GPTQModel 7.7, quantization/gptq.py.
@@ -26,9 +26,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..errors import FormatError
+from ..lazy import torch
 from ..qtensor import Plane, QTensor
 from .affine import Affine
 from .affine import parse as parse_affine
@@ -41,7 +40,7 @@ INDEX = "g_idx"
 
 @dataclass(frozen=True)
 class ActOrder(Format):
-    """plain: the format of the same groups, of columns in order."""
+    """plain: the format with the same groups whose columns are in order."""
 
     plain: Affine
 
@@ -55,17 +54,17 @@ class ActOrder(Format):
         return replace(grid, index=self.index(order).long())
 
     def encode(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> QTensor:
-        """Rows stand alone once the order is known."""
+        """`(n, k)` float -> QTensor. The order is fixed first, then rows are independent."""
         self.check_matrix(w)
         order, importance = self.order(w, importance)
         if importance is None:
-            return self.joined(self.plain.encode(w, None, search), self.index(order))
+            return self.with_index(self.plain.encode(w, None, search), self.index(order))
         return self.arranged(self.plain.encode(w[:, order], importance, search), order)
 
     def order(
         self, w: torch.Tensor, importance: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """-> columns `(k,)` by falling importance, of equals the first, and the importance so sorted."""
+        """-> columns `(k,)` by falling importance (a stable sort), and the importance in that order."""
         importance = checked_importance(importance, *w.shape)
         if importance is None:
             return torch.arange(w.shape[1], device=w.device), None
@@ -74,13 +73,13 @@ class ActOrder(Format):
         return order, importance[..., order]
 
     def index(self, order: torch.Tensor) -> torch.Tensor:
-        """Columns as they are cut into groups `(k,)` -> the group of each."""
+        """The order of columns `(k,)` in which they are cut into groups -> the group of each column."""
         groups = torch.arange(len(order), dtype=torch.int32, device=order.device) // self.columns
         return groups[order.argsort()]
 
     @property
     def columns(self) -> int:
-        """Of a group."""
+        """The number of columns of a group."""
         assert self.plain.cells.columns is not None
         return self.plain.cells.columns
 
@@ -91,20 +90,21 @@ class ActOrder(Format):
 
     def pack(self, grid: AffineGrid, codes: torch.Tensor) -> QTensor:
         assert grid.index is not None
-        return self.joined(self.plain.pack(grid, codes), grid.index)
+        return self.with_index(self.plain.pack(grid, codes), grid.index)
 
     def unpack(self, q: QTensor) -> tuple[AffineGrid, torch.Tensor]:
-        plain, index = self.parted(q)
+        plain, index = self.without_index(q)
         grid, codes = self.plain.unpack(plain)
         return replace(grid, index=index.long()), codes
 
-    def joined(self, q: QTensor, index: torch.Tensor) -> QTensor:
-        """Codes, scales and zeros as a weight in `plain`, and the group of each column `(k,)` -> ours."""
+    def with_index(self, q: QTensor, index: torch.Tensor) -> QTensor:
+        """A weight in `plain` and the group of each column `(k,)` -> the same weight in this format."""
         g_idx = index.to(torch.int32).reshape(1, -1)
         return QTensor(self, q.shape, {**q.planes, INDEX: g_idx})
 
-    def parted(self, q: QTensor) -> tuple[QTensor, torch.Tensor]:
-        """The inverse of `joined`. What it gives decodes rightly only where columns are `in_order`."""
+    def without_index(self, q: QTensor) -> tuple[QTensor, torch.Tensor]:
+        """The inverse of `with_index`. The weight in `plain` has the same values only if columns are
+        `in_order`. FormatError if an index is no group."""
         index = q.planes[INDEX][0]
         low, high = (int(edge) for edge in torch.aminmax(index))
         groups = -(-q.shape[1] // self.columns)
@@ -116,7 +116,7 @@ class ActOrder(Format):
         return QTensor(self.plain, q.shape, {n: p for n, p in q.planes.items() if n != INDEX}), index
 
     def in_order(self, index: torch.Tensor) -> bool:
-        """Do columns `(k,)` belong to the groups that they would be in without an index?"""
+        """Is the group of every column `(k,)` the one that it has in `plain`?"""
         return torch.equal(index.long(), torch.arange(len(index), device=index.device) // self.columns)
 
 
@@ -131,7 +131,7 @@ def parse(name: str) -> ActOrder | None:
     dtype = "" if match["dtype"] in (None, "_f16") else match["dtype"]
     plain = parse_affine(match["head"] + dtype)
     assert plain is not None
-    planes = (*plain.planes, Plane(INDEX, torch.int32, rows=None))
+    planes = (*plain.planes, Plane(INDEX, "int32", rows=None))
     return ActOrder(f"{match['head']}{SUFFIX}{dtype}", 1, planes, plain)
 
 

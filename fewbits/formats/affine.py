@@ -19,8 +19,8 @@ negative, so that the extreme weight of a group meets the longer end of the rang
     zero     u8    integer zeros of a row, packed like the codes; a byte each per channel or tensor
     minimum  f16   instead of zero
 
-Weights are rounded with the scale as it is stored. The last group of a row may be shorter. Groups of columns
-that lie apart are in actorder.py.
+Weights are rounded with the scale as stored. The last group of a row may be shorter. Formats whose groups
+consist of columns that are not neighbours are in actorder.py.
 Source: Jacob et al., Quantization and Training of Neural Networks (arXiv 1712.05877), section 2.1.
 """
 
@@ -29,11 +29,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
-
-from ..pack import cell, pack, unpack
-from ..qtensor import Plane, QTensor
-from .base import FLOATS, FORMATS, Format
+from ..core.pack import cell, pack, unpack
+from ..lazy import torch
+from ..qtensor import Plane, QTensor, torch_dtype
+from .base import FORMATS, SCALE_TYPES, Format
 from .cells import Cells, Choice, choose, tries
 from .grids import AffineGrid, saturate
 from .levels import code_plane
@@ -42,13 +41,18 @@ from .search import fit_affine, fit_symmetric, inverse, lanes, ordered_sum
 
 @dataclass(frozen=True)
 class Affine(Format):
-    """zero: "none" (symmetric), "int" or "float". zero_bits: what a stored integer zero takes."""
+    """zero: "none" (symmetric), "int" or "float". scale_type: torch's name of the type of scales and minima.
+    zero_bits: of a stored integer zero."""
 
     bits: int
     cells: Cells
     zero: str
-    dtype: torch.dtype
+    scale_type: str
     zero_bits: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.scale_type)
 
     @property
     def top(self) -> int:
@@ -69,11 +73,11 @@ class Affine(Format):
         return AffineGrid(parameters[0], base, zero, self.top, self.cells.columns or k, k, self.dtype, signed)
 
     def stored(self, parameter: torch.Tensor) -> torch.Tensor:
-        """What the parameter is worth once it lies in its plane."""
+        """The parameter rounded to the type of its plane, as f32."""
         return saturate(parameter, self.dtype).float()
 
     def nearest(self, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        """Lanes x `(G, N)` on the grid of its group's `(N,)` parameters."""
+        """Lanes x `(G, N)` -> x rounded to the grid of the `(N,)` parameters of each group."""
         step, base = parameters[0], parameters[1] if self.zero == "float" else None
         low = 0 if self.zero == "float" else -(1 << (self.bits - 1))
         level = (x if base is None else x - base).mul(inverse(step)).round_().clamp_(low, low + self.top)
@@ -91,7 +95,7 @@ class Affine(Format):
     def fit_zero(
         self, x: torch.Tensor, weight: torch.Tensor | None, search: bool
     ) -> tuple[torch.Tensor, ...]:
-        """Integer zero: the range is stretched to hold 0, which is always one of the values.
+        """Integer zero: the range is stretched to include 0, which always is one of the values.
 
         The search takes the affine fit and its neighbouring zeros, each refitted, and the two zeros
         in the middle; on normal weights it comes within 0.3 % of the error of trying every zero.
@@ -170,7 +174,7 @@ def parse(name: str) -> Affine | None:
     match = GRAMMAR.fullmatch(name)
     if match is None:
         return None
-    bits, dtype = int(match["bits"]), FLOATS[match["dtype"] or "f16"]
+    bits, dtype = int(match["bits"]), SCALE_TYPES[match["dtype"] or "f16"]
     group = int(match["group"]) if match["group"] else None
     cells = Cells(None if match["whole"] == "tensor" else 1, group)
     canonical = (
@@ -183,7 +187,7 @@ def parse(name: str) -> Affine | None:
     if match["zero"] == "_asym":
         count, words = cell(zero_bits)
         columns = None if group is None else group * count
-        planes.append(Plane("zero", torch.uint8, cells.rows, columns, words))
+        planes.append(Plane("zero", "uint8", cells.rows, columns, words))
     elif match["zero"] == "_asym_float":
         planes.append(Plane("minimum", dtype, cells.rows, cells.columns))
     zero = {None: "none", "_asym": "int", "_asym_float": "float"}[match["zero"]]

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
-import torch
-
+from ..dtypes import BF16, DTYPES, F16, F32, DType
 from ..errors import FormatError
+from ..lazy import torch
 from ..qtensor import Plane, QTensor
 from ..registry import Registry
 
-# The float types that files, scales and unquantized weights have, by name.
-FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-# Weights handled at once where rows stand alone. A search takes some 100 bytes for each.
+# The float types of scales: our name -> torch's.
+SCALE_TYPES = {dtype.name: dtype.torch_name for dtype in (F32, F16, BF16)}
+# Weights encoded at once if rows are independent. A search takes some 100 bytes for each.
 CHUNK = 2**20
 
 
@@ -36,12 +36,13 @@ class Grid(ABC):
 
         value = step * level(code) + base        step, base (n, g): one for each row and group
 
-    (an integer zero point is part of the level), which is what refitting in closed form needs.
-    Where codes are points of a lattice, `vector` columns are rounded together: `columns` are whole vectors.
-    Evaluated in f32 in this order it is `value` bit for bit. Group j covers the columns j * group to
-    (j + 1) * group - 1; the last may be shorter. Where columns lie in another order than their groups
-    do, `index (k,)` int64 has the group of each; there are as many groups all the same. Who asks
-    `group_of`, `members`, `sums` and `spread` need not know.
+    (an integer zero point is part of the level). Refitting in closed form relies on this. `value` is this
+    expression bit for bit, evaluated in f32 in this order.
+
+    Group j covers the columns j * group to (j + 1) * group - 1; the last group may be shorter. In act order
+    it does not: there `index (k,)` int64 gives the group of each column. `group_of`, `members`, `sums` and
+    `spread` work for both. If codes are points of a lattice, `vector` columns are rounded together, and a
+    slice of columns must consist of whole vectors.
     """
 
     group: int
@@ -67,11 +68,12 @@ class Grid(ABC):
         return x.reshape(n, -1, self.group).sum(2)
 
     def spread(self, parameter: torch.Tensor, k: int) -> torch.Tensor:
-        """`(n, g)` -> `(n, k)`: what each column has of its group's."""
+        """`(n, g)` -> `(n, k)`: the parameter of each column's group."""
         return parameter[:, self.group_of(torch.arange(k, device=parameter.device))]
 
     def weighted(self, importance: torch.Tensor) -> Grid:
-        """importance `(k,)`: how much the errors inside a vector count. Of no matter to single columns."""
+        """This grid for an importance `(k,)`, which weights the errors inside a vector of a lattice.
+        Grids that round single columns ignore it."""
         return self
 
     @abstractmethod
@@ -80,7 +82,7 @@ class Grid(ABC):
 
     @abstractmethod
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        """`(n, c)` codes -> `(n, c)` f32: exactly what `decode` will give for them."""
+        """`(n, c)` codes -> `(n, c)` f32: exactly what `decode` gives for them."""
 
     @abstractmethod
     def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
@@ -94,25 +96,26 @@ class Grid(ABC):
     def refitted(
         self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> Grid:
-        """The grid of the same kind whose groups come nearest to step and base `(n, g)`, as it can store
-        them. base is None where `groups` has none. weight `(n, g)`: how much the error of each group
-        counts where several share a parameter. A plain float type has none and returns itself."""
+        """The grid of the same kind whose stored groups come nearest to step and base `(n, g)`.
+
+        base is None if `groups` returns None. weight `(n, g)`: weights the error of each group if several
+        groups share a parameter. A plain float type has no parameters and returns itself."""
 
     @abstractmethod
     def parameters(self) -> dict[str, torch.Tensor]:
-        """The continuous numbers behind steps and bases, as stored (f16 scales; d and dmin of a K block).
+        """The continuous parameters that steps and bases derive from (f16 scales; d and dmin of a K block).
 
-        Each is `(rows, entries)` f32; empty where scales are powers of two or there are none."""
+        Each is `(rows, entries)` f32. The table is empty if scales are powers of two or if there are none."""
 
     @abstractmethod
     def replaced(self, parameters: dict[str, torch.Tensor]) -> Grid:
-        """The same grid with other parameters, not rounded to what is stored (`pack` rounds them).
-        `value` of it is differentiable with respect to them."""
+        """The same grid with other parameters, which are not rounded to their stored type (`pack` does that).
+        `value` of the result is differentiable with respect to them."""
 
 
 @dataclass(frozen=True)
 class Distortion:
-    """What a weight lost: sum of squared errors, sum of squares of the weight, largest error."""
+    """The error of a quantized weight: sum of squared errors, sum of squares of the weight, largest error."""
 
     squared: float
     energy: float
@@ -120,7 +123,7 @@ class Distortion:
 
     @staticmethod
     def between(before: torch.Tensor, after: torch.Tensor) -> Distortion:
-        """Of a float tensor and what became of it, both f32; sums in f64."""
+        """The distortion of a float tensor and its quantized values, both f32; sums are in f64."""
         error = after - before
         squared, energy = (float((part * part).sum(dtype=torch.float64)) for part in (error, before))
         return Distortion(squared, energy, float(error.abs().max()))
@@ -131,14 +134,14 @@ class Distortion:
 
     @property
     def relative_error(self) -> float:
-        """|w' - w| / |w|, Frobenius; 0 for a zero weight kept exactly, infinite for one that was not."""
+        """|w' - w| / |w|, Frobenius. For a zero weight: 0 if w' is zero too, else infinite."""
         if self.squared == 0:
             return 0.0
         return math.inf if self.energy == 0 else math.sqrt(self.squared / self.energy)
 
     @property
     def sqnr_db(self) -> float | None:
-        """Signal to quantization noise in dB; None where there is no noise (or no signal)."""
+        """Signal to quantization noise ratio in dB; None if the noise or the signal is zero."""
         if self.squared == 0 or self.energy == 0:
             return None
         return 10 * math.log10(self.energy / self.squared)
@@ -155,10 +158,14 @@ class Format(ABC):
     block: int
     planes: tuple[Plane, ...]
 
-    # Columns that are rounded together; see Grid.
+    # The number of columns that are rounded together; see Grid.
     vector: ClassVar[int] = 1
-    # A group's squared errors are summed in f32: 2^112 leaves room for 2^15 terms.
-    LARGEST: ClassVar[float] = 2.0**56
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that a weight may have. Squared errors of a group are summed in f32: 2^112
+        leaves room for 2^15 of them."""
+        return 2.0**56
 
     @abstractmethod
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> Grid:
@@ -183,13 +190,14 @@ class Format(ABC):
 
     @property
     def ordered(self) -> Format | None:
-        """Where columns are put into groups by what they count: the format whose columns lie in that order.
-        `arranged` makes a weight of this format of one of that. None for all others."""
+        """For a format in act order: the format with the same groups whose columns are in order, from which
+        `arranged` makes a weight in act order. None for all other formats."""
         return None
 
     def arranged(self, q: QTensor, order: torch.Tensor) -> QTensor:
-        """A weight `(n, k)` in `ordered`, whose column j is column order[j] of ours -> ours."""
-        raise FormatError(f"{self.name} has its columns as they lie; a format in act order moves them")
+        """A weight `(n, k)` in the format `ordered` -> the same weight in this format. Column j of the given
+        weight becomes column order[j]. FormatError unless this is a format in act order."""
+        raise FormatError(f"{self.name} keeps columns in order; only a format in act order moves them")
 
     def column_block(self, k: int) -> int | None:
         """How many columns can be fitted and packed alone: the widest cell of any plane. None where a
@@ -204,18 +212,18 @@ class Format(ABC):
         return width if k % width == 0 else None
 
     def encode(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> QTensor:
-        """`(n, k)` float -> QTensor: fit, round and pack, a few rows at a time where they stand alone."""
+        """`(n, k)` float -> QTensor: fit, round and pack, a few rows at a time if rows are independent."""
         self.check(w)
         n, k = w.shape
         importance = checked_importance(importance, n, k)
-        alone = all(plane.flat is None and plane.rows == 1 for plane in self.planes)
-        step = max(1, CHUNK // k) if alone else n
+        independent = all(plane.flat is None and plane.rows == 1 for plane in self.planes)
+        step = max(1, CHUNK // k) if independent else n
         parts = []
         for start in range(0, n, step):
             rows = slice(start, start + step)
             x = w[rows].float()
-            known = importance if importance is None or importance.ndim == 1 else importance[rows]
-            grid = self.fit(x, known, search)
+            part = importance if importance is None or importance.ndim == 1 else importance[rows]
+            grid = self.fit(x, part, search)
             parts.append(self.pack(grid, grid.round(x)))
         if len(parts) == 1:
             return parts[0]
@@ -223,20 +231,20 @@ class Format(ABC):
         return QTensor(self, (n, k), planes)
 
     def distortion(self, w: torch.Tensor, q: QTensor) -> Distortion:
-        """What `q` lost of `w`; decoded a few rows at a time where rows stand alone."""
+        """The distortion of `q` against `w`. It is decoded a few rows at a time if rows are independent."""
         n, k = q.shape
-        alone = all(plane.flat is None and plane.rows in (1, None) for plane in self.planes)
-        step = max(1, CHUNK // k) if alone else n
-        lost = Distortion(0.0, 0.0, 0.0)
+        independent = all(plane.flat is None and plane.rows in (1, None) for plane in self.planes)
+        step = max(1, CHUNK // k) if independent else n
+        total = Distortion(0.0, 0.0, 0.0)
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             part = q if step >= n else q.take_rows(torch.arange(rows.start, rows.stop))
             x = w[rows].float()
-            lost = lost + Distortion.between(x, part.decode())
-        return lost
+            total = total + Distortion.between(x, part.decode())
+        return total
 
     def check(self, w: torch.Tensor, name: str = "tensor") -> None:
-        """Raise FormatError unless this format can hold a weight of w's shape and values."""
+        """Raise FormatError unless this format can represent a weight of w's shape and values."""
         self.check_matrix(w, name)
         self.check_values(w, name)
 
@@ -250,7 +258,7 @@ class Format(ABC):
         if w.is_meta:
             raise FormatError(f"{name}: a tensor on the meta device has no values to quantize")
         low, high = (float(edge) for edge in torch.aminmax(w))  # NaN if any weight is
-        if max(-low, high) <= self.LARGEST:
+        if max(-low, high) <= self.largest:
             return
         bad = int((~torch.isfinite(w)).sum())
         if bad:
@@ -258,7 +266,7 @@ class Format(ABC):
                 f"{name}: {bad} of {w.numel()} weights are NaN or infinite; repair the checkpoint"
             )
         raise FormatError(
-            f"{name}: the largest magnitude {max(-low, high):g} exceeds {self.LARGEST:g}, the most that "
+            f"{name}: the largest magnitude {max(-low, high):g} exceeds {self.largest:g}, the most that "
             f"{self.name} takes; rescale the weight, or keep it in bf16 or f32"
         )
 
@@ -277,7 +285,7 @@ class Format(ABC):
 
 
 def checked_importance(importance: torch.Tensor | None, n: int, k: int) -> torch.Tensor | None:
-    """`(k,)` or `(n, k)` -> the same in f32; None if no weight counts, which means that all count alike."""
+    """`(k,)` or `(n, k)` -> the same in f32; None, which means even importance, if all are zero."""
     if importance is None:
         return None
     if importance.shape not in ((k,), (n, k)):
@@ -291,3 +299,11 @@ def checked_importance(importance: torch.Tensor | None, n: int, k: int) -> torch
 
 
 FORMATS: Registry[Format] = Registry("format", FormatError)
+
+
+Kind = DType | Format  # what a tensor is stored in: a number type, or a format
+
+
+def kind_of(name: str) -> Kind:
+    """The name of a number type or a format -> Kind; FormatError for an unknown one, with the near names."""
+    return DTYPES.get(name) or FORMATS.get(name)

@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-import torch
-
+from ..lazy import torch
 from .base import checked_importance
 from .search import lanes, ordered_sum
 
@@ -38,9 +37,9 @@ class Cells:
         return cells.reshape(rows * columns, down, across).permute(1, 2, 0)
 
     def importance(self, importance: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
-        """`(k,)` or `(n, k)` -> the weight of each gathered square, at most 1; None if all count alike.
+        """`(k,)` or `(n, k)` -> the importance of each gathered weight, at most 1; None if all are equal.
 
-        Weights that `gather` repeated count nothing. A cell without any importance counts evenly.
+        Weights that `gather` repeats have importance 0. All weights of a cell without importance have 1.
         """
         n, k = shape
         rows, columns = self.rows or n, self.columns or k
@@ -66,8 +65,8 @@ def choose(
     """Per group, the option of least (weighted) squared error; the first of equal ones.
 
     x: `(..., G)`. Each option is a tuple of `(...)` parameters. `value(lanes(x), *option)`, the option
-    as `(N,)`, is what x becomes under it, in fresh memory: storing parameters in few bits moves them,
-    so a fit is judged after they are stored.
+    as `(N,)`, quantizes x with it and returns new memory. The options are parameters as stored, because
+    rounding them to their stored type changes the error.
     """
     shape, x = x.shape[:-1], lanes(x)
     choice = Choice(x, None if weight is None else lanes(weight))
@@ -86,7 +85,7 @@ class Choice:
         self.least = torch.empty(0)
 
     def offer(self, option: tuple[torch.Tensor, ...], value: torch.Tensor) -> None:
-        """value `(G, N)`: what x becomes under the option; overwritten."""
+        """value `(G, N)`: x quantized with the option; it is overwritten."""
         error = value.sub_(self.x).square_()
         total = ordered_sum(error if self.weight is None else error.mul_(self.weight))
         if not self.best:
@@ -99,12 +98,12 @@ class Choice:
 
 
 def tries(search: bool) -> tuple[bool, ...]:
-    """Values of `search` to offer `choose`: a search is judged against the plain rule it must beat."""
+    """The values of `search` to try with `choose`: the result of a search must beat the plain rule's."""
     return (False, True) if search else (False,)
 
 
 def pad(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """`(n, k)` -> zeros to whole cells."""
+    """`(n, k)` -> the same, padded with zeros to whole cells."""
     return torch.nn.functional.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
 
 

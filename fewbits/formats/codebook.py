@@ -1,4 +1,4 @@
-"""Codebooks: a table of levels that no arithmetic gives, under a scale or learned outright.
+"""Codebooks: a table of levels, either fixed and multiplied by a scale, or learned.
 
     nf4 fp4        16 levels in [-1, 1] times the largest magnitude of 64 weights, as bitsandbytes
                    codes    u8    2 codes in a byte, the first in the HIGH nibble
@@ -28,20 +28,20 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-import torch
-
-from ..pack import pack, unpack
+from ..core.pack import pack, unpack
+from ..lazy import torch
 from ..qtensor import Plane, QTensor
-from .base import FLOATS, FORMATS, Format, Grid
+from .base import FORMATS, SCALE_TYPES, Format, Grid
 from .cells import Cells, choose
 from .floats import Element
 from .grids import mean_over_rows, saturate
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
 from .search import inverse
 
-# Quantiles of the normal distribution, eight below zero and seven above, scaled to +-1.
-NF4 = Levels(
-    torch.tensor(
+
+def nf4_values() -> torch.Tensor:
+    """`(16,)`: quantiles of the normal distribution, eight below zero and seven above, scaled to +-1."""
+    return torch.tensor(
         [
             *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
             *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -49,15 +49,19 @@ NF4 = Levels(
             *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
         ],
         dtype=torch.float32,
-    ),
-    ties="below",
-)
-# By code: sign, then three bits with values of their own; in units of the largest, 12.
-_FP4_MAGNITUDES = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
-FP4 = Levels(torch.cat([_FP4_MAGNITUDES, -_FP4_MAGNITUDES]), ties="below")
+    )
 
-# By byte: a signed integer over 127. bitsandbytes never makes -128.
-INT8 = Levels(torch.cat([torch.arange(128.0), torch.tensor([torch.nan]), torch.arange(-127.0, 0.0)]) / 127)
+
+def fp4_values() -> torch.Tensor:
+    """`(16,)` by code: sign, then three bits with values of their own; in units of the largest, 12."""
+    magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
+    return torch.cat([magnitudes, -magnitudes])
+
+
+def int8_values() -> torch.Tensor:
+    """`(256,)` by byte: a signed integer over 127. bitsandbytes never makes -128."""
+    return torch.cat([torch.arange(128.0), torch.tensor([torch.nan]), torch.arange(-127.0, 0.0)]) / 127
+
 
 NORMAL_BLOCK = 64  # weights under one absmax, unless the name says otherwise
 NESTED_BLOCK = 256  # absmax under one nested absmax
@@ -77,7 +81,8 @@ def dynamic_map() -> torch.Tensor:
     return torch.cat([values, -values, torch.tensor([0.0, 1.0])]).sort().values
 
 
-DYNAMIC = Levels(dynamic_map(), ties="below")
+NF4, FP4, DYNAMIC = (Levels(table, ties="below") for table in (nf4_values, fp4_values, dynamic_map))
+INT8 = Levels(int8_values)
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class NestedGrid(LevelGrid):
     def refitted(
         self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> NestedGrid:
-        """The better of two: codes anew under the old nested absmax and offset, or all three anew."""
+        """The better of two: new codes with the old nested absmax and offset, or all three new."""
         weight = torch.ones_like(step) if weight is None else weight
 
         def error(grid: NestedGrid) -> torch.Tensor:
@@ -117,7 +122,7 @@ class NestedGrid(LevelGrid):
 
 @dataclass(frozen=True)
 class DoubleQuantized(ScaledLevels):
-    """ScaledLevels whose scales, less their mean, are dynamic 8-bit codes in blocks of 256."""
+    """ScaledLevels whose scales, minus their mean, are stored as dynamic 8-bit codes in blocks of 256."""
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> NestedGrid:
         """The rule of bitsandbytes; the search also tries both neighbours of each scale's code."""
@@ -223,7 +228,7 @@ class LearnedGrid(Grid):
 
 @dataclass(frozen=True)
 class KMeans(Format):
-    """value = table[code]: the table is learned by weighted Lloyd iterations, per row or per tensor."""
+    """value = table[code]: a table per row or per tensor, learned by weighted Lloyd iterations."""
 
     bits: int
     cells: Cells
@@ -231,10 +236,10 @@ class KMeans(Format):
     def fit(
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> LearnedGrid:
-        """Without search, levels spread evenly from the least to the largest weight of the cell.
+        """Without search, levels are spaced evenly from the smallest to the largest weight of a cell.
 
-        With it, Lloyd from there and from the quantiles; per cell the better one stays. Needs about
-        50 bytes a weight of a cell.
+        The search runs Lloyd's iterations from there and from the quantiles, and keeps the better table of
+        each cell. It needs about 50 bytes for each weight of a cell.
         """
         x, weight = self.cells.gather(w)[:, 0].contiguous(), self.cells.importance(importance, w.shape)
         chunk = max(1, (1 << 20) // x.shape[1])
@@ -301,8 +306,8 @@ def lloyd(x: torch.Tensor, sums: torch.Tensor, levels: torch.Tensor, rounds: int
     """Move each level to the weighted mean of the (sorted) x nearest to it, until none moves.
 
     sums: `(3, r, m + 1)` running sums of the weights, of weight * x and of weight * x^2, so that a
-    round costs no pass over x. Where levels hold nothing, one of them moves to the lowest x of the
-    cell that loses most, and so splits it.
+    round costs no pass over x. If cells of levels are empty, one of these levels moves to the lowest x of
+    the cell with the largest error and so splits it.
     """
     energy = sums[2, :, -1:]
     for _ in range(rounds):
@@ -312,7 +317,7 @@ def lloyd(x: torch.Tensor, sums: torch.Tensor, levels: torch.Tensor, rounds: int
         mass, moment, square = sums.gather(2, edges.expand(3, -1, -1)).diff(dim=2)
         empty = mass <= 0
         moved = torch.where(empty, levels.double(), moment / mass).float()
-        # What f64 sums cannot tell from zero is no loss.
+        # A loss below the rounding error of the f64 sums counts as zero.
         loss = torch.where(empty, 0.0, square - moment.square() / mass)
         worst, cell = loss.max(1, keepdim=True)
         split = (empty & (empty.cumsum(1) == 1)) & (worst > 1e-12 * energy)
@@ -340,11 +345,11 @@ def parse_normal(name: str) -> ScaledLevels | None:
     canonical = normal_name(match["levels"], block, match["nested"] is not None)
     shared = (levels, 4, Cells(1, block), (1, 0))
     if match["nested"] is None:
-        planes = (code_plane(4), Plane("absmax", torch.float32, columns=block))
+        planes = (code_plane(4), Plane("absmax", "float32", columns=block))
         return ScaledLevels(canonical, block, planes, *shared)
-    nested = Plane("nested_absmax", torch.float32, flat=block * NESTED_BLOCK)
-    offset = Plane("offset", torch.float32, rows=None, columns=None)
-    absmax = Plane("absmax", torch.uint8, columns=block)
+    nested = Plane("nested_absmax", "float32", flat=block * NESTED_BLOCK)
+    offset = Plane("offset", "float32", rows=None, columns=None)
+    absmax = Plane("absmax", "uint8", columns=block)
     return DoubleQuantized(canonical, block, (code_plane(4), absmax, nested, offset), *shared)
 
 
@@ -362,7 +367,7 @@ def parse_pow2(name: str) -> ScaledLevels | None:
     group = None if match["whole"] else int(match["group"] or 128)
     cells = Cells(None if match["whole"] == "tensor" else 1, group)
     canonical = f"pow2_{bits}_" + (match["whole"] or f"g{group}") + ("" if dtype == "f16" else f"_{dtype}")
-    scale = Plane("scale", FLOATS[dtype], cells.rows, cells.columns)
+    scale = Plane("scale", SCALE_TYPES[dtype], cells.rows, cells.columns)
     element = pow2_element(bits)
     return ScaledLevels(canonical, 1, (code_plane(bits), scale), element.levels, bits, cells)
 
@@ -379,7 +384,7 @@ def parse_kmeans(name: str) -> KMeans | None:
     if match is None:
         return None
     bits, rows = int(match["bits"]), 1 if match["whole"] == "channel" else None
-    table = Plane("table", torch.float16, rows=rows, columns=None, entries=1 << bits)
+    table = Plane("table", "float16", rows=rows, columns=None, entries=1 << bits)
     return KMeans(name, 1, (code_plane(bits), table), bits, Cells(rows, None))
 
 
@@ -390,5 +395,5 @@ for _name in (
     *(f"kmeans{b}_{c}" for b in (2, 3, 4) for c in ("channel", "tensor")),
 ):
     FORMATS.add(_name, FORMATS.get(_name))
-_rows = (code_plane(8), Plane("absmax", torch.float32, columns=None))
+_rows = (code_plane(8), Plane("absmax", "float32", columns=None))
 FORMATS.add("int8_absmax", ScaledLevels("int8_absmax", 1, _rows, INT8, 8, Cells(1, None)))

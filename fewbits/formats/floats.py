@@ -26,18 +26,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import floor, log2
-from typing import ClassVar
 
-import torch
-
-from ..errors import FormatError
-from ..pack import pack, unpack
+from ..core.pack import pack, unpack
+from ..lazy import torch
 from ..qtensor import Plane, QTensor
-from .base import FLOATS, FORMATS, Format, Grid, checked_importance
+from .base import FORMATS, SCALE_TYPES, Format
 from .cells import Cells, choose
-from .grids import saturate
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
 from .search import fit_table, inverse
 
@@ -58,6 +54,10 @@ class Element:
 
     @cached_property
     def levels(self) -> Levels:
+        return Levels(self.values)
+
+    def values(self) -> torch.Tensor:
+        """`(2^bits,)` f32: the value of each code."""
         code = torch.arange(1 << self.bits)
         mantissa = code & ((1 << self.mantissa_bits) - 1)
         exponent = (code >> self.mantissa_bits) & ((1 << self.exponent_bits) - 1)
@@ -69,7 +69,7 @@ class Element:
             value[ones if self.special == "nan" else last] = torch.nan
             if self.special == "ieee":
                 value[last & (mantissa == 0)] = torch.inf
-        return Levels(torch.where(code >> (self.bits - 1) > 0, -value, value).float())
+        return torch.where(code >> (self.bits - 1) > 0, -value, value).float()
 
     @cached_property
     def largest(self) -> float:
@@ -93,72 +93,18 @@ ELEMENTS = {
 }
 
 SCALES = ELEMENTS["e4m3"].levels  # of the block scales of NVFP4
-# Value of each E8M0 code, OCP MX v1.0 section 5.4.1: no sign, no zero, 255 is NaN.
-E8M0 = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [torch.nan], dtype=torch.float32)
+
+
+@cache
+def e8m0() -> torch.Tensor:
+    """`(256,)` f32: the value of each E8M0 code, OCP MX v1.0 section 5.4.1: no sign, no zero, 255 is NaN."""
+    return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [torch.nan], dtype=torch.float32)
 
 
 def nearest_exponent(step: torch.Tensor) -> torch.Tensor:
-    """f32 -> int32: e of the nearest 2^e, the lower one of two; the least of f32 where step <= 0."""
+    """f32 -> int32: the e of the nearest 2^e, of two the lower; the lowest exponent of f32 if step <= 0."""
     mantissa, exponent = torch.frexp(step)
     return torch.where(step > 0, exponent - (mantissa <= 0.75).int(), -149)
-
-
-@dataclass(frozen=True)
-class CastGrid(Grid):
-    """The values of a torch float type; its codes are the numbers themselves."""
-
-    dtype: torch.dtype
-    group: int
-
-    def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return saturate(w, self.dtype)
-
-    def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return codes.float()
-
-    def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return codes.float()
-
-    def groups(self, n: int) -> tuple[torch.Tensor, None]:
-        return torch.ones(n, 1), None
-
-    def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
-    ) -> CastGrid:
-        return self
-
-    def parameters(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def replaced(self, parameters: dict[str, torch.Tensor]) -> CastGrid:
-        return self
-
-
-@dataclass(frozen=True)
-class Cast(Format):
-    """`(n, k)` -> values `(n, k)`: f32, f16 or bf16."""
-
-    dtype: torch.dtype = torch.float32
-    LARGEST: ClassVar[float] = torch.finfo(torch.float32).max
-
-    def check_values(self, w: torch.Tensor, name: str = "tensor") -> None:
-        super().check_values(w, name)
-        high, largest = float(w.abs().amax()), torch.finfo(self.dtype).max
-        if high > largest:
-            raise FormatError(
-                f"{name}: the largest magnitude {high:g} exceeds {largest:g}, the range of {self.name}; "
-                "use f32, bf16 or a format with scales"
-            )
-
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> Grid:
-        checked_importance(importance, *w.shape)
-        return CastGrid(self.dtype, w.shape[1])
-
-    def pack(self, grid: CastGrid, codes: torch.Tensor) -> QTensor:
-        return QTensor(self, (codes.shape[0], codes.shape[1]), {"values": codes})
-
-    def unpack(self, q: QTensor) -> tuple[CastGrid, torch.Tensor]:
-        return CastGrid(self.dtype, q.shape[1]), q.planes["values"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +117,7 @@ class PowerGrid(LevelGrid):
         self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> PowerGrid:
         exponent = nearest_exponent(step).clamp(-127, self.exponent_max)
-        return replace(self, scale=E8M0[exponent + 127])
+        return replace(self, scale=e8m0()[exponent + 127])
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {}
@@ -192,7 +138,7 @@ class Microscaling(Format):
         x, weight = cells.gather(w), cells.importance(importance, w.shape)
         rule = torch.frexp(x.abs().amax(-1)).exponent - 1 - self.element.exponent_max
         options = [
-            (E8M0[(rule + move).clamp(-127, self.scale_exponent_max) + 127],)
+            (e8m0()[(rule + move).clamp(-127, self.scale_exponent_max) + 127],)
             for move in ((0, 1, -1) if search else (0,))
         ]
         levels = self.element.levels
@@ -211,18 +157,19 @@ class Microscaling(Format):
     def pack(self, grid: PowerGrid, codes: torch.Tensor) -> QTensor:
         planes = {
             "codes": pack(codes, self.element.bits),
-            "scale": torch.searchsorted(E8M0[:255], grid.scale).to(torch.uint8),
+            "scale": torch.searchsorted(e8m0()[:255], grid.scale).to(torch.uint8),
         }
         return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
     def unpack(self, q: QTensor) -> tuple[PowerGrid, torch.Tensor]:
         codes = unpack(q.planes["codes"], self.element.bits, q.shape[1])
-        return self.grid(E8M0[q.planes["scale"].long()], q.shape[1]), codes
+        return self.grid(e8m0()[q.planes["scale"].long()], q.shape[1]), codes
 
 
 def reciprocal_twice(x: torch.Tensor) -> torch.Tensor:
-    """f32 -> the f32, within two ulps, that is the reciprocal of its own reciprocal: files that store the
-    reciprocal hold it exactly. (Taken thrice it is what it was after once.) x itself where that overflows."""
+    """f32 -> 1 / (1 / x), within two ulps of x; x itself if 1 / x overflows.
+
+    The result is the reciprocal of its own reciprocal, so files that store reciprocals keep it exactly."""
     twice = 1 / (1 / x)
     return torch.where(torch.isfinite(1 / x) | (x == 0), twice, x)
 
@@ -241,7 +188,7 @@ class TwoLevelGrid(LevelGrid):
     def refitted(
         self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> TwoLevelGrid:
-        """The global scale stays unless a step would overflow it."""
+        """The global scale is unchanged unless a step divided by it would overflow e4m3."""
         top, widest = float(SCALES.sorted[-1]), step.amax()
         grows = widest > top * self.global_scale
         global_scale = torch.where(grows, reciprocal_twice(widest / top), self.global_scale)
@@ -317,13 +264,11 @@ def parse(name: str) -> ScaledLevels | None:
     default = "f16" if match["group"] else "f32"
     dtype = match["dtype"] or default
     canonical = name.removesuffix(f"_{default}")
-    scale = Plane("scale", FLOATS[dtype], cells.rows, cells.columns)
+    scale = Plane("scale", SCALE_TYPES[dtype], cells.rows, cells.columns)
     return ScaledLevels(canonical, 1, (code_plane(element.bits), scale), element.levels, element.bits, cells)
 
 
 FORMATS.add_parser(parse)
-for _name, _dtype in FLOATS.items():
-    FORMATS.add(_name, Cast(_name, 1, (Plane("values", _dtype),), _dtype))
 for _name in [f"fp8_{element}_{cells}" for element in ("e4m3", "e5m2") for cells in CELLS] + ["fp4_e2m1_g32"]:
     FORMATS.add(_name, FORMATS.get(_name))
 for _name, _element in {
@@ -333,7 +278,7 @@ for _name, _element in {
     "mxfp8_e4m3": "e4m3",
     "mxfp8_e5m2": "e5m2",
 }.items():
-    _scale = Plane("scale", torch.uint8, columns=32)
+    _scale = Plane("scale", "uint8", columns=32)
     FORMATS.add(
         _name,
         Microscaling(_name, 32, (code_plane(ELEMENTS[_element].bits), _scale), ELEMENTS[_element]),
@@ -345,8 +290,8 @@ FORMATS.add(
         16,
         (
             code_plane(4),
-            Plane("scale", torch.uint8, columns=16),
-            Plane("global_scale", torch.float32, rows=None, columns=None),
+            Plane("scale", "uint8", columns=16),
+            Plane("global_scale", "float32", rows=None, columns=None),
         ),
     ),
 )

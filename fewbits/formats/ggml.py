@@ -18,29 +18,25 @@ The other IQ types choose lattice points, eight or four weights at a time: `iq.p
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-import gguf
-import torch
+from functools import cached_property
 
 from .. import core
 from ..errors import FormatError
+from ..lazy import gguf, torch
 from ..qtensor import Plane, QTensor
 from .base import FORMATS, Distortion, Format, Grid, checked_importance
 from .ggml_fit import exponent_step, fit_values, refit_values
 from .ggml_layout import Field, Half, Runs, ScaleMin4, ScaleMin6, Ternary, Values
 from .grids import AffineGrid, TableGrid
 
-# The non-linear levels of IQ4_NL and IQ4_XS, and the doubled e2m1 values of MXFP4.
-IQ4_LEVELS = torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32)
-MXFP4_LEVELS = torch.tensor([-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.float32)
-MXFP4_CODES = torch.tensor([15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7], dtype=torch.uint8)
 _SUFFIX = "_ggml"
 
 
 @dataclass(frozen=True)
 class GgmlGrid(Grid):
-    """A grid of blocks: the coded parameters (`values`), and the grid of values that they mean."""
+    """The grid of GGML blocks: their coded parameters (`values`) and the grid with these decoded."""
 
     format: Ggml
     values: Values = field(repr=False)
@@ -88,6 +84,7 @@ class Ggml(Format):
     """One GGML type. kind: symmetric | affine | table; `top` is the largest code, `zero` the code of 0.
 
     scale_range: the integers that a group's scale may take, None for a one-level type.
+    table: the sorted levels, in whole numbers. codes: the code of each level.
     """
 
     kind: str = "symmetric"
@@ -96,8 +93,13 @@ class Ggml(Format):
     zero: int = 0
     scale_range: tuple[int, int] | None = None
     fields: tuple[Field, ...] = ()
-    levels: torch.Tensor | None = None
-    codes: torch.Tensor | None = None
+    table: Callable[[], Sequence[int]] | None = None
+    codes: tuple[int, ...] = ()
+
+    @cached_property
+    def levels(self) -> torch.Tensor | None:
+        """`(L,)` f32: the sorted values of `codes`; None unless the kind is table."""
+        return None if self.table is None else torch.tensor(self.table(), dtype=torch.float32)
 
     @property
     def type_id(self) -> int:
@@ -106,7 +108,7 @@ class Ggml(Format):
 
     @property
     def type_name(self) -> str:
-        """The name of this type in GGML. OCP's MXFP4 orders its nibbles otherwise, so names differ there."""
+        """The name of this type in GGML. It differs for MXFP4, because OCP orders the nibbles differently."""
         return self.name.removesuffix(_SUFFIX)
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> GgmlGrid:
@@ -143,7 +145,7 @@ class Ggml(Format):
         if not core.takes(w, importance):
             return super().encode(w, importance, search)
         self.check_matrix(w)
-        w = w.contiguous() if w.dtype in core.DTYPES else w.float().contiguous()
+        w = w.contiguous() if w.dtype in core.dtypes() else w.float().contiguous()
         weight = checked_importance(importance, *w.shape)
         blocks = self.planes[0].empty(*w.shape)
         if core.encode(self.name, w, None if weight is None else weight.contiguous(), search, blocks):
@@ -154,7 +156,7 @@ class Ggml(Format):
         blocks = q.planes["blocks"]
         if w.is_meta or blocks.is_meta:
             raise FormatError(f"{self.name}: a tensor on the meta device has no values to compare")
-        if w.dtype not in core.DTYPES or not core.takes(w, blocks):
+        if w.dtype not in core.dtypes() or not core.takes(w, blocks):
             return super().distortion(w, q)
         return Distortion(*core.measure(self.name, w.contiguous(), blocks.contiguous()))
 
@@ -176,7 +178,7 @@ class Ggml(Format):
         return self.grid(values, n, k), codes
 
     def values(self, q: QTensor, codes: bool = False) -> Values:
-        """-> the block parameters, `(blocks, entries)`; with codes also `code` (blocks, block) int32."""
+        """-> the block parameters, `(blocks, entries)`; if `codes`, also `code` `(blocks, block)` int32."""
         counts = {"code": self.block, "scale": self.block // self.group, "exponent": 1}
         data = q.planes["blocks"].reshape(-1, self.planes[0].entries)
         sizes = [part.nbytes(counts) for part in self.fields]
@@ -190,17 +192,17 @@ class Ggml(Format):
         step, base = group_parameters(self, values)
         rows = n, k // self.group
         meaning: AffineGrid | TableGrid
-        if self.levels is not None and self.codes is not None:
-            table = self.levels.to(step.device), self.codes.to(step.device)
-            meaning = TableGrid(step.reshape(rows), *table, self.group, k)
+        if self.levels is not None:
+            codes = torch.tensor(self.codes, dtype=torch.uint8).to(step.device)
+            meaning = TableGrid(step.reshape(rows), self.levels.to(step.device), codes, self.group, k)
         else:
             shift = None if base is None else base.reshape(rows)
-            meaning = AffineGrid(step.reshape(rows), shift, self.zero, self.top, self.group, k)
+            meaning = AffineGrid(step.reshape(rows), shift, self.zero, self.top, self.group, k, torch.float16)
         return GgmlGrid(self, values, meaning, self.group)
 
 
 def group_parameters(fmt: Ggml, values: Values) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Coded parameters -> step and base of each group, `(blocks, groups)` f32, as decoding has them."""
+    """Coded parameters -> step and base of each group, `(blocks, groups)` f32, as in decoding."""
     if "exponent" in values:
         return exponent_step(values["exponent"]), None
     if fmt.scale_range is None:
@@ -213,18 +215,29 @@ def group_parameters(fmt: Ggml, values: Values) -> tuple[torch.Tensor, torch.Ten
 
 
 def one_level(name: str, nbytes: int, **row: object) -> Ggml:
-    return Ggml(name, 32, (Plane("blocks", torch.uint8, columns=32, entries=nbytes),), **row)  # type: ignore[arg-type]
+    return Ggml(name, 32, (Plane("blocks", "uint8", columns=32, entries=nbytes),), **row)  # type: ignore[arg-type]
 
 
 def two_level(name: str, nbytes: int, **row: object) -> Ggml:
-    return Ggml(name, 256, (Plane("blocks", torch.uint8, columns=256, entries=nbytes),), **row)  # type: ignore[arg-type]
+    return Ggml(name, 256, (Plane("blocks", "uint8", columns=256, entries=nbytes),), **row)  # type: ignore[arg-type]
+
+
+def iq4_levels() -> Sequence[int]:
+    """The non-linear levels of IQ4_NL and IQ4_XS, from the `gguf` package."""
+    levels: Sequence[int] = gguf.quants.IQ4_NL.kvalues
+    return levels
+
+
+def mxfp4_levels() -> Sequence[int]:
+    """The values of e2m1, doubled."""
+    return -12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12
 
 
 NIBBLES, FIFTH = Runs("code", 4, 16), Runs("code", 1, 1, shift=4)
 D, M, DMIN = Half("d"), Half("m"), Half("dmin")
 Q3_SCALES = (Runs("scale", 4, 8), Runs("scale", 2, 4, shift=4))
 IQ4_SCALES = (Runs("scale", 2, 1, shift=4), Runs("scale", 4, 1))
-IQ4 = {"kind": "table", "levels": IQ4_LEVELS, "codes": torch.arange(16, dtype=torch.uint8), "group": 32}
+IQ4 = {"kind": "table", "table": iq4_levels, "codes": tuple(range(16)), "group": 32}
 
 TYPES = (
     one_level("q4_0", 18, zero=8, fields=(D, NIBBLES)),
@@ -246,7 +259,7 @@ TYPES = (
     two_level("iq4_xs", 136, scale_range=(-32, 31), fields=(D, *IQ4_SCALES, NIBBLES), **IQ4),
     two_level("tq1_0", 54, group=256, top=2, zero=1, fields=(Ternary(), D)),
     two_level("tq2_0", 66, group=256, top=2, zero=1, fields=(Runs("code", 2, 32), D)),
-    one_level("mxfp4_ggml", 17, kind="table", levels=MXFP4_LEVELS, codes=MXFP4_CODES,
+    one_level("mxfp4_ggml", 17, kind="table", table=mxfp4_levels, codes=(*range(15, 8, -1), *range(8)),
               fields=(Runs("exponent", 8, 1), NIBBLES)),
 )  # fmt: skip
 

@@ -11,10 +11,9 @@ Reference of csrc/ggml_encode.h, equal to it bit for bit: the same operations in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-
+from ..lazy import torch
 from .ggml_layout import Values
 from .search import extreme, fit_affine, fit_symmetric, fit_table, inverse, lanes, nearest, ordered_sum
 
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 HALF_MAX = 65504.0
 # Rounds of recoding the integers of a two-level block; a third changes the error by less than 0.1 %.
 RECODE_ROUNDS = 2
-Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-Pair = tuple[torch.Tensor, torch.Tensor]
+Moments: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]"
+Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 
 
 def exponent_step(exponent: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """How a GGML block lies in bytes: fields in order, each packing codes or block parameters.
 
-Source: the block structs of ggml-common.h (llama.cpp) and the dequantization of the `gguf` package,
-against which tests hold every type bit for bit. Codes are unsigned here; a grid's `zero` gives them
-their sign.
+Source: the block structs of ggml-common.h (llama.cpp). Tests compare every type bit for bit with the
+dequantization of the `gguf` package. Codes are unsigned here; a grid subtracts its `zero`.
 
 Nearly every field is a *run layout*: elements are cut into chunks of `run * 8/bits`; byte j of a
 chunk holds the elements j, run + j, 2*run + j, ... of that chunk, the first in its lowest bits:
@@ -17,15 +16,15 @@ Every field packs `(N, entries)` int32 values of N blocks into `(N, bytes)` u8 a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeAlias
 
-import torch
+from ..lazy import torch
 
-Values = dict[str, torch.Tensor]
+Values: TypeAlias = "dict[str, torch.Tensor]"
 
 
 class Field(Protocol):
-    """One field of a block struct: some bytes that hold some bits of one named value (or of a pair)."""
+    """One field of a block struct: bytes with some bits of one named value (or of a pair)."""
 
     @property
     def name(self) -> str: ...

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
 
-import torch
-
+from ..lazy import torch
 from .base import Grid
 from .intervals import lookup, pick
 from .search import inverse, middles
@@ -21,8 +20,8 @@ from .search import inverse, middles
 def spread(
     parameter: torch.Tensor, group: int, columns: slice, k: int, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`(n, g)` group parameters -> `(n, c)`, one for each of the chosen columns; `(n, 1)` if all share it.
-    index: the group of each column, where that is not column // group."""
+    """`(n, g)` group parameters -> `(n, c)`, one for each of the given columns; `(n, 1)` if they share one.
+    index: the group of each column if it is not column // group."""
     if parameter.shape[1] == 1:
         return parameter
     if index is not None:
@@ -41,7 +40,7 @@ def over_rows(parameter: torch.Tensor, rows: int | None, n: int) -> torch.Tensor
 
 
 def mean_over_rows(x: torch.Tensor, rows: int | None, weight: torch.Tensor | None) -> torch.Tensor:
-    """`(n, g)` -> `(down, g)`: the (weighted) mean of the rows that share one; of equals, the same."""
+    """`(n, g)` -> `(down, g)`: the (weighted) mean over the rows that share a parameter."""
     if rows == 1:
         return x
     n, g = x.shape
@@ -55,7 +54,7 @@ def mean_over_rows(x: torch.Tensor, rows: int | None, weight: torch.Tensor | Non
 
 
 def saturate(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """f32 -> dtype, ties to even; what overflows becomes the largest finite value."""
+    """f32 -> dtype, ties to even; overflowing values become the largest finite one."""
     largest = torch.finfo(dtype).max
     return x.clamp(-largest, largest).to(dtype)
 
@@ -74,7 +73,7 @@ class AffineGrid(Grid):
     top: int
     group: int
     k: int
-    dtype: torch.dtype = torch.float16
+    dtype: torch.dtype
     signed: bool = True
     index: torch.Tensor | None = None
 
@@ -111,7 +110,7 @@ class AffineGrid(Grid):
     def refitted(
         self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> AffineGrid:
-        """The base makes good, for the middle code, what rounding the step missed."""
+        """The base absorbs the rounding error of the step at the middle code."""
         stored = self._stored(step if self.signed else step.clamp(min=0), weight)
         if base is not None:
             base = self._stored(base + (step - stored) * (self.top / 2), weight)
@@ -133,7 +132,7 @@ class TableGrid(Grid):
     """value = scale * level; `table`: sorted levels (L,), `codes`: the stored code of each level.
 
     A weight over its scale belongs to the nearest level, a tie to the upper one. A code that no level
-    has (minus zero) stands for the level nearest zero. How scales are stored is its owner's affair.
+    has (minus zero) stands for the level nearest zero. The format decides how scales are stored.
     """
 
     scale: torch.Tensor

@@ -1,13 +1,13 @@
-"""Which of the intervals between sorted boundaries holds a number: `bucketize`, made fast for short tables.
+"""The interval between sorted boundaries in which a number lies: a `bucketize` that is fast for short tables.
 
 A raster of equal cells is laid over the boundaries, fine enough that no cell holds two of them:
 
     boundaries        b0      b1           b2  b3
     cells       |   |   |   |   |   |   |   |   |   |     cell(t) = trunc(t * scale + offset)
 
-Both the raster and rounding are monotone, so whatever lies in a cell before (after) that of a boundary is
-below (above) it: one multiplication finds the cell and one comparison, with the cell's boundary, decides.
-That takes a dozen passes of plain arithmetic, where a binary search takes a branch a level.
+The raster and f32 rounding are monotone, so a number in a cell before (after) that of a boundary is below
+(above) the boundary. One multiplication gives the cell, and one comparison with the cell's boundary decides.
+That is a dozen passes of plain arithmetic, while a binary search takes a branch for each level.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
+from ..lazy import torch
 
 CELLS = 4096  # at most: two tables of them stay in the first cache
 
 
 @dataclass(frozen=True, eq=False)
 class Raster:
-    """bounds `(cells,)`: the boundary in each cell, or infinity. interval `(2 * cells,)`: what lies below
-    and above it."""
+    """bounds `(cells,)`: the boundary in each cell, or infinity. interval `(2 * cells,)`: the numbers of the
+    intervals below and above it."""
 
     scale: float
     offset: float
@@ -46,16 +46,16 @@ def pick(
     boundaries: `(L - 1,)` sorted. out may be t itself."""
     raster = None if t.device.type != "cpu" else raster_of(tuple(boundaries.tolist()))
     if raster is None:
-        found = values[torch.bucketize(t.contiguous(), boundaries, right=True)]
-        return found if out is None else out.copy_(found)
+        picked = values[torch.bucketize(t.contiguous(), boundaries, right=True)]
+        return picked if out is None else out.copy_(picked)
     t = t.contiguous()
     cell = raster.position(t)
     above = raster.bounds.index_select(0, cell.int().view(-1)).view(t.shape).le_(t)
     index = cell.mul_(2.0).add_(above).int().view(-1)
     table = values[raster.interval]
     if out is None or not out.is_contiguous():
-        found = table.index_select(0, index).view(t.shape)
-        return found if out is None else out.copy_(found)
+        picked = table.index_select(0, index).view(t.shape)
+        return picked if out is None else out.copy_(picked)
     torch.index_select(table, 0, index, out=out.view(-1))
     return out
 
@@ -67,7 +67,7 @@ def lookup(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def raster_of(boundaries: tuple[float, ...]) -> Raster | None:
-    """The coarsest raster that parts the boundaries; None where it would take more than CELLS cells."""
+    """The coarsest raster that separates the boundaries; None if it would take more than CELLS cells."""
     b = torch.tensor(boundaries, dtype=torch.float32)
     span = boundaries[-1] - boundaries[0]
     cells = 16

@@ -13,8 +13,8 @@
     iq1_m     8                 2048     -                      16      of 8 weights
     iq1_s     8                 2048     -                      32      of 32
 
-The code of a weight is its level index, and above it the sign. Only some vectors of codes are points,
-so `vector` columns are rounded together, weighted by the importance that the grid was fitted with.
+The code of a weight is its level index in the low bits and its sign above them. Only some vectors of codes
+are points, so `vector` columns are rounded together, with the importance for which the grid was fitted.
 Sources: the block structs of ggml-common.h (llama.cpp); the `gguf` package, whose tables these are.
 """
 
@@ -24,10 +24,9 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
-
 from .. import core
 from ..errors import FormatError
+from ..lazy import torch
 from ..qtensor import Plane, QTensor
 from .base import FORMATS, Grid, checked_importance
 from .ggml import Ggml
@@ -40,8 +39,8 @@ from .iq_lattice import Lattice
 
 @dataclass(frozen=True)
 class Words:
-    """Little-endian words of `bits`, cut into pieces (name, bits, shift), the first in the lowest bits;
-    each takes the next element of that name, its bits from `shift` on."""
+    """Little-endian words of `bits` bits, made of pieces (name, bits, shift), the first in the lowest bits.
+    A piece stores `bits` bits, from bit `shift` on, of the next element of that name."""
 
     bits: int
     pieces: tuple[tuple[str, int, int], ...]
@@ -82,7 +81,7 @@ class Words:
 
 @dataclass(frozen=True)
 class IqGrid(Grid):
-    """The points of every block once d, scales and shifts are chosen; weight: of errors in a vector."""
+    """The grid of every block for its d, scales and shifts. weight: the importance inside a vector."""
 
     format: Iq
     values: Values = field(repr=False)
@@ -123,8 +122,8 @@ class IqGrid(Grid):
         if shift is not None:
             shift = shift.expand(n, c)[:, ::v].reshape(1, -1)
         tile = Tile.of(fmt, w.reshape(-1, 1, v), weight)
-        found = points_of(fmt, tile, step, shift)
-        digits = fmt.lattice.on(w.device).points[found.places].transpose(1, 2).reshape(v, -1)
+        places = points_of(fmt, tile, step, shift).places
+        digits = fmt.lattice.on(w.device).points[places].transpose(1, 2).reshape(v, -1)
         codes = digits | tile.minus.long() << fmt.level_bits
         return codes.T.reshape(n, c).to(torch.uint8)
 
@@ -145,7 +144,8 @@ class IqGrid(Grid):
     def refitted(
         self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> IqGrid:
-        """d and odd integers of least sum weight (d unit odd - step)^2 a block, the old ones included."""
+        """Per block, the d and odd integers with the least sum of weight * (d * unit * odd - step)^2. The old
+        ones are a candidate."""
         fmt = self.format
         shape = -1, fmt.block // fmt.group
         step = step.reshape(shape)
@@ -175,10 +175,9 @@ class IqGrid(Grid):
 
 @dataclass(frozen=True)
 class Iq(Ggml):
-    """One IQ type. signs: free | even | none; unit: of a step, in d; shift: weights that share one, or 0.
-
-    last: the level that the largest weight gets in the plain fit. starts: of the search for a group's
-    step, as shares of its largest weight.
+    """One IQ type. signs: free | even | none. unit: a step is d * unit * an odd integer. shift: the number of
+    weights that share a shift, 0 if there is none. last: the level of the largest weight in the plain fit.
+    starts: where the search for a group's step starts, as shares of its largest weight.
     """
 
     signs: str = "free"
@@ -192,13 +191,13 @@ class Iq(Ggml):
     def lattice(self) -> Lattice:
         return Lattice.of(self.type_name)
 
-    def table(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def lattice_table(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For the C++ core: levels, points, and the level of the plain fit before the starts."""
         return self.lattice.levels, self.lattice.points, torch.tensor([self.last, *self.starts])
 
     @property
     def vector(self) -> int:  # type: ignore[override]
-        """Columns that are rounded together."""
+        """The number of columns that are rounded together."""
         return self.lattice.dim if self.signs != "even" else 8
 
     @property
@@ -235,7 +234,7 @@ class Iq(Ggml):
         return IqGrid(self, fit_block(self, x, spread_out, search), n, k, weight)
 
     def pack(self, grid: IqGrid, codes: torch.Tensor) -> QTensor:  # type: ignore[override]
-        """FormatError where the codes of a vector are no point of the lattice."""
+        """FormatError if the codes of a vector are no point of the lattice."""
         n, k = codes.shape
         whole = codes.reshape(-1, self.block).long()
         lattice = self.lattice.on(codes.device)
@@ -271,7 +270,7 @@ class Iq(Ggml):
         return values
 
     def _minus(self, sign: torch.Tensor) -> torch.Tensor:
-        """`(N, vectors)` sign masks -> `(N, block)`; of seven bits, the eighth makes their number even."""
+        """`(N, vectors)` sign masks -> `(N, block)` 0 or 1. Of seven bits, an eighth makes their sum even."""
         minus = (sign.long()[..., None] >> torch.arange(8, device=sign.device)) & 1
         if self.signs == "even":
             minus[..., 7] = minus[..., :7].sum(-1) % 2
@@ -286,7 +285,7 @@ def words(bits: int, *pieces: tuple[str, int, int]) -> Words:
 
 
 def iq(name: str, nbytes: int, group: int, fields: tuple[Field, ...], scales: int = 16, **row: object) -> Iq:
-    planes = (Plane("blocks", torch.uint8, columns=256, entries=nbytes),)
+    planes = (Plane("blocks", "uint8", columns=256, entries=nbytes),)
     return Iq(name, 256, planes, "lattice", group, scale_range=(0, scales - 1), fields=fields, **row)  # type: ignore[arg-type]
 
 
@@ -298,8 +297,8 @@ SCALE3 = ("scale", 3, 0)
 
 
 def starts(*levels: float) -> tuple[float, ...]:
-    """Of the search for a step, by the level that the largest weight then has. Beyond the largest level it
-    is cut off; the lowest level is for weights all alike."""
+    """Starts of the search for a step, given by the level that the largest weight has under it. A level above
+    the table's largest clips the weight; the lowest level suits weights that are all equal."""
     return tuple(1 / level for level in levels)
 
 
@@ -325,4 +324,4 @@ IQ_TYPES = (
 
 for row in IQ_TYPES:
     FORMATS.add(row.name, row)
-    core.LATTICES[row.name] = row.table
+    core.LATTICES[row.name] = row.lattice_table

@@ -1,10 +1,10 @@
 """Fitting IQ blocks: signs, the step of each group, and the few bits that a block has for them.
 
-    signs     each weight's own; where only an even number may be minus, the flip that costs least
-    step      several starts, each the least-squares step of the points that it led to
-    shift     (IQ1) of the first start for the others, of the first coded steps for the rest
-    block     d in f16 and odd integers for the groups' steps, refitted to the points they led to
-    points    searched again under the steps as stored
+    signs     the sign of each weight; if only an even number may be minus, the cheapest flip makes it so
+    step      from several starts, each refitted by least squares to its nearest points
+    shift     (IQ1) chosen at the first start and kept, then chosen again for the first coded steps
+    block     d in f16 and odd integers that code the groups' steps, refitted to the nearest points
+    points    searched again for the steps as stored
 
 Reference of csrc/iq_encode.h, equal to it bit for bit: the same operations in the same order. Weights lie
 group by group, `(group, G)`; vectors are runs of `dim` of them.
@@ -15,8 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
+from ..lazy import torch
 from .ggml_fit import to_half
 from .ggml_layout import Values
 from .search import inverse, lanes, ordered_sum
@@ -29,7 +28,7 @@ RECODE_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Tile:
-    """Groups side by side, `(group, G)`: weights with their signs taken off, the signs, importances."""
+    """Groups side by side, `(group, G)`: weights without their signs, the signs, and importances."""
 
     x: torch.Tensor
     minus: torch.Tensor
@@ -55,7 +54,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Found:
+class Points:
     """The best points of groups under a step: places `(group / dim, G)`, shifts, and their moments."""
 
     places: torch.Tensor
@@ -70,7 +69,7 @@ def vectors(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.reshape(-1, dim, x.shape[1]).transpose(1, 2).reshape(-1, dim)
 
 
-def points_of(fmt: Iq, t: Tile, step: torch.Tensor, shift: torch.Tensor | None = None) -> Found:
+def points_of(fmt: Iq, t: Tile, step: torch.Tensor, shift: torch.Tensor | None = None) -> Points:
     """step `(G,)`; shift `(shifts, G)`: 1 where levels are lowered, searched if not given."""
     lattice = fmt.lattice.on(t.x.device)
     dim, count = lattice.dim, t.x.shape[0] // lattice.dim
@@ -94,7 +93,7 @@ def points_of(fmt: Iq, t: Tile, step: torch.Tensor, shift: torch.Tensor | None =
     level = lattice.levels[lattice.points[places]].transpose(1, 2).reshape(t.x.shape)
     if lowered is not None:
         level = level + (1 - 2 * lowered.repeat_interleave(dim, 0)) * fmt.delta
-    return Found(places, shift, level, ordered_sum(wx * level), ordered_sum(w * level * level))
+    return Points(places, shift, level, ordered_sum(wx * level), ordered_sum(w * level * level))
 
 
 def fit_steps(fmt: Iq, t: Tile, search: bool) -> torch.Tensor:
@@ -106,16 +105,16 @@ def fit_steps(fmt: Iq, t: Tile, search: bool) -> torch.Tensor:
     best = torch.zeros_like(step)
     shift = None
     for factor in fmt.starts:
-        found = points_of(fmt, t, edge * factor, shift)
-        step, best = keep_better(found, step, best)
-        shift = found.shift
+        points = points_of(fmt, t, edge * factor, shift)
+        step, best = keep_better(points, step, best)
+        shift = points.shift
     return step
 
 
-def keep_better(found: Found, step: torch.Tensor, best: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    fitted = found.cross / found.square
-    score = found.cross * fitted
-    better = (found.cross > 0) & (score > best)
+def keep_better(points: Points, step: torch.Tensor, best: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    fitted = points.cross / points.square
+    score = points.cross * fitted
+    better = (points.cross > 0) & (score > best)
     return torch.where(better, fitted, step), torch.where(better, score, best)
 
 
@@ -129,9 +128,9 @@ def fit_block(fmt: Iq, x: torch.Tensor, weight: torch.Tensor | None, search: boo
     odd = nearest_odd(step, d * fmt.unit, hi)
     shift = None
     for _ in range(RECODE_ROUNDS if search else 0):
-        found = points_of(fmt, t, ((d * fmt.unit)[:, None] * odd).reshape(-1), shift)
-        shift = found.shift
-        cross, square = found.cross.reshape(shape), found.square.reshape(shape)
+        points = points_of(fmt, t, ((d * fmt.unit)[:, None] * odd).reshape(-1), shift)
+        shift = points.shift
+        cross, square = points.cross.reshape(shape), points.square.reshape(shape)
         odd = torch.where(square > 0, nearest_odd(cross / square, d * fmt.unit, hi), odd)
         up, down = ordered_sum((odd * cross).T), ordered_sum((odd * odd * square).T)
         d = torch.where((up > 0) & (down > 0), to_half(up / down / fmt.unit), d)

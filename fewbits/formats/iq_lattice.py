@@ -15,10 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import gguf
-import torch
+from ..lazy import gguf, torch
 
-# Costs held at once by the search in torch.
+# The most costs in memory at once in the search in torch.
 CHUNK = 2**22
 
 
@@ -64,17 +63,17 @@ class Lattice:
 
     @cached_property
     def places(self) -> torch.Tensor:
-        """Number of a vector of level indices, whose digits they are -> place in points, -1 if it is none."""
+        """A vector of level indices, read as the digits of a number -> its place in points, or -1."""
         size = len(self.levels)
-        found = torch.full((size**self.dim,), -1, device=self.points.device)
-        found[self._number(self.points)] = torch.arange(len(self.points), device=self.points.device)
-        return found
+        places = torch.full((size**self.dim,), -1, device=self.points.device)
+        places[self._number(self.points)] = torch.arange(len(self.points), device=self.points.device)
+        return places
 
     def _number(self, digits: torch.Tensor) -> torch.Tensor:
         return (digits * len(self.levels) ** torch.arange(self.dim, device=digits.device)).sum(-1)
 
     def index(self, digits: torch.Tensor) -> torch.Tensor:
-        """`(..., dim)` level indices -> `(...)` places of these points, -1 where there is none."""
+        """`(..., dim)` level indices -> `(...)` places of these points, -1 for those that are no points."""
         return self.places[self._number(digits)]
 
     def search(
@@ -82,8 +81,8 @@ class Lattice:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """wx = w * x and w `(V, dim)`, step `(V,)` -> place of the nearest point, its cost `(V,)`.
 
-        The cost is sum w l (s l - 2 x), the squared error over s but for a constant; l is level + shift.
-        The first of equals is taken.
+        The cost is sum w l (s l - 2 x), with l = level + shift: the squared error over s up to a constant.
+        Of equal costs the first wins.
         """
         size = max(1, CHUNK // len(self.points))
         parts = [

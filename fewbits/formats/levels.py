@@ -1,17 +1,17 @@
 """A table of values indexed by code, its grid under a scale, and the format of one scale per cell.
 
-Unlike `TableGrid`, whose table is sorted and complete, the codes here are bit patterns with a meaning
-of their own: some stand for minus zero, infinity or NaN. All decode; rounding picks the finite ones.
+In `TableGrid` every code has a level, in sorted order. Here codes are the bit patterns of an element, some of
+which mean minus zero, infinity or NaN. All codes decode; rounding gives those of finite values only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-
-from ..pack import cell, pack, unpack
+from ..core.pack import cell, pack, unpack
+from ..lazy import torch
 from ..qtensor import Plane, QTensor
 from .base import Format, Grid
 from .cells import Cells, choose, tries
@@ -22,10 +22,15 @@ from .search import fit_table, inverse
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """values: `(2^bits,)` f32, the value of each code. ties: "even" code or the value "below"."""
+    """table: makes `values`. ties: between two levels lies the one of even code, or the one "below"."""
 
-    values: torch.Tensor
+    table: Callable[[], torch.Tensor]
     ties: str = "even"
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """`(2^bits,)` f32: the value of each code."""
+        return self.table()
 
     @cached_property
     def codes(self) -> torch.Tensor:
@@ -110,7 +115,7 @@ class LevelGrid(Grid):
 def code_plane(bits: int) -> Plane:
     """The plane of a row's packed codes."""
     columns, entries = cell(bits)
-    return Plane("codes", torch.uint8, columns=columns, entries=entries)
+    return Plane("codes", "uint8", columns=columns, entries=entries)
 
 
 @dataclass(frozen=True)

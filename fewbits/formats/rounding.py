@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import Rounding
+from ..lazy import torch
 from .base import Grid
 from .grids import AffineGrid, TableGrid
 from .levels import LevelGrid

@@ -26,8 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
+from ..lazy import torch
 from .intervals import pick
 
 # In codes beyond the last one. On the weights of SmolLM2-135M a scan four times as fine lowers the

@@ -22,10 +22,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, TensorNameMap, get_tensor_name_map
-
 from ..errors import ModelError, raise_all
+from ..lazy import gguf, torch
 from .rope import rope_factors
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -282,9 +280,9 @@ def gguf_entries(arch: Architecture, config: Mapping[str, Any], hf_names: Iterab
 
 
 @cache
-def _name_map(gguf: str, layers: int) -> TensorNameMap:
-    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == gguf)
-    return get_tensor_name_map(MODEL_ARCH(kind), layers)
+def _name_map(arch: str, layers: int) -> gguf.TensorNameMap:
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH(kind), layers)
 
 
 def _entry(arch: Architecture, fields: Mapping[str, Any], target: str, sources: tuple[str, ...]) -> GGUFEntry:
@@ -307,12 +305,12 @@ def _place(arch: Architecture, entry: GGUFEntry) -> tuple[int, int]:
 
 def _computed(arch: Architecture, fields: Mapping[str, Any]) -> list[GGUFEntry]:
     kinds = {
-        "freqs": MODEL_TENSOR.ROPE_FREQS,
-        "long": MODEL_TENSOR.ROPE_FACTORS_LONG,
-        "short": MODEL_TENSOR.ROPE_FACTORS_SHORT,
+        "freqs": gguf.MODEL_TENSOR.ROPE_FREQS,
+        "long": gguf.MODEL_TENSOR.ROPE_FACTORS_LONG,
+        "short": gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT,
     }
     return [
-        GGUFEntry(f"{TENSOR_NAMES[kinds[kind]]}.weight", (), values=values)
+        GGUFEntry(f"{gguf.TENSOR_NAMES[kinds[kind]]}.weight", (), values=values)
         for kind, values in rope_factors(fields, arch.rope).items()
     ]
 

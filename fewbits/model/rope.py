@@ -19,9 +19,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..errors import ModelError
+from ..lazy import torch
 
 Rope = dict[str, Any]
 

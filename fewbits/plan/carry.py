@@ -1,120 +1,129 @@
-"""What a file type cannot carry as it is: the same values in a kindred format, or quantized again.
+"""What a file type cannot carry as it is: the same values in another format, or quantized again.
 
-    q4_0 -> gptq        int4_g32, the same numbers (formats/recode.py), seen by trying on every weight
-    q4_k -> gptq        refused; with requantize the carried format of most like bits, its error told
-    a table             most layouts are of linear weights alone: decoded, with requantize
+    q4_0 -> gptq        int4_g32, the same numbers (formats/lossless.py), seen by trying on every weight
+    q4_k -> gptq        refused; with requantize the nearest that is carried, its error in the receipt
+    a table             most file types quantize linear weights alone: decoded, with requantize
+    huggingface         floats only: everything is decoded, which is what was asked for
 
 Only weights that come quantized, and were to stay as they are, change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from ..errors import FewbitsError, PlanError, raise_all
-from ..files.base import Checkpoint
-from ..formats import FLOATS, FORMATS
-from ..formats.base import Format
-from ..formats.recode import kin, recoded
+from ..dtypes import BF16, F16, F32, DType
+from ..errors import PlanError, raise_all
+from ..files.checkpoint import Checkpoint
+from ..files.filetype import FileType
+from ..formats.base import FORMATS, Format
+from ..formats.lossless import convert_lossless, lossless_equivalents
 from ..model.archs import GGUFEntry
 from ..model.sites import sites
 from ..qtensor import QTensor
 from .choices import Decision
-
-Refusal = Callable[[Format], str | None]
 
 
 def carried(
     checkpoint: Checkpoint,
     entries: Sequence[GGUFEntry],
     decisions: Mapping[str, Decision],
-    refusal: Refusal,
+    file_type: FileType,
     requantize: bool,
-    tables: bool = True,
 ) -> dict[str, Decision]:
     """Decisions whose format the file type carries, as far as there are any; the others as they were.
 
-    tables: may tables of embeddings be quantized? PlanError names those that are to be and may not.
+    No weight is read: where the same values may fit another format, `Decision.lossless` has what is to be
+    tried. PlanError names the tables that are to be quantized and may not.
     """
     found, faults = dict(decisions), []
-    embedded = {site.name for site in sites(checkpoint) if site.role in ("embed", "position")}
+    tables = {site.name for site in sites(checkpoint) if site.role in ("embed", "position")}
+    decode = requantize or not file_type.carries_formats
     for entry in entries:
-        decision = decisions[entry.name]
-        sources = [checkpoint.tensors[name] for name in entry.sources]
-        if not tables and embedded & set(entry.sources) and _coded(decision.format):
-            if requantize:
-                dtype = _float_of(checkpoint)
-                found[entry.name] = Decision(dtype, dtype, f"decoded, from {decision.format}")
+        decision, sources = decisions[entry.name], [checkpoint.tensors[name] for name in entry.sources]
+        kind = decision.kind
+        if not isinstance(kind, Format):
+            continue
+        if not file_type.tables and tables & set(entry.sources):
+            if decode:
+                found[entry.name] = _decoded(checkpoint, kind)
             else:
                 faults.append(
-                    f"{entry.sources[0]} is {decision.format}, this file type has quantized linear weights "
-                    f"only: leave it in float with a rule, {entry.sources[0]}=bf16, or, in convert, pass "
+                    f"{entry.sources[0]} is {kind.name}, this file type has quantized linear weights only: "
+                    f"leave it in float with a rule, {entry.sources[0]}=bf16, or, in convert, pass "
                     "--requantize"
                 )
             continue
-        if not any(source.quantized and source.dtype == decision.format for source in sources):
+        shape = (
+            (sources[0].shape[-2], sources[0].shape[-1]) if sources and len(sources[0].shape) > 1 else (1, 1)
+        )
+        if not any(source.kind == kind for source in sources) or file_type.reason(kind) is None:
             continue
-        if refusal(FORMATS.get(decision.format)) is None:
-            continue
-        for name in kin(decision.format):
-            if refusal(FORMATS.get(name)) is None and _exact(checkpoint, entry, name):
-                found[entry.name] = Decision(name, name, f"the same values as {decision.format}", exact=True)
-                break
-        else:
-            if requantize:
-                near = nearest(decision.format, refusal, sources[0].shape) or _float_of(checkpoint)
-                how = "decoded" if near in FLOATS else "quantized again"
-                found[entry.name] = Decision(near, near, f"{how}, from {decision.format}")
+        same = tuple(
+            other
+            for other in map(FORMATS.get, lossless_equivalents(kind.name))
+            if file_type.fits(other, shape)  # what it names may not be whole there
+        )
+        again = decode
+        if again:
+            near = file_type.nearest(kind, shape)
+            found[entry.name] = (
+                _decoded(checkpoint, kind)
+                if isinstance(near, DType)
+                else Decision(near, near, f"quantized again, from {kind.name}")
+            )
+        if same:
+            found[entry.name] = replace(found[entry.name], lossless=same)
     raise_all(PlanError, str(checkpoint.path), faults)
     return found
 
 
-def _coded(kind: str) -> bool:
-    return kind not in FLOATS and kind in FORMATS
+def settled(
+    checkpoint: Checkpoint, entries: Sequence[GGUFEntry], decisions: Mapping[str, Decision]
+) -> dict[str, Decision]:
+    """Decisions with `lossless` formats tried on the weights themselves: the first that holds every value,
+    else what was decided without."""
+    found = dict(decisions)
+    for entry in entries:
+        decision = decisions[entry.name]
+        if not decision.lossless:
+            continue
+        source = checkpoint.tensors[entry.sources[0]].kind.name
+        exact = next((to for to in decision.lossless if _exact(checkpoint, entry, to)), None)
+        found[entry.name] = (
+            replace(decision, lossless=())
+            if exact is None
+            else Decision(exact, exact, f"the same values as {source}", lossless=(exact,))
+        )
+    return found
 
 
-def _float_of(checkpoint: Checkpoint) -> str:
-    """The dtype of the model's floats, as its config says."""
-    config = checkpoint.config
-    said = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    return {"float32": "f32", "float16": "f16"}.get(said, "bf16")
-
-
-def nearest(format: str, refusal: Refusal, shape: tuple[int, ...]) -> str | None:
-    """The carried format that takes the shape and has most like bits per weight; rather more than less."""
-    n, k = shape[-2:]
-    wanted = FORMATS.get(format).bits_per_weight(n, k)
-
-    def distance(name: str) -> tuple[bool, float]:
-        bits = FORMATS.get(name).bits_per_weight(n, k)
-        return bits < wanted, abs(float(bits - wanted))
-
-    fits = [
-        name
-        for name in FORMATS
-        if name not in FLOATS
-        and FORMATS.get(name).ordered is None
-        and refusal(FORMATS.get(name)) is None
-        and _takes(FORMATS.get(name), n, k)
+def carries_as(file_type: FileType, format: Format) -> str | None:
+    """How a file type holds a format: "yes"; another that may have the very same values, "as q4_0", with a ?
+    where that depends on the numbers; None."""
+    if file_type.reason(format) is None:
+        return "yes"
+    others = [
+        other
+        for other in map(FORMATS.get, lossless_equivalents(format.name))
+        if file_type.reason(other) is None
     ]
-    return min(fits, key=distance, default=None)
-
-
-def way(format: str, refusal: Refusal) -> str | None:
-    """How a file type holds a format: "itself"; another that may have the very same values, "as q4_0", with
-    a ? where that depends on the numbers; None."""
-    if refusal(FORMATS.get(format)) is None:
-        return "itself"
-    names = [name for name in kin(format) if refusal(FORMATS.get(name)) is None]
-    if not names:
+    if not others:
         return None
-    sample = FORMATS.get(format).encode(*_sample())
-    for name in names:
-        if recoded(sample, FORMATS.get(name)) is not None:
-            return f"as {name}"
-    return f"as {names[0]}?"
+    sample = format.encode(*_sample())
+    exact = next((other.name for other in others if convert_lossless(sample, other) is not None), None)
+    return f"as {exact}" if exact else f"as {others[0].name}?"
+
+
+def _decoded(checkpoint: Checkpoint, kind: Format) -> Decision:
+    """In the dtype of the model's floats, as its config says."""
+    config = checkpoint.config
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    plain = {"float32": F32, "float16": F16}.get(dtype, BF16)
+    return Decision(plain, plain, f"decoded, from {kind.name}")
 
 
 def _sample() -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,19 +134,10 @@ def _sample() -> tuple[torch.Tensor, torch.Tensor]:
     return w, torch.rand(1024, generator=generator)
 
 
-def _takes(format: Format, n: int, k: int) -> bool:
-    try:
-        format.check_shape(n, k, "weight")
-    except FewbitsError:
-        return False
-    return True
-
-
-def _exact(checkpoint: Checkpoint, entry: GGUFEntry, name: str) -> bool:
-    """Is every source of the entry the same in format `name`?"""
-    to = FORMATS.get(name)
+def _exact(checkpoint: Checkpoint, entry: GGUFEntry, to: Format) -> bool:
+    """Is every source of the entry the same in format `to`?"""
     for source in entry.sources:
         value = checkpoint.tensors[source].load()
-        if not isinstance(value, QTensor) or recoded(value, to) is None:
+        if not isinstance(value, QTensor) or convert_lossless(value, to) is None:
             return False
     return True

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from ..dtypes import DType
 from ..errors import FewbitsError, ModelError, PlanError, raise_all
-from ..files.base import Checkpoint
-from ..files.target import entry_shape, ggml_type
-from ..formats import FLOATS, FORMATS
-from ..formats.ggml import format_of
-from ..model.archs import Architecture, GGUFEntry, complete, expert_count, gguf_entries
+from ..files.checkpoint import Checkpoint
+from ..files.filetype import FileType
+from ..files.output import entry_shape
+from ..formats.base import Format, Kind, kind_of
+from ..formats.ggml import Ggml, format_of
+from ..model.archs import Architecture, GGUFEntry, architecture, complete, expert_count, gguf_entries
 from ..model.sites import GGUF_PARTS, Site, sites
+from .mixtures import Recipe
 from .recipes import Choice, Hyper, choose_types
 from .rules import Plan, Rule
 
@@ -31,21 +34,22 @@ _OUTSIDE = {"embed": "token_embd.weight", "output": "output.weight", "position":
 
 @dataclass(frozen=True)
 class Decision:
-    """What one tensor of the output gets: asked, given, why they differ, and by which rule. exact: the
-    source is quantized otherwise, and format has the very same values."""
+    """What one tensor of the output gets: asked, given, why they differ, and by which rule. lossless: the
+    source is quantized otherwise; formats that may hold its very values, to be tried on them in this
+    order."""
 
-    asked: str
-    format: str
+    asked: Kind
+    kind: Kind
     reason: str | None = None
     rule: Rule | None = None
-    exact: bool = False
+    lossless: tuple[Format, ...] = ()
 
 
 def entries_of(checkpoint: Checkpoint, arch: Architecture | None) -> list[GGUFEntry]:
     """The tensors of a GGUF file made of this checkpoint, or what stands for them (see above)."""
     if arch is not None:
         return gguf_entries(arch, checkpoint.config, checkpoint.tensors)
-    if checkpoint.kind == "gguf":
+    if checkpoint.gguf_keys:
         return [GGUFEntry(name, (name,)) for name in checkpoint.tensors]
     stacks: dict[str, list[str]] = {}
     by_name = {site.name: site for site in sites(checkpoint)}
@@ -69,8 +73,8 @@ def _name_by_role(site: Site) -> str:
 def hyper_of(checkpoint: Checkpoint, arch: Architecture | None) -> Hyper:
     """What recipes ask about a model; ModelError where its config does not say."""
     config: Mapping[str, Any] = checkpoint.config
-    if checkpoint.kind == "gguf" and not config:
-        keys = {name: value.value for name, value in checkpoint.metadata.items()}
+    if checkpoint.gguf_keys and not config:
+        keys = {name: value.value for name, value in checkpoint.gguf_keys.items()}
         name = str(keys.get("general.architecture"))
         pairs = ("block_count", "attention.head_count", "attention.head_count_kv", "expert_count")
         found = (keys.get(f"{name}.{pair}", 0) for pair in pairs)
@@ -95,78 +99,70 @@ def hyper_of(checkpoint: Checkpoint, arch: Architecture | None) -> Hyper:
     )
 
 
-def stored_dtype(checkpoint: Checkpoint, entry: GGUFEntry, gguf: bool) -> str:
-    """The type that a tensor has when it is not quantized.
-
-    llama.cpp keeps vectors, norms and routers in f32; a native directory keeps what the source has.
-    """
-    if not entry.sources:
-        return "f32"
-    source = checkpoint.tensors[entry.sources[0]]
-    if not gguf or source.quantized or checkpoint.kind == "gguf":
-        return source.dtype
-    small = len(source.shape) == 1 or "_norm.weight" in entry.name or "ffn_gate_inp" in entry.name
-    return "f32" if small or source.dtype not in FLOATS else source.dtype
+def plain_kind(checkpoint: Checkpoint, entry: GGUFEntry, file_type: FileType) -> Kind:
+    """What a tensor is stored in when it is not quantized: a GGUF file's own, and the file type's habit."""
+    source = checkpoint.tensors[entry.sources[0]] if entry.sources else None
+    if source is not None and checkpoint.gguf_keys:
+        return source.kind
+    return file_type.plain_kind(entry, source)
 
 
 def decide(
     checkpoint: Checkpoint,
     entries: Sequence[GGUFEntry],
-    arch: Architecture | None,
-    to: tuple[str | None, str | None],
+    to: Recipe | Format | None,
     plan: Plan,
-    gguf: bool,
+    file_type: FileType,
     calibrated: bool = False,
 ) -> dict[str, Decision]:
-    """-> entry name -> Decision. to: (recipe, None), (None, format) or (None, None). calibrated: statistics
-    of activations are there, for which llama.cpp's mixtures make exceptions.
+    """-> entry name -> Decision. calibrated: statistics of activations are there, for which llama.cpp's
+    mixtures make exceptions.
 
     Raises PlanError listing every rule that names nothing.
     """
-    stored = {entry.name: stored_dtype(checkpoint, entry, gguf) for entry in entries}
+    stored = {entry.name: plain_kind(checkpoint, entry, file_type) for entry in entries}
     rules = {entry.name: plan.choose([entry.name, *entry.sources]) for entry in entries}
-    recipe, format = to
-    if recipe is not None:
-        shapes = [(e.name, entry_shape(checkpoint, e), stored[e.name]) for e in entries]
+    if isinstance(to, Recipe):
+        shapes = [(e.name, entry_shape(checkpoint, e), stored[e.name].name) for e in entries]
         choices = choose_types(
-            recipe,
+            to.name,
             shapes,
-            hyper_of(checkpoint, arch),
+            hyper_of(checkpoint, architecture(checkpoint.config)),
             calibrated,
-            overrides=lambda name: (
-                ggml_type(rule.format) if (rule := rules[name]) and _is_ggml(rule.format) else None
-            ),
+            overrides=lambda name: _type_name(rule) if (rule := rules[name]) else None,
         )
         decisions = {name: _from_recipe(choices[name], rules[name]) for name in choices}
     else:
         quantizable = {site.name: site for site in sites(checkpoint)}
-        decisions = {
-            e.name: _from_rules(e, quantizable, rules[e.name], format, stored[e.name]) for e in entries
-        }
+        decisions = {e.name: _from_rules(e, quantizable, rules[e.name], to, stored[e.name]) for e in entries}
     _check_rules(plan, entries, decisions)
     return decisions
 
 
-def _is_ggml(format: str) -> bool:
-    return format in FLOATS or hasattr(FORMATS.get(format), "type_id")
+def _type_name(rule: Rule) -> str | None:
+    """llama.cpp's name of a rule's type; None for a format that GGUF does not have."""
+    kind = kind_of(rule.format)
+    return kind.type_name if isinstance(kind, Ggml) else kind.name if isinstance(kind, DType) else None
 
 
 def _from_recipe(choice: Choice, rule: Rule | None) -> Decision:
-    if rule is not None and choice.kept:
-        return Decision(choice.type, choice.type, choice.reason)
-    if rule is not None and not _is_ggml(rule.format):
-        return Decision(rule.format, rule.format, None, rule)
-    return Decision(format_of(choice.wanted), format_of(choice.type), choice.reason, rule)
+    if rule is not None and not choice.kept and _type_name(rule) is None:
+        kind = kind_of(rule.format)
+        return Decision(kind, kind, None, rule)
+    given = kind_of(format_of(choice.type))
+    asked = given if choice.kept else kind_of(format_of(choice.wanted))
+    return Decision(asked, given, choice.reason, None if choice.kept else rule)
 
 
 def _from_rules(
-    entry: GGUFEntry, quantizable: Mapping[str, Site], rule: Rule | None, format: str | None, stored: str
+    entry: GGUFEntry, quantizable: Mapping[str, Site], rule: Rule | None, format: Format | None, stored: Kind
 ) -> Decision:
     site = quantizable.get(entry.sources[0]) if entry.sources else None
     if site is None:
         return Decision(stored, stored, "kept: not a weight matrix")
     if rule is not None:
-        return Decision(rule.format, rule.format, None, rule)
+        kind = kind_of(rule.format)
+        return Decision(kind, kind, None, rule)
     if format is None:
         return Decision(stored, stored, "kept: no rule names it")
     if site.role in STAY:
@@ -205,19 +201,19 @@ def check_feasible(
     """All that would fail later, found from headers alone: PlanError lists every fault."""
     faults, again = [], []
     for entry in entries:
-        kind = decisions[entry.name].format
-        if kind in FLOATS or not entry.sources:
+        kind = decisions[entry.name].kind
+        if not isinstance(kind, Format) or not entry.sources:
             continue
         source = checkpoint.tensors[entry.sources[0]]
-        if kind == source.dtype:
+        if kind == source.kind:
             continue
         try:
-            FORMATS.get(kind).check_shape(source.shape[-2], source.shape[-1], entry.name)
+            kind.check_shape(source.shape[-2], source.shape[-1], entry.name)
         except FewbitsError as error:
             faults.append(str(error))
             continue
-        if source.quantized and not requantize and not decisions[entry.name].exact:
-            again.append(f"{entry.name} is {source.dtype}")
+        if source.quantized and not requantize and not decisions[entry.name].lossless:
+            again.append(f"{entry.name} is {source.kind.name}")
     if again:
         faults.append(
             f"{len(again)} tensors are already quantized, such as {again[0]}; quantize the original float "

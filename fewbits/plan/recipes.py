@@ -57,11 +57,7 @@ class Choice:
     type: str
     wanted: str
     reason: str | None = None
-
-    @property
-    def kept(self) -> bool:
-        """Is this a tensor that llama.cpp never quantizes?"""
-        return self.reason is not None and self.reason.startswith("kept")
+    kept: bool = False  # a tensor that llama.cpp never quantizes
 
 
 @cache
@@ -133,7 +129,7 @@ def choose_types(
         kept = kept_reason(name, shape)
         asked = overrides(name) if overrides and not kept else None
         if kept:
-            choices[name] = Choice(dtype, dtype, kept)
+            choices[name] = Choice(dtype, dtype, kept, True)
         elif asked is not None:
             choices[name] = _fit(asked, asked, shape[-1])
         elif block_size(chosen.default) == 1:

@@ -30,7 +30,7 @@ from hashlib import sha256
 from typing import Any
 
 from ..errors import FewbitsError, PlanError, raise_all
-from ..formats import FORMATS
+from ..formats import kind_of
 
 Option = bool | int | float | str
 
@@ -138,7 +138,7 @@ def _faults(rule: Rule) -> list[str]:
     faults = [f"{name} is empty" for name in ("match", "format", "algorithm") if getattr(rule, name) == ""]
     if rule.format:
         try:
-            FORMATS.get(rule.format)
+            kind_of(rule.format)
         except FewbitsError as error:
             faults.append(str(error))
     for name, value in rule.options.items():

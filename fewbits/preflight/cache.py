@@ -15,7 +15,7 @@ from typing import Any
 
 from ..activations.kv_cache import CACHES
 from ..errors import ModelError
-from ..files.base import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..formats import FORMATS
 
 KINDS = ("f16", "fp8", "q8_0", "q4_0", "int8", "int4")
@@ -80,9 +80,9 @@ class KVCache:
 
 def fields_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The config of the text model; of a GGUF file of unknown architecture, its keys in config's words."""
-    if checkpoint.config or checkpoint.kind != "gguf":
+    if checkpoint.config or not checkpoint.gguf_keys:
         return dict(checkpoint.config.get("text_config") or checkpoint.config)
-    keys = {name: value.value for name, value in checkpoint.metadata.items()}
+    keys = {name: value.value for name, value in checkpoint.gguf_keys.items()}
     arch = keys.get("general.architecture")
     return {field: keys[f"{arch}.{key}"] for field, key in _GGUF.items() if f"{arch}.{key}" in keys}
 

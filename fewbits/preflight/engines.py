@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from ..adapters import hf
+from ..adapters import transformers as hf
 from ..errors import PlanError
-from ..formats import FLOATS, FORMATS
 from ..formats.affine import Affine
+from ..formats.base import Format, Kind
 from ..model.fused import Mixed
 
 # An architecture or type -> the last build of llama.cpp that is known to lack it and the first that is known
@@ -45,20 +45,24 @@ FUSING = ("gptq", "awq", "compressed-tensors", "fp8")
 
 
 @dataclass(frozen=True)
-class Output:
+class Seen:
     """What is to be written, as engines see it.
 
-    file: its file type. method: quant_method of config.json, None if it says nothing. gguf: architecture in
-    GGUF's words, None if it has no row. types: of its tensors. quantized: is any of them?
+    file: its file type. engines: those of the file type. method: quant_method of config.json, None if it says
+    nothing. gguf: architecture in GGUF's words, None if it has no row. kinds: of its tensors.
     """
 
     file: str
+    engines: tuple[str, ...]
     method: str | None
     config: Mapping[str, Any]
     gguf: str | None
-    types: frozenset[str]
-    quantized: bool
+    kinds: frozenset[Kind]
     mixed: Sequence[Mixed] = ()
+
+    @property
+    def quantized(self) -> bool:
+        return any(isinstance(kind, Format) for kind in self.kinds)
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,19 @@ class Verdict:
 Answer = tuple[bool | None, str]
 
 
-def verdicts(output: Output, stated: Mapping[str, str | None]) -> list[Verdict]:
+def verdicts(output: Seen, stated: Mapping[str, str | None]) -> list[Verdict]:
     """One for each engine. stated: name -> the version to answer for; None: the installed one.
 
     PlanError for a name that is no engine."""
-    unknown = [name for name in stated if name not in ENGINES]
+    known = {name.lower(): name for name in ENGINES}
+    unknown = [name for name in stated if name.lower() not in known]
     if unknown:
         raise PlanError(f"unknown engine {unknown[0]!r}; known: {', '.join(ENGINES)}")
-    return [_verdict(name, output, stated.get(name)) for name in ENGINES]
+    versions = {known[name.lower()]: version for name, version in stated.items()}
+    return [_verdict(name, output, versions.get(name)) for name in ENGINES]
 
 
-def _verdict(name: str, output: Output, stated: str | None) -> Verdict:
+def _verdict(name: str, output: Seen, stated: str | None) -> Verdict:
     package, answer = ENGINES[name]
     found = _version(package)
     loads, why = answer(output, stated, stated or found)
@@ -105,12 +111,12 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
-def _llamacpp(output: Output, stated: str | None, version: str | None) -> Answer:
-    if output.file != "gguf":
+def _llamacpp(output: Seen, stated: str | None, version: str | None) -> Answer:
+    if "llama.cpp" not in output.engines:
         return False, f"reads GGUF, not {output.file}; --file gguf"
     if output.gguf is None:
         return None, "its architecture has no row in archs.toml; the file is written as it came"
-    kinds = {name.removesuffix("_ggml") for name in output.types}
+    kinds = {kind.name.removesuffix("_ggml") for kind in output.kinds}
     asked = [output.gguf, *sorted(kinds & SINCE.keys())]
     unsure = []
     for name in asked:
@@ -124,7 +130,7 @@ def _llamacpp(output: Output, stated: str | None, version: str | None) -> Answer
     return (None, "; ".join(unsure)) if unsure else (True, f"knows architecture {output.gguf} and all types")
 
 
-def _transformers(output: Output, stated: str | None, version: str | None) -> Answer:
+def _transformers(output: Seen, stated: str | None, version: str | None) -> Answer:
     if stated is not None and stated != _version("transformers"):
         return None, "only the installed version can be asked for its models"
     if version is None:
@@ -132,7 +138,7 @@ def _transformers(output: Output, stated: str | None, version: str | None) -> An
     kind = output.config.get("model_type")
     if kind not in hf.causal_models():
         return False, f"has no causal language model of type {kind!r}"
-    if output.file == "gguf":
+    if "llama.cpp" in output.engines:
         known = output.gguf in hf.gguf_architectures()
         return known, f"{'decodes' if known else 'does not read'} GGUF of {output.gguf}" + (
             " to float: no memory is saved" if known else ""
@@ -149,15 +155,15 @@ def _transformers(output: Output, stated: str | None, version: str | None) -> An
     return True, f"{kind}, {output.method}"
 
 
-def _vllm(output: Output, stated: str | None, version: str | None) -> Answer:
-    if output.file == "gguf":
+def _vllm(output: Seen, stated: str | None, version: str | None) -> Answer:
+    if "llama.cpp" in output.engines:
         return None, "reads GGUF through a plug-in of its own only"
     if output.quantized and output.method not in FUSING:
         return False, f"does not read {output.file}; it reads {', '.join(FUSING)}"
     if output.mixed:
         groups = "group" if len(output.mixed) == 1 else "groups"
         return False, f"{len(output.mixed)} fused {groups} of two formats, such as {output.mixed[0].group}"
-    lacking = sorted(name for name in output.types if _vllm_lacks(output.method, name))
+    lacking = sorted(kind.name for kind in output.kinds if _vllm_lacks(output.method, kind))
     if lacking and version is not None and _numbers(version) < VLLM:
         return (
             None,
@@ -171,32 +177,30 @@ def _vllm(output: Output, stated: str | None, version: str | None) -> Answer:
     return None, "file type, formats and fused groups are as it wants them; its architectures are not asked"
 
 
-def _vllm_lacks(method: str | None, name: str) -> bool:
-    """Does vLLM 0.33 refuse a format? As its own reader of configs answers: bench/doors, tests/engines/
-    test_vllm.py."""
-    form = FORMATS.get(name) if name not in FLOATS else None
-    if form is None or method not in FUSING:
+def _vllm_lacks(method: str | None, form: Kind) -> bool:
+    """Does vLLM 0.33 refuse a format? As its own reader of configs answers (tests/engines/test_vllm.py)."""
+    if not isinstance(form, Format) or method not in FUSING:
         return False
     if method == "gptq":
         return not isinstance(form, Affine) or form.zero != "none" or form.bits not in (4, 8)
     whole = isinstance(form, Affine) and form.cells.rows is None
-    return method == "compressed-tensors" and (whole or name == "mxfp6_e2m3")
+    return method == "compressed-tensors" and (whole or form.name == "mxfp6_e2m3")
 
 
-def _own(name: str) -> Callable[[Output, str | None, str | None], Answer]:
-    def answer(output: Output, stated: str | None, version: str | None) -> Answer:
-        if output.file != name:
-            return False, f"reads {name}, not {output.file}"
+def _own(name: str) -> Callable[[Seen, str | None, str | None], Answer]:
+    def answer(output: Seen, stated: str | None, version: str | None) -> Answer:
+        if name not in output.engines:
+            return False, f"does not read {output.file}"
         return None, "the file type is its own; its architectures are not asked"
 
     return answer
 
 
 # name -> the package it comes in, and what it answers
-ENGINES: Mapping[str, tuple[str, Callable[[Output, str | None, str | None], Answer]]] = {
+ENGINES: Mapping[str, tuple[str, Callable[[Seen, str | None, str | None], Answer]]] = {
     "llama.cpp": ("llama-cpp-python", _llamacpp),
     "transformers": ("transformers", _transformers),
-    "vllm": ("vllm", _vllm),
-    "onnxruntime": ("onnxruntime", _own("onnx")),
-    "mlx": ("mlx-lm", _own("mlx")),
+    "vLLM": ("vllm", _vllm),
+    "onnxruntime": ("onnxruntime", _own("onnxruntime")),
+    "mlx-lm": ("mlx-lm", _own("mlx-lm")),
 }

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from ..adapters import hf
+from ..adapters import transformers as hf
 from ..errors import ModelError
-from ..files.base import Checkpoint
-from ..files.layout import LAYOUTS, is_plain
-from ..files.target import Target
-from ..formats import FLOATS
+from ..files.checkpoint import Checkpoint
+from ..files.directory import Directory
+from ..files.filetype import FileType
+from ..files.output import Output
 from ..model.archs import architecture
 from ..model.fused import Mixed, mixed_groups
 from ..model.sites import sites
-from ..pipeline import prepare
 from ..plan.recipes import Hyper, choose_types
-from ..request import Request, check_method
 from ..transforms.rotate import rotate
+from ..workflow.request import Request, check_method
+from ..workflow.resolve import file_type_for, resolve
 from .cache import KINDS, KVCache, fields_of, kv_cache
-from .engines import Output, Verdict, verdicts
+from .engines import Seen, Verdict, verdicts
 from .machines import machines, read_per_token, tokens_per_second
 from .sizes import Part, file_nbytes, parts_of, sizes_of_parameters
 from .work import Work, work_of
@@ -134,19 +133,20 @@ def preflight(
     if "rotate" in request.method.transforms:
         checkpoint, turned = rotate(checkpoint, request.streaming.seed)
         notes += turned
-    out = Path(uuid4().hex)  # its place plays no part, so it stands in nobody's way
-    target, decisions = prepare(checkpoint, out, request)
-    work = work_of(checkpoint, target, decisions, request, writes_text)
-    file = request.file or "native"
+    place = Path("output")  # plays no part: nothing is looked up or written there
+    resolved = resolve(checkpoint, request, file_type_for(request.file, place))
+    output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
+    work = work_of(checkpoint, output, decisions, request, writes_text)
+    file_type = resolved.file_type
     context, batch, kind = run
     config = fields_of(checkpoint)
-    output = _output(checkpoint, target, file)
-    kv, more = _cache(checkpoint, config, file)
-    parts = tuple(parts_of(target))
+    seen = _output(checkpoint, output, file_type)
+    kv, more = _cache(checkpoint, config, file_type)
+    parts = tuple(parts_of(output))
     return Preflight(
-        file,
+        file_type.name,
         parts,
-        file_nbytes(target),
+        file_nbytes(output),
         kv,
         kind,
         context,
@@ -154,37 +154,38 @@ def preflight(
         _overhead(checkpoint, config, min(context, CHUNK)),
         read_per_token(parts, config),
         work,
-        tuple(verdicts(output, stated or {})),
-        tuple(output.mixed),
-        target.notes + notes + more,
+        tuple(verdicts(seen, stated or {})),
+        tuple(seen.mixed),
+        output.notes + resolved.notes + notes + more,
     )
 
 
-def _output(checkpoint: Checkpoint, target: Target, file: str) -> Output:
+def _output(checkpoint: Checkpoint, output: Output, file_type: FileType) -> Seen:
     arch = architecture(checkpoint.config)
-    formats = {name: job.format for job in target.jobs for name in job.sources}
-    known = [site for site in sites(checkpoint) if site.name in formats]
-    mixed: Sequence[Mixed] = [] if file == "gguf" else mixed_groups(known, formats)
-    return Output(
-        file=file,
-        method=None if file == "gguf" else LAYOUTS.get(file).method,
+    kinds = {name: job.kind for job in output.jobs for name in job.sources}
+    known = [site for site in sites(checkpoint) if site.name in kinds]
+    method = file_type.method if isinstance(file_type, Directory) else None
+    mixed = mixed_groups(known, {name: kind.name for name, kind in kinds.items()}) if method else []
+    return Seen(
+        file=file_type.name,
+        engines=file_type.engines,
+        method=method,
         config=checkpoint.config,
         gguf=arch.gguf if arch else None,
-        types=frozenset(formats.values()),
-        quantized=any(not is_plain(kind) and kind not in FLOATS for kind in formats.values()),
+        kinds=frozenset(kinds.values()),
         mixed=mixed,
     )
 
 
 def _cache(
-    checkpoint: Checkpoint, config: Mapping[str, Any], file: str
+    checkpoint: Checkpoint, config: Mapping[str, Any], file_type: FileType
 ) -> tuple[KVCache | None, tuple[str, ...]]:
     """The cache as the engine of that file type keeps it: llama.cpp ignores some windows."""
     arch = architecture(checkpoint.config)
     ignored = arch is not None and {"sliding_window", "use_sliding_window"} & arch.ignored.keys()
     try:
         full = hf.known_config(checkpoint.config) if checkpoint.config else None
-        found = kv_cache(full or config, windows=not (file == "gguf" and ignored))
+        found = kv_cache(full or config, windows=not ("llama.cpp" in file_type.engines and ignored))
     except ModelError as error:
         return None, (str(error),)
     return found, found.notes

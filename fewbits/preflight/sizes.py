@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ..files.target import Job, Target
+from ..files.output import Job, Output
 from ..formats import FORMATS
 from ..model.sites import role_of
 
@@ -54,19 +54,19 @@ def part_of(job: Job) -> str:
     return _PART_OF_ROLE.get(role, "other")
 
 
-def file_nbytes(target: Target) -> int:
+def file_nbytes(target: Output) -> int:
     """Bytes of the file that holds the weights, padded as the target wants it."""
     end = max([len(target.header), *(span.offset + span.nbytes for span in target.spans)])
     return -(-end // target.align) * target.align
 
 
-def job_nbytes(target: Target) -> dict[str, int]:
+def job_nbytes(target: Output) -> dict[str, int]:
     """Bytes of each tensor of the output, by its name."""
     spans = {span.name: span.nbytes for span in target.spans}
     return {job.name: sum(spans[name] for name in job.spans) for job in target.jobs}
 
 
-def parts_of(target: Target) -> list[Part]:
+def parts_of(target: Output) -> list[Part]:
     """The output's bytes by part; their sum is `file_nbytes`. Parts without a tensor are left out."""
     nbytes, weights = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for job, size in zip(target.jobs, job_nbytes(target).values(), strict=True):

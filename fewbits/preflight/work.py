@@ -21,18 +21,16 @@ from typing import Any
 
 from ..algorithms import NEEDS
 from ..calibrate.sampling import compute_dtype
-from ..files.base import Checkpoint
-from ..files.layout import is_plain
-from ..files.target import Job, Target
-from ..formats import FORMATS
-from ..formats.base import CHUNK
-from ..jobs import chosen
-from ..learn.polish import PolishSettings
-from ..learn.rounding import EFFORTS
+from ..files.checkpoint import Checkpoint
+from ..files.output import Job, Output
+from ..formats.base import CHUNK, Format
 from ..memory import peak_memory, reset_peak_memory
 from ..model.sites import Site, sites
 from ..plan.choices import Decision
-from ..request import Request
+from ..train.polish import PolishSettings
+from ..train.rounding import EFFORTS
+from ..workflow.request import Request
+from ..workflow.task import Spec, spec_of
 from .sizes import file_nbytes, job_nbytes
 from .speed import Encoding, digesting, encodings, multiplying
 
@@ -80,7 +78,7 @@ class Task:
 
 
 def tasks_of(
-    checkpoint: Checkpoint, target: Target, decisions: Mapping[str, Decision], request: Request
+    checkpoint: Checkpoint, target: Output, decisions: Mapping[str, Decision], request: Request
 ) -> list[Task]:
     """Every weight that gets new codes."""
     known = {site.name: site for site in sites(checkpoint)}
@@ -88,22 +86,23 @@ def tasks_of(
     for job in target.jobs:
         for name in job.sources:
             tensor = checkpoint.tensors[name]
-            if is_plain(job.format) or tensor.dtype == job.format or len(tensor.shape) < 2:
+            kind = job.kind
+            if not isinstance(kind, Format) or tensor.kind == kind or len(tensor.shape) < 2:
                 continue
             site, rule = known.get(name), decisions[job.name].rule
-            algorithm, options = chosen(rule, request.method, {"search": request.search})
+            spec = spec_of(kind, rule, request.method, request.search)
             inside = site is not None and site.block is not None
             walked = inside and request.tokens is not None
-            if NEEDS[algorithm] != "nothing" and not (inside and request.calibrated):
-                algorithm, options = "rtn", {"search": request.search}
+            if NEEDS[spec.algorithm] != "nothing" and not (inside and request.calibrated):
+                spec = Spec(kind, "rtn", {"search": request.search})
             shape = (prod(tensor.shape[:-1]), tensor.shape[-1])
-            found.append(Task(site, shape, job.format, algorithm, options, walked))
+            found.append(Task(site, shape, kind.name, spec.algorithm, spec.options, walked))
     return found
 
 
 def work_of(
     checkpoint: Checkpoint,
-    target: Target,
+    target: Output,
     decisions: Mapping[str, Decision],
     request: Request,
     writes_text: bool = False,
@@ -156,13 +155,13 @@ def _source_peak(checkpoint: Checkpoint, job: Job, name: str) -> int:
     tensor = checkpoint.tensors[name]
     count, turned = prod(tensor.shape), job.entry is not None and (job.entry.rows or job.entry.add)
     held = tensor.nbytes * (2 if turned else 1)
-    if tensor.quantized and tensor.dtype != job.format:
+    if tensor.quantized and tensor.kind != job.kind:
         held += 4 * count  # decoded
-    if tensor.dtype == job.format:
+    if tensor.kind == job.kind:
         return held
-    if is_plain(job.format):
+    if not isinstance(job.kind, Format):
         return held + 4 * min(count, 2 * CHUNK) + 4 * count
-    format, (n, k) = FORMATS.get(job.format), (prod(tensor.shape[:-1]), tensor.shape[-1])
+    format, (n, k) = job.kind, (prod(tensor.shape[:-1]), tensor.shape[-1])
     inner = format.ordered or format
     if format.ordered:
         held += tensor.nbytes + 2 * count  # columns in the order of groups, and their codes put back

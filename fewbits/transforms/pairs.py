@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..calibrate.stats import Stats
+from ..dtypes import F32, DType
 from ..errors import ModelError
-from ..files.base import Checkpoint, LazyTensor
-from ..formats import FLOATS
+from ..files.checkpoint import Checkpoint, LazyTensor
 from ..model.archs import complete
 from ..model.sites import role_of
 from .rewrite import Change, rewritten
@@ -128,12 +128,13 @@ def applied(weights: Mapping[str, torch.Tensor], chosen: Sequence[Choice]) -> di
 def scaled(checkpoint: Checkpoint, chosen: Sequence[Choice]) -> Checkpoint:
     """The same model with pairs scaled, lazily: matrices become f32, vectors keep their dtype."""
     work: dict[str, list[Change]] = {}
-    dtypes: dict[str, str] = {}
+    dtypes: dict[str, DType] = {}
     for pair, scale in chosen:
         for name, change in changes(pair, scale).items():
             work.setdefault(name, []).append(change)
             is_vector = pair.vector is not None and name == pair.vector.name
-            dtypes[name] = checkpoint.tensors[name].dtype if is_vector else "f32"
+            kind = checkpoint.tensors[name].kind
+            dtypes[name] = kind if is_vector and isinstance(kind, DType) else F32
     return rewritten(checkpoint, work, dtypes)
 
 
@@ -275,9 +276,9 @@ def _bias(tensors: Mapping[str, LazyTensor], weight: str, start: int) -> Vector 
 
 
 def _dtype(tensor: LazyTensor) -> torch.dtype:
-    if tensor.dtype not in FLOATS:
+    if not isinstance(tensor.kind, DType) or not tensor.kind.weight:
         raise ModelError(
             f"{tensor.name}: a scale cannot be divided into a vector stored as {tensor.dtype}; "
             "use a checkpoint with float norms and biases"
         )
-    return FLOATS[tensor.dtype]
+    return tensor.kind.torch

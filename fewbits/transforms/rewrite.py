@@ -12,15 +12,15 @@ from math import prod
 
 import torch
 
+from ..dtypes import DType
 from ..errors import ModelError
-from ..files.base import Checkpoint, LazyTensor
-from ..formats import FLOATS
+from ..files.checkpoint import Checkpoint, LazyTensor
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def rewritten(
-    checkpoint: Checkpoint, changes: Mapping[str, Sequence[Change]], dtypes: Mapping[str, str]
+    checkpoint: Checkpoint, changes: Mapping[str, Sequence[Change]], dtypes: Mapping[str, DType]
 ) -> Checkpoint:
     """The checkpoint with `changes` (f32 -> f32, of the same shape) applied in order to the tensors named,
     which are given out as `dtypes` says. ModelError listing tensors that are quantized already."""
@@ -28,7 +28,7 @@ def rewritten(
     if bad:
         raise ModelError(
             f"{checkpoint.path}: {len(bad)} tensors to rewrite are quantized, {bad[0]!r} as "
-            f"{checkpoint.tensors[bad[0]].dtype}; rewrite the float model they were made from"
+            f"{checkpoint.tensors[bad[0]].kind.name}; rewrite the float model they were made from"
         )
     tensors = {
         name: lazily(tensor, name, changes[name], dtypes[name]) if name in changes else tensor
@@ -37,7 +37,7 @@ def rewritten(
     return replace(checkpoint, tensors=tensors)
 
 
-def lazily(tensor: LazyTensor, name: str, changes: Sequence[Change], dtype: str) -> LazyTensor:
+def lazily(tensor: LazyTensor, name: str, changes: Sequence[Change], dtype: DType) -> LazyTensor:
     """`tensor` under `name`, changed when it is loaded."""
 
     def load() -> torch.Tensor:
@@ -46,7 +46,7 @@ def lazily(tensor: LazyTensor, name: str, changes: Sequence[Change], dtype: str)
         value = value.float()
         for change in changes:
             value = change(value)
-        return value.to(FLOATS[dtype])
+        return value.to(dtype.torch)
 
-    nbytes = prod(tensor.shape) * FLOATS[dtype].itemsize
-    return replace(tensor, name=name, dtype=dtype, nbytes=nbytes, load=load)
+    nbytes = prod(tensor.shape) * dtype.itemsize
+    return replace(tensor, name=name, kind=dtype, nbytes=nbytes, load=load)

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..dtypes import F32, DType
 from ..errors import ModelError, raise_all
-from ..files.base import Checkpoint, LazyTensor
+from ..files.checkpoint import Checkpoint, LazyTensor
 from ..model.archs import Architecture, architecture
 from .hadamard import Rotation, rotation
 from .pairs import value_rows
@@ -36,14 +37,16 @@ class _Plan:
 
     checkpoint: Checkpoint
     changes: dict[str, list[Change]] = field(default_factory=dict)
-    dtypes: dict[str, str] = field(default_factory=dict)
+    dtypes: dict[str, DType] = field(default_factory=dict)
 
-    def add(self, name: str, change: Change, dtype: str = "f32") -> None:
+    def add(self, name: str, change: Change, dtype: DType = F32) -> None:
         self.changes.setdefault(name, []).append(change)
         self.dtypes[name] = dtype
 
-    def stored(self, name: str) -> str:
-        return self.checkpoint.tensors[name].dtype
+    def stored(self, name: str) -> DType:
+        kind = self.checkpoint.tensors[name].kind
+        assert isinstance(kind, DType)  # `rewritten` refuses the others by name
+        return kind
 
 
 def rotate(
@@ -72,7 +75,7 @@ def rotate(
         notes += note
     if values:
         notes.append(_rotate_values(plan, blocks, generator))
-    lossy = {plan.dtypes[name] for name in plan.changes} - {"f32"}
+    lossy = {plan.dtypes[name].name for name in plan.changes} - {F32.name}
     if lossy and residual:
         notes.append(f"embedding and output are rounded once more, to {' and '.join(sorted(lossy))}")
     return rewritten(checkpoint, plan.changes, plan.dtypes), tuple(notes)
@@ -138,7 +141,7 @@ def _rotate_ends(
     plan.add(norm, _ones(arch.norm_offset), plan.stored(norm))
     if tied:
         source = checkpoint.tensors[embed]
-        untied = lazily(source, output, [], source.dtype)
+        untied = lazily(source, output, [], plan.stored(embed))
         checkpoint = replace(
             checkpoint,
             tensors={**checkpoint.tensors, output: untied},
@@ -148,8 +151,10 @@ def _rotate_ends(
             f"{output} is a tensor of its own now ({source.nbytes / 2**20:.1f} MiB more before quantizing): "
             "it was tied to the embedding, and the last norm is folded into it alone"
         )
-    plan.add(output, fold, checkpoint.tensors[output].dtype)
-    plan.add(output, turn.columns, checkpoint.tensors[output].dtype)
+    stored = checkpoint.tensors[output].kind
+    assert isinstance(stored, DType)
+    plan.add(output, fold, stored)
+    plan.add(output, turn.columns, stored)
     return checkpoint, notes
 
 

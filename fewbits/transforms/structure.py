@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..files.base import Checkpoint, LazyTensor
+from ..files.checkpoint import Checkpoint, LazyTensor
 from ..model.archs import architecture
 from ..model.sites import role_of
 

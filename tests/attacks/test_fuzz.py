@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewbits.errors import FileError
-from fewbits.files.gguf import map_gguf_tensor, read_gguf
-from fewbits.files.huggingface import open_huggingface
+from fewbits.files.gguf.file import map_gguf_tensor, read_gguf
 from fewbits.files.native import open_native
+from fewbits.files.open import open_checkpoint
 from tests.attacks.forge import (
     ARRAY,
     F32,
@@ -59,7 +59,7 @@ NATIVE = json.dumps({"version": 1, "tensors": {"w": {"format": "q8_0", "shape": 
 
 def open_planes(folder, data):
     (folder / "model.safetensors").write_bytes(data)
-    return [tensor.load() for tensor in open_huggingface(folder).tensors.values()]
+    return [tensor.load() for tensor in open_checkpoint(folder).tensors.values()]
 
 
 def open_model(folder, data):
@@ -71,7 +71,7 @@ def open_model(folder, data):
 def open_index(folder, data):
     (folder / "one.safetensors").write_bytes(PLANES)
     (folder / "model.safetensors.index.json").write_bytes(data)
-    return [tensor.load() for tensor in open_huggingface(folder).tensors.values()]
+    return [tensor.load() for tensor in open_checkpoint(folder).tensors.values()]
 
 
 def open_native_index(folder, data):

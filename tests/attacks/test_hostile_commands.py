@@ -10,7 +10,7 @@ import pytest
 from gguf import GGUFValueType
 
 from fewbits.cli.main import main
-from fewbits.files.gguf import GGUFValue, gguf_header, read_gguf
+from fewbits.files.gguf.file import GGUFValue, gguf_header, read_gguf
 from tests.attacks.forge import (
     ARRAY,
     F32,

@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from fewbits.errors import FileError
-from fewbits.files.gguf import map_gguf_tensor, read_gguf
+from fewbits.files.gguf.file import map_gguf_tensor, read_gguf
 from tests.attacks.forge import (
     ARRAY,
     F32,

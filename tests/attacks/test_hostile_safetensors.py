@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from fewbits.errors import FileError
-from fewbits.files.safetensors import HEADER_LIMIT, map_tensor, read_header
+from fewbits.storage.safetensors import HEADER_LIMIT, map_tensor, read_header
 from tests.attacks.forge import row, safetensors, write
 
 FOUR = b"\0" * 4

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fewbits.errors import FileError
-from fewbits.files.huggingface import open_huggingface
-from fewbits.files.safetensors import map_tensor
+from fewbits.files.open import open_checkpoint
 from fewbits.files.torch_bin import read_torch, run_pickle
+from fewbits.storage.safetensors import map_tensor
 from tests.attacks.forge import write
 
 PROTO = b"\x80\x02"
@@ -169,7 +169,7 @@ def test_nothing_is_run(tmp_path, protocol, function):
     write(tmp_path / "config.json", b"{}")
     write(tmp_path / "pytorch_model.bin", archive(program))
     with pytest.raises(FileError, match=r"its pickle (names|has the instruction)"):
-        open_huggingface(tmp_path)
+        open_checkpoint(tmp_path)
     assert not made.exists()
 
 

@@ -6,35 +6,26 @@ import torch
 from fewbits.errors import FormatError
 from fewbits.formats import FORMATS
 from tests.contracts import format_contract, grid_contract
-from tests.contracts.format_contract import same_planes, weights
-
-PARSED = [
-    "int2_channel_asym_bf16",
-    "int3_g7_asym",
-    "int4_tensor_asym_float_f32",
-    "int3_g32_actorder_bf16",
-    "int4_g48_asym_actorder",
-    "int5_g96_asym_float_bf16",
-    "int6_tensor_asym_f32",
-    "fp6_e3m2_g48",
-    "fp4_e2m1_channel_bf16",
-    "fp8_e5m2_g256_f32",
-    "pow2_5_tensor_f32",
-    "pow2_2_g33",
-    "kmeans1_channel",
-    "kmeans6_tensor",
-]
+from tests.contracts.figures import CEILINGS, MEASURES, NAMES, figures
+from tests.contracts.samples import same_planes, weights
 
 
 @pytest.mark.parametrize(
     "promise", format_contract.PROMISES + grid_contract.PROMISES, ids=lambda promise: promise.__name__
 )
-@pytest.mark.parametrize("name", [*FORMATS, *PARSED])
+@pytest.mark.parametrize("name", NAMES)
 def test_promise(name, promise):
     promise(FORMATS.get(name))
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *PARSED])
+@pytest.mark.parametrize("column", MEASURES)
+@pytest.mark.parametrize("name", NAMES)
+def test_is_as_good_as_its_figures(name, column):
+    """A new format has no row yet: `python -m tests.contracts.figures` measures it."""
+    assert MEASURES[column](FORMATS.get(name)) <= figures()[name][column] <= CEILINGS[column]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_name_is_canonical(name):
     format = FORMATS.get(name)
     assert format.name == name and FORMATS.get(format.name) == format
@@ -81,3 +72,26 @@ def test_encoding_a_few_rows_at_a_time_changes_nothing(name, axes, monkeypatch):
     whole = format.encode(w, importance)
     monkeypatch.setattr("fewbits.formats.base.CHUNK", 4 * 384)
     assert same_planes(format, format.encode(w, importance), whole)
+
+
+def test_a_worse_format_fails_by_its_own_figures(monkeypatch):
+    """One part in a thousand off is nothing to most of the formats, and too much for this one."""
+    format = FORMATS.get("int4_g32")
+    decode = type(format).decode
+    monkeypatch.setattr(type(format), "decode", lambda self, q: decode(self, q) * 1.001)
+    assert (
+        figures()["int4_g32"]["constant"]
+        < MEASURES["constant"](format)
+        < figures()["int3_g32_actorder_bf16"]["constant"]
+    )
+
+
+def test_a_format_that_refuses_what_it_takes_fails(monkeypatch):
+    format = FORMATS.get("q4_0")
+
+    def refuse(self, w, importance=None, search=True):
+        raise FormatError("tensor: the largest magnitude is too large")
+
+    monkeypatch.setattr(type(format), "encode", refuse)
+    with pytest.raises(FormatError):
+        format_contract.weights_up_to_the_largest_are_taken(format)

@@ -6,7 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 
-from fewbits.files.base import Checkpoint
+from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
 from fewbits.transforms import TRANSFORMS, rotate, scaled
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.stats import Stats
-from fewbits.files.base import Checkpoint
-from fewbits.formats import FLOATS, FORMATS
+from fewbits.files.checkpoint import Checkpoint
+from fewbits.formats import FORMATS
 from fewbits.model.archs import check_complete, require_architecture
 from fewbits.model.sites import role_of
 from fewbits.transforms.pairs import Pair, find_pairs
@@ -91,7 +91,7 @@ def tensors_are_what_they_say(transform: Transform, case: Case) -> None:
     for name, tensor in transform(case).tensors.items():
         value = tensor.load()
         assert (tensor.name, tensor.shape, tensor.quantized) == (name, tuple(value.shape), False)
-        assert (FLOATS[tensor.dtype], tensor.nbytes) == (value.dtype, value.nbytes)
+        assert (tensor.kind.torch, tensor.nbytes) == (value.dtype, value.nbytes)
 
 
 def input_is_left_alone(transform: Transform, case: Case) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
 from fewbits.adapters.llamacpp import engine_logits, engine_quantize, engine_tokenize
+from fewbits.adapters.transformers import load_model
 from fewbits.errors import KernelError
 from fewbits.files.open import open_checkpoint
 from fewbits.model.pretokenizers import pretokenizers

@@ -11,12 +11,14 @@ square. These two layers make up to 10 times that of it in the logits.
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.transformers import load_model
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
-from fewbits.pipeline import Request, convert, quantize
 from fewbits.plan import Plan, Rule
 from fewbits.qtensor import QTensor
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.engine

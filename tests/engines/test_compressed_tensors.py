@@ -22,12 +22,14 @@ from fewbits.activations import CACHES
 from fewbits.activations import attention as simulated
 from fewbits.activations.kv_cache import to_e4m3
 from fewbits.activations.quantizers import SCHEMES, fit, quantize_dequantize
-from fewbits.adapters.hf import load_model
-from fewbits.adapters.simulate import changed_attention, changed_inputs
+from fewbits.adapters.transformers import load_model
+from fewbits.blocks.simulate import changed_attention, changed_inputs
 from fewbits.calibrate.tokens import Tokens
 from fewbits.files.open import open_checkpoint
-from fewbits.pipeline import Request, convert, quantize
 from fewbits.plan import Plan, Rule
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 pytestmark = [

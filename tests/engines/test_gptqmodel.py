@@ -14,17 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.tokens import Tokens
 from fewbits.files.awq import AWQ
 from fewbits.files.gptq import GPTQ
 from fewbits.files.integers import group_of, integers
 from fewbits.files.open import open_checkpoint
-from fewbits.pipeline import quantize
 from fewbits.plan import Plan, Rule
 from fewbits.plan.method import METHODS
 from fewbits.qtensor import QTensor
-from fewbits.request import Request
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.files.integer_cases import formula
 from tests.tiny import VOCAB, change_weights, save_tiny
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
 from fewbits.adapters.llamacpp import engine_quantize, engine_tokenize
+from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.imatrix import gguf_importance, read_imatrix, write_imatrix
 from fewbits.calibrate.statistics import identify
 from fewbits.calibrate.stats import Stats
 from fewbits.errors import KernelError
-from fewbits.files.base import Checkpoint
+from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
 from tests.statistics_cases import GOLDEN, GOLDEN_CHUNK, MIXTRAL, NAMES, seen_of
 from tests.tiny import CORPUS, read_by_gguf, save_tiny, write_float_gguf

@@ -10,20 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewbits.adapters.hf import load_model
-from fewbits.files.layout import LAYOUTS
+from fewbits.adapters.transformers import load_model
+from fewbits.files.directory import FILE_TYPES
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
-from fewbits.pipeline import quantize
 from fewbits.plan import Plan, Rule
-from fewbits.request import Request
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.files.directories import random_qtensor
 from tests.tiny import VOCAB, save_tiny
 
 mx = pytest.importorskip("mlx.core")
 pytestmark = pytest.mark.engine
 GOLDEN = Path(__file__).parent.parent / "golden" / "mlx" / "mlx.safetensors"
-MLX = LAYOUTS.get("mlx")
+MLX = FILE_TYPES.get("mlx")
 BITS = (2, 3, 4, 5, 6, 8)
 KINDS = ("", "_bf16", "_asym", "_asym_bf16", "_asym_float", "_asym_float_bf16", "_asym_float_f32")
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}

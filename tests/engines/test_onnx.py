@@ -14,12 +14,12 @@ import json
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
+from fewbits.adapters.transformers import load_model
 from fewbits.files.open import open_checkpoint
-from fewbits.pipeline import quantize
 from fewbits.plan import Plan, Rule
-from fewbits.request import Request
-from fewbits.verify import NEW, verify
+from fewbits.release.verify import NEW, verify
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 onnx = pytest.importorskip("onnx")

@@ -26,17 +26,18 @@ import numpy as np
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
 from fewbits.adapters.llamacpp import engine_logits, engine_quantize
-from fewbits.adapters.rounding import rounding
-from fewbits.files.base import LazyTensor
+from fewbits.adapters.transformers import load_model
+from fewbits.blocks.rounding import rounding
+from fewbits.files.checkpoint import LazyTensor
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.formats.ggml import Ggml, format_of
-from fewbits.pipeline import Request, quantize
 from fewbits.plan import Plan, Rule
 from fewbits.plan.mixtures import RECIPES
 from fewbits.qtensor import QTensor
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import read_by_gguf, save_tiny, write_float_gguf
 
 pytestmark = pytest.mark.engine

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-import fewbits.verify as verify_module
-from fewbits import Plan, Request, Rule, quantize
-from fewbits.engines import ENGINES
-from fewbits.verify import NEW, Meaning, Outcome, compared, verify
+import fewbits.release.verify as verify_module
+from fewbits import Plan, Rule
+from fewbits.release.engines import ENGINES
+from fewbits.release.verify import NEW, Meaning, Outcome, compared, verify
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 
@@ -88,7 +90,7 @@ def test_an_engine_that_is_not_there_is_named(model, tmp_path, monkeypatch):
     out = tmp_path / "m"
     quantize(model, out, Request(plan=blocks("int4_g32"), file="gptq"))
     monkeypatch.setenv("FEWBITS_GPTQMODEL", str(tmp_path / "nowhere"))
-    monkeypatch.setattr("fewbits.engines.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fewbits.release.engines.importlib.util.find_spec", lambda name: None)
     outcome = verify(out)
     assert outcome.verdict == "not checked" and "make gptqmodel" in outcome.line()
 

@@ -9,13 +9,15 @@ import subprocess
 
 import pytest
 
-from fewbits.engines import ENGINES, SCRIPTS
+from fewbits.dtypes import BF16
 from fewbits.errors import FormatError, PlanError
-from fewbits.files.layout import LAYOUTS
-from fewbits.formats import FLOATS, FORMATS
-from fewbits.pipeline import Request, quantize
-from fewbits.preflight.engines import Output, verdicts
-from fewbits.verify import verify
+from fewbits.files.open import FILE_TYPES
+from fewbits.formats import FORMATS
+from fewbits.preflight.engines import Seen, verdicts
+from fewbits.release.engines import ENGINES, SCRIPTS
+from fewbits.release.verify import verify
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
 PYTHON = next(engine for engine in ENGINES["gptq"] if engine.name == "vLLM").interpreter()
@@ -45,12 +47,14 @@ def configs():
     found = {}
     for file in FILES:
         for name in FORMATS:
-            layout = LAYOUTS.get(file)
-            if name in FLOATS or layout.refusal(FORMATS.get(name)) is not None:
+            layout = FILE_TYPES.get(file)
+            if layout.refusal(FORMATS.get(name)) is not None:
                 continue
             try:
                 keys = [a.key for n in NAMES for a in layout.arrays(n, FORMATS.get(name), SHAPE)]
-                said = layout.settings(dict.fromkeys(NAMES, (name, SHAPE)), {"model_type": "llama"}, {})
+                said = layout.settings(
+                    dict.fromkeys(NAMES, (FORMATS.get(name), SHAPE)), {"model_type": "llama"}, {}
+                )
             except (FormatError, PlanError):
                 continue
             found[f"{file} {name}"] = said["config.json"]["quantization_config"], keys
@@ -75,11 +79,11 @@ def read():
 @pytest.mark.parametrize("case", configs())
 def test_the_plan_says_what_the_reader_says(read, case):
     file, name = case.split()
-    output = Output(
-        file=file, method=LAYOUTS.get(file).method, config={"model_type": "llama"}, gguf="llama",
-        types=frozenset({name, "bf16"}), quantized=True,
+    output = Seen(
+        file=file, engines=FILE_TYPES.get(file).engines, method=FILE_TYPES.get(file).method,
+        config={"model_type": "llama"}, gguf="llama", kinds=frozenset({FORMATS.get(name), BF16}),
     )  # fmt: skip
-    verdict = next(row for row in verdicts(output, {"vllm": "0.33.0"}) if row.engine == "vllm")
+    verdict = next(row for row in verdicts(output, {"vllm": "0.33.0"}) if row.engine == "vLLM")
     taken, why = read[case]
     assert (verdict.loads is None) == taken, why
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 
-from fewbits.files.layout import LAYOUTS, Layout, laid_out
-from fewbits.files.stream import StreamFile
+from fewbits.dtypes import BF16
+from fewbits.files.directory import Directory, laid_out
+from fewbits.files.open import FILE_TYPES
 from fewbits.formats.base import Format
 from fewbits.qtensor import QTensor
+from fewbits.storage.stream import StreamFile
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 ONE_BLOCK = CONFIG | {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "head_dim": 64}
@@ -16,14 +18,14 @@ ONE_BLOCK = CONFIG | {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_l
 
 def kinds(tensors: dict) -> dict:
     return {
-        name: (value.format.name if isinstance(value, QTensor) else "bf16", tuple(value.shape))
+        name: (value.format if isinstance(value, QTensor) else BF16, tuple(value.shape))
         for name, value in tensors.items()
     }
 
 
-def write_directory(path: Path, layout: Layout | str, tensors: dict, config=None, about=None) -> Path:
+def write_directory(path: Path, layout: Directory | str, tensors: dict, config=None, about=None) -> Path:
     """What a pipeline does: layout, stream, small files in their order."""
-    layout = LAYOUTS.get(layout) if isinstance(layout, str) else layout
+    layout = FILE_TYPES.get(layout) if isinstance(layout, str) else layout
     path.mkdir()
     rows = kinds(tensors)
     header, spans, keys = laid_out(layout, rows)

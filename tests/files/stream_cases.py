@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fewbits.files.stream import StreamFile
+from fewbits.storage.stream import StreamFile
 
 HEADER = b"HEADER--"
 ENTRIES = [("a", 8, 5), ("b", 16, 40), ("none", 64, 0), ("c", 64, 7)]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from fewbits.errors import FileError, FormatError, PlanError
-from fewbits.files.layout import LAYOUTS
+from fewbits.files.directory import FILE_TYPES
 from fewbits.files.open import open_checkpoint
 from tests.files.directories import write_directory
 from tests.files.integer_cases import formula
@@ -16,7 +16,7 @@ from tests.files.integer_cases import formula
 # Made by GPTQModel 7.7.0: FEWBITS_UPDATE_GOLDEN=1 pytest -m engine tests/engines/test_gptqmodel.py
 GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "awq" / "gptqmodel.safetensors")
 PARTS = ("qweight", "scales", "qzeros")
-AWQ = LAYOUTS.get("awq")
+AWQ = FILE_TYPES.get("awq")
 MLP = "model.layers.0.mlp."
 FLOAT = torch.zeros(4, 64).bfloat16()
 

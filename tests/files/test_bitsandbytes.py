@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from fewbits.errors import FileError, FormatError, PlanError
 from fewbits.files.bitsandbytes import BitsAndBytes
-from fewbits.files.layout import LAYOUTS
+from fewbits.files.directory import FILE_TYPES
 from fewbits.files.open import open_checkpoint
-from fewbits.formats import FORMATS
+from fewbits.formats import FORMATS, kind_of
 from tests.files.directories import random_qtensor, write_directory
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bitsandbytes"
@@ -177,23 +177,26 @@ def settings(rows, **config):
 
 def test_the_config_lists_linear_modules_left_in_float():
     rows = {
-        "model.embed_tokens.weight": ("BF16", (64, 64)),
-        "model.layers.0.mlp.up_proj.weight": ("nf4_dq", (64, 64)),
-        "model.layers.0.mlp.down_proj.weight": ("BF16", (64, 64)),
-        "model.norm.weight": ("BF16", (64,)),
+        "model.embed_tokens.weight": (kind_of("bf16"), (64, 64)),
+        "model.layers.0.mlp.up_proj.weight": (kind_of("nf4_dq"), (64, 64)),
+        "model.layers.0.mlp.down_proj.weight": (kind_of("bf16"), (64, 64)),
+        "model.norm.weight": (kind_of("bf16"), (64,)),
     }
     said = settings(rows, dtype="bfloat16")
     assert said["llm_int8_skip_modules"] == ["model.embed_tokens", "model.layers.0.mlp.down_proj", "lm_head"]
     assert (said["load_in_4bit"], said["bnb_4bit_quant_type"]) == (True, "nf4")
     assert (said["bnb_4bit_use_double_quant"], said["bnb_4bit_compute_dtype"]) == (True, "bfloat16")
-    assert "lm_head" not in settings({"lm_head.weight": ("int8_absmax", (64, 64))})["llm_int8_skip_modules"]
+    assert (
+        "lm_head"
+        not in settings({"lm_head.weight": (kind_of("int8_absmax"), (64, 64))})["llm_int8_skip_modules"]
+    )
 
 
 def test_what_the_package_cannot_hold_is_refused_all_at_once():
     rows = {
-        "model.embed_tokens.weight": ("nf4", (64, 64)),
-        "model.layers.0.mlp.experts.0.up_proj.weight": ("nf4", (64, 64)),
-        "model.layers.0.mlp.up_proj.weight": ("fp4", (64, 64)),
+        "model.embed_tokens.weight": (kind_of("nf4"), (64, 64)),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (kind_of("nf4"), (64, 64)),
+        "model.layers.0.mlp.up_proj.weight": (kind_of("fp4"), (64, 64)),
     }
     with pytest.raises(PlanError, match=r"nf4 \(.*fp4 \([\s\S]*not experts[\s\S]*not embeddings"):
         settings(rows)
@@ -201,7 +204,7 @@ def test_what_the_package_cannot_hold_is_refused_all_at_once():
 
 @pytest.mark.parametrize("offset", [0.0, -1.1754943508222875e-38, 3.4028234663852886e38, 1 / 3])
 def test_any_offset_fits_its_room(offset):
-    layout = LAYOUTS.get("bitsandbytes")
+    layout = FILE_TYPES.get("bitsandbytes")
     q = random_qtensor(FORMATS.get("nf4_dq"), 64, 128)
     q.planes["offset"].fill_(offset)
     arrays = layout.arrays(NAME, q.format, q.shape)

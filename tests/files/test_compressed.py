@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.errors import FewbitsError, FileError, FormatError, PlanError
-from fewbits.files.compressed_config import ACTIVATIONS
-from fewbits.files.layout import LAYOUTS
+from fewbits.files.compressed_tensors.config import ACTIVATIONS
+from fewbits.files.directory import FILE_TYPES
 from fewbits.files.open import open_checkpoint
-from fewbits.formats import FORMATS
+from fewbits.formats import FORMATS, kind_of
 from fewbits.formats.floats import reciprocal_twice
 from fewbits.qtensor import QTensor
 from tests.files.directories import CONFIG, kinds, random_qtensor, write_directory
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "compressed_tensors"
-LAYOUT = LAYOUTS.get("compressed-tensors")
+LAYOUT = FILE_TYPES.get("compressed-tensors")
 FOUND = {
     "int4_g32": "int4_g32_bf16",
     "int4_g32_asym": "int4_g32_asym",
@@ -70,7 +70,7 @@ def test_written_again_it_is_the_same_bytes(tmp_path):
 
 def test_int8_lies_in_bytes_where_integer_activations_meet_it(tmp_path):
     given = {UP: random_qtensor(FORMATS.get("int8_channel_asym_f32"), 64, 96)}
-    layout = LAYOUT.told("int8_dynamic")
+    layout = LAYOUT.with_runtime("int8_dynamic")
     path = write_directory(tmp_path / "m", layout, given)
     assert load_file(path / "model.safetensors")[UP].dtype == torch.int8
     found = open_checkpoint(path).tensors[UP].load()
@@ -82,7 +82,7 @@ def test_int8_lies_in_bytes_where_integer_activations_meet_it(tmp_path):
 
 def test_a_static_scheme_writes_its_ranges(tmp_path):
     q = random_qtensor(FORMATS.get("int8_channel"), 64, 96)
-    layout = LAYOUT.told("int8_asymmetric_static")
+    layout = LAYOUT.with_runtime("int8_asymmetric_static")
     names = [array.key for array in layout.arrays(UP, q.format, q.shape)]
     about = {"activations": {"scheme": "int8_asymmetric_static", "left": [], "ranges": {UP: [0.5, -3]}}}
     parts = dict(zip(names, layout.packer(UP, about)(q), strict=True))
@@ -99,9 +99,9 @@ def test_a_static_scheme_writes_its_ranges(tmp_path):
 def test_a_static_scheme_of_experts_is_refused():
     name = "model.layers.0.mlp.experts.0.up_proj.weight"
     with pytest.raises(PlanError, match="experts have no range"):
-        LAYOUT.told("int8_static").settings({name: ("int8_channel", (64, 64))}, CONFIG, {})
-    found = LAYOUT.told("int8_dynamic").settings(
-        {name: ("int8_channel", (64, 64))},
+        LAYOUT.with_runtime("int8_static").settings({name: (kind_of("int8_channel"), (64, 64))}, CONFIG, {})
+    found = LAYOUT.with_runtime("int8_dynamic").settings(
+        {name: (kind_of("int8_channel"), (64, 64))},
         CONFIG,
         {"activations": {"scheme": "int8_dynamic", "left": ["model.layers.0.mlp.experts.gate_up_proj"]}},
     )
@@ -113,7 +113,7 @@ def test_inputs_left_in_float_take_what_is_fused_with_them_along():
     parts = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkvo"]
     given = {name: random_qtensor(FORMATS.get("int8_channel"), 32, 32) for name in parts}
     about = {"activations": {"scheme": "int8_dynamic", "left": [parts[1]]}}
-    said = LAYOUT.told("int8_dynamic").settings(kinds(given), CONFIG, about)["config.json"]
+    said = LAYOUT.with_runtime("int8_dynamic").settings(kinds(given), CONFIG, about)["config.json"]
     groups = said["quantization_config"]["config_groups"].values()
     left = next(group["targets"] for group in groups if group["input_activations"] is None)
     assert left == [rf"re:model\.layers\.\d+\.self_attn\.{part}_proj$" for part in "qkv"]
@@ -157,7 +157,9 @@ def test_a_mixture_names_its_modules_and_what_stays_in_float(tmp_path):
     ],
 )
 def test_a_mixture_that_engines_fuse_is_refused(formats, fault):
-    rows = {f"model.layers.0.{part}.weight": (kind or "bf16", (64, 64)) for part, kind in formats.items()}
+    rows = {
+        f"model.layers.0.{part}.weight": (kind_of(kind or "bf16"), (64, 64)) for part, kind in formats.items()
+    }
     with pytest.raises(PlanError, match=fault):
         LAYOUT.settings(rows, CONFIG, {})
 
@@ -167,10 +169,10 @@ def test_a_mixture_that_engines_fuse_is_refused(formats, fault):
 )
 def test_activations_that_no_engine_multiplies_are_refused(format, activations):
     with pytest.raises(PlanError, match=UP):
-        LAYOUT.told(activations).settings({UP: (format, (64, 64))}, CONFIG, {})
+        LAYOUT.with_runtime(activations).settings({UP: (kind_of(format), (64, 64))}, CONFIG, {})
     with pytest.raises(PlanError, match="int8_dynamic"):
-        LAYOUT.told("int2_dynamic")
-    assert all(LAYOUT.told(name).activations == name for name in ACTIVATIONS)
+        LAYOUT.with_runtime("int2_dynamic")
+    assert all(LAYOUT.with_runtime(name).activations == name for name in ACTIVATIONS)
 
 
 def test_a_global_scale_whose_reciprocal_does_not_come_back_is_refused():

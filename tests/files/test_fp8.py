@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.errors import FileError, FormatError
-from fewbits.files.layout import LAYOUTS
+from fewbits.files.directory import FILE_TYPES
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
-from fewbits.pipeline import Request, convert, quantize
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 from tests.files.directories import random_qtensor, write_directory
 from tests.tiny import save_tiny
 
@@ -53,7 +55,7 @@ def test_whole_blocks_are_written_and_what_stays_in_float_is_named(tmp_path):
     said.pop("modules_to_not_convert")
     assert said == {**SETTINGS, "fmt": "e4m3"}
     with pytest.raises(FormatError, match="130 x 256 is not in whole blocks of 128 x 128"):
-        LAYOUTS.get("fp8").arrays(f"{UP}.weight", q.format, (130, 256))
+        FILE_TYPES.get("fp8").arrays(f"{UP}.weight", q.format, (130, 256))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_it_goes_to_compressed_tensors_and_back_and_the_inputs_are_told(tmp_path
 @pytest.mark.engine
 def test_transformers_computes_what_we_decode(tmp_path):
     """On a CPU it decodes to bf16, and multiplies in that."""
-    from fewbits.verify import verify
+    from fewbits.release.verify import verify
 
     source = save_tiny("LlamaForCausalLM", tmp_path / "source")
     quantize(source, tmp_path / "a", Request(to="fp8_e4m3_block128", file="fp8"))

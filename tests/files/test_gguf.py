@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.errors import FileError
-from fewbits.files.gguf import BLOCK_SIZES, GGUFValue, gguf_header, gguf_nbytes, map_gguf_tensor, read_gguf
-from fewbits.files.open import open_file_type
+from fewbits.files.gguf.file import (
+    BLOCK_SIZES,
+    GGUFValue,
+    gguf_header,
+    gguf_nbytes,
+    map_gguf_tensor,
+    read_gguf,
+)
+from fewbits.files.open import file_type_at
 
 RANGES = {
     T.UINT8: (0, 2**8 - 1),
@@ -98,7 +105,7 @@ def test_the_header_is_the_packages_byte_for_byte(tmp_path_factory, metadata):
 def test_tensors_come_back_whole_and_by_rows(tmp_path, version):
     path = tmp_path / "m.gguf"
     bodies = written(path, {"general.architecture": GGUFValue(T.STRING, "llama")}, TENSORS, version)
-    assert open_file_type(path) == "gguf"
+    assert file_type_at(path).name == "gguf"
     opened = read_gguf(path)
     assert opened.version == version
     assert [(t.name, t.shape, t.type_name) for t in opened.tensors.values()] == TENSORS

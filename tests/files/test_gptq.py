@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from fewbits.errors import FewbitsError, FileError, FormatError
-from fewbits.files.layout import LAYOUTS
+from fewbits.files.directory import FILE_TYPES
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from tests.files.directories import random_qtensor, write_directory
@@ -25,12 +25,12 @@ MODULE = NAME.removesuffix(".weight")
 @pytest.mark.parametrize(("format", "layout"), CASES)
 def test_the_bytes_are_the_package_s(format, layout):
     q, golden = formula(format), [GOLDEN[f"{format}.{layout}.{part}"] for part in PARTS]
-    carried = LAYOUTS.get(layout).refusal(q.format) is None
+    carried = FILE_TYPES.get(layout).refusal(q.format) is None
     assert carried == (layout == "gptq_v2" or not format.endswith("_asym"))
     if carried:
-        for ours, theirs, part in zip(LAYOUTS.get(layout).pack(q), golden, PARTS, strict=True):
+        for ours, theirs, part in zip(FILE_TYPES.get(layout).pack(q), golden, PARTS, strict=True):
             assert torch.equal(ours, theirs), part
-    back = LAYOUTS.get(layout).unpack(q.format, q.shape, golden)  # v1 too, whose zeros borrow
+    back = FILE_TYPES.get(layout).unpack(q.format, q.shape, golden)  # v1 too, whose zeros borrow
     assert all(torch.equal(back.planes[plane], value) for plane, value in q.planes.items())
 
 
@@ -119,9 +119,9 @@ def test_columns_in_another_order_are_in_act_order(tmp_path, desc_act):
 def test_the_arrays_of_act_order(layout, format):
     """Codes stay where their columns are: but for g_idx, the arrays are those of the format in order."""
     q = random_qtensor(FORMATS.get(format), 32, 64)
-    plain, index = q.format.parted(q)
-    *ours, g_idx = LAYOUTS.get(layout).pack(q)
-    *same, rising = LAYOUTS.get(layout).pack(plain)
+    plain, index = q.format.without_index(q)
+    *ours, g_idx = FILE_TYPES.get(layout).pack(q)
+    *same, rising = FILE_TYPES.get(layout).pack(plain)
     assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
     assert torch.equal(g_idx, index) and g_idx.dtype == rising.dtype and not torch.equal(g_idx, rising)
 
@@ -147,9 +147,9 @@ def test_one_weight_in_act_order_sets_desc_act(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "format", "nearest"),
     [
-        ("gptq", "int5_g32_actorder", "int8_g32_actorder"),
-        ("gptq_v2", "int4_g32_asym_actorder_bf16", "int4_g32_asym_actorder"),
-        ("gptq", "int4_g32_asym_actorder", "gptq_v2"),
+        ("gptq", "int5_g32_actorder", "int8_g32"),
+        ("gptq_v2", "int4_g32_asym_actorder_bf16", "int4_g32_asym"),
+        ("gptq", "int4_g32_asym_actorder", "int4_g32"),
         ("awq", "int4_g32_actorder", "int4_g32"),
         ("awq", "int8_g32_actorder", "int4_g32"),
         ("mlx", "int4_g64_asym_actorder", "int4_g64_asym"),
@@ -158,7 +158,7 @@ def test_one_weight_in_act_order_sets_desc_act(tmp_path):
     ],
 )
 def test_act_order_that_is_not_carried_names_the_nearest(layout, format, nearest):
-    why = LAYOUTS.get(layout).refusal(FORMATS.get(format))
+    why = FILE_TYPES.get(layout).refusal(FORMATS.get(format))
     assert why is not None and why.endswith(nearest)
 
 

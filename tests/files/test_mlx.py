@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.errors import FileError, FormatError
+from fewbits.files.directory import FILE_TYPES
 from fewbits.files.integers import from_integers
-from fewbits.files.layout import LAYOUTS
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from tests.files.directories import write_directory
@@ -20,7 +20,7 @@ GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "mlx" / "mlx.safete
 CASES = sorted({tuple(key.split(".")[:2]) for key in GOLDEN})
 PARTS = ("weight", "scales", "biases")
 DTYPES = {"float16": "", "bfloat16": "_bf16", "float32": "_f32"}
-MLX = LAYOUTS.get("mlx")
+MLX = FILE_TYPES.get("mlx")
 A, B = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 
 

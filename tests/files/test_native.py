@@ -8,10 +8,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from fewbits.files.layout import laid_out
+from fewbits.dtypes import F32
+from fewbits.files.directory import laid_out
 from fewbits.files.native import NATIVE, open_native
-from fewbits.files.open import open_file_type
-from fewbits.files.target import copy_side_files
+from fewbits.files.open import file_type_at
+from fewbits.files.output import copy_side_files
 from fewbits.formats.base import FORMATS, Format
 from fewbits.qtensor import Plane, QTensor
 from tests.files.directories import write_directory
@@ -31,7 +32,7 @@ class TwoPlanes(Format):
         raise NotImplementedError
 
 
-PLANES = (Plane("codes", torch.uint8, columns=2), Plane("scales", torch.float16, columns=32))
+PLANES = (Plane("codes", "uint8", columns=2), Plane("scales", "float16", columns=32))
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_round_trip(tmp_path, two_planes):
     }
     path = tmp_path / "m"
     stream_native(path, tensors)
-    assert open_file_type(path) == "native"
+    assert file_type_at(path).name == "native"
     opened = open_native(path)
     assert opened.config == {"model_type": "llama"}
     assert list(opened.side_files) == ["tokenizer.json"]
@@ -97,7 +98,7 @@ def test_the_weights_are_plain_safetensors(tmp_path, two_planes):
 
 def test_the_golden_bytes(two_planes):
     """The layout is what it was: files written before stay readable."""
-    rows = {"w": ("test_two_planes", (1, 32)), "n": ("f32", (2,))}
+    rows = {"w": (two_planes, (1, 32)), "n": (F32, (2,))}
     header, entries, _ = laid_out(NATIVE, rows)
     assert json.loads(header[8:]) == {
         "__metadata__": {"format": "pt"},

@@ -5,18 +5,20 @@ import json
 import pytest
 import torch
 
+from fewbits.dtypes import BF16
 from fewbits.errors import FewbitsError, FileError, PlanError
-from fewbits.files.layout import LAYOUTS
-from fewbits.files.onnx_decoder import decoder_of
+from fewbits.files.directory import FILE_TYPES
+from fewbits.files.onnx.decoder import decoder_of
 from fewbits.files.open import open_checkpoint
-from fewbits.formats import FORMATS
-from fewbits.pipeline import convert, quantize
-from fewbits.request import Request
+from fewbits.formats import FORMATS, kind_of
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import convert
+from fewbits.workflow.run import run as quantize
 from tests.files.directories import ONE_BLOCK, kinds, one_block, random_qtensor, write_directory
 from tests.tiny import save_tiny
 
 onnx = pytest.importorskip("onnx")
-ONNX = LAYOUTS.get("onnx")
+ONNX = FILE_TYPES.get("onnx")
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -111,8 +113,8 @@ def test_what_the_graph_cannot_say_is_refused(change, said):
 
 def test_all_tensors_that_do_not_fit_are_listed():
     given = kinds(one_block({}))
-    given["model.layers.0.mlp.router.weight"] = ("bf16", (4, 64))
-    given["model.norm.weight"] = ("f64", (64,))
+    given["model.layers.0.mlp.router.weight"] = (BF16, (4, 64))
+    given["model.norm.weight"] = (kind_of("f64"), (64,))
     del given["lm_head.weight"]
     with pytest.raises(PlanError) as caught:
         ONNX.settings(given, ONE_BLOCK, {})
@@ -265,9 +267,9 @@ def test_another_file_type_in_its_place(tmp_path, source):
     with pytest.raises(FileError, match=r"fewbits\.json: exists"):
         quantize(source, out, Request(to="int4_g32", file="onnx"))
     quantize(source, out, Request(to="int4_g32", file="onnx", overwrite=True))
-    assert open_checkpoint(out).metadata["layout"] == "onnx"
+    assert open_checkpoint(out).file_type.name == "onnx"
     with pytest.raises(FileError, match=r"genai_config\.json: exists"):
         quantize(source, out, Request(to="int4_g32", file="gptq"))
     quantize(source, out, Request(to="int4_g32", file="gptq", overwrite=True))
-    assert open_checkpoint(out).metadata["layout"] == "gptq"
+    assert open_checkpoint(out).file_type.name == "gptq"
     assert not any((out / name).exists() for name in ("model.onnx", "model.onnx.data", "genai_config.json"))

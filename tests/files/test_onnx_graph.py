@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fewbits.adapters.hf import load_model
-from fewbits.files.onnx_decoder import MODELS, decoder_of, genai_config
+from fewbits.adapters.transformers import load_model
+from fewbits.files.onnx.decoder import MODELS, decoder_of, genai_config
 from fewbits.files.open import open_checkpoint
-from fewbits.pipeline import quantize
-from fewbits.request import Request
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run as quantize
 from tests.files.directories import ONE_BLOCK, kinds, one_block, write_directory
 from tests.tiny import save_tiny
 

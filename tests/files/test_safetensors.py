@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 
 from fewbits.errors import FileError
-from fewbits.files.mapped import MAP_FROM, map_bytes
-from fewbits.files.safetensors import DTYPES, lay_out, map_tensor, read_header
+from fewbits.storage.mapped import MAP_FROM, map_bytes
+from fewbits.storage.safetensors import DTYPES, lay_out, map_tensor, read_header
 
 
 def sample(dtype, *shape):
@@ -27,7 +27,7 @@ def bytes_of(tensor):
 
 
 def test_reads_what_the_package_writes(tmp_path):
-    tensors = {name: sample(dtype, 3, 5) for name, dtype in DTYPES.items()}
+    tensors = {name: sample(dtype.torch, 3, 5) for name, dtype in DTYPES.items()}
     tensors |= {"scalar": sample(torch.float32), "none": torch.empty(0, 7)}
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
@@ -38,7 +38,7 @@ def test_reads_what_the_package_writes(tmp_path):
 
 
 def test_the_package_reads_what_we_lay_out(tmp_path):
-    tensors = {f"x.{name}": sample(dtype, 2, 3) for name, dtype in DTYPES.items() if name != "F8_E8M0"}
+    tensors = {f"x.{name}": sample(dtype.torch, 2, 3) for name, dtype in DTYPES.items() if name != "F8_E8M0"}
     rows = [(name, name[2:].lower(), tuple(tensor.shape)) for name, tensor in tensors.items()]
     header, entries = lay_out(rows, {"by": "fewbits"})
     path = tmp_path / "model.safetensors"

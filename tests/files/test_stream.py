@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.errors import FileError
-from fewbits.files.stream import StreamFile
+from fewbits.storage.stream import StreamFile
 from tests.files.stream_cases import BODIES, ENTRIES, HEADER, WHOLE, fill, left_over, python, start
 
 
@@ -29,7 +29,7 @@ def test_any_order_any_stop_same_bytes(tmp_path_factory, order, stop, align):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fewbits.files import atomic, stream
+from fewbits.storage import atomic, stream
 path = Path(sys.argv[1])
 ENTRIES = [(str(i), 8 + 100_000 * i, 100_000) for i in range(6)]
 

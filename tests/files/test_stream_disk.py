@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fewbits.errors import FileError
-from fewbits.files.atomic import write_atomic
-from fewbits.files.stream import StreamFile
+from fewbits.storage.atomic import write_atomic
+from fewbits.storage.stream import StreamFile
 from tests.files.stream_cases import BODIES, WHOLE, fill, left_over, python, start
 
 
@@ -70,7 +70,7 @@ def test_a_file_size_limit_of_the_system(tmp_path):
     script = (
         "import resource, sys\n"
         "from fewbits.errors import FileError\n"
-        "from fewbits.files.stream import StreamFile\n"
+        "from fewbits.storage.stream import StreamFile\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "with StreamFile.open(sys.argv[1], b'', [('a', 0, 1000), ('b', 1000, 99_000)], 'run') as file:\n"
         "    file.write('a', bytes(1000))\n"

@@ -9,10 +9,10 @@ import torch
 from fewbits.algorithms import descend, gptq, hqq
 from fewbits.algorithms.hessian import loss
 from fewbits.calibrate.stats import Stats
+from fewbits.core.pack import unpack
 from fewbits.errors import FormatError
 from fewbits.formats import FORMATS
-from fewbits.formats.recode import kin, recoded
-from fewbits.pack import unpack
+from fewbits.formats.lossless import convert_lossless, lossless_equivalents
 from fewbits.qtensor import QTensor
 
 ORDERED = ["int4_g32_actorder", "int4_g32_asym_actorder", "int3_g64_asym_actorder_bf16"]
@@ -55,7 +55,7 @@ def test_importance_of_single_weights_counts_by_columns():
 def of_any_index(name: str, index: torch.Tensor, n: int = 6) -> QTensor:
     """A weight as another tool may have written it."""
     format, k = FORMATS.get(name), len(index)
-    return format.joined(format.plain.encode(weights(n, k)), index)
+    return format.with_index(format.plain.encode(weights(n, k)), index)
 
 
 @pytest.mark.parametrize("name", ORDERED)
@@ -64,19 +64,19 @@ def test_any_index_decodes(name, index):
     """Also with groups of different sizes and of no column, against the formula."""
     format, k = FORMATS.get(name), 160
     count = -(-k // format.columns)
-    found = {
+    g_idx = {
         "random": torch.randint(0, count, (k,), generator=torch.Generator().manual_seed(3)),
         "all in one": torch.full((k,), 1),
         "backwards": (torch.arange(k) // format.columns).flip(0),
     }[index]
-    q = of_any_index(name, found)
+    q = of_any_index(name, g_idx)
     codes, scale = unpack(q.planes["codes"], format.plain.bits, k).float(), q.planes["scale"].float()
     zero = torch.full(scale.shape, 2.0 ** (format.plain.bits - 1))
     if "asym" in name:
         zero = unpack(q.planes["zero"], format.plain.bits, count).float()
     expected = torch.empty(6, k)
     for i, j in product(range(6), range(k)):
-        g = int(found[j])
+        g = int(g_idx[j])
         expected[i, j] = scale[i, g] * (codes[i, j] - zero[i, g])
     assert torch.equal(q.decode(), expected)
 
@@ -93,7 +93,7 @@ def test_any_index_can_be_descended_on(name):
 
 
 @pytest.mark.parametrize("group", [-1, 5])
-def test_a_group_that_is_not_there_is_told(group):
+def test_a_group_that_does_not_exist_is_named(group):
     index = torch.arange(160) // 32
     index[7] = group
     q = of_any_index("int4_g32_actorder", index)
@@ -116,21 +116,21 @@ def test_names():
     assert FORMATS.get("int4_g128").ordered is None
 
 
-# Recoding
+# Lossless conversion
 
 
 def test_columns_in_order_are_the_format_in_order():
     format = FORMATS.get("int4_g32_actorder")
     rising, moved = format.encode(weights()), format.encode(weights(), importance())
-    assert next(kin(format.name)) == "int4_g32"
+    assert next(lossless_equivalents(format.name)) == "int4_g32"
     for to in ("int4_g32", "q4_0", "int4_g32_asym"):
-        found = recoded(rising, FORMATS.get(to))
-        assert found is not None and torch.equal(found.decode(), rising.decode())
-        assert recoded(moved, FORMATS.get(to)) is None
-        assert to in list(kin(format.name))
-    back = recoded(recoded(rising, FORMATS.get("int4_g32")), format)
+        plain = convert_lossless(rising, FORMATS.get(to))
+        assert plain is not None and torch.equal(plain.decode(), rising.decode())
+        assert convert_lossless(moved, FORMATS.get(to)) is None
+        assert to in list(lossless_equivalents(format.name))
+    back = convert_lossless(convert_lossless(rising, FORMATS.get("int4_g32")), format)
     assert all(torch.equal(back.planes[name], plane) for name, plane in rising.planes.items())
-    assert not [name for name in kin("int4_g32") if "actorder" in name]
+    assert not [name for name in lossless_equivalents("int4_g32") if "actorder" in name]
 
 
 # What it is worth

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewbits import pack
+from fewbits.core import pack
 from fewbits.formats import FORMATS
 
 

@@ -38,8 +38,8 @@ def test_a_group_that_counts_is_stored_nearer(name):
     step = step * (0.3 + torch.rand(step.shape, generator=torch.Generator().manual_seed(1)))
     weight = torch.full(step.shape, 1e-4)
     weight[:, 3] = 1.0
-    even, told = (grid.refitted(step, base, w).groups(64)[0][:, 3] for w in (None, weight))
-    assert (told - step[:, 3]).square().sum() < (even - step[:, 3]).square().sum() / 2
+    even, weighted = (grid.refitted(step, base, w).groups(64)[0][:, 3] for w in (None, weight))
+    assert (weighted - step[:, 3]).square().sum() < (even - step[:, 3]).square().sum() / 2
 
 
 @pytest.mark.parametrize("name", ["int4_g64_asym_float", "q4_1"])
@@ -85,7 +85,7 @@ def test_nearest_power_of_two(factor):
 
 @pytest.mark.parametrize("fmt", TYPES, ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("search", [True, False])
-def test_fit_is_its_twin(fmt, search):
+def test_fit_is_its_reference(fmt, search):
     w = weights(5, 512)
     for importance in (None, torch.rand(5, 512, generator=torch.Generator().manual_seed(0))):
         fast, slow = (fit(w, importance, search) for fit in (fmt.fit, fmt.fit_reference))
@@ -135,7 +135,7 @@ def test_parts_of_other_formats_or_rows_do_not_join():
 @pytest.mark.parametrize("ties", ["even", "below"])
 def test_pick_is_bucketize(table, ties):
     """At each boundary and its neighbours, far out, and at what is no number."""
-    boundaries = Levels(table, ties).boundaries
+    boundaries = Levels(lambda: table, ties).boundaries
     t = torch.randn(1000, generator=torch.Generator().manual_seed(1))
     near = [torch.nextafter(boundaries, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
     odd = torch.tensor([0.0, -0.0, 3e38, -3e38, 1e-45, torch.inf, -torch.inf, torch.nan])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbits import pack
+from fewbits.core import pack
 from fewbits.errors import FormatError
 
 WORDS = [torch.uint8, torch.int32]

@@ -10,12 +10,17 @@ import torch
 from gguf import GGUFValueType
 from safetensors.torch import load_file, save_file
 
-from fewbits.adapters.hf import load_model, load_tokenizer
+from fewbits.adapters.transformers import load_model, load_tokenizer
 from fewbits.errors import FileError, ModelError
-from fewbits.files.base import Checkpoint
-from fewbits.files.gguf import GGUFValue, gguf_header, read_gguf
-from fewbits.files.gguf_metadata import general_keys, gguf_metadata, hyperparameter_keys, side_files_from_keys
-from fewbits.files.gguf_model import open_gguf
+from fewbits.files.checkpoint import Checkpoint
+from fewbits.files.gguf.file import GGUFValue, gguf_header, read_gguf
+from fewbits.files.gguf.metadata import (
+    general_keys,
+    gguf_metadata,
+    hyperparameter_keys,
+    side_files_from_keys,
+)
+from fewbits.files.gguf.model import open_gguf
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.model.archs import complete, require_architecture, rope_rows
@@ -92,7 +97,7 @@ def test_quantized_gguf_opens_as_qtensors_in_the_right_rows(name: str, tmp_path:
 
 def _quantized(path: Path, to: Path) -> Path:
     """The same file with every weight in q8_0, in GGUF order and names."""
-    from fewbits.files.gguf import map_gguf_tensor
+    from fewbits.files.gguf.file import map_gguf_tensor
 
     file, q8 = read_gguf(path), FORMATS.get("q8_0")
     rows = []
@@ -202,7 +207,7 @@ def test_tokenizers_of_a_directory_a_gguf_and_what_it_is_copied_to_agree(tmp_pat
     assert (ours.bos_token, ours.eos_token_id) == (theirs.bos_token, theirs.eos_token_id) == ("<s>", 2)
     rendered = [tokenizer.apply_chat_template(messages, tokenize=False) for tokenizer in (ours, theirs)]
     assert rendered[0] == rendered[1] == "<s>user\nHi 12</s>\n"
-    copied = side_files_from_keys({key: value.plain() for key, value in child.metadata.items()})
+    copied = side_files_from_keys({key: value.plain() for key, value in child.gguf_keys.items()})
     assert json.loads(copied["tokenizer_config.json"])["eos_token"] == "</s>"
     assert copied["chat_template.jinja"].decode() == theirs.chat_template
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from fewbits.errors import ModelError
-from fewbits.files.gguf_tokenizer import tokenizer_json, tokenizer_keys
+from fewbits.files.gguf.tokenizer import tokenizer_json, tokenizer_keys
 from fewbits.model.pretokenizers import pretokenizer_name, pretokenizers
 from tests.tiny import TEXTS, VOCAB, bpe_tokenizer, spm_tokenizer
 

@@ -1,0 +1,243 @@
+"""transformers: run a checkpoint of any kind as a float model. The only module that imports it.
+
+The model is built empty from the config, then every weight is decoded, one after the other, and
+handed over; transformers itself puts experts into its fused arrays, ties what is tied and computes
+the rotary buffers. Nothing is fetched: a checkpoint is local by now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ModelError, raise_all
+from ..files.checkpoint import Checkpoint, LazyTensor
+from ..files.gguf.tokenizer import tokenizer_json
+from ..qtensor import QTensor
+from ..storage.json import read_json_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # here -> in GGUF's key
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A checkpoint -> its transformers model in evaluation mode, weights decoded to `dtype`.
+
+    Raises ModelError for an architecture that transformers does not have, and one that lists every
+    tensor that is missing, unexpected or of another shape.
+    """
+    config = model_config(checkpoint)
+    weights = {
+        name: decoded(tensor.load(), dtype) for name, tensor in needed_tensors(checkpoint, config).items()
+    }
+    return filled_model(checkpoint, config, weights, dtype)
+
+
+def needed_tensors(checkpoint: Checkpoint, config: Any) -> dict[str, LazyTensor]:
+    """The tensors that fill a model: all, but for an output that is tied and stored nevertheless."""
+    tied = getattr(config, "tie_word_embeddings", False)
+    return {n: tensor for n, tensor in checkpoint.tensors.items() if not (tied and n == "lm_head.weight")}
+
+
+def filled_model(
+    checkpoint: Checkpoint, config: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of a config with these weights; ModelError lists all that do not fit."""
+    cls = _causal_class(checkpoint, config)
+    with _quiet():
+        model, info = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they come back in `info` and are refused below, with the rest
+        )
+    faults = [f"tensor {name!r} is missing" for name in sorted(info["missing_keys"])]
+    faults += [f"tensor {name!r} is not one of the model's" for name in sorted(info["unexpected_keys"])]
+    faults += [f"tensor {row[0]!r} is {tuple(row[1])}, the config says {tuple(row[2])}"
+               for row in sorted(info["mismatched_keys"])]  # fmt: skip
+    raise_all(ModelError, f"{checkpoint.path} as {cls.__name__}", faults)
+    return model.eval()
+
+
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """A checkpoint -> its transformers model in evaluation mode, without weights.
+
+    Every parameter lies on the meta device and takes no memory; buffers (rotary frequencies, scales of
+    embeddings) are real. Attention is "sdpa"; experts run one after the other, each a plain linear.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    def hollow(module: Any, name: str, parameter: torch.nn.Parameter) -> Any:
+        return torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    config = model_config(checkpoint)
+    cls = _causal_class(checkpoint, config)
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = "eager"
+    hook = register_module_parameter_registration_hook(hollow)
+    try:
+        with _quiet():
+            return cls(config).eval()
+    finally:
+        hook.remove()
+
+
+def _causal_class(checkpoint: Checkpoint, config: Any) -> Any:
+    """transformers' class of causal language models for a config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{checkpoint.path}: transformers has no causal language model for {config.model_type!r}"
+        )
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def next_logits(model: Any, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+    """Tokens `(b, t)` after those of a cache -> logits `(b, vocabulary)` after the last, and the cache.
+
+    The cache is called `cache` from transformers 5.24 on, `past_key_values` before.
+    """
+    name = "cache" if "cache" in signature(getattr(model, "forward", model)).parameters else "past_key_values"
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+    return out.logits[:, -1], getattr(out, name)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, with its special tokens and chat template."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if checkpoint.gguf_keys:
+        return _gguf_tokenizer(checkpoint)
+    files = checkpoint.side_files
+    if "tokenizer.json" not in files:
+        if not files:
+            raise ModelError(f"{checkpoint.path}: no tokenizer files; copy the model's tokenizer.json there")
+        try:
+            return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+        except (OSError, ValueError, LookupError, ImportError) as error:
+            raise ModelError(
+                f"{checkpoint.path}: transformers makes no tokenizer of its files; copy the model's "
+                "tokenizer.json there"
+            ) from error
+    settings = read_json_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    given = {f"{name}_token": _content(settings.get(f"{name}_token")) for name in _SPECIAL}
+    template = settings.get("chat_template")
+    if "chat_template.jinja" in files:
+        template = files["chat_template.jinja"].read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(files["tokenizer.json"]),
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in given.items() if token is not None},
+    )
+
+
+def _gguf_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    metadata = {
+        key: value.plain() for key, value in checkpoint.gguf_keys.items() if key.startswith("tokenizer.")
+    }
+    spec = tokenizer_json(metadata)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **{f"{name}_token": tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)},
+    )
+
+
+def _content(token: Any) -> str | None:
+    """A special token of tokenizer_config.json: a string, or a dictionary with its content."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def model_config(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's config as transformers' own class."""
+    from transformers import CONFIG_MAPPING
+
+    kind = checkpoint.config.get("model_type")
+    if kind is None:
+        raise ModelError(
+            f"{checkpoint.path}: no config from which to run this model; its architecture "
+            f"({checkpoint.provenance.get('architecture', 'unnamed')}) is not known here"
+        )
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{checkpoint.path}: transformers has no model of type {kind!r}; code that comes with a "
+            "checkpoint is never run. Quantizing works, evaluating does not"
+        )
+    given = deepcopy(checkpoint.config)  # transformers writes into what it is given
+    given.pop("quantization_config", None)
+    with _quiet():
+        return CONFIG_MAPPING[kind].from_dict(given)
+
+
+def decoded(value: torch.Tensor | QTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A float copy: nothing of the mapped file stays referenced."""
+    return value.decode().to(dtype) if isinstance(value, QTensor) else value.to(dtype, copy=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no advice from transformers meanwhile."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def known_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A config with every field that the installed transformers derives (layer types, windows), or None for a
+    model type that it does not have."""
+    from transformers import CONFIG_MAPPING
+
+    given = {key: value for key, value in deepcopy(dict(config)).items() if key != "quantization_config"}
+    if given.get("model_type") not in CONFIG_MAPPING:
+        return None
+    with _quiet():
+        full = CONFIG_MAPPING[given["model_type"]].from_dict(given)
+    found: dict[str, Any] = full.get_text_config().to_dict()
+    return found
+
+
+def causal_models() -> set[str]:
+    """The model types of which the installed transformers has a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def quantization_methods() -> set[str]:
+    """The values of quant_method that the installed transformers reads."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return set(AUTO_QUANTIZATION_CONFIG_MAPPING)
+
+
+def gguf_architectures() -> set[str]:
+    """The architectures whose GGUF files the installed transformers reads (and decodes to float)."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    return {name.replace("_", "") for name in GGUF_SUPPORTED_ARCHITECTURES}

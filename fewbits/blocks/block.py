@@ -1,0 +1,197 @@
+"""One block of a decoder: its weights by their checkpoint names, its call, the inputs of its sites.
+
+    block = model.block(i, weights)        blocks/model.py
+    block(hidden)                          (b, t, h) -> (b, t, h)
+    block.watched(hidden, watch)           the same, and watch(site, x (rows, k)) for what each site reads
+    block.set({name: weight})              replace some weights
+
+What a site reads is found by observation: every linear map of the forward pass is seen, and its weight
+is known by where it lies in memory, whole or as a slice of a fused array. Nothing is asked of the
+architecture but that it multiplies by `torch.nn.functional.linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.func import functional_call
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import ModelError, raise_all
+from ..files.experts import Place
+
+Watch = Callable[[str, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with beside its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Block:
+    """One block of a decoder, with its weights. `module` is transformers' own; no parameter requires grad."""
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    in_place = False  # does `set` write into the tensors that a pass under way may hold already?
+
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        made_of: Mapping[str, Mapping[str, Place]],
+        call: Callable[[torch.Tensor], Call],
+    ) -> None:
+        self.name, self.module = name, module
+        self._made_of, self._call = made_of, call
+
+    @property
+    def names(self) -> list[str]:
+        """The checkpoint names of its tensors."""
+        return [name for made_of in self._made_of.values() for name in made_of]
+
+    def __call__(
+        self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """`(b, t, h)` -> `(b, t, h)`. weights: stand in for the block's own in this call, by checkpoint name;
+        the result is differentiable with respect to them."""
+        hidden = hidden.to(self.device, self.dtype)
+        call = self._call(hidden)
+        stand_ins = self._substitutes(weights or {})
+        result = functional_call(self.module, stand_ins, (hidden, *call.args), call.kwargs)
+        output = result[0] if isinstance(result, tuple) else result
+        if output.shape != hidden.shape:
+            raise ModelError(f"{self.name}: {tuple(hidden.shape)} came out as {tuple(output.shape)}")
+        return output
+
+    def watched(self, hidden: torch.Tensor, watch: Watch) -> torch.Tensor:
+        """`(b, t, h)` -> `(b, t, h)`, calling `watch(site name, x (rows, k))` for the input of each site.
+
+        Sites that read the very same tensor are given the very same x. An expert gets the rows that are
+        routed to it; one without rows is not called.
+        """
+        with _LinearWatch(self._ranges(), watch):
+            return self(hidden)
+
+    def set(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Replace some of the weights, by their checkpoint names; all faults in one ModelError."""
+        places = self._places(weights)
+        for name, weight in weights.items():
+            key, place = places[name]
+            if place:
+                self._whole(key)[place] = weight.to(self.device, self.dtype)
+            elif self.in_place:
+                get_tensor(self.module, key).detach().copy_(weight)
+            else:
+                put_tensor(self.module, key, weight.detach().to(self.device, self.dtype).contiguous())
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The weight as the block has it now: a view, of the computation's dtype."""
+        for key, made_of in self._made_of.items():
+            if name in made_of:
+                return get_tensor(self.module, key).detach()[made_of[name]]
+        raise ModelError(f"{self.name}: tensor {name!r} is not one of this block")
+
+    def _places(self, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, Place]]:
+        """Where each of the weights goes: parameter of the module, and place in it."""
+        places = {name: (key, made_of[name]) for key, made_of in self._made_of.items() for name in made_of}
+        faults = [f"tensor {name!r} is not one of this block" for name in weights if name not in places]
+        for name in weights.keys() & places.keys():
+            key, place = places[name]
+            shape = tuple(get_tensor(self.module, key)[place].shape)
+            if tuple(weights[name].shape) != shape:
+                faults.append(f"tensor {name!r} is {tuple(weights[name].shape)}, the block takes {shape}")
+        raise_all(ModelError, self.name, sorted(faults))
+        return {name: places[name] for name in weights}
+
+    def _substitutes(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The module's parameters that the weights make up, fused ones completed with the block's own."""
+        made: dict[str, torch.Tensor] = {}
+        for name, (key, place) in self._places(weights).items():
+            weight = weights[name].to(self.device, self.dtype)
+            if place and key not in made:
+                made[key] = get_tensor(self.module, key).detach().clone()
+            if place:
+                made[key][place] = weight
+            else:
+                made[key] = weight
+        return made
+
+    def _whole(self, key: str) -> torch.Tensor:
+        """A fused array, real from the first weight that is put into it."""
+        if get_tensor(self.module, key).is_meta:
+            shape = get_tensor(self.module, key).shape
+            put_tensor(self.module, key, torch.empty(shape, dtype=self.dtype, device=self.device))
+        return get_tensor(self.module, key).detach()
+
+    def _ranges(self) -> dict[int, list[tuple[int, int, str]]]:
+        """storage -> first and last element of each site in it."""
+        ranges: dict[int, list[tuple[int, int, str]]] = {}
+        for key, made_of in self._made_of.items():
+            whole = get_tensor(self.module, key)
+            if whole.ndim < 2:
+                continue
+            found = ranges.setdefault(whole.untyped_storage().data_ptr(), [])
+            for name, place in made_of.items():
+                start = int(whole[place].storage_offset())
+                found.append((start, start + whole[place].numel(), name))
+        return ranges
+
+
+class _LinearWatch(TorchFunctionMode):
+    """Sees every linear map, and knows its sites by where the weight lies in memory.
+
+    A slice of a fused array is the site of one expert; a fused gate and up are two sites at once.
+    """
+
+    def __init__(self, ranges: Mapping[int, Sequence[tuple[int, int, str]]], watch: Watch) -> None:
+        super().__init__()
+        self._ranges, self._watch = ranges, watch
+        self._rows: Any = WeakTensorKeyDictionary()  # input -> its rows, while the input lives
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is linear:
+            given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+            self._observe(given["input"], given["weight"])
+        return function(*args, **kwargs)
+
+    def _observe(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        start = weight.storage_offset()
+        stop = start + weight.numel()
+        near = self._ranges.get(weight.untyped_storage().data_ptr(), ())
+        found = [name for first, last, name in near if start <= first and last <= stop]
+        if not found or x.numel() == 0:
+            return
+        if x not in self._rows:
+            # A new tensor, so that the dictionary does not keep its own key alive.
+            self._rows[x] = x.detach().reshape(-1, x.shape[-1])
+        for name in found:
+            self._watch(name, self._rows[x])
+
+
+def get_tensor(module: torch.nn.Module, key: str) -> torch.Tensor:
+    owner, _, leaf = key.rpartition(".")
+    value = getattr(module.get_submodule(owner), leaf)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def put_tensor(module: torch.nn.Module, key: str, value: torch.Tensor) -> None:
+    """Replace a parameter or buffer by name."""
+    owner, _, leaf = key.rpartition(".")
+    place = module.get_submodule(owner)
+    if leaf in dict(place.named_buffers(recurse=False)):
+        setattr(place, leaf, value)
+    else:
+        setattr(place, leaf, torch.nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,60 @@
+"""How llama.cpp rounds the input of a weight before it multiplies, by the weight's type.
+
+    q4_0 q5_0 q8_0 q4_1 q5_1 iq4_nl mxfp4      Q8_0, Q8_1: int8 codes, one f16 scale for 32 values
+    K, IQ and TQ types                         Q8_K: int8 codes, one f32 scale for 256 values
+    f16, bf16, f32                             the type itself
+
+A few channels of some inputs are a hundred times larger than the rest, and one such value takes the scale of
+its whole block: then this costs more than the weights' own rounding. (Q8_1 also keeps the sum of a block in
+f16, of which nothing is to be seen beside that.) Source: ggml, quantize_row_q8_0_ref, quantize_row_q8_K_ref;
+held by tests/engines/test_types.py against the engine itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..dtypes import DTYPES
+from ..files.checkpoint import Checkpoint
+from ..formats import FORMATS
+
+Change = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def rounded_32(x: torch.Tensor) -> torch.Tensor:
+    """`(..., k)` f32 -> what Q8_0 holds of it."""
+    blocks = x.unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    return ((blocks * inverse).round() * (largest / 127).half().float()).flatten(-2)
+
+
+def rounded_256(x: torch.Tensor) -> torch.Tensor:
+    """`(..., k)` f32 -> what Q8_K holds: the value of largest magnitude gets code -127, whatever its sign."""
+    blocks = x.unflatten(-1, (-1, 256))
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    scale = torch.where(extreme != 0, -127 / extreme, 0.0)
+    codes = (blocks * scale).round().clamp(max=127)
+    return torch.where(scale != 0, codes / scale, 0.0).flatten(-2)
+
+
+def rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the engine does to the inputs of a weight in format `name`."""
+    if name in DTYPES:
+        return lambda x: x.to(DTYPES[name].torch).float()
+    return rounded_32 if FORMATS.get(name).block == 32 else rounded_256
+
+
+def engine_rounding(checkpoint: Checkpoint) -> Change | None:
+    """For `simulate.changed_inputs`: the inputs of a file's weights, rounded as its engine does. None for a
+    file type of which that is not known."""
+    if not checkpoint.gguf_keys:
+        return None
+
+    def change(site: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        tensor = checkpoint.tensors.get(site)  # a fused tensor of experts has no row here
+        return x if tensor is None else rounding(tensor.dtype)(x.float()).to(x.dtype)
+
+    return change

@@ -1,6 +1,0 @@
-"""Quantizing block by block: `run.py` walks the model, `job.py` does one block, `settings.py` says how."""
-
-from .run import quantize_blocks
-from .settings import Asked, Run, Streaming
-
-__all__ = ["Asked", "Run", "Streaming", "quantize_blocks"]

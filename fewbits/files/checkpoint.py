@@ -1,0 +1,64 @@
+"""Checkpoint: a lazy, mapped view of a model's files. Nothing is read before it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..formats.base import Format, Kind
+from ..qtensor import QTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from .filetype import FileType
+    from .gguf.parse import GGUFValue
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """One tensor of a checkpoint, not yet read.
+
+    kind: what it is stored in, a number type or a quantized format. `load()` maps the bytes and returns a
+    float tensor, or a QTensor for a quantized one; the mapping is released with the returned value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    nbytes: int
+    file: str
+    load: Callable[[], torch.Tensor | QTensor] = field(repr=False)
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.kind, Format)
+
+    @property
+    def dtype(self) -> str:
+        """The name of its kind."""
+        return self.kind.name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it lies on disk, in Hugging Face names and layouts whatever the file type.
+
+    config: the Hugging Face config.json (rebuilt from the keys of a GGUF file).
+    side_files: tokenizer, chat template, generation config, license: name -> path.
+    metadata: what the file says besides: activations, kv_cache, unread, and in a native directory what
+    fewbits wrote there. gguf_keys: keys and typed values of a GGUF file. mixture: llama.cpp's number of its
+    file type. provenance: reference, file type, files with sizes: what a receipt says of the input.
+    """
+
+    path: Path
+    file_type: FileType
+    tensors: Mapping[str, LazyTensor]
+    config: dict[str, Any]
+    side_files: Mapping[str, Path] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    gguf_keys: Mapping[str, GGUFValue] = field(default_factory=dict)
+    mixture: int | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)

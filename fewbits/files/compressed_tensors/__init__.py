@@ -1,0 +1,1 @@
+"""compressed-tensors directories: arrays, config groups, what they tell a runtime."""

@@ -1,0 +1,1 @@
+"""GGUF: its header, its metadata, its tokenizer; a model in it."""

@@ -1,0 +1,1 @@
+"""ONNX: a decoder graph whose weights are packed."""

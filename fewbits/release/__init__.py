@@ -1,0 +1,1 @@
+"""What follows the writing: engines, audit, receipt, card, upload."""

@@ -1,0 +1,94 @@
+"""audit(): is what lies beside the weights still the parent's? Tokens, template, settings, license.
+
+A quantized model that answers in another format than its parent has usually lost one of these on the way, not
+its weights. Both sides are loaded as a runtime would: a GGUF file by the tokenizer that its keys describe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..adapters.transformers import load_tokenizer
+from ..errors import FewbitsError
+from ..files.checkpoint import Checkpoint
+
+SAMPLES = (
+    "The price is 12,345.67; isn't it?\n\n\tdef f(x): return x**2",
+    "Grüße aus Köln. Привет, мир! 今日は世界。 🙂",
+)
+TOKENS = ("bos", "eos", "pad", "unk")
+KEPT = ("LICENSE", "NOTICE", "USE_POLICY", "generation_config.json")
+
+
+def audit(parent: Checkpoint, child: Checkpoint) -> list[str]:
+    """Every difference of a model's side files from its parent's, one line each; empty where all is kept."""
+    found = _tokenizers(parent, child) + _vocabularies(parent, child)
+    if not child.gguf_keys:  # a file alone has no files beside it
+        missing = [
+            name for name in parent.side_files if name.startswith(KEPT) and name not in child.side_files
+        ]
+        found += [f"{name} of the parent is missing" for name in missing]
+        found += _generation(parent, child)
+    return found
+
+
+def _tokenizers(parent: Checkpoint, child: Checkpoint) -> list[str]:
+    try:
+        ours = load_tokenizer(parent)
+    except FewbitsError:
+        return ["the parent has no tokenizer: nothing to compare"]
+    try:
+        theirs = load_tokenizer(child)
+    except FewbitsError as error:
+        return [f"the tokenizer cannot be loaded: {error}"]
+    found = []
+    for kind in TOKENS:
+        a, b = (getattr(tokenizer, f"{kind}_token_id") for tokenizer in (ours, theirs))
+        if a != b and not (kind == "pad" and a is None):
+            found.append(f"{kind} token is {b}, the parent's {a}")
+    a, b = (bool(tokenizer.chat_template) for tokenizer in (ours, theirs))
+    if a != b:
+        found.append(f"a chat template {'appeared' if b else 'is missing'}")
+    elif ours.chat_template != theirs.chat_template:
+        found.append("the chat template is another")
+    added = [set(tokenizer.get_added_vocab().items()) for tokenizer in (ours, theirs)]
+    if added[0] != added[1]:
+        changed = sorted(token for token, _ in added[0] ^ added[1])
+        found.append(f"{len(changed)} added tokens differ, such as {changed[0]!r}")
+    for text in SAMPLES:
+        if list(ours(text)["input_ids"]) != list(theirs(text)["input_ids"]):
+            found.append(f"{text[:20]!r} ... becomes other tokens")
+    return found
+
+
+def _vocabularies(parent: Checkpoint, child: Checkpoint) -> list[str]:
+    """Rows of the table of embeddings, padding included, and what the configs say."""
+    sizes = [c.config.get("text_config", c.config).get("vocab_size") for c in (parent, child)]
+    rows = [
+        {t.shape[0] for name, t in c.tensors.items() if name.endswith("embed_tokens.weight")}
+        for c in (parent, child)
+    ]
+    found = []
+    if sizes[0] != sizes[1]:
+        found.append(f"vocab_size is {sizes[1]}, the parent's {sizes[0]}")
+    if rows[0] != rows[1]:
+        found.append(f"the table of embeddings has {sorted(rows[1])} rows, the parent's {sorted(rows[0])}")
+    return found
+
+
+def _generation(parent: Checkpoint, child: Checkpoint) -> list[str]:
+    a, b = (_json(c.side_files.get("generation_config.json")) for c in (parent, child))
+    keys = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    return [f"generation_config.json differs in {', '.join(keys)}"] if keys and a and b else []
+
+
+def _json(path: Path | None) -> Mapping[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}

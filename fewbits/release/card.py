@@ -1,0 +1,105 @@
+"""The model card: README.md with the hub's YAML, made of the receipt and of what the parent says of itself.
+
+    ---
+    base_model: org/name            base_model_relation: quantized      license: the parent's
+    library_name, tags              what the hub filters by
+    ---
+    what it is, its size, what it cost, how to run it, the receipt's digest
+
+Source of the fields: the Hugging Face Hub's documentation of model cards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..table import Cell, size, table
+from .receipt import Receipt
+
+_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+INHERITED = ("license", "license_name", "license_link", "language")
+LIBRARY = {"gguf": "gguf", "mlx": "mlx", "onnx": "onnx"}
+RUN = {
+    "gguf": "llama-cli -m {name} -p 'Once upon a time'",
+    "gptq": "vllm serve {name}        # or GPTQModel.load({name!r})",
+    "gptq_v2": "vllm serve {name}        # or GPTQModel.load({name!r})",
+    "awq": "vllm serve {name}",
+    "compressed-tensors": "vllm serve {name}",
+    "bitsandbytes": "AutoModelForCausalLM.from_pretrained({name!r})      # with bitsandbytes installed",
+    "fp8": "vllm serve {name}",
+    "mlx": "mlx_lm.generate --model {name} --prompt 'Once upon a time'",
+    "onnx": "onnxruntime_genai.Model({name!r})        # or onnxruntime, with the inputs of Optimum's exports",
+    "native": "import fewbits; AutoModelForCausalLM.from_pretrained({name!r})",
+    "huggingface": "AutoModelForCausalLM.from_pretrained({name!r})",
+}
+
+
+def front_matter(text: str) -> dict[str, str]:
+    """The plain `key: value` lines of a card's YAML; what is nested there is left alone."""
+    found = _FRONT.match(text)
+    lines = found[1].splitlines() if found else []
+    pairs = (line.partition(":") for line in lines if line[:1].isalpha())
+    return {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
+
+
+def model_card(receipt: Receipt, file_type: str, name: str, parent: Mapping[str, str]) -> str:
+    """name: of the output. parent: what its own card says (front matter), and its `reference` if known."""
+    base = parent.get("reference")
+    coded = [row for row in receipt.tensors if row.relative_error is not None]
+    lines = ["---"]
+    lines += [f"base_model: {base}", "base_model_relation: quantized"] if base else []
+    lines += [f"{key}: {parent[key]}" for key in INHERITED if key in parent]
+    lines += [f"library_name: {LIBRARY.get(file_type, 'transformers')}", "pipeline_tag: text-generation"]
+    tags = ["fewbits", file_type, *(row.format for row in sorted(coded, key=lambda row: -row.numel)[:1])]
+    lines += ["quantized_by: fewbits", "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---", ""]
+    version = receipt.versions.get("fewbits", "")
+    lines += [f"# {name}", "", f"{base or 'A model'}, quantized by fewbits {version}.", ""]
+    lines += [f"- {size(receipt.nbytes)}, {receipt.bits_per_weight:.3f} bits per weight", _method(receipt)]
+    lines += [_verified(receipt.verified), *_measured(receipt.evaluation)]
+    lines += [f"- receipt: SHA-256 {hashlib.sha256(receipt.to_json().encode()).hexdigest()}", ""]
+    lines += ["## What each format holds", "", "```", _formats(receipt), "```", ""]
+    lines += ["## Run it", "", "```", RUN.get(file_type, "").format(name=name), "```", ""]
+    if receipt.notes:
+        lines += ["## Notes", "", *(f"- {note}" for note in receipt.notes), ""]
+    return "\n".join(lines)
+
+
+def _method(receipt: Receipt) -> str:
+    how = ", ".join(f"{key} {value}" for key, value in receipt.method.items()) or "rounding to nearest"
+    text = receipt.calibration
+    return f"- method: {how}" + (f"; {text.get('tokens')} tokens of {text.get('source')}" if text else "")
+
+
+def _verified(found: Mapping[str, Any]) -> str:
+    if found.get("kl") is None:
+        reason = f" ({found['reason']})" if found.get("reason") else ""
+        return f"- in its engine: {found.get('verdict', 'not checked')}{reason}"
+    return (
+        f"- in {found['engine']} {found['version']}: {found['verdict']}, KL divergence {found['kl']:.2g} "
+        f"from the decoded weights, largest logit difference {found['largest']:.3g}"
+    )
+
+
+def _measured(found: Mapping[str, Any]) -> list[str]:
+    """KL divergence and perplexity, if the receipt has them."""
+    if not found:
+        how = "fewbits evaluate PARENT THIS --text FILE --record"
+        return [f"- quality against the parent: not measured (`{how}`)"]
+    return [
+        f"- KL divergence to the parent {found['kl']:.4f} +- {found['kl_error']:.4f}, top-1 agreement "
+        f"{100 * found['agreement']:.1f} %",
+        f"- perplexity {found['perplexity']:.3f}, the parent's {found['parent_perplexity']:.3f} "
+        f"({found['text']}, {found['tokens']} tokens scored)",
+    ]
+
+
+def _formats(receipt: Receipt) -> str:
+    kinds = dict.fromkeys(row.format for row in receipt.tensors)
+    lines: list[list[Cell]] = []
+    for kind in kinds:
+        rows = [row for row in receipt.tensors if row.format == kind]
+        lines.append([kind, len(rows), sum(row.numel for row in rows), size(sum(row.nbytes for row in rows))])
+    return table(["format", "tensors", "weights", "size"], lines)

@@ -1,0 +1,109 @@
+"""What follows the writing of an output: the engine's opinion, the audit of side files, the card, the hub.
+
+    output -> verify (verify.py) -> audit (audit.py) -> receipt, written again -> card (release/card.py)
+
+A directory gets its card as README.md; a file gets `<file>.README.md` beside it, on the hub README.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..adapters.hub import upload
+from ..errors import FileError
+from ..files.checkpoint import Checkpoint
+from ..files.open import open_checkpoint
+from ..storage.atomic import write_atomic
+from .audit import audit
+from .card import INHERITED, front_matter, model_card
+from .receipt import Receipt
+from .verify import Outcome, file_type_of
+
+_HUB_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+
+
+def receipt_path(out: Path) -> Path:
+    return out / "receipt.json" if out.is_dir() else out.with_name(out.name + ".receipt.json")
+
+
+def card_path(out: Path) -> Path:
+    return out / "README.md" if out.is_dir() else out.with_name(out.name + ".README.md")
+
+
+def finished(receipt: Receipt, parent: Checkpoint, out: Path, outcome: Outcome | None) -> Receipt:
+    """The receipt with what the engine said and the audit found, and the card: written beside the output."""
+    child = open_checkpoint(out)
+    notes = tuple(f"beside the weights: {difference}" for difference in audit(parent, child))
+    about = {**receipt.about, **_about(parent)}
+    receipt = replace(receipt, notes=receipt.notes + notes, about=about)
+    if outcome is not None:
+        receipt = replace(receipt, verified=outcome.to_dict())
+    write_records(receipt, child, out)
+    return receipt
+
+
+def measured(out: Path, evaluation: Mapping[str, Any]) -> Receipt:
+    """Keep what an evaluation found in the output's receipt and card."""
+    receipt = replace(read_receipt(out), evaluation=dict(evaluation))
+    write_records(receipt, open_checkpoint(out), out)
+    return receipt
+
+
+def write_records(receipt: Receipt, child: Checkpoint, out: Path) -> None:
+    write_atomic(receipt_path(out), receipt.to_json().encode())
+    card = model_card(receipt, file_type_of(child), out.name, receipt.about)
+    write_atomic(card_path(out), card.encode())
+
+
+def read_receipt(out: Path) -> Receipt:
+    """The receipt of an output; FileError where there is none."""
+    path = receipt_path(out)
+    try:
+        return Receipt.from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise FileError(
+            f"{path}: cannot be read: {error.strerror}; only what fewbits wrote has a receipt"
+        ) from error
+
+
+def push(out: Path, repo: str, private: bool = False) -> str:
+    """Upload an output with its card and receipt -> the address; FileError for what the hub refuses.
+
+    Refused unless the receipt and card are there and the engine, if it was asked, agreed.
+    """
+    receipt = read_receipt(out)
+    if receipt.verified.get("verdict") in ("differs", "failed"):
+        raise FileError(
+            f"{out}: {receipt.verified.get('engine')} does not make of it what it means "
+            f"({receipt.verified.get('reason') or receipt.verified.get('kl')}); it is not uploaded"
+        )
+    if out.is_dir():
+        files = {path.name: path for path in sorted(out.iterdir()) if path.is_file() and path.name[0] != "."}
+    else:
+        files = {out.name: out, "README.md": card_path(out), receipt_path(out).name: receipt_path(out)}
+    missing = [str(path) for path in files.values() if not path.exists()]
+    if missing:
+        raise FileError(f"{missing[0]}: is missing; write the output again, or `fewbits verify` it")
+    return upload(repo, files, private)
+
+
+def _about(parent: Checkpoint) -> dict[str, str]:
+    """What the parent's card says of itself, and its name on the hub where the path shows it."""
+    readme = parent.side_files.get("README.md")
+    found: dict[str, str] = {}
+    if readme is not None:
+        found = front_matter(readme.read_text(encoding="utf-8", errors="replace"))
+    kept: dict[str, str] = {key: found[key] for key in INHERITED if key in found}
+    hub = _HUB_FOLDER.search(str(parent.path))
+    named = str(parent.config.get("_name_or_path") or "")
+    if hub is not None:
+        kept["reference"] = f"{hub[1]}/{hub[2]}"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not Path(named).exists():
+        kept["reference"] = named
+    elif "base_model" in found:
+        kept["reference"] = found["base_model"]
+    return kept

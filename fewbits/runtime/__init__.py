@@ -1,0 +1,1 @@
+"""What runs a model: packed modules, loading, the hooks in transformers."""

@@ -1,0 +1,1 @@
+"""Durable bytes: streamed files, atomic small files, mapped arrays, JSON, safetensors."""

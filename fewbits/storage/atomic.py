@@ -1,0 +1,73 @@
+"""Small pieces of safe writing: whole files by rename, directories, one error for a disk that refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeAlias
+
+from ..errors import FileError
+from ..lazy import torch
+
+Chunk: TypeAlias = "bytes | bytearray | memoryview | torch.Tensor"
+
+
+def make_directory(path: Path) -> None:
+    """Make `path` and its parents unless they are there; FileError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"{path}: this directory cannot be made: {error.strerror}; choose another output"
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a small file so that `path` holds either what it held before or all of `data`."""
+    write_file_atomic(path, [data])
+
+
+def write_file_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file, given in parts, so that `path` holds either what it held before or all of them."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise failed(path, error) from error
+        raise
+
+
+def as_bytes(chunk: Chunk) -> memoryview:
+    """A chunk's bytes as they lie in memory, in C order."""
+    if isinstance(chunk, torch.Tensor):
+        chunk = chunk.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    view = memoryview(chunk)
+    plain = view.format == "B" and view.ndim == 1 and view.contiguous
+    return view if plain else memoryview(view.tobytes())
+
+
+def sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def failed(path: Path, error: OSError) -> FileError:
+    return FileError(
+        f"{path}: cannot be written: {error.strerror or error}; what is done stays in {path.name}.partial: "
+        "see to the cause (space, permission, limits) and run again to resume"
+    )

@@ -1,0 +1,162 @@
+"""Student: a quantized model whose continuous numbers can be read, written and trained as one flat vector.
+
+linear weights on a grid     -> GridLinear: codes fixed, block parameters trainable     kind "block"
+norms and biases, 1-D        -> trainable                                               kind "vector"
+all else                     -> fixed; if it is quantized, `fixed` names it (tables of embeddings, fused
+                                experts: their modules are not plain linear layers)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import CalibrationError
+from ..files.checkpoint import Checkpoint
+from ..qtensor import QTensor
+from .halves import Halves
+from .ste import GridLinear
+
+FLOOR = 0.1  # of its row's mean magnitude: the least unit of a number
+
+
+@dataclass(frozen=True)
+class Part:
+    """One trained array: tensor name, block parameter's key ("" for a vector), kind, where it lives."""
+
+    name: str
+    key: str
+    kind: str
+    value: torch.nn.Parameter
+
+
+class Student:
+    """Made of a transformers model in f32 and the checkpoint it was loaded from."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, tokens: torch.Tensor):
+        """tokens `(c,)`: any window, to check that the model can be cut in two."""
+        self.model = model.requires_grad_(False)
+        self.quantized: dict[str, QTensor] = {}
+        self.vectors: dict[str, torch.Tensor] = {}
+        self.parts: list[Part] = []
+        self.fixed: list[str] = []
+        for name, tensor in checkpoint.tensors.items():
+            if tensor.quantized:
+                self._add_linear(name, tensor.load())
+            elif len(tensor.shape) == 1:
+                self._add_vector(name, tensor.load())
+        if not self.parts:
+            raise CalibrationError(
+                f"{checkpoint.path}: nothing to train: no norm, and no quantized linear layer"
+            )
+        for part in self.parts:
+            part.value.requires_grad_()
+        self.halves = Halves(model, tokens)
+
+    def _add_linear(self, name: str, q: torch.Tensor | QTensor) -> None:
+        path = name.removesuffix(".weight")
+        module = dict(self.model.named_modules()).get(path)
+        if not isinstance(q, QTensor) or type(module) is not torch.nn.Linear:
+            self.fixed.append(name)
+            return
+        grid, codes = q.format.unpack(q)
+        if module.weight is self.model.get_input_embeddings().weight or not grid.parameters():
+            self.fixed.append(name)
+            return
+        linear = GridLinear(grid, codes, module.bias)
+        self.model.set_submodule(path, linear)
+        self.quantized[name] = q
+        self.parts += [Part(name, key, "block", value) for key, value in linear.block_parameters.items()]
+
+    def _add_vector(self, name: str, stored: torch.Tensor | QTensor) -> None:
+        value = dict(self.model.named_parameters()).get(name)
+        if isinstance(value, torch.nn.Parameter) and isinstance(stored, torch.Tensor):
+            self.vectors[name] = stored.clone()
+            self.parts.append(Part(name, "", "vector", value))
+
+    # ---- the flat vector
+
+    def read(self) -> torch.Tensor:
+        """-> `(p,)` f32: every trained number."""
+        return torch.cat([part.value.detach().flatten() for part in self.parts])
+
+    def write(self, flat: torch.Tensor) -> None:
+        for part, piece in zip(self.parts, self._pieces(flat), strict=True):
+            part.value.data.copy_(piece)
+
+    def gradient(self) -> torch.Tensor:
+        """-> `(p,)`: what `learn` summed since the last call."""
+        found = [torch.zeros_like(p.value) if p.value.grad is None else p.value.grad for p in self.parts]
+        for part in self.parts:
+            part.value.grad = None
+        return torch.cat([value.flatten() for value in found])
+
+    def units(self) -> torch.Tensor:
+        """-> `(p,)`: the size of each number, at least FLOOR of its row's mean."""
+        sizes = [part.value.detach().abs() for part in self.parts]
+        return torch.cat([size.maximum(FLOOR * size.mean(-1, keepdim=True)).flatten() for size in sizes])
+
+    def spread(self, kinds: Mapping[str, float]) -> torch.Tensor:
+        """One number for each kind -> `(p,)`."""
+        return torch.cat([torch.full((part.value.numel(),), kinds[part.kind]) for part in self.parts])
+
+    def _pieces(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        pieces = flat.split([part.value.numel() for part in self.parts])
+        return [piece.view_as(part.value) for piece, part in zip(pieces, self.parts, strict=True)]
+
+    def pack(self, flat: torch.Tensor) -> dict[str, QTensor | torch.Tensor]:
+        """`(p,)` -> each trained tensor as a file holds it: the same codes, vectors in their own dtype."""
+        values: dict[str, dict[str, torch.Tensor]] = {}
+        for part, piece in zip(self.parts, self._pieces(flat), strict=True):
+            values.setdefault(part.name, {})[part.key] = piece
+        packed: dict[str, QTensor | torch.Tensor] = {}
+        for name, given in values.items():
+            if name in self.vectors:
+                packed[name] = given[""].to(self.vectors[name].dtype)
+            else:
+                q = self.quantized[name]
+                grid, codes = q.format.unpack(q)
+                packed[name] = q.format.pack(grid.replaced(given), codes)
+        return packed
+
+    def rounded(self, flat: torch.Tensor) -> torch.Tensor:
+        """`(p,)` -> `(p,)`: the same numbers as `pack` stores them."""
+        packed, found = self.pack(flat), []
+        for part in self.parts:
+            value = packed[part.name]
+            if isinstance(value, QTensor):
+                value = value.format.unpack(value)[0].parameters()[part.key]
+            found.append(value.float().flatten())
+        return torch.cat(found)
+
+    # ---- running it
+
+    def learn(self, windows: torch.Tensor, log_p: Callable[[int], torch.Tensor]) -> float:
+        """Tokens `(b, c)`; log_p(i): the teacher's `(c, v)` for row i -> mean KL; its gradient is added.
+
+        The logits of one window are there at a time; their gradient, (q - p) / positions, needs no graph.
+        """
+        hidden = self.halves.blocks(windows)
+        cut = hidden.detach().requires_grad_()
+        total = 0.0
+        for i in range(len(windows)):
+            logits = self.halves.head(cut[i : i + 1])
+            parent, child = log_p(i), logits.detach()[0].float().log_softmax(-1)
+            total += _divergence(parent, child)
+            logits.backward((child.exp_().sub_(parent.exp_()) / windows.numel())[None].to(logits.dtype))
+        hidden.backward(cut.grad)
+        return total / len(windows)
+
+    def divergence(self, window: torch.Tensor, log_p: torch.Tensor) -> float:
+        """Tokens `(c,)`, the teacher's log p `(c, v)` -> mean KL(teacher || student)."""
+        with torch.no_grad():
+            logits = self.halves.head(self.halves.blocks(window[None]))
+            return _divergence(log_p, logits[0].float().log_softmax(-1))
+
+
+def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
+    """`(c, v)` both -> the mean over c of KL(p || q)."""
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())

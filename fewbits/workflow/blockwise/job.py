@@ -1,0 +1,152 @@
+"""One block on its way: float weights in, quantized and rewritten tensors out, and what they cost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from ...algorithms import NEEDS
+from ...blocks.block import Block
+from ...calibrate.activations import Activations
+from ...calibrate.capture import Capture, capture
+from ...calibrate.stats import Stats
+from ...calibrate.sufficiency import shortfall
+from ...errors import CalibrationError
+from ...model.sites import Site
+from ...qtensor import QTensor
+from ...train.rounding import EFFORTS, learn_block
+from ...transforms import TRANSFORMS, Choice, applied, checked, find_pairs, rescaled
+from ..task import Spec, WeightRecord, measured, task
+from .settings import Note, Run
+
+Records = dict[str, WeightRecord]
+Tell = Callable[[int, str, Site, float | None], None]
+
+# |(w' - w) x| / |w x| of a weight set to zero is 1: beyond this the error has exploded.
+LARGEST_ERROR = 2.0
+
+
+class BlockJob:
+    """Block `index` of a run. weights: all its tensors, f32; rewritten by `transform`.
+
+    result: what the block's tensors became. records: what each quantized one cost. notes: for the receipt.
+    tell: is called before each site with its last neighbour's output error. keeps: are the float weights of
+    finished sites still needed?
+    """
+
+    def __init__(self, run: Run, index: int, block: Block, weights: dict[str, torch.Tensor], tell: Tell):
+        self.run, self.index, self.block, self.weights, self.tell = run, index, block, weights, tell
+        self.result: dict[str, torch.Tensor | QTensor] = {}
+        self.records: Records = {}
+        self.notes: list[Note] = []
+        self.stats: dict[str, Stats] = {}  # only where `learn` will measure again: they are large
+        self.error: float | None = None
+        self.keeps = True
+
+    def needs_hessian(self, stage: Sequence[Site]) -> bool:
+        return any(NEEDS[self.run.specs[site.name].algorithm] == "hessian" for site in stage)
+
+    def transform(self, wanted: Sequence[Site], x: Activations) -> None:
+        """Rewrite the float weights as the method says, by the pairs that leave the block's output alone."""
+        asked = [name for name in self.run.method.transforms if name in TRANSFORMS]
+        pairs = find_pairs(self.run.checkpoint, self.index) if asked else []
+        if not pairs:
+            text = f"no pairs: block {self.index} has none that can be scaled"
+            self.notes += [Note(text, "no pairs")] if asked else []
+            return
+        stats = {name: seen.to("cpu") for name, seen in capture(self.block, x, wanted).stats.items()}
+        formats = {site.name: self.run.specs[site.name].format for site in wanted}
+        chosen: list[Choice] = []
+        for name in asked:
+            options = self.run.method.transform_options if name == "smooth" else {}
+            now = {key: value.cpu() for key, value in self.weights.items()} | applied(self.weights, chosen)
+            found = TRANSFORMS.get(name)(now, pairs, stats, formats, **options)
+            for pair, scale in found:
+                stats |= {key: rescaled(stats[key], pair, scale) for key in pair.consumers if key in stats}
+            chosen += found
+        kept, dropped = checked(self.weights, chosen, self._sample(x[0]))
+        self.notes += [
+            Note(f"dropped: {name}: the block's output moved by {moved:.2g}", "dropped")
+            for name, moved in dropped.items()
+        ]
+        self.notes += [Note(f"scaled: {pair.name}", "scaled") for pair, _ in kept]
+        new = applied(self.weights, kept)
+        self.weights |= new
+        self.block.set(new)
+        self.result |= {name: value for name, value in new.items() if name not in self.run.specs}
+
+    def _sample(self, hidden: torch.Tensor) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+        """Weights to replace -> the block's output on one sequence."""
+        return lambda changed: self.block(hidden[:1], changed)
+
+    def quantize(self, stage: Sequence[Site], captured: Capture) -> None:
+        """Choose codes for the sites of one stage, and put them into the block."""
+        self.notes += [Note(text) for text in captured.notes]
+        for site in stage:
+            self.tell(self.index, "", site, self.error)
+            self._site(site, captured.stats.get(site.name))
+        for site in stage:
+            self.block.set({site.name: decoded(self.result[site.name])})
+            if not self.keeps:
+                del self.weights[site.name]
+
+    def _site(self, site: Site, stats: Stats | None) -> None:
+        spec, w = self.run.specs[site.name], self.weights[site.name].cpu()
+        if stats is None:
+            self.notes.append(Note(f"unseen: {site.name} met no token and is rounded to nearest", "unseen"))
+            spec = Spec(spec.format, "rtn", {})
+        else:
+            stats = stats.to("cpu")
+            if self.run.method.learn is not None:
+                self.stats[site.name] = stats
+            if NEEDS[spec.algorithm] != "nothing":
+                self._check_tokens(site, stats)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            q, record = task(site.name, w, spec, stats)
+        self.notes += [Note(f"{site.name}: {warning.message}") for warning in caught]
+        self._accept(site, q, record)
+
+    def _accept(self, site: Site, q: QTensor, record: WeightRecord) -> None:
+        self.error = record.output_error
+        if self.error is not None and not self.error <= LARGEST_ERROR:
+            raise CalibrationError(
+                f"{site.name}: its output error is {self.error:g} times its output, more than "
+                f"{LARGEST_ERROR:g}; finished blocks are kept: give this weight another format with a rule, "
+                "or more tokens, and run again"
+            )
+        self.result[site.name] = q
+        self.records[site.name] = record
+
+    def _check_tokens(self, site: Site, stats: Stats) -> None:
+        missing = shortfall(stats)
+        if missing is None:
+            return
+        if self.run.strict:
+            raise CalibrationError(f"{site.name}: {missing}")
+        self.notes.append(Note(f"few tokens: {site.name}: {missing}", "few tokens"))
+
+    def learn(
+        self, wanted: Sequence[Site], x: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+    ) -> None:
+        """Learned rounding of all sites together, from the codes chosen so far."""
+        level = self.run.method.learn
+        if level is None:
+            return
+        self.tell(self.index, "learning to round ", wanted[-1], self.error)
+        formats = {site.name: self.run.specs[site.name].format for site in wanted}
+        start = {name: value for name in formats if isinstance(value := self.result[name], QTensor)}
+        with torch.enable_grad():
+            found = learn_block(self.block, self.weights, formats, start, x, targets, EFFORTS[level])
+        for site in wanted:
+            old, q = self.records[site.name], found[site.name]
+            spec = Spec(q.format, old.algorithm, {**old.options, "learn": level})
+            w = self.weights[site.name].cpu()
+            self._accept(site, q, measured(w, q, spec, self.stats.get(site.name)))
+        self.block.set({name: q.decode() for name, q in found.items()})
+
+
+def decoded(value: torch.Tensor | QTensor) -> torch.Tensor:
+    return value.decode() if isinstance(value, QTensor) else value.float()

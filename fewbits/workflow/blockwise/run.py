@@ -1,0 +1,217 @@
+"""Block by block: a float checkpoint in, the same checkpoint with quantized weights out.
+
+    tokens -> embeddings -> x                    and x~, the float model's, where mismatch is wanted
+    for each block:
+        stats  = capture(block, x)               one block in memory
+        weights, stats = transforms              checked on the block's output, or dropped
+        q      = algorithm(weight, format, stats), site by site, in the order in which inputs reach them
+        learned rounding, if asked
+        store.write(block, q)                    workflow/blockstore.py: a killed run goes on from here
+        x      = quantized block (x)             the next block sees what this one has become
+    polish, if asked: block scales and norms of the whole model
+
+With Method.sequential the statistics of a site are taken when the sites before it in its block are
+quantized; capture stops as soon as the input wanted has been seen, so a block costs about one forward
+pass more. Finished blocks of a resumed run are only run, not quantized again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from ...blocks.block import Block
+from ...blocks.model import BlockModel
+from ...calibrate.activations import Activations
+from ...calibrate.capture import FloatStream, advance, capture
+from ...files.checkpoint import Checkpoint, LazyTensor
+from ...model.sites import Site, sites
+from ...qtensor import QTensor
+from ...train.polish import PolishSettings, polish
+from ..blockstore import BlockStore
+from ..task import Spec, WeightRecord, measured
+from .job import BlockJob, Records, decoded
+from .settings import Note, Run
+from .stages import Batches, quantize_paused, stages_of
+
+Progress = Callable[[str, int, int], None]
+
+
+def quantize_blocks(
+    run: Run, store: BlockStore, progress: Progress | None = None
+) -> tuple[Checkpoint, Records, tuple[str, ...]]:
+    """-> the checkpoint with the weights asked for quantized, what each cost, and notes for the receipt.
+
+    Raises CalibrationError naming the block or site for what cannot be calibrated; the blocks that
+    are finished stay in `store`.
+    """
+    walk = _Walk(run, store, progress or (lambda stage, done, total: None))
+    n = walk.model.n_blocks
+    if not all(store.has(i) for i in range(n)):
+        walk.go()
+    tensors: dict[str, LazyTensor] = dict(run.checkpoint.tensors)
+    records: Records = {}
+    notes: list[Note] = []
+    for i in range(n):
+        _take(store, i, tensors, records, notes)
+    if run.method.polish:
+        if not store.has(n):
+            child = replace(run.checkpoint, tensors=dict(tensors))
+            _polish(run, child, records, store, n, progress)
+        _take(store, n, tensors, records, notes)
+    return replace(run.checkpoint, tensors=tensors), records, _gathered(notes)
+
+
+def _take(
+    store: BlockStore, i: int, tensors: dict[str, LazyTensor], records: Records, notes: list[Note]
+) -> None:
+    found, kept = store.read(i)
+    tensors.update(found)
+    records.update({name: WeightRecord.from_dict(row) for name, row in kept["records"].items()})
+    notes += [Note(*note) for note in kept["notes"]]
+
+
+def _kept(records: Records, notes: Sequence[Note]) -> dict[str, Any]:
+    """What the store keeps beside a block's tensors."""
+    rows = {name: record.to_dict() for name, record in records.items()}
+    return {"records": rows, "notes": [[note.text, note.kind] for note in notes]}
+
+
+def _polish(
+    run: Run, child: Checkpoint, records: Records, store: BlockStore, at: int, progress: Progress | None
+) -> None:
+    """Distil scales and norms of the quantized model; kept in the store as one more block."""
+    steps = run.method.polish
+    state = store.folder / "polish.state"
+    polished = polish(
+        run.checkpoint, child, run.tokens.windows, PolishSettings(steps=steps, state=state), progress
+    )
+    changed: Records = {}
+    for name, value in polished.tensors.items():
+        if isinstance(value, QTensor) and name in records:
+            w, old = run.checkpoint.tensors[name].load(), records[name]
+            spec = Spec(value.format, old.algorithm, {**old.options, "polish": steps})
+            changed[name] = replace(measured(w, value, spec, None), tokens=old.tokens)  # type: ignore[arg-type]
+    notes = [
+        f"polished: KL divergence on held-out windows from {polished.before:.4f} to {polished.after:.4f}",
+        *polished.notes,
+    ]
+    store.write(at, polished.tensors, _kept(changed, [Note(text) for text in notes]))
+
+
+class _Walk:
+    """The model, its activations, and how far the walk is."""
+
+    def __init__(self, run: Run, store: BlockStore, progress: Progress):
+        self.run, self.store, self.progress = run, store, progress
+        self.model = BlockModel(run.checkpoint, run.streaming.dtype, run.streaming.device)
+        self.sites = {site.name: site for site in sites(run.checkpoint) if site.name in run.specs}
+        self.total = sum(_size(site) for site in self.sites.values())
+        self.done = 0
+        self.seen: set[str] = set()
+
+    def go(self) -> None:
+        """Quantize every block that the store does not hold yet."""
+        streaming, windows = self.run.streaming, self.run.tokens.windows
+        limit = streaming.activation_memory // (2 if self.run.method.gptaq else 1)
+        with torch.no_grad(), Activations((), limit, streaming.scratch) as x:
+            widest = max((max(site.shape) for site in self.sites.values()), default=1)
+            for batch in windows.split(streaming.rows(windows.shape[1], widest)):
+                x.append(self.model.embed(batch))
+            if not self.run.method.gptaq:
+                self._blocks(x, None)
+                return
+            with Activations(x, limit, streaming.scratch) as floats:
+                self._blocks(x, floats)
+
+    def _blocks(self, x: Activations, floats: Activations | None) -> None:
+        for i in range(self.model.n_blocks):
+            weights = self.model.weights(i)
+            more = not all(self.store.has(later) for later in range(i + 1, self.model.n_blocks))
+            if self.store.has(i):
+                block = self._replay(i, weights, floats)
+                through = False
+            else:
+                block, through = self._quantize(i, weights, x, floats)
+            if more and not through:
+                advance(block, x, x)
+            del weights, block
+
+    def _replay(self, i: int, weights: Mapping[str, torch.Tensor], floats: Activations | None) -> Block:
+        """A block that is quantized already: only its effect on what follows is wanted."""
+        block = self.model.block(i, weights)
+        for name in weights:
+            if name in self.sites:
+                self._tell(i, "done before: ", self.sites[name], None)
+        if floats is not None:
+            advance(block, floats, floats)
+        found, _ = self.store.read(i)
+        block.set({name: decoded(tensor.load()) for name, tensor in found.items()})
+        return block
+
+    def _quantize(
+        self, i: int, weights: dict[str, torch.Tensor], x: Activations, floats: Activations | None
+    ) -> tuple[Block, bool]:
+        """Quantize one block into the store -> it with its quantized weights; is x its output already?"""
+        method = self.run.method
+        wanted = [self.sites[name] for name in weights if name in self.sites]
+        job = BlockJob(self.run, i, self.model.block(i, weights), weights, self._tell)
+        if wanted:
+            job.transform(wanted, x)
+        # Float stream and learning need the float weights to the end; else one copy of the block is enough.
+        job.keeps = floats is not None or method.learn is not None
+        reference = self.model.block(i, job.weights) if job.keeps else job.block
+        through = bool(wanted) and self._fits(wanted, x, floats)
+        if through:
+            weights = {n: w.clone() for n, w in job.weights.items()} if job.keeps else job.weights
+            job.block = self.model.block(i, weights)
+            job.block.in_place = True
+            quantize_paused(job, wanted, reference, x, floats)
+        elif wanted:
+            for stage in stages_of(wanted) if method.sequential else [wanted]:
+                given = None if floats is None else FloatStream(floats, reference)
+                job.quantize(stage, capture(job.block, x, stage, job.needs_hessian(stage), given))
+        if wanted and method.learn is not None:
+            with Activations((), self.run.streaming.activation_memory, self.run.streaming.scratch) as targets:
+                advance(reference, x if floats is None else floats, targets)
+                job.learn(wanted, cast(Batches, x), cast(Batches, targets))
+        if floats is not None and not through:
+            advance(reference, floats, floats)
+        self.store.write(i, job.result, _kept(job.records, job.notes))
+        return job.block, through
+
+    def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:
+        """May all batches wait inside the block at once? Not experts: batches reach them in another order."""
+        method = self.run.method
+        if not method.sequential or method.learn or any(site.expert is not None for site in wanted):
+            return False
+        width = 6 * x[0].shape[-1] + max(site.shape[1] for site in wanted)
+        streams = 1 if floats is None else 2
+        held = self.run.tokens.windows.numel() * width * x[0].element_size() * streams
+        return held <= self.run.streaming.activation_memory
+
+    def _tell(self, i: int, what: str, site: Site, error: float | None) -> None:
+        short = ".".join(site.name.removesuffix(".weight").rsplit(".", 2)[-2:])
+        last = "" if error is None else f", last error {error:.3f}"
+        self.progress(f"block {i + 1}/{self.model.n_blocks} {what}{short}{last}", self.done, self.total)
+        if site.name not in self.seen:
+            self.seen.add(site.name)
+            self.done += _size(site)
+
+
+def _size(site: Site) -> int:
+    return site.shape[0] * site.shape[1]
+
+
+def _gathered(notes: Sequence[Note]) -> tuple[str, ...]:
+    """Notes that differ; those of a kind as one, with the first and their number."""
+    kinds: dict[Note | str, list[str]] = {}
+    for note in notes:
+        kinds.setdefault(note.kind or note, []).append(note.text)
+    return tuple(
+        texts[0] + (f" (and {len(texts) - 1} more)" if isinstance(kind, str) and texts[1:] else "")
+        for kind, texts in kinds.items()
+    )

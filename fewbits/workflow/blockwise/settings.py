@@ -1,0 +1,59 @@
+"""What a run over the blocks is asked for, and how the model is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ...calibrate.activations import DEFAULT_LIMIT
+from ...calibrate.tokens import Tokens
+from ...files.checkpoint import Checkpoint
+from ...plan.method import Method
+from ..task import Spec
+
+WIDEST = 64 * 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a model is run.
+
+    activation_memory: bytes of hidden states kept in memory, the rest lies in a scratch file in `scratch`.
+    batch: sequences at once, fewer where a block is wide. device: "cpu" or "cuda", for the model and the
+    Hessians; codes are chosen on the CPU. dtype: of the model's arithmetic.
+    """
+
+    activation_memory: int = DEFAULT_LIMIT
+    scratch: Path | None = None
+    batch: int = 8
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def rows(self, context: int, width: int) -> int:
+        """Sequences at once, so that one activation of `width` columns takes WIDEST bytes at most."""
+        return min(self.batch, max(1, WIDEST // (4 * context * width)))
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for the receipt. kind: of those that stand there once, with their number; None: by itself."""
+
+    text: str
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A calibrated run: what each weight is to get, and what it is done with. strict: too few tokens
+    are an error."""
+
+    checkpoint: Checkpoint
+    specs: Mapping[str, Spec]
+    method: Method
+    tokens: Tokens
+    streaming: Streaming = field(default_factory=Streaming)
+    strict: bool = False

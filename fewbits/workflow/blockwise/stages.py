@@ -1,0 +1,97 @@
+"""The sites of a block in the order in which inputs reach them, each seeing those before it quantized.
+
+Two ways, the same numbers: `quantize_paused` lets every batch wait inside the block (one pass, more
+memory); otherwise `run.py` captures each stage with a pass of its own, as far as that stage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+from ...blocks.block import Block
+from ...calibrate.activations import Activations
+from ...calibrate.capture import Capture, Sums, check_output
+from ...calibrate.paused import Passes, Paused, observed_groups
+from ...errors import CalibrationError
+from ...model.sites import Site
+from .job import BlockJob
+from .settings import Note
+
+Batches = Sequence[torch.Tensor]  # what Activations are, but for slices
+_EXPERT = re.compile(r"\.experts\.\d+(?=[.:])")
+
+
+def stages_of(wanted: Sequence[Site]) -> list[list[Site]]:
+    """Sites by the activation they read, experts of a block together, in the order of the modules."""
+    stages: dict[str, list[Site]] = {}
+    for site in wanted:
+        stages.setdefault(_EXPERT.sub(".experts", site.group), []).append(site)
+    return list(stages.values())
+
+
+def quantize_paused(
+    job: BlockJob, wanted: Sequence[Site], reference: Block, x: Activations, floats: Activations | None
+) -> None:
+    """Quantize every site of `wanted` in one pass; x and floats become the block's outputs.
+
+    reference: the block with its float weights, for the float stream.
+    """
+    sites = {site.name: site for site in wanted}
+    groups = observed_groups(reference, x[0], sites)
+    unseen = sites.keys() - {name for names in groups for name in names}
+    if unseen:
+        groups.append(sorted(unseen))
+    job.notes += [Note(text) for text in _differences(groups, sites)]
+    stops = {names[0] for names in groups}
+    none: tuple[torch.Tensor, ...] = ()
+    with Passes(job.block, x, stops) as passes, Passes(reference, floats or none, stops) as others:
+        for names in groups:
+            stage = [sites[name] for name in names]
+            if names[0] in unseen:
+                job.quantize(stage, Capture({}, tuple(names), ()))
+                continue
+            sums = Sums(stage[0].shape[1], job.needs_hessian(stage), floats is not None, job.block.device)
+            for i, each in enumerate(passes):
+                other = _stop(others[i], names[0]) if others else None
+                sums.add(_stop(each, names[0]), other)
+            if not sums.finite:
+                raise CalibrationError(f"{names[0]}: its inputs are not finite; check the blocks before it")
+            seen = sums.stats()
+            job.quantize(stage, Capture(dict.fromkeys(names, seen), (), ()))
+        for stream, block, ended in ((x, job.block, passes), (floats, reference, others)):
+            for i, each in enumerate(ended):
+                _finish(each, block, i, stream)
+
+
+def _stop(each: Paused, name: str) -> torch.Tensor:
+    reached = each.next()
+    if reached is None or reached[0] != name:
+        raise CalibrationError(
+            f"a batch reached {reached and reached[0]} where the first one had reached {name}; a block that "
+            "changes its course from batch to batch cannot be calibrated in one pass"
+        )
+    return reached[1]
+
+
+def _finish(each: Paused, block: Block, i: int, stream: Activations | None) -> None:
+    assert stream is not None
+    if (reached := each.next()) is not None:
+        raise CalibrationError(f"{block.name}: batch {i} reached {reached[0]} twice; it cannot be calibrated")
+    assert each.output is not None
+    check_output(block, i, stream[i], each.output)
+    stream[i] = each.output
+
+
+def _differences(groups: Sequence[Sequence[str]], sites: dict[str, Site]) -> list[str]:
+    """Where the inputs observed differ from what the names of the sites say."""
+    said: dict[str, set[str]] = {}
+    for site in sites.values():
+        said.setdefault(site.group, set()).add(site.name)
+    return [
+        f"{', '.join(names)} read one input, their names say otherwise"
+        for names in groups
+        if set(names) not in said.values()
+    ]

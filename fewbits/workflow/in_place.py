@@ -1,0 +1,81 @@
+"""quantize_model(): the linear weights of a float model that is loaded already, in place."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..algorithms import NEEDS
+from ..errors import PlanError
+from ..files.checkpoint import Checkpoint
+from ..files.native import NATIVE
+from ..formats.base import Format
+from ..model.archs import architecture
+from ..plan import Plan, Rule
+from ..plan.choices import Decision, check_feasible, decide, entries_of
+from ..plan.method import METHODS
+from ..plan.mixtures import Recipe
+from ..qtensor import QTensor
+from ..runtime.load import model_checkpoint, pack_weights
+from .resolve import target_of
+from .task import Spec, spec_of, task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def quantize_model(
+    model: PreTrainedModel, to: str | Plan, plan: Plan | None = None, method: str = "rtn"
+) -> PreTrainedModel:
+    """Quantize the linear weights of a loaded model's blocks, in place; returns the model.
+
+    to: a format, a llama.cpp file type, or a Plan (then only what its rules name). plan: rules that go before
+    `to`. method: rtn or hqq, which need no text. Errors: PlanError, FormatError. Arrays that are not
+    two-dimensional (fused experts) stay as they are, with a warning.
+
+        >>> model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+        >>> model = fewbits.quantize_model(model, "int4_g128")
+        >>> model.model.layers[0].mlp.up_proj.weight.nbytes * 8 / (512 * 256)
+        4.125
+    """
+    names, checkpoint = model_checkpoint(model)
+    plan = to if isinstance(to, Plan) else plan or Plan()
+    decisions = _decisions(checkpoint, None if isinstance(to, Plan) else to, plan)
+    found: dict[str, tuple[str, QTensor]] = {}
+    for name, decision in decisions.items():
+        if isinstance(decision.kind, Format):
+            weight = checkpoint.tensors[name].load()
+            assert isinstance(weight, torch.Tensor)
+            q, _ = task(name, weight.cpu().float(), _spec(decision.kind, decision.rule, method))
+            planes = {plane: value.to(weight.device) for plane, value in q.planes.items()}
+            found[name] = (names[name], QTensor(q.format, q.shape, planes))
+    fused = sorted(name for name, tensor in checkpoint.tensors.items() if len(tensor.shape) == 3)
+    if fused:
+        warnings.warn(
+            f"{len(fused)} arrays that are no matrices, such as {fused[0]}, stay in float: quantize the "
+            "checkpoint instead (fewbits.quantize), which has the experts one by one",
+            stacklevel=2,
+        )
+    return pack_weights(model, found)
+
+
+def _decisions(checkpoint: Checkpoint, to: str | None, plan: Plan) -> dict[str, Decision]:
+    """tensor -> what it gets; checked."""
+    target = target_of(to)
+    entries = entries_of(checkpoint, architecture(checkpoint.config) if isinstance(target, Recipe) else None)
+    decisions = decide(checkpoint, entries, target, plan, NATIVE)
+    check_feasible(checkpoint, entries, decisions, requantize=False)
+    return {source: decisions[entry.name] for entry in entries for source in entry.sources}
+
+
+def _spec(format: Format, rule: Rule | None, method: str) -> Spec:
+    spec = spec_of(format, rule, METHODS[method])
+    if NEEDS[spec.algorithm] != "nothing":
+        raise PlanError(
+            f"{spec.algorithm} needs a text, which a model in memory is not given; use rtn or hqq, or "
+            "fewbits.quantize on the model's directory"
+        )
+    return spec

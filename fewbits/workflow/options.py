@@ -1,0 +1,140 @@
+"""Options: what a user asks of `quantize`, by the names of its command line; and what that comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from ..calibrate.statistics import Statistics
+from ..calibrate.tokens import Tokens
+from ..errors import PlanError
+from ..files.checkpoint import Checkpoint
+from ..files.filetype import FileType
+from ..files.native import NATIVE
+from ..files.open import FILE_TYPES, GGUF_FILE
+from ..model.archs import architecture
+from ..plan import Plan
+from ..plan.method import EFFORTS, METHODS, Method
+from ..plan.mixtures import RECIPES
+from ..plan.rules import Option
+from .blockwise import Streaming
+from .request import Request
+from .resolve import file_type_for
+
+
+@dataclass(frozen=True)
+class Options:
+    """to: a llama.cpp file type (q4_k_m) or a format (int4_g128). file: the output's file type (default: GGUF
+    for the first, a native directory for the second). plan: rules that go before `to`, and a [run] table that
+    fills what is left open here.
+
+    effort: fast, good (default) or best; method: a word of METHODS or a Method, instead. smooth (SmoothQuant:
+    True, or its alpha), awq, rotate, equalize: transforms before. polish: steps of distillation after.
+    activations, kv_cache: schemes for the runtime.
+
+    calibrate: a text or JSONL file, hf:NAME, "self" (default: the model writes its text), saved statistics,
+    or Tokens or Statistics. tokens, context, seed: of the text. strict_calibration: too few tokens are an
+    error. search=False: plain min-max block parameters. requantize: accept a quantized model. overwrite:
+    replace the output. verify: load the output in its engine at the end, within verify_seconds and
+    verify_memory bytes.
+    """
+
+    to: str | None = None
+    file: str | None = None
+    plan: Plan = field(default_factory=Plan)
+    effort: str | None = None
+    method: str | Method | None = None
+    smooth: float | bool | None = None
+    awq: bool | None = None
+    rotate: bool | None = None
+    equalize: bool | None = None
+    polish: int | None = None
+    activations: str | None = None
+    kv_cache: str | None = None
+    calibrate: str | Path | Tokens | Statistics | None = None
+    tokens: int | None = None
+    context: int | None = None
+    seed: int | None = None
+    strict_calibration: bool = False
+    search: bool = True
+    requantize: bool = False
+    overwrite: bool = False
+    streaming: Streaming = field(default_factory=Streaming)
+    verify: bool = True
+    verify_seconds: float = 600
+    verify_memory: int | None = None
+
+    def filled(self) -> Options:
+        """With what the [run] table of the plan says of options that are left open; PlanError for unknown
+        keys."""
+        known = {each.name for each in fields(self)} - {"plan", "streaming", "method"} | {"method"}
+        unknown = [key for key in self.plan.run if key not in known]
+        if unknown:
+            raise PlanError(f"plan: [run] has no key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        more = {key: value for key, value in self.plan.run.items() if getattr(self, key) is None}
+        return replace(self, **more)  # type: ignore[arg-type]
+
+    @property
+    def by_default(self) -> bool:
+        """Is calibration nobody's wish, so that rounding may stand in where the model cannot be run?"""
+        transforms = (self.smooth, self.awq, self.rotate, self.equalize)
+        return not (self.effort or self.method or self.calibrate or any(transforms))
+
+    def chosen_method(self) -> Method:
+        """PlanError for an effort and a method at once, or an unknown one."""
+        if self.effort and self.method:
+            raise PlanError("effort and method say two things; give one of them")
+        base = self._base()
+        names = [name for name in ("rotate", "awq", "equalize") if getattr(self, name)]
+        names += ["smooth"] if self.smooth not in (None, False) else []
+        transforms = (*base.transforms, *(name for name in names if name not in base.transforms))
+        details: dict[str, Option] = (
+            {} if self.smooth in (None, False, True) else {"alpha": float(self.smooth or 0)}
+        )
+        polish = base.polish if self.polish is None else self.polish
+        details = details or dict(base.transform_options)
+        return replace(base, transforms=transforms, transform_options=details, polish=polish)
+
+    def _base(self) -> Method:
+        if isinstance(self.method, Method):
+            return self.method
+        if self.method is not None:
+            return _known(METHODS, "method", self.method)
+        # Without search only rounding to nearest is left to be asked for.
+        return _known(EFFORTS, "effort", self.effort or ("good" if self.search else "fast"))
+
+    def request(self) -> Request:
+        """What is asked for, but for calibration data; PlanError where that is nothing."""
+        if self.to is None and not self.plan.rules:
+            raise PlanError("nothing asked for: give a type (--to TYPE), a rule (--rule) or a plan (--plan)")
+        return Request(
+            to=self.to,
+            plan=self.plan,
+            file=self.file,
+            search=self.search,
+            requantize=self.requantize,
+            overwrite=self.overwrite,
+            method=self.chosen_method(),
+            activations=self.activations,
+            kv_cache=self.kv_cache,
+            strict=self.strict_calibration,
+            streaming=replace(self.streaming, seed=self.seed or 0),
+        )
+
+    def place(self, path: Path, checkpoint: Checkpoint, out: Path | None) -> tuple[Path, FileType]:
+        """Where the output of the model at `path` goes, and its file type."""
+        if out is not None:
+            return out, file_type_for(self.file, out)
+        file_type = FILE_TYPES.get(self.file) if self.file else self._usual(checkpoint)
+        stem = path.resolve().name.removesuffix(GGUF_FILE.suffix)
+        return file_type.default_path(stem, self.to or "plan"), file_type
+
+    def _usual(self, checkpoint: Checkpoint) -> FileType:
+        known = bool(checkpoint.gguf_keys) or architecture(checkpoint.config) is not None
+        return GGUF_FILE if (self.to or "").lower() in RECIPES and known else NATIVE
+
+
+def _known(words: dict[str, Method], what: str, name: str) -> Method:
+    if name not in words:
+        raise PlanError(f"unknown {what} {name!r}; known: {', '.join(words)}")
+    return words[name]

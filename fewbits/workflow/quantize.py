@@ -1,0 +1,80 @@
+"""quantize(): what `fewbits quantize` does: resolve, run, conclude.
+
+model  -> checkpoint -> Options -> Request, with the text that its method needs      options.py, text.py
+Request -> resolve (resolve.py) -> run (run.py) -> the output and its receipt
+output -> its engine, audit of side files, receipt, card                            release/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..adapters.hub import resolve as resolve_model
+from ..errors import PlanError
+from ..files.checkpoint import Checkpoint
+from ..files.filetype import FileType
+from ..files.open import file_type_at, open_checkpoint
+from ..release.publish import finished
+from ..release.receipt import Receipt
+from ..release.verify import Outcome, verify
+from .options import Options
+from .run import run
+from .text import reader, with_text
+
+Progress = Callable[[str, int, int], None]
+
+
+def quantize(
+    model: str | Path | Checkpoint,
+    out: str | Path | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    **given: Any,
+) -> Receipt:
+    """Quantize a model, as `fewbits quantize` does -> the receipt, which is also written beside the output.
+
+    model: a Hugging Face directory, a GGUF file, a hub name, or what `fewbits.open` gives. out: the output's
+    path (default: by the model's name and the type). given: fields of Options, such as to="q4_k_m". The
+    default is calibrated (GPTQ) on text that the model writes itself. receipt.verified has what the output's
+    engine made of it. progress: called with (stage or tensor, done, all). Errors: those of `run`,
+    CalibrationError.
+
+        >>> receipt = fewbits.quantize(tiny, out, to="int4_g64", effort="fast")
+        >>> {row.format for row in receipt.tensors if row.relative_error}
+        {'int4_g64'}
+    """
+    unknown = [name for name in given if name not in Options.__dataclass_fields__]
+    if unknown:
+        raise PlanError(
+            f"quantize has no option {unknown[0]!r}; known: {', '.join(Options.__dataclass_fields__)}"
+        )
+    options = replace(options or Options(), **given).filled()
+    checkpoint, path = opened(model)
+    place, file_type = options.place(path, checkpoint, None if out is None else Path(out))
+    request = replace(options.request(), file=file_type.name)
+    request = with_text(request, checkpoint, options, reader(checkpoint, options, progress))
+    receipt = run(checkpoint, place, request, progress)
+    return conclude(receipt, checkpoint, place, options)[0]
+
+
+def opened(model: str | Path | Checkpoint) -> tuple[Checkpoint, Path]:
+    """A model of any kind and where it lies."""
+    if isinstance(model, Checkpoint):
+        return model, model.path
+    path = resolve_model(str(model))
+    return open_checkpoint(path), path
+
+
+def conclude(
+    receipt: Receipt, source: Checkpoint, out: Path, options: Options
+) -> tuple[Receipt, Outcome | None]:
+    """What follows the writing: the output's engine is asked, side files are audited, receipt and card
+    written."""
+    file_type: FileType = file_type_at(out)
+    outcome = None
+    if options.verify and file_type.verified:
+        outcome = verify(out, options.verify_seconds, options.verify_memory)
+    return finished(receipt, source, out, outcome), outcome

@@ -1,0 +1,152 @@
+"""Request: what `quantize` is asked for, and what can be said of it before a file is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from inspect import signature
+
+from ..algorithms import ALGORITHMS, NEEDS
+from ..calibrate.statistics import Statistics, stats_for
+from ..calibrate.stats import Stats
+from ..calibrate.tokens import Tokens
+from ..errors import PlanError, raise_all
+from ..plan import Plan, Rule
+from ..plan.method import Method
+from ..train.polish import FEWEST
+from .blockwise.settings import Streaming
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do with a checkpoint.
+
+    to: a llama.cpp file type (`q4_k_m`) or a format (`int4_g128`); None: only what `plan` says.
+    file: "gguf" or "native"; None: gguf for a path that ends in .gguf, native otherwise.
+    search: search block parameters rather than take the min-max ones. requantize: allow quantized
+    input. overwrite: replace an output that exists. method: how codes are chosen. tokens: the text that a
+    method which runs the model is calibrated on. statistics: saved ones, for a method that needs no more.
+    streaming: memory and device of a calibrated run. strict: too little calibration data is an error.
+    activations, kv_cache: schemes for the runtime, which native and compressed-tensors directories can say.
+    notes: for the receipt.
+    """
+
+    to: str | None = None
+    plan: Plan = field(default_factory=Plan)
+    file: str | None = None
+    search: bool = True
+    requantize: bool = False
+    overwrite: bool = False
+    method: Method = field(default_factory=Method)
+    tokens: Tokens | None = None
+    statistics: Statistics | None = None
+    streaming: Streaming = field(default_factory=Streaming)
+    strict: bool = False
+    activations: str | None = None
+    kv_cache: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def needs_text(self) -> bool:
+        """Is a runtime to be told what only a text tells: static ranges, the steps of a cache?"""
+        return self.kv_cache is not None or "static" in (self.activations or "").split("_")
+
+    @property
+    def calibrated(self) -> bool:
+        """Is anything known of the activations?"""
+        return self.tokens is not None or self.statistics is not None
+
+
+def check_algorithms(request: Request) -> None:
+    """PlanError listing each rule (and the method) whose algorithm is unknown, or takes no such option."""
+    method = request.method
+    faults = _algorithm_faults("method", method.algorithm, method.options)
+    for rule in request.plan.rules:
+        algorithm = _algorithm(rule, method)
+        faults += _algorithm_faults(f"rule {rule.match!r}", algorithm, rule.options)
+    raise_all(PlanError, "plan", faults)
+
+
+def _algorithm(rule: Rule | None, method: Method) -> str:
+    return (rule.algorithm if rule else None) or method.algorithm
+
+
+def _algorithm_faults(where: str, algorithm: str, options: Mapping[str, object]) -> list[str]:
+    try:
+        takes = [*signature(ALGORITHMS.get(algorithm)).parameters][3:]
+    except PlanError as error:
+        return [f"{where}: {error}"]
+    return [
+        f"{where}: {algorithm} has no option {name!r}; it takes {', '.join(takes)}"
+        for name in options
+        if name not in takes
+    ]
+
+
+def check_method(request: Request) -> None:
+    """PlanError where a method needs what it is not given: a text, or statistics."""
+    needs = needs_of(request)
+    faults = []
+    if (needs or request.method.streams) and not request.calibrated:
+        faults.append(
+            f"{request.method.algorithm} needs calibration data; give tokens, saved statistics, or a method "
+            "without data (rtn, hqq)"
+        )
+    if request.method.streams and request.tokens is None and request.statistics is not None:
+        faults.append(
+            "this method runs the model block by block: saved statistics do not suffice; give it a text, or "
+            "turn off what needs it (sequential, gptaq, learn, polish, smooth, awq, equalize)"
+        )
+    if "rotate" in request.method.transforms and request.tokens is None and request.statistics is not None:
+        faults.append("rotate changes what weights read: saved statistics do not hold; give it a text")
+    if "hessian" in needs and request.statistics is not None and "hessian" not in request.statistics.knows:
+        faults.append(
+            f"{request.statistics.source}: has no Hessian, which {request.method.algorithm} needs; use "
+            "--method weighted, or calibrate again"
+        )
+    if request.method.polish and request.tokens is not None and len(request.tokens.windows) < FEWEST:
+        faults.append(
+            f"polish needs {FEWEST} windows, a few of them to judge by; the text has "
+            f"{len(request.tokens.windows)}: give more tokens or a smaller context"
+        )
+    raise_all(PlanError, "method", faults)
+
+
+def needs_of(request: Request) -> set[str]:
+    """What the algorithms of the method and of the rules need of calibration."""
+    algorithms = {_algorithm(rule, request.method) for rule in (None, *request.plan.rules)}
+    return {NEEDS[name] for name in algorithms if name in NEEDS} - {"nothing"}
+
+
+def fingerprint_fields(request: Request) -> list[object]:
+    """All that decides the bytes besides the input and the layout."""
+    plain: list[object] = [request.plan.digest(), request.to, request.search, request.requantize]
+    plain += [request.activations] if request.activations else []
+    plain += [f"cache {request.kv_cache}"] if request.kv_cache else []
+    if not request.method.asked() and not request.calibrated:
+        return plain
+    streaming = request.streaming
+    return [
+        *plain,
+        request.method.asked(),
+        None if request.tokens is None else request.tokens.digest,
+        None if request.statistics is None else [request.statistics.source, request.statistics.tokens],
+        [streaming.batch, streaming.device, str(streaming.dtype), streaming.seed, request.strict],
+    ]
+
+
+def calibration_of(request: Request) -> dict[str, object]:
+    """For the receipt: the text that the result depends on."""
+    if request.tokens is not None:
+        windows = request.tokens.windows
+        about = {"source": request.tokens.source, "sha256": request.tokens.digest}
+        return about | {"windows": windows.shape[0], "context": windows.shape[1], "tokens": windows.numel()}
+    if request.statistics is not None:
+        return {"source": request.statistics.source, "tokens": request.statistics.tokens}
+    return {}
+
+
+def stats_of(request: Request) -> Callable[[str], Stats | None]:
+    """Saved statistics by tensor name, for the algorithms that need them."""
+    saved, hessian = request.statistics, "hessian" in needs_of(request)
+    return lambda name: None if saved is None else stats_for(saved, name, hessian)

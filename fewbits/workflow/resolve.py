@@ -1,0 +1,148 @@
+"""resolve(): what each tensor of the output gets, from headers alone: no output path, no weight read.
+
+`quantize` writes what it says, `plan` weighs it, `quantize_model` takes it for a model in memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..activations.record import record_of
+from ..dtypes import DType
+from ..errors import FormatError, PlanError
+from ..files.checkpoint import Checkpoint
+from ..files.filetype import FILE_TYPES, FileType
+from ..files.gguf.metadata import model_name
+from ..files.native import NATIVE
+from ..files.output import Output
+from ..formats.base import FORMATS, Format, Kind
+from ..model.archs import GGUFEntry, architecture, check_complete
+from ..plan.carry import carried
+from ..plan.choices import Decision, check_feasible, decide, entries_of
+from ..plan.mixtures import RECIPES, Recipe
+from ..plan.recipes import needing_imatrix
+from .request import Request, check_algorithms
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a request comes to. decisions: by entry. recipe: the llama.cpp file type asked for. runtime: what
+    a runtime is to do besides, a record or the name of a scheme that is yet to be measured."""
+
+    file_type: FileType
+    entries: tuple[GGUFEntry, ...]
+    decisions: Mapping[str, Decision]
+    recipe: Recipe | None
+    mixture: int | None
+    runtime: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def by_output(self, checkpoint: Checkpoint) -> dict[str, Decision]:
+        """Decisions by the names that the output has: its entries, or every tensor of the checkpoint."""
+        if self.file_type.writes_gguf_names:
+            return dict(self.decisions)
+        found = {source: self.decisions[e.name] for e in self.entries for source in e.sources}
+        return {
+            name: found.get(name) or Decision(tensor.kind, tensor.kind, "kept: not part of the model")
+            for name, tensor in checkpoint.tensors.items()
+        }
+
+    def lay_out(self, checkpoint: Checkpoint, out: Path) -> Output:
+        """The output before its first byte; FormatError for a format that the file type does not carry."""
+        kinds: dict[str, Kind] = {name: each.kind for name, each in self.by_output(checkpoint).items()}
+        about = {
+            "name": model_name(checkpoint),
+            "recipe": self.recipe.name if self.recipe else None,
+            "file_type": self.mixture,
+        }
+        return self.file_type.lay_out(checkpoint, out, self.entries, kinds, about)
+
+
+def file_type_for(name: str | None, out: Path) -> FileType:
+    """The file type of this name; without one, the one whose files are called like `out`, else native."""
+    if name is not None:
+        return FILE_TYPES.get(name)
+    known = (file_type for _, file_type in FILE_TYPES.items())
+    return next((each for each in known if each.suffix and each.suffix == out.suffix), NATIVE)
+
+
+def resolve(checkpoint: Checkpoint, request: Request, file_type: FileType) -> Resolved:
+    """Decide and check. Raises PlanError, ModelError or FormatError with every fault."""
+    file_type, runtime, notes = _with_runtime(checkpoint, request, file_type)
+    file_type.check_source(checkpoint)
+    arch = architecture(checkpoint.config)
+    if arch is not None:
+        check_complete(arch, checkpoint.config, checkpoint.tensors.keys())
+    entries = entries_of(checkpoint, arch)
+    to = target_of(request.to)
+    decisions = decide(checkpoint, entries, to, request.plan, file_type, request.calibrated)
+    decisions = carried(checkpoint, entries, decisions, file_type, request.requantize)
+    check_feasible(checkpoint, entries, decisions, request.requantize)
+    check_algorithms(request)
+    recipe = to if isinstance(to, Recipe) else None
+    if recipe is not None and not request.calibrated and file_type.writes_gguf_names:
+        coarse = needing_imatrix(recipe.name, {name: each.kind.name for name, each in decisions.items()})
+        if coarse:
+            notes.append(f"{len(coarse)} tensors get types that llama-quantize writes only with an imatrix")
+    unchanged = request.to is None and not request.plan.rules
+    mixture = recipe.file_type if recipe else _mixture_of(checkpoint) if unchanged else None
+    return Resolved(file_type, tuple(entries), decisions, recipe, mixture, runtime, tuple(notes))
+
+
+def target_of(to: str | None) -> Recipe | Format | None:
+    """What `--to` names: a llama.cpp file type, a format; PlanError for neither."""
+    if to is None:
+        return None
+    if to.lower() in RECIPES:
+        return RECIPES[to.lower()]
+    try:
+        return FORMATS.get(to)
+    except FormatError as error:
+        near = get_close_matches(to.lower(), sorted({*RECIPES, *FORMATS}), n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise PlanError(
+            f"{to!r} is neither a file type nor a format; {hint}`fewbits formats` lists both"
+        ) from error
+
+
+def _mixture_of(checkpoint: Checkpoint) -> int | None:
+    """llama.cpp's number of the mixture that the input is, or that its floats amount to."""
+    if checkpoint.mixture is not None or checkpoint.gguf_keys:
+        return checkpoint.mixture
+    kinds = Counter(tensor.kind for tensor in checkpoint.tensors.values() for _ in tensor.shape[1:])
+    common = kinds.most_common(1)[0][0] if kinds else None
+    return RECIPES[common.name].file_type if isinstance(common, DType) and common.weight else None
+
+
+def _with_runtime(
+    checkpoint: Checkpoint, request: Request, file_type: FileType
+) -> tuple[FileType, dict[str, Any], list[str]]:
+    """The file type that says what the runtime is to do, what that is, and what it cannot say.
+
+    What is asked for must be said, else PlanError. What the input says of weights that keep their formats is
+    said again where the file type can; where it cannot, that is a note.
+    """
+    wanted = {"activations": request.activations, "kv_cache": request.kv_cache}
+    names = {kind: name for kind, name in wanted.items() if name is not None}
+    whole = file_type.with_runtime(**names)
+    runtime: dict[str, Any] = dict(names)
+    notes = [f"the input: {line}" for line in checkpoint.metadata.get("unread", ())]
+    for kind in (kind for kind in wanted if kind not in names):
+        known = record_of(checkpoint.metadata, kind)
+        if known is None:
+            continue
+        scheme = str(known["scheme"])
+        try:
+            if request.to or request.plan.rules:
+                raise PlanError("its weights are quantized anew")
+            whole = file_type.with_runtime(**names, **{kind: scheme})
+        except PlanError as error:
+            notes.append(f"the input's {kind} in {scheme}: not kept; {error}")
+        else:
+            names[kind], runtime[kind] = scheme, known
+    return whole, runtime, notes

@@ -1,0 +1,254 @@
+"""run() and convert(): the loop that holds one tensor at a time, resumes, and writes the receipt.
+
+    resolve (resolve.py) -> lay the output out
+         -> block by block, where the method runs the model (blockwise/): the checkpoint, quantized
+         -> for each tensor: load (mapped) -> encode -> measure -> write (journal)
+         -> rename -> receipt -> side files
+
+Everything that can be refused is refused before the first byte is written. A run killed at any point
+is continued by the same command; finished tensors are recognized by digest, so the result is
+byte-identical to that of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..activations.record import record, record_cache
+from ..calibrate.statistics import coverage_notes
+from ..errors import FileError
+from ..files.checkpoint import Checkpoint
+from ..files.filetype import FileType
+from ..files.open import open_checkpoint
+from ..files.output import Job, Output
+from ..formats.base import Format
+from ..memory import peak_memory, reset_peak_memory
+from ..model.sites import sites
+from ..plan.carry import settled
+from ..plan.choices import Decision
+from ..release.receipt import Receipt, TensorRow
+from ..storage.atomic import make_directory, write_atomic
+from ..storage.stream import StreamFile
+from ..transforms.rotate import rotate
+from .blockstore import BlockStore
+from .blockwise import Run, quantize_blocks
+from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
+from .request import Request, calibration_of, check_method, fingerprint_fields, needs_of, stats_of
+from .resolve import Resolved, file_type_for, resolve
+from .task import WeightRecord, Work, spec_of, write_job
+
+Progress = Callable[[str, int, int], None]
+
+
+def run(
+    source: Checkpoint | str | Path, out: str | Path, request: Request, progress: Progress | None = None
+) -> Receipt:
+    """Quantize `source` into `out` as `request` says -> the receipt, which is also written beside it.
+
+    progress: called with (tensor name, bytes read, bytes in all). Raises PlanError, ModelError, FormatError
+    or FileError; a started output stays resumable.
+    """
+    start = time.monotonic()
+    reset_peak_memory()
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
+    out = Path(out)
+    check_method(request)
+    checkpoint, notes = rewritten(checkpoint, request)
+    resolved = settle(checkpoint, resolve(checkpoint, request, file_type_for(request.file, out)))
+    _check_place(checkpoint, out, resolved.file_type, request.overwrite)
+    output, decisions = resolved.lay_out(checkpoint, out), resolved.by_output(checkpoint)
+    notes = (*output.notes, *resolved.notes, *notes)
+    identity = fingerprint(checkpoint, fingerprint_fields(request))
+    make_directory(output.path.parent)
+    with (
+        StreamFile.open(
+            output.path, output.header, output.spans, identity, request.overwrite, output.align
+        ) as file,
+        ExitStack() as stack,
+    ):
+        hashing = InputDigests(checkpoint)
+        records: Mapping[str, WeightRecord] = {}
+        store = None
+        if request.tokens is not None and not file.renamed:
+            folder = out.with_name(out.name + ".blocks")
+            store = stack.enter_context(BlockStore(folder, identity, request.overwrite))
+            checkpoint, records, more = _block_by_block(
+                checkpoint, output, decisions, request, store, progress
+            )
+            notes += request.tokens.notes + more
+        measured, more = _measured(checkpoint, request, resolved.runtime)
+        notes += more
+        output = replace(output, jobs=output.measured(measured)) if output.measured else output
+        work = Work(request.method, request.search, stats_of(request), records)
+        if request.statistics is not None:
+            names = _in_blocks(checkpoint, output.jobs)
+            notes += coverage_notes(request.statistics, names, "hessian" in needs_of(request))
+        rows = _write_all(checkpoint, output, decisions, work, file, progress)
+        for path in output.stale:
+            path.unlink(missing_ok=True)
+        file.finish(keep_journal=True)
+        output.finish(measured)
+        receipt = _receipt(checkpoint, output, request, rows)
+        receipt = replace(receipt, target=str(out), inputs=hashing.result(), notes=notes)
+        seconds = time.monotonic() - start
+        receipt = replace(receipt, seconds=seconds, peak_memory_bytes=peak_memory())
+        write_atomic(output.receipt, receipt.to_json().encode())
+        if store is not None:
+            store.remove()
+        file.close_journal()
+    return receipt
+
+
+def convert(
+    source: Checkpoint | str | Path,
+    out: str | Path,
+    file: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    requantize: bool = False,
+) -> Receipt:
+    """Write a checkpoint to another file type without quantizing: every tensor keeps its values.
+
+    A format that the file type lacks becomes another with the same values (q4_0 is int4_g32) where there
+    is one; else FormatError names the nearest. requantize: quantize to that, and tell the added error. A file
+    type that holds floats only gets them decoded.
+
+        >>> receipt = fewbits.quantize(tiny, out, to="int4_g32", effort="fast")
+        >>> receipt = fewbits.convert(out, out.with_suffix(".gguf"))
+        >>> sorted({row.format for row in receipt.tensors if row.reason})
+        ['f32', 'q4_0']
+    """
+    return run(source, out, Request(file=file, overwrite=overwrite, requantize=requantize), progress)
+
+
+def rewritten(checkpoint: Checkpoint, request: Request) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint after rewrites of the whole model, and the notes of the request and of these."""
+    if "rotate" not in request.method.transforms:
+        return checkpoint, request.notes
+    checkpoint, notes = rotate(checkpoint, request.streaming.seed)
+    return checkpoint, request.notes + notes
+
+
+def settle(checkpoint: Checkpoint, resolved: Resolved) -> Resolved:
+    """Formats that may hold the same values, tried on the weights."""
+    return replace(resolved, decisions=settled(checkpoint, resolved.entries, resolved.decisions))
+
+
+def quantizes_blocks(checkpoint: Checkpoint, out: Path, request: Request) -> bool:
+    """Does any weight of the model's blocks get another format than it has?"""
+    resolved = resolve(checkpoint, request, file_type_for(request.file, out))
+    return bool(_in_blocks(checkpoint, resolved.lay_out(checkpoint, out).jobs))
+
+
+def _measured(
+    checkpoint: Checkpoint, request: Request, runtime: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What the runtime is told besides the weights, as records, and the same as notes."""
+    windows = None if request.tokens is None else request.tokens.windows
+    measure = {"activations": record, "kv_cache": record_cache}
+    found = {
+        kind: measure[kind](checkpoint, known, windows) if isinstance(known, str) else known
+        for kind, known in runtime.items()
+    }
+    notes = []
+    for kind, each in found.items():
+        left = each.get("left", [])
+        some = ", ".join(left[:3]) + (" ..." if left[3:] else "")
+        kept = f"; {len(left)} inputs stay in float: {some}" if left else ""
+        notes.append(f"{kind.replace('kv_', '')}: {each['scheme']}{kept}")
+    return found, tuple(notes)
+
+
+def _receipt(
+    checkpoint: Checkpoint, output: Output, request: Request, rows: tuple[TensorRow, ...]
+) -> Receipt:
+    """What is known when the output lies in its place; the rest is the caller's."""
+    return Receipt(
+        source=str(checkpoint.path),
+        target=str(output.path),
+        tensors=rows,
+        plan=request.plan.to_toml(),
+        plan_digest=request.plan.digest(),
+        recipe=request.to,
+        inputs=(),
+        outputs=(digest_file(output.path),),
+        seconds=0.0,
+        peak_memory_bytes=0,
+        versions=versions(),
+        method=request.method.asked(),
+        calibration=calibration_of(request),
+    )
+
+
+def _in_blocks(checkpoint: Checkpoint, jobs: Sequence[Job]) -> dict[str, Job]:
+    """The weights of the model's blocks that are to be quantized, and the jobs that they belong to."""
+    inside = {site.name for site in sites(checkpoint) if site.block is not None}
+    return {
+        source: job
+        for job in jobs
+        for source in job.sources
+        if source in inside and job.quantized and checkpoint.tensors[source].kind != job.kind
+    }
+
+
+def _block_by_block(
+    checkpoint: Checkpoint,
+    output: Output,
+    decisions: Mapping[str, Decision],
+    request: Request,
+    store: BlockStore,
+    progress: Progress | None,
+) -> tuple[Checkpoint, Mapping[str, WeightRecord], tuple[str, ...]]:
+    """The checkpoint with the weights of its blocks quantized, what each cost, notes."""
+    assert request.tokens is not None
+    specs = {
+        source: spec_of(job.kind, decisions[job.name].rule, request.method, request.search)
+        for source, job in _in_blocks(checkpoint, output.jobs).items()
+        if isinstance(job.kind, Format)
+    }
+    todo = Run(checkpoint, specs, request.method, request.tokens, request.streaming, request.strict)
+    return quantize_blocks(todo, store, progress)
+
+
+def _check_place(checkpoint: Checkpoint, out: Path, file_type: FileType, overwrite: bool) -> None:
+    """FileError where the output would stand on its own input, or on a model of another kind."""
+    file_type.check_kind(out)
+    if out.exists() and any(out.samefile(path) for path in [checkpoint.path, *input_files(checkpoint)]):
+        raise FileError(f"{out}: is the input itself; choose another output")
+    file_type.check_place(out, overwrite)
+
+
+def _write_all(
+    checkpoint: Checkpoint,
+    output: Output,
+    decisions: Mapping[str, Decision],
+    work: Work,
+    file: StreamFile,
+    progress: Progress | None,
+) -> tuple[TensorRow, ...]:
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    read, rows = 0, []
+    done = file.done()
+    for job in output.jobs:
+        if progress:
+            progress(job.name, read, total)
+        if not all(span in done for span in job.spans):
+            write_job(checkpoint, job, decisions[job.name], work, file)
+        digest = _digest_of([file.digests[span] for span in job.spans])
+        note = file.done()[job.spans[-1]]
+        rows.append(TensorRow(**(note | {"shape": tuple(note["shape"]), "digest": digest})))
+        read += sum(checkpoint.tensors[name].nbytes for name in job.sources)
+    if progress:
+        progress("", total, total)
+    return tuple(rows)
+
+
+def _digest_of(digests: list[str]) -> str:
+    """One digest for a tensor: its span's own, or that of its planes' digests in order."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,250 @@
+"""One weight: `task` chooses its codes and says what that cost; `write_job` does so for a tensor of the
+output.
+
+task(name, weight, spec, statistics) -> (QTensor, WeightRecord)       pure: the same for every way of running
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..algorithms import ALGORITHMS, NEEDS
+from ..calibrate.stats import Stats
+from ..dtypes import DType
+from ..errors import CalibrationError, FormatError
+from ..files.checkpoint import Checkpoint
+from ..files.output import Job
+from ..formats import Distortion
+from ..formats.base import CHUNK, Format
+from ..formats.lossless import convert_lossless
+from ..plan.choices import Decision
+from ..plan.method import Method
+from ..plan.rules import Rule
+from ..qtensor import QTensor
+from ..storage.stream import StreamFile
+
+ROWS = 1024  # whose output error is taken at once
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one weight is to get."""
+
+    format: Format
+    algorithm: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """What happened to one weight. squared, energy, largest: of its error, its values, its largest change.
+    tokens: how many reached it in calibration. output: mean square of its output's error, and of its
+    output."""
+
+    algorithm: str
+    options: Mapping[str, Any]
+    squared: float
+    energy: float
+    largest: float
+    tokens: int | None = None
+    output: tuple[float, float] | None = None
+
+    @property
+    def distortion(self) -> Distortion:
+        return Distortion(self.squared, self.energy, self.largest)
+
+    @property
+    def output_error(self) -> float | None:
+        """|(w' - w) x| / |w x|."""
+        return (
+            None if self.output is None or self.output[1] <= 0 else math.sqrt(self.output[0] / self.output[1])
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(row: Mapping[str, Any]) -> WeightRecord:
+        return WeightRecord(**{**row, "output": None if row["output"] is None else tuple(row["output"])})
+
+
+def record_of(
+    spec: Spec | None, lost: Distortion, stats: Stats | None = None, output: tuple[float, float] | None = None
+) -> WeightRecord:
+    """spec: None where floats were cast to floats."""
+    algorithm, options = ("cast", {}) if spec is None else (spec.algorithm, dict(spec.options))
+    tokens = None if stats is None else stats.count
+    return WeightRecord(algorithm, options, lost.squared, lost.energy, lost.largest, tokens, output)
+
+
+def spec_of(format: Format, rule: Rule | None, method: Method, search: bool = True) -> Spec:
+    """The algorithm of a weight and its options: the rule's where it names one, else the method's."""
+    if rule is not None and rule.algorithm is not None:
+        algorithm, options = rule.algorithm, dict(rule.options)
+    else:
+        algorithm, options = method.algorithm, {**method.options, **(rule.options if rule else {})}
+    return Spec(format, algorithm, {"search": search, **options} if algorithm == "rtn" else options)
+
+
+def task(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> tuple[QTensor, WeightRecord]:
+    """`(n, k)` floats -> the weight in spec.format, and what that cost; errors name the weight."""
+    try:
+        q = ALGORITHMS.get(spec.algorithm)(w, spec.format, stats, **spec.options)
+    except (FormatError, CalibrationError) as error:
+        raise type(error)(f"{name}: {str(error).removeprefix('tensor: ')}") from error
+    return q, measured(w, q, spec, stats)
+
+
+def measured(w: torch.Tensor, q: QTensor, spec: Spec, stats: Stats | None) -> WeightRecord:
+    """What codes that are chosen cost."""
+    output = None if stats is None else output_error(w, q, stats)
+    return record_of(spec, q.format.distortion(w, q), stats, output)
+
+
+def output_error(w: torch.Tensor, q: QTensor, stats: Stats) -> tuple[float, float]:
+    """-> mean square of the output's error (q - w) x, and of the output itself."""
+    error = energy = 0.0
+    value = q.decode()
+    for rows in torch.arange(w.shape[0]).split(ROWS):
+        x = w[rows].float()
+        error += _mean_square(value[rows] - x, stats)
+        energy += _mean_square(x, stats)
+    return max(error, 0.0), energy
+
+
+def _mean_square(part: torch.Tensor, stats: Stats) -> float:
+    if stats.hessian is None:
+        return float((part.square() @ stats.mean_square).sum())
+    return float(((part @ stats.hessian) * part).sum())
+
+
+# ---- a tensor of the output --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the jobs of a run share.
+
+    method, search: for the tensors that no rule gives an algorithm. stats: of a tensor's input, by the
+    tensor's name, where they are known. done: the records of tensors that come quantized already, by name.
+    """
+
+    method: Method
+    search: bool
+    stats: Callable[[str], Stats | None]
+    done: Mapping[str, WeightRecord]
+
+
+def write_job(checkpoint: Checkpoint, job: Job, decision: Decision, work: Work, file: StreamFile) -> None:
+    """Encode one tensor and write its spans; the receipt's row goes into the journal with the last."""
+    rule = decision.rule
+    note: dict[str, Any] = {
+        "name": job.sources[0] if len(job.sources) == 1 else job.name,
+        "gguf_name": job.name if job.entry else None,
+        "shape": list(job.shape),
+        "source_dtype": checkpoint.tensors[job.sources[0]].kind.name if job.sources else "f32",
+        "asked": decision.asked.name,
+        "format": decision.kind.name,
+        "reason": decision.reason,
+        "rule": rule.match if rule else None,
+        "nbytes": sum(span.nbytes for span in file.spans_of(job.spans)),
+    }
+    pieces = _pieces(checkpoint, job, rule, work, note)
+    if len(job.spans) == 1:
+        file.write(job.spans[0], (planes[0] for planes in pieces), note)
+        return
+    (planes,) = pieces
+    for span, plane in zip(job.spans, planes, strict=True):
+        if span not in file.done():
+            file.write(span, plane, note)
+
+
+def _pieces(
+    checkpoint: Checkpoint, job: Job, rule: Rule | None, work: Work, note: dict[str, Any]
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The planes of each source in turn; when the last is out, `note` has the algorithm and the error."""
+    if not job.sources:
+        assert job.entry is not None
+        yield (torch.tensor(job.entry.values, dtype=torch.float32),)
+        return
+    records: list[WeightRecord] = []
+    for name in job.sources:
+        value, record = _piece(name, job.shaped(checkpoint.tensors[name].load()), job, rule, work)
+        records += [] if record is None else [record]
+        yield job.pack(value) if isinstance(value, QTensor) else (value,)
+    note.update(row_of(records))
+
+
+def _piece(
+    name: str, value: torch.Tensor | QTensor, job: Job, rule: Rule | None, work: Work
+) -> tuple[torch.Tensor | QTensor, WeightRecord | None]:
+    """What becomes of one source, and what that cost; None where it is copied."""
+    if isinstance(value, QTensor):
+        if value.format == job.kind:
+            return value, work.done.get(name)
+        same = convert_lossless(value, job.kind) if isinstance(job.kind, Format) else None
+        if same is not None:
+            w = same.decode()
+            spec = Spec(same.format, "lossless", {})
+            return same, work.done.get(name) or record_of(spec, Distortion.between(w, w))
+        value = value.decode()
+    if isinstance(job.kind, DType):
+        return _cast(name, value, job.kind)
+    stats = work.stats(name)
+    return task(name, value, _outside(spec_of(job.kind, rule, work.method, work.search), rule, stats), stats)
+
+
+def _outside(spec: Spec, rule: Rule | None, stats: Stats | None) -> Spec:
+    """What a weight outside the blocks gets: rounding to nearest where its algorithm needs statistics that
+    are not there (embeddings). A rule's own algorithm is never exchanged."""
+    needs = NEEDS[spec.algorithm]
+    known = stats is not None and (needs != "hessian" or stats.hessian is not None)
+    by_rule = rule is not None and rule.algorithm is not None
+    return spec if known or by_rule or needs == "nothing" else Spec(spec.format, "rtn", {})
+
+
+def _cast(name: str, w: torch.Tensor, dtype: DType) -> tuple[torch.Tensor, WeightRecord | None]:
+    """Floats in another float type; integers and the like only pass through."""
+    _check_finite(name, w)
+    cast = w.to(dtype.torch) if dtype.weight else w
+    if cast is w:
+        return w, None
+    _check_finite(f"{name} as {dtype.name}", cast)
+    lost = Distortion(0.0, 0.0, 0.0)
+    for x, y in zip(w.flatten().split(CHUNK), cast.flatten().split(CHUNK), strict=True):
+        lost = lost + Distortion.between(x.float(), y.float())
+    return cast, record_of(None, lost) if lost.squared > 0 else None
+
+
+def row_of(records: Sequence[WeightRecord]) -> dict[str, Any]:
+    """The fields of a receipt's row for a tensor made of these weights (the experts of a block)."""
+    if not records:
+        return {}
+    lost = records[0].distortion
+    for other in records[1:]:
+        lost = lost + other.distortion
+    tokens = [record.tokens for record in records if record.tokens is not None]
+    outputs = [record.output for record in records if record.output is not None]
+    error, energy = (sum(part) for part in zip(*outputs, strict=True)) if outputs else (0.0, 0.0)
+    return {
+        "algorithm": records[0].algorithm,
+        "options": dict(records[0].options),
+        "relative_error": lost.relative_error,
+        "sqnr_db": lost.sqnr_db,
+        "max_abs_error": lost.largest,
+        "tokens": min(tokens) if tokens else None,
+        "output_error": math.sqrt(error / energy) if energy > 0 else None,
+    }
+
+
+def _check_finite(name: str, w: torch.Tensor) -> None:
+    if not w.is_floating_point() or w.numel() == 0:
+        return
+    bad = sum(int((~torch.isfinite(part.float())).sum()) for part in w.flatten().split(CHUNK))
+    if bad:
+        raise FormatError(f"{name}: {bad} of {w.numel()} weights are NaN or infinite; repair the checkpoint")
