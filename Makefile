@@ -12,7 +12,9 @@ NO_AMX = $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mn
 # Waiting threads of torch must not hold the cores that other work needs.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint engine slow fuzz bench bench-methods support gptqmodel mlx vllm clean
+, = ,
+
+.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 bench bench-methods support gptqmodel mlx vllm clean
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -31,6 +33,54 @@ slow: $(VENV)/ready
 
 fuzz: $(VENV)/ready
 	FEWBITS_FUZZ_SECONDS=15 $(RUN) -m pytest tests/attacks/test_fuzz.py
+
+# The core's kernels in a program without Python (csrc/tests/driver.cc): built with CMake's arguments $(2) into
+# build/$(1), run by $(3) for each of the instruction sets $(4). What it prints is the same for every build.
+define driver
+	cmake -G Ninja -S . -B build/$(1) -DFEWBITS_DRIVER=ON $(2) >build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }
+	cmake --build build/$(1) >build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }
+	set -e; for isa in $(4); do $(3) build/$(1)/driver 3 $$isa >build/$(1).$$isa; \
+		if [ -e build/driver.expected ]; then cmp build/$(1).$$isa build/driver.expected; fi; done
+endef
+# Debian's packages, where one of the programs is missing: $(call need,PROGRAMS,PACKAGES).
+need = @for name in $(1); do command -v $$name >/dev/null && continue; \
+	if [ "$$(id -u)" = 0 ]; then apt-get update -q >/dev/null && apt-get install -q -y $(2) >/dev/null && break; fi; \
+	echo "$$name is missing; install these packages: $(2)"; exit 1; done
+
+# What every other build of the driver must print, byte for byte.
+build/driver.expected: CMakeLists.txt $(wildcard csrc/*.* csrc/tests/*)
+	$(call need,cmake ninja g++,cmake ninja-build g++)
+	mkdir -p build && rm -f $@
+	$(call driver,gcc,-DCMAKE_CXX_COMPILER=g++,,portable avx2 avx512)
+	cmp build/gcc.portable build/gcc.avx2 && cmp build/gcc.portable build/gcc.avx512 && cp build/gcc.portable $@
+
+# Faults of memory, leaks and undefined behaviour. Of the last the plain C++ shows what there is.
+SANITIZE = -O1 -g1 -fno-sanitize-recover=all -fsanitize=
+sanitize: build/driver.expected
+	$(MAKE) -j2 asan ubsan
+
+asan:
+	$(call driver,asan,-DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS='$(SANITIZE)address',,portable avx2 avx512)
+
+ubsan:
+	$(call driver,ubsan,-DCMAKE_BUILD_TYPE=None -DFEWBITS_PORTABLE=ON \
+		-DCMAKE_CXX_FLAGS='$(SANITIZE)undefined$(,)float-cast-overflow',,portable)
+
+# The core built by Clang: the same bits, in the driver and in the tests of the module.
+clang: build/driver.expected $(VENV)/ready
+	$(call need,clang++,clang)
+	$(call driver,clang,-DCMAKE_CXX_COMPILER=clang++,,portable avx2 avx512)
+	rm -rf build/clang-wheel && CC=clang CXX=clang++ $(RUN) -m pip wheel -q --no-deps -C build-dir=build/clang-module \
+		-w build/clang-wheel .
+	cd build/clang-wheel && $(abspath $(RUN)) -m zipfile -e *.whl .
+	FEWBITS_CORE=$$(echo $(CURDIR)/build/clang-wheel/fewbits/_core*.so) OMP_NUM_THREADS=1 \
+		$(RUN) -m pytest tests/test_core.py tests/test_columns.py
+
+# The core on ARM, emulated: the same bits.
+aarch64: build/driver.expected
+	$(call need,aarch64-linux-gnu-g++ qemu-aarch64,g++-aarch64-linux-gnu qemu-user)
+	$(call driver,aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static,qemu-aarch64,portable)
 
 engine: $(VENV)/engine
 	$(RUN) -m pytest -m engine
@@ -85,7 +135,7 @@ $(CACHE)/mlx/ready:
 	$(CACHE)/mlx/bin/python -m pip install -q 'mlx[cpu]' mlx-lm
 	touch $@
 
-$(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q torch==2.13.0
 	$(RUN) -m pip install -q -e '.[test]'

@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(FEWBITS_X86)
+#include <cpuid.h>
+#endif
+
 namespace portable { extern const fewbits::Kernels kernels; }
 #if defined(FEWBITS_X86)
 namespace avx2 { extern const fewbits::Kernels kernels; }
@@ -12,6 +16,13 @@ namespace avx512 { extern const fewbits::Kernels kernels; }
 
 namespace fewbits {
 
+#if defined(FEWBITS_X86)
+static bool has_f16c() {  // Clang 14 does not know this name in __builtin_cpu_supports
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 const Kernels& select(const char* cap) {
     const Kernels* chosen = &portable::kernels;
 #if defined(FEWBITS_X86)
@@ -19,7 +30,7 @@ const Kernels& select(const char* cap) {
         if (!cap || !*cap) return true;
         return !std::strcmp(cap, isa) || (!std::strcmp(cap, "avx512") && !std::strcmp(isa, "avx2"));
     };
-    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
+    if (allowed("avx2") && __builtin_cpu_supports("avx2") && has_f16c())
         chosen = &avx2::kernels;
     if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))

@@ -7,9 +7,9 @@
 #include <cmath>
 #include <type_traits>
 
+#include "columns.h"
 #include "ggml_encode.h"
 #include "iq_encode.h"
-#include "walk.h"
 
 namespace FEWBITS_ISA {
 
@@ -73,7 +73,7 @@ void repeat(const float* importance, int64_t count, int64_t first, int64_t n, fl
 template <class T>
 void encode(const Job& job, int64_t unit, Error* error) {
     constexpr int TILE = T::group * LANES;
-    alignas(64) static thread_local float x[UNIT], w[UNIT];
+    alignas(64) float x[UNIT], w[UNIT];
     int64_t first = unit * UNIT, n = std::min(UNIT, job.weights - first);
     if (!to_f32(job.src, job.dtype, first, n, x)) {
         error->refused += 1;
@@ -100,7 +100,7 @@ void encode(const Job& job, int64_t unit, Error* error) {
 template <class T>
 void measure(const Job& job, int64_t unit, Error* error) {
     constexpr int TILE = T::group * LANES;
-    alignas(64) static thread_local float x[UNIT];
+    alignas(64) float x[UNIT];
     int64_t first = unit * UNIT, n = std::min(UNIT, job.weights - first);
     to_f32(job.src, job.dtype, first, n, x);
     for (int64_t at = 0; at < n; at += TILE)
@@ -112,7 +112,7 @@ template <class T>
 constexpr fewbits::TypeKernels row(const char* name) {
     if constexpr (T::lattice)
         return {name, T::block, T::nbytes(), encode<T>, measure<T>, decode_type<T>,
-                {T::dim, T::levels, MAX_POINTS, MAX_STARTS, teach<T>}};
+                {T::dim, T::levels, MAX_POINTS, MAX_STARTS, set_table<T>}};
     else
         return {name, T::block, T::nbytes(), encode<T>, measure<T>, decode_type<T>, {}};
 }
@@ -129,6 +129,7 @@ const fewbits::TypeKernels TYPES[] = {
 #define FEWBITS_STRING(x) #x
 #define FEWBITS_NAME(x) FEWBITS_STRING(x)
 extern const fewbits::Kernels kernels;
-const fewbits::Kernels kernels = {FEWBITS_NAME(FEWBITS_ISA), TYPES, int(sizeof TYPES / sizeof *TYPES), walk};
+const fewbits::Kernels kernels = {FEWBITS_NAME(FEWBITS_ISA), TYPES, int(sizeof TYPES / sizeof *TYPES),
+                                  quantize_columns};
 
 }  // namespace FEWBITS_ISA

@@ -1,5 +1,5 @@
 // Encoding blocks of one type: fit sixteen groups at a time, code their scales, round, pack.
-// Twin: fit_values and below in fewbits/formats/ggml_fit.py.
+// Reference: fit_values and below in fewbits/formats/ggml_fit.py.
 #pragma once
 
 #include "ggml_types.h"

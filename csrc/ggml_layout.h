@@ -5,7 +5,7 @@
 
 namespace FEWBITS_ISA {
 
-// One block with everything unpacked; codes and scales unsigned, as the twin keeps them.
+// One block with everything unpacked; codes and scales unsigned, as the reference keeps them.
 struct Block {
     uint8_t code[256];
     uint8_t scale[16];

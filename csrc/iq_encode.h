@@ -1,4 +1,4 @@
-// Encoding IQ blocks, sixteen groups at a time. Twin: fewbits/formats/iq_fit.py, which says how.
+// Encoding IQ blocks, sixteen groups at a time. Reference: fewbits/formats/iq_fit.py, which says how.
 #pragma once
 
 #include "iq_search.h"
@@ -174,8 +174,8 @@ void fill_block(const IqTile<T>& t, const IqFound<T>& f, const float* odd, int a
 // LANES groups of x -> blocks. w: importances, or null where all count alike.
 template <class T>
 void encode_lattice(const float* x, const float* w, bool search, int blocks, uint8_t* out) {
-    static thread_local IqTile<T> t;
-    static thread_local IqFound<T> f;
+    IqTile<T> t;
+    IqFound<T> f;
     transpose<T::group>(x, t.x);
     if (w) transpose<T::group>(w, t.w);
     else for (int i = 0; i < T::group; ++i) t.w[i] = splat(1.0f);
@@ -222,7 +222,7 @@ void decode_lattice(const uint8_t* in, int64_t blocks, float* out) {
 
 // points: indices of levels. starts: the level of the plain fit, then the shares of the largest weight.
 template <class T>
-void teach(const float* levels, const uint8_t* points, int count, const float* starts, int n_starts) {
+void set_table(const float* levels, const uint8_t* points, int count, const float* starts, int n_starts) {
     Lattice& l = Known<T>::lattice;
     std::memcpy(l.level, levels, T::levels * sizeof(float));
     for (int k = 0; k < count; ++k) {

@@ -1,4 +1,4 @@
-// The cheapest point of a lattice, by lane. Twin: Lattice.search in fewbits/formats/iq_lattice.py.
+// The cheapest point of a lattice, by lane. Reference: Lattice.search in fewbits/formats/iq_lattice.py.
 #pragma once
 
 #include "iq_types.h"
@@ -7,7 +7,7 @@ namespace FEWBITS_ISA {
 
 constexpr int MAX_STARTS = 12;
 
-// What the twin's row of the type says, given at run time.
+// What the reference's row of the type says, given at run time.
 template <class T>
 struct Known {
     static inline Lattice lattice;

@@ -1,12 +1,12 @@
 // The IQ types as rows, the same as IQ_TYPES in fewbits/formats/iq.py, which explains them. Their lattices
-// come from there at run time (`teach`), so that no table is written twice.
+// come from there at run time (`register_table`), so that no table is written twice.
 #pragma once
 
 #include "lanes.h"
 
 namespace FEWBITS_ISA {
 
-// One block with everything unpacked, as the twin's values.
+// One block with everything unpacked, as the reference's values.
 struct IqBlock {
     uint16_t index[64];
     uint8_t sign[32], scale[16], shift[32], nibble[4];

@@ -25,10 +25,10 @@ struct Error {
     int64_t refused;
 };
 
-// A type whose codes are points of a lattice must be taught them once, before its first use.
-struct Teach {
+// A type whose codes are points of a lattice needs the table of them once, before its first use.
+struct Table {
     int dim, levels, most_points, most_starts;
-    void (*teach)(const float* levels, const uint8_t* points, int count, const float* starts, int n_starts);
+    void (*set)(const float* levels, const uint8_t* points, int count, const float* starts, int n_starts);
 };
 
 struct TypeKernels {
@@ -39,21 +39,21 @@ struct TypeKernels {
     void (*encode)(const Job& job, int64_t unit, Error* error);
     void (*measure)(const Job& job, int64_t unit, Error* error);
     void (*decode)(const uint8_t* in, int64_t blocks, float* out);
-    Teach teach;
+    Table table;
 };
 
-// A walk over k columns of n rows (walk.h). Arrays lie column by column, (k, n); group: of each column,
-// the row of step, inverse, base and zeros, which are (groups, n). Of a table: `count` levels.
-struct Walk {
+// k columns of n rows to round one after the other (columns.h). Arrays lie column by column, (k, n); group:
+// of each column, the row of scale, inverse, offset and zeros, which are (groups, n). Of a table: `count`
+// levels.
+struct Columns {
     int64_t k, n;
     const float* state;
-    const float* coupling;  // (k, k), rows `stride` apart; its part above the diagonal
-    int64_t stride;
+    const float* coupling;  // (k, k), its part above the diagonal
     const float* pivot;     // (k), or null: moves are from `old`
     const float* old;       // (k, n), or null
     const int64_t* group;   // (k)
-    const float *step, *inverse;
-    const float* base;      // or null
+    const float *scale, *inverse;
+    const float* offset;    // or null
     const float* zeros;     // or null: `zero`
     float zero;
     int top;
@@ -67,7 +67,7 @@ struct Kernels {
     const char* isa;
     const TypeKernels* types;
     int count;
-    void (*walk)(const Walk& walk, int64_t tile);  // rows 16 * tile and on
+    void (*quantize_columns)(const Columns& columns, int64_t tile);  // rows 16 * tile and on
 };
 
 }  // namespace fewbits

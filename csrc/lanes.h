@@ -2,7 +2,7 @@
 //
 // F is one AVX-512 register, two AVX registers or four SSE registers (GCC/Clang vector extensions).
 // With -ffp-contract=off each lane does the same IEEE operations everywhere, which is why every
-// instruction set (and the torch twin) gives the same bits.
+// instruction set (and the torch reference) gives the same bits.
 #pragma once
 
 #include <cfloat>
@@ -204,40 +204,58 @@ INLINE F to_half(F x) {
     return x;
 }
 
+// The halves of two vectors, interleaved: a0 b0 a1 b1 ... GCC before 12 has no shuffle that Clang has, too.
+#if defined(__clang__) || __GNUC__ >= 12
+#define FEWBITS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FEWBITS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(mask_of(a)){__VA_ARGS__})
+#endif
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourMask __attribute__((vector_size(16)));
+FourMask mask_of(Four);
+INLINE Four low_halves(Four a, Four b) { return FEWBITS_SHUFFLE(a, b, 0, 4, 1, 5); }
+INLINE Four high_halves(Four a, Four b) { return FEWBITS_SHUFFLE(a, b, 2, 6, 3, 7); }
+#if defined(__AVX512F__)
+NativeMask mask_of(Native);
+INLINE Native low_halves(Native a, Native b) {
+    return FEWBITS_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+INLINE Native high_halves(Native a, Native b) {
+    return FEWBITS_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#endif
+#undef FEWBITS_SHUFFLE
+
+// N vectors of N, transposed in place: log2(N) perfect shuffles.
+template <int N, class VECTOR>
+INLINE void transpose_square(VECTOR* a) {
+    VECTOR b[N];
+    for (int size = 1; size < N; size *= 2) {
+        for (int i = 0; i < N / 2; ++i) {
+            b[2 * i] = low_halves(a[i], a[i + N / 2]);
+            b[2 * i + 1] = high_halves(a[i], a[i + N / 2]);
+        }
+        std::memcpy(a, b, sizeof b);
+    }
+}
+
 // (LANES, group) row-major -> (group, LANES).
 template <int GROUP>
 INLINE void transpose(const float* __restrict src, F* __restrict dst) {
 #if defined(__AVX512F__)
-    const NativeMask low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    const NativeMask high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     for (int at = 0; at < GROUP; at += LANES) {
-        Native a[LANES], b[LANES];
+        Native a[LANES];
         for (int i = 0; i < LANES; ++i) a[i] = load(src + i * GROUP + at).part[0];
-        for (int stage = 0; stage < 4; ++stage) {  // perfect shuffles; log2(16) of them transpose
-            for (int i = 0; i < LANES / 2; ++i) {
-                b[2 * i] = __builtin_shuffle(a[i], a[i + LANES / 2], low);
-                b[2 * i + 1] = __builtin_shuffle(a[i], a[i + LANES / 2], high);
-            }
-            std::memcpy(a, b, sizeof a);
-        }
+        transpose_square<LANES>(a);
         for (int i = 0; i < LANES; ++i) dst[at + i].part[0] = a[i];
     }
 #else
-    typedef float Four __attribute__((vector_size(16)));
-    typedef int32_t Index __attribute__((vector_size(16)));
-    const Index low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
     float* out = reinterpret_cast<float*>(dst);
     for (int i = 0; i < GROUP; i += 4) {
         for (int lane = 0; lane < LANES; lane += 4) {
-            Four a[4], b[4];
+            Four a[4];
             for (int j = 0; j < 4; ++j) std::memcpy(&a[j], src + (lane + j) * GROUP + i, sizeof(Four));
-            for (int stage = 0; stage < 2; ++stage) {
-                for (int j = 0; j < 2; ++j) {
-                    b[2 * j] = __builtin_shuffle(a[j], a[j + 2], low);
-                    b[2 * j + 1] = __builtin_shuffle(a[j], a[j + 2], high);
-                }
-                std::memcpy(a, b, sizeof a);
-            }
+            transpose_square<4>(a);
             for (int j = 0; j < 4; ++j) std::memcpy(out + (i + j) * LANES + lane, &a[j], sizeof(Four));
         }
     }

@@ -1,5 +1,5 @@
 // The search of block parameters for sixteen groups at a time: fewbits/formats/search.py says what it
-// does and is its twin, bit for bit. Sums run from the first weight of a group to its last.
+// does and is its reference, bit for bit. Sums run from the first weight of a group to its last.
 #pragma once
 
 #include "lanes.h"

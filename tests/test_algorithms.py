@@ -1,13 +1,13 @@
-"""The mathematics behind the algorithms: the sweep, the factor, error feedback, descent, the target."""
+"""The mathematics behind the algorithms: blocked updates, the factor, error feedback, descent, the target."""
 
 import pytest
 import torch
 
 from fewbits.algorithms import ALGORITHMS, CalibrationWarning, descend, gptq, hqq, weighted
-from fewbits.algorithms.curvature import Curvature, loss
+from fewbits.algorithms.blocked import blocked_update
 from fewbits.algorithms.descent import join_parts, solve_steps, split_columns
 from fewbits.algorithms.gptq import FITS, column_order, feed_back
-from fewbits.algorithms.sweep import sweep
+from fewbits.algorithms.hessian import HessianFactor, loss
 from fewbits.calibrate.stats import Stats
 from fewbits.errors import CalibrationError, PlanError
 from fewbits.formats import FORMATS
@@ -21,11 +21,11 @@ def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# The sweep
+# Blocked updates
 
 
 @pytest.mark.parametrize("unit", [1, 2, 3, 12])
-def test_a_sweep_is_the_plain_loop(unit):
+def test_a_blocked_update_is_the_plain_loop(unit):
     """In f64; the products of matrices sum in another order."""
     start, coupling = random(12, 5), random(12, 12, seed=1)
     expected, last = start.clone(), torch.zeros(12, 5, dtype=torch.float64)
@@ -34,34 +34,34 @@ def test_a_sweep_is_the_plain_loop(unit):
         expected[j + unit :] -= coupling[j : j + unit, j + unit :].T @ last[j : j + unit]
     state, moves, seen = start.clone(), torch.zeros_like(start), []
 
-    def settle(begin, end):
+    def quantize(begin, end):
         seen.append((begin, end))
         moves[begin:end] = torch.sin(state[begin:end])
 
-    sweep(state, coupling, moves, settle, unit)
+    blocked_update(state, coupling, moves, quantize, unit)
     assert seen == [(j, j + unit) for j in range(0, 12, unit)]
     torch.testing.assert_close(moves, last, rtol=1e-12, atol=1e-12)
 
 
-# The curvature
+# The Hessian and its factor
 
 
 def test_the_factor_is_that_of_the_inverse():
     """In f32: the inverse of a matrix of condition c is known to about c * 2^-24; c < 1e4 here."""
     _, stats = sample(1, 40)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    curvature = Curvature.of(stats, 0.01, order)
-    hessian = curvature.hessian[order][:, order].double()
+    hessian_factor = HessianFactor.of(stats, 0.01, order)
+    hessian = hessian_factor.hessian[order][:, order].double()
     assert torch.linalg.cond(hessian) < 1e4
-    factor = curvature.factor.double()
+    factor = hessian_factor.factor.double()
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor.T @ factor @ hessian, torch.eye(40).double(), rtol=0, atol=1e4 * 2**-24)
 
 
 def test_one_factor_serves_all_weights_of_an_input():
     w, stats = sample(4, 64)
-    first = Curvature.of(stats)
-    assert Curvature.of(stats) is first and Curvature.of(stats, 0.5) is not first
+    first = HessianFactor.of(stats)
+    assert HessianFactor.of(stats) is first and HessianFactor.of(stats, 0.5) is not first
     again = sample(4, 64)[1]
     gptq(w, FORMATS.get("nf4"), again)
     assert same(gptq(w, FORMATS.get("q4_0"), again), gptq(w, FORMATS.get("q4_0"), stats))
@@ -82,32 +82,32 @@ def test_a_hopeless_hessian_raises():
         gptq(w, FORMATS.get("q8_0"), stats)
 
 
-def test_the_asymmetric_target_is_least_squares():
+def test_the_gptaq_target_is_least_squares():
     """The gradient of |t x - w x~|^2 + damping |t - w|^2 vanishes at t; f32 against terms of size 1."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(5, 40, generator=generator)
     floats = torch.randn(300, 40, generator=generator)
     stats = Stats.of(floats + 0.3 * torch.randn(300, 40, generator=generator), floats=floats)
     order = torch.randperm(40, generator=generator)
-    curvature = Curvature.of(stats, 0.01, order)
-    t = curvature.target(w, stats, 1.0)
-    gradient = (t - w) @ curvature.hessian - w @ stats.drift
+    hessian_factor = HessianFactor.of(stats, 0.01, order)
+    t = hessian_factor.target(w, stats, 1.0)
+    gradient = (t - w) @ hessian_factor.hessian - w @ stats.mismatch
     assert gradient.abs().max() < 1e-4
-    torch.testing.assert_close(curvature.target(w, stats, 0.5) - w, (t - w) / 2, rtol=0, atol=1e-6)
-    assert torch.equal(curvature.target(w, stats, 0.0), w)
+    torch.testing.assert_close(hessian_factor.target(w, stats, 0.5) - w, (t - w) / 2, rtol=0, atol=1e-6)
+    assert torch.equal(hessian_factor.target(w, stats, 0.0), w)
 
 
-def test_drift_is_made_up_for():
+def test_mismatch_is_corrected():
     """Against the float model's outputs, on the inputs as they have become."""
     generator = torch.Generator().manual_seed(0)
     w, _ = sample(8, 64)
     floats = torch.randn(600, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
     now = floats @ (torch.eye(64) + 0.1 * torch.randn(64, 64, generator=generator))
-    told, untold = Stats.of(now, floats=floats), Stats.of(now)
+    known, unknown = Stats.of(now, floats=floats), Stats.of(now)
     format = FORMATS.get("q4_0")
     errors = [
         float((now @ gptq(w, format, stats).decode().T - floats @ w.T).square().sum())
-        for stats in (told, untold)
+        for stats in (known, unknown)
     ]
     assert errors[0] < 0.5 * errors[1]
 
@@ -115,7 +115,7 @@ def test_drift_is_made_up_for():
 # Error feedback
 
 
-def test_columns_go_by_their_weight_in_atoms():
+def test_columns_are_ordered_by_their_weight_inside_blocks():
     diagonal = torch.tensor([1.0, 2.0, 0.0, 9.0, 4.0, 4.0])
     stats = Stats(1, diagonal, diagonal, diagonal.diag())
     assert column_order(stats, 2).tolist() == [3, 2, 4, 5, 1, 0]
@@ -134,16 +134,16 @@ def textbook(w, factor, grid, order):
 
 
 @pytest.mark.parametrize("name", ["int4_g64", "q4_1", "q3_k", "nf4", "kmeans3_channel", "int3_g128_asym"])
-@pytest.mark.parametrize("atom", [1, 32, 256])
-def test_feedback_is_the_textbook_code_for_code(name, atom):
+@pytest.mark.parametrize("width", [1, 32, 256])
+def test_feedback_is_the_textbook_code_for_code(name, width):
     """There is no block size to depend on. In f64, where no two sums differ enough to flip a rounding."""
     format = FORMATS.get(name)
     w, stats = sample(7, 256)
-    curvature = Curvature.of(stats, 0.01, column_order(stats, atom))
+    hessian_factor = HessianFactor.of(stats, 0.01, column_order(stats, width))
     grid = format.fit(w)
-    factor = curvature.factor.double()
-    expected = textbook(w.double(), factor, grid, curvature.order)
-    q, _ = feed_back(format, grid, w.double().T[curvature.order], factor, curvature.order)
+    factor = hessian_factor.factor.double()
+    expected = textbook(w.double(), factor, grid, hessian_factor.order)
+    q, _ = feed_back(format, grid, w.double().T[hessian_factor.order], factor, hessian_factor.order)
     assert torch.equal(format.unpack(q)[1], expected)
     assert not torch.equal(expected, grid.round(w))
 
@@ -152,9 +152,11 @@ def test_the_errors_fed_back_are_the_loss():
     """sum of err^2 = tr((q - w) H (q - w)^T), to what f32 knows of the factor (see above)."""
     format = FORMATS.get("int4_g32")
     w, stats = sample(7, 64)
-    curvature = Curvature.of(stats, 0.01, column_order(stats, 64))
-    q, errors = feed_back(format, format.fit(w), w.T[curvature.order], curvature.factor, curvature.order)
-    exact = loss(q.decode(), w, curvature.hessian)
+    hessian_factor = HessianFactor.of(stats, 0.01, column_order(stats, 64))
+    q, errors = feed_back(
+        format, format.fit(w), w.T[hessian_factor.order], hessian_factor.factor, hessian_factor.order
+    )
+    exact = loss(q.decode(), w, hessian_factor.hessian)
     torch.testing.assert_close(errors.double().square().sum(0), exact, rtol=1e-3, atol=0)
 
 
@@ -228,12 +230,12 @@ def test_steps_are_solved(width, ordered, bases):
 @pytest.mark.parametrize("name", ["int4_g64_asym", "q4_k", "nf4", "int3_g7_asym"])
 def test_columns_are_split_and_joined(name):
     format = FORMATS.get(name)
-    atom = format.atom(256 * 7)
-    w, _ = sample(3, 3 * atom)
+    width = format.column_block(256 * 7)
+    w, _ = sample(3, 3 * width)
     q = format.encode(w)
-    parts = split_columns(q, atom)
+    parts = split_columns(q, width)
     assert len(parts) == 3 and same(join_parts(parts), q)
-    assert all(same(part, format.encode(w[:, i * atom : (i + 1) * atom])) for i, part in enumerate(parts))
+    assert all(same(part, format.encode(w[:, i * width : (i + 1) * width])) for i, part in enumerate(parts))
 
 
 # Weighted and half-quadratic
@@ -266,7 +268,7 @@ def test_hqq_lowers_its_norm(name):
     [
         ("gptq", {"damp": -1.0}),
         ("gptq", {"damp": float("nan")}),
-        ("gptq", {"asymmetric": 2.0}),
+        ("gptq", {"gptaq": 2.0}),
         ("gptq", {"fit": "none"}),
         ("gptq", {"descent": -1}),
         ("weighted", {"mode": "full"}),

@@ -173,7 +173,7 @@ def model(tmp_path_factory) -> Path:
 def calibrated(model: str | Path, out: str | Path, polished: bool) -> None:
     """The run that is killed, and that is not."""
     windows = torch.randint(0, VOCAB, (12, 32), generator=torch.Generator().manual_seed(0))
-    method = Method("gptq", sequential=True, asymmetric=True, polish=POLISH if polished else 0)
+    method = Method("gptq", sequential=True, gptaq=True, polish=POLISH if polished else 0)
     quantize(model, out, Request("q4_0", method=method, tokens=Tokens.of(windows, "random")))
 
 

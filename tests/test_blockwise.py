@@ -126,7 +126,7 @@ def plain_error(models, tmp_path_factory) -> float:
 OPTIONS = {
     "plain": (Method("gptq"), {"algorithm": "gptq"}),
     "sequential": (Method("gptq", sequential=True), {"sequential": True}),
-    "asymmetric": (Method("gptq", asymmetric=True), {"asymmetric": True}),
+    "gptaq": (Method("gptq", gptaq=True), {"gptaq": True}),
     "weighted": (METHODS["weighted"], {"algorithm": "weighted"}),
     "awq": (replace(GOOD, transforms=("awq",)), {"transforms": ["awq"]}),
     "smooth": (

@@ -54,7 +54,11 @@ def assert_same(got: Stats, want: Stats) -> None:
     """Sums of t terms in another order: t f32 roundings of the largest entry at most, each 6e-8."""
     assert got.count == want.count
     assert torch.equal(got.absmax, want.absmax)
-    for a, b in ((got.mean_square, want.mean_square), (got.hessian, want.hessian), (got.drift, want.drift)):
+    for a, b in (
+        (got.mean_square, want.mean_square),
+        (got.hessian, want.hessian),
+        (got.mismatch, want.mismatch),
+    ):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             assert (a - b).abs().max() <= want.count * 6e-8 * want.mean_square.max()
@@ -131,7 +135,7 @@ def test_equal_streams_do_not_drift_and_may_be_overwritten(ready: Callable[[str]
     block, batches, found = ready("LlamaForCausalLM")
     x, floats = Activations(batches, limit=0), Activations(batches)
     stats = capture(block, x, found, floats=FloatStream(floats, outputs=floats), outputs=x).stats
-    assert all(s.drift is not None and not s.drift.any() for s in stats.values())
+    assert all(s.mismatch is not None and not s.mismatch.any() for s in stats.values())
     for i, hidden in enumerate(batches):
         assert torch.equal(x[i], block(hidden)) and torch.equal(floats[i], block(hidden))
 

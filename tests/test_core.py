@@ -1,4 +1,4 @@
-"""The C++ core against its torch twins, bit for bit, for every instruction set of this machine."""
+"""The C++ core against its torch references, bit for bit, for every instruction set of this machine."""
 
 import os
 import subprocess
@@ -55,26 +55,26 @@ def cases() -> Iterator[tuple[str, Format, torch.Tensor, torch.Tensor | None, bo
     for fmt in TYPES:
         for i, w in enumerate(weights()):
             known = importances(w)
-            # The twin of a lattice compares every point: each weight meets one importance, not all.
+            # The reference of a lattice compares every point: each weight meets one importance, not all.
             for j, importance in enumerate(known if fmt.vector == 1 else known[i % 4 : i % 4 + 1]):
                 for search in (True, False) if fmt.vector == 1 or i < 4 else (True,):
                     yield f"{fmt.name} {i} {j} {search}", fmt, w, importance, search
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the twins make of every case: blocks, and of the last of each type the values; once for all."""
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the references make of every case: blocks, and of the last of each type the values."""
     found = {}
     for name, fmt, w, importance, search in cases():
-        q = fmt.encode_twin(w, importance, search)
-        found[name], found[fmt.name] = q.planes["blocks"], fmt.decode_twin(q)
-    path = tmp_path_factory.mktemp("twins") / "twins.safetensors"
+        q = fmt.encode_reference(w, importance, search)
+        found[name], found[fmt.name] = q.planes["blocks"], fmt.decode_reference(q)
+    path = tmp_path_factory.mktemp("references") / "references.safetensors"
     save_file(found, path)
     return path
 
 
 def compare_all(path: str) -> None:
-    """Encode and decode of the core must not differ from its twins' in a bit."""
+    """Encode and decode of the core must not differ from the references' in a bit."""
     expected = load_file(path)
     for name, fmt, w, importance, search in cases():
         q = fmt.encode(w, importance, search)
@@ -87,14 +87,14 @@ def compare_all(path: str) -> None:
 
 @needs_core
 @pytest.mark.parametrize("isa", core.ISAS)
-def test_core_equals_twin_bit_for_bit(isa: str, twins: Path) -> None:
+def test_core_equals_reference_bit_for_bit(isa: str, references: Path) -> None:
     script = (
         "import sys; from fewbits import core; from tests.test_core import compare_all; "
-        "from tests.test_walk import compare_walks; compare_all(sys.argv[1]); compare_walks(); "
+        "from tests.test_columns import compare_columns; compare_all(sys.argv[1]); compare_columns(); "
         "print(core.isa())"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script, str(twins)],
+        [sys.executable, "-c", script, str(references)],
         env={**os.environ, "FEWBITS_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -161,7 +161,7 @@ def test_wrong_buffers_are_refused() -> None:
         core.encode("q4_k", w.T, None, True, torch.empty(4 * 144, dtype=torch.uint8))
 
 
-def test_without_the_core_the_twin_works_and_a_missing_core_says_so() -> None:
+def test_without_the_core_the_reference_works_and_a_missing_core_says_so() -> None:
     script = """
 import sys, warnings
 warnings.simplefilter("error")
@@ -192,10 +192,10 @@ else:
     assert float(run.stdout) == pytest.approx(1.0, abs=1e-3)  # d is a half: 11 bits
 
 
-def test_blocks_of_the_twin_are_what_a_qtensor_needs() -> None:
+def test_blocks_of_the_reference_are_what_a_qtensor_needs() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for fmt in TYPES:
-            q = fmt.encode_twin(torch.ones(2, 256))
+            q = fmt.encode_reference(torch.ones(2, 256))
             assert isinstance(q, QTensor)
             assert q.nbytes == fmt.nbytes(2, 256)

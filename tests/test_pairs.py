@@ -151,7 +151,7 @@ def test_rescaled_statistics_are_those_of_the_scaled_input() -> None:
     got = rescaled(Stats.of(x, floats=floats), pair, scale)
     want = Stats.of(x / pair.spread(scale), floats=floats / pair.spread(scale))
     assert got.count == want.count
-    for part in ("absmax", "mean_square", "hessian", "drift"):
+    for part in ("absmax", "mean_square", "hessian", "mismatch"):
         torch.testing.assert_close(getattr(got, part), getattr(want, part))
 
 

@@ -5,15 +5,16 @@ its keyword arguments are the options that a plan may set. NEEDS says what it mu
 input: "nothing", "mean_square" or "hessian". Without statistics an algorithm that needs them raises
 CalibrationError; nothing falls back in silence.
 
-What they share: `curvature` (the loss, the Hessian and its factor), `sweep` (columns in turn, at the
-speed of matrix products), `descent` (better codes and steps for any QTensor, in closed form).
+What they share: `hessian` (the loss, the Hessian and its factor), `columns` (columns rounded one after the
+other), `blocked` (the same at the speed of matrix products), `descent` (better codes and scales for any
+QTensor, in closed form).
 """
 
 from ..errors import PlanError
 from ..registry import Registry
-from .curvature import CalibrationWarning
 from .descent import descend
 from .gptq import gptq
+from .hessian import CalibrationWarning
 from .hqq import hqq
 from .rtn import rtn
 from .weighted import weighted
@@ -24,4 +25,19 @@ for _algorithm, _needs in ((rtn, "nothing"), (hqq, "nothing"), (weighted, "mean_
     ALGORITHMS.add(_algorithm.__name__, _algorithm)
     NEEDS[_algorithm.__name__] = _needs
 
-__all__ = ["ALGORITHMS", "NEEDS", "CalibrationWarning", "descend", "gptq", "hqq", "rtn", "weighted"]
+# How far the loss may differ for another internal block size (columns.UNIT, gptq.PIECE, formats.base.CHUNK):
+# none changes a bit, but in gptq, where products of matrices sum in another order and a weight that lies
+# between two codes may take the other one. Measured: 10 of 74 formats differ at all, int7_g128 by 2.4 %.
+BLOCK_TOLERANCE = {"rtn": 0.0, "hqq": 0.0, "weighted": 0.0, "gptq": 0.03}
+
+__all__ = [
+    "ALGORITHMS",
+    "BLOCK_TOLERANCE",
+    "NEEDS",
+    "CalibrationWarning",
+    "descend",
+    "gptq",
+    "hqq",
+    "rtn",
+    "weighted",
+]

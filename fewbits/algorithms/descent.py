@@ -1,14 +1,14 @@
 """Coordinate descent: better codes and block parameters for a quantized weight, in closed form.
 
-For the loss tr((q - t) H (q - t)^T) (see curvature.py) let G = (q - t) H, half its gradient.
+For the loss tr((q - t) H (q - t)^T) (see hessian.py) let G = (q - t) H, half its gradient.
 
     codes      with all other columns held, column j is best at q_j - G_j / H_jj; rounding that to the
                grid is the exact minimum, since the loss is a parabola in q_j
     steps      with the codes held, q = D s is linear in the steps and bases s of a row's groups, so the
                best change of s solves (D^T H D) ds = -D^T G: some numbers a row, solved for all rows
 
-One round goes through the atoms of the format (the columns whose bytes can be packed alone) from left
-to right: refit the steps of an atom, then sweep its columns. A refit is kept for the rows whose loss
+One round goes through the column blocks of the format (the columns whose bytes can be packed alone) from
+left to right: refit the scales of a block, then recode its columns. A refit is kept for the rows whose loss
 it lowers once the parameters are stored in their few bits. Rounds go on until one gains less than
 LEAST_GAIN. No step raises the loss, so this may follow any algorithm on any format.
 """
@@ -20,9 +20,9 @@ import torch
 from ..calibrate.stats import Stats
 from ..formats import Format, Grid
 from ..qtensor import QTensor
-from .curvature import ASYMMETRIC, DAMP, Curvature, require_stats
-from .sweep import sweep
-from .walk import UNIT, walk
+from .blocked import blocked_update
+from .columns import UNIT, quantize_columns
+from .hessian import DAMP, GPTAQ, HessianFactor, require_stats
 
 ROUNDS = 8
 LEAST_GAIN = 0.005
@@ -34,26 +34,26 @@ def descend(
     stats: Stats | None,
     rounds: int = ROUNDS,
     damp: float = DAMP,
-    asymmetric: float = ASYMMETRIC,
+    gptaq: float = GPTAQ,
 ) -> QTensor:
     """A QTensor of w `(n, k)` by any algorithm -> one of the same format with no higher loss."""
     stats = require_stats(stats, w, "descent")
-    curvature = Curvature.of(stats, damp)
-    return descended(q, curvature.target(w, stats, asymmetric), curvature.hessian, rounds)
+    hessian = HessianFactor.of(stats, damp)
+    return descended(q, hessian.target(w, stats, gptaq), hessian.hessian, rounds)
 
 
 def descended(q: QTensor, target: torch.Tensor, hessian: torch.Tensor, rounds: int = ROUNDS) -> QTensor:
     """The same for a known target `(n, k)` and damped Hessian `(k, k)`."""
     k = q.shape[1]
-    atom = q.format.atom(k) or k
-    parts = [q.format.unpack(part) for part in split_columns(q, atom)]
+    width = q.format.column_block(k) or k
+    parts = [q.format.unpack(part) for part in split_columns(q, width)]
     value = q.decode().T.contiguous()
     wanted = target.T.contiguous()
     moves = torch.empty_like(value)
 
-    def settle(start: int, stop: int) -> None:
+    def quantize(start: int, stop: int) -> None:
         columns = slice(start, stop)
-        grid, codes = parts[start // atom]
+        grid, codes = parts[start // width]
         inner = hessian[columns, columns]
         now = value[columns].T.contiguous()
         grid, changed = refit(q.format, grid, codes, pull[columns].T.contiguous(), inner)
@@ -61,7 +61,7 @@ def descended(q: QTensor, target: torch.Tensor, hessian: torch.Tensor, rounds: i
         best = changed
         if q.format.vector == 1:  # a vector's best point is not known column by column
             codes, best = recode(grid, codes, changed, pull_here, inner)
-        parts[start // atom] = grid, codes
+        parts[start // width] = grid, codes
         moves[columns] = (now - best).T
         value[columns] = best.T
 
@@ -72,27 +72,27 @@ def descended(q: QTensor, target: torch.Tensor, hessian: torch.Tensor, rounds: i
         if before - now <= LEAST_GAIN * now:
             break
         before = now
-        sweep(pull, hessian, moves, settle, atom)
+        blocked_update(pull, hessian, moves, quantize, width)
     return join_parts([q.format.pack(grid, codes) for grid, codes in parts])
 
 
 def recode(
     grid: Grid, codes: torch.Tensor, value: torch.Tensor, pull: torch.Tensor, hessian: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """value `(n, k)`, pull `(k, n)` (G transposed) -> codes and values `(n, k)` after one sweep."""
+    """value `(n, k)`, pull `(k, n)` (G transposed) -> codes and values `(n, k)` after one round."""
     diagonal = hessian.diagonal()
     best, old = (value.T - pull / diagonal[:, None]).contiguous(), value.T.contiguous()
     coupling, columns = hessian / diagonal, torch.arange(len(diagonal))
     new, moves, chosen = torch.empty_like(old), torch.empty_like(old), []
 
-    def settle(start: int, stop: int) -> None:
+    def quantize(start: int, stop: int) -> None:
         here = slice(start, stop)
-        found, new[here], moves[here] = walk(
+        found, new[here], moves[here] = quantize_columns(
             grid, best[here], coupling[here, here], columns[here], old=old[here]
         )
         chosen.append(found)
 
-    sweep(best, coupling, moves, settle, UNIT)
+    blocked_update(best, coupling, moves, quantize, UNIT)
     return torch.cat(chosen).T.contiguous(), new.T.contiguous()
 
 
@@ -186,7 +186,7 @@ def join_parts(parts: list[QTensor]) -> QTensor:
 
 
 def split_columns(q: QTensor, width: int) -> list[QTensor]:
-    """Parts of `width` columns, an atom of the format or all."""
+    """Parts of `width` columns, a column block of the format or all."""
     n, k = q.shape
     if width == k:
         return [q]

@@ -1,26 +1,26 @@
 """GPTQ: columns are rounded one after the other, and those still to come make up for each error.
 
-With H^-1 = U^T U (see curvature.py) and columns j in the order in which they are taken:
+With H^-1 = U^T U (see hessian.py) and columns j in the order in which they are taken:
 
     q_j   = nearest value of the grid to w_j
     err_j = (w_j - q_j) / U_jj                  the sum of err^2 is the loss
     w_i  -= err_j U_ji                          for every later column i
 
-A format's *atom* is the columns whose bytes can be packed alone: 64 of int4_g64, 256 of q4_k.
+A format's *column block* is the columns whose bytes can be packed alone: 64 of int4_g64, 256 of q4_k.
 
-    fit="dynamic"   the parameters of an atom are fitted when its first column is reached, to the weights
+    fit="dynamic"   the parameters of a block are fitted when its first column is reached, to the weights
                     as feedback has left them; the error of column j weighs 1 / U_jj^2, as in the loss
     fit="searched"  the same, and the fitted steps are tried a little smaller and larger: each row keeps
-                    what leaves it the least loss once the columns of the atom have been fed back
+                    what leaves it the least loss once the columns of the block have been fed back
     fit="static"    the parameters of the whole weight are fitted first
 
 Formats whose parameters span rows or the whole weight are always static; one whose parameters span a
-row has that row as its only atom. Columns that matter most go first, while many can still make up for
-them: atoms are taken by falling diag(H), and the columns inside an atom likewise. Their place in the
+row has that row as its only column block. Columns that matter most go first, while many can still make up
+for them: blocks are taken by falling diag(H), and the columns inside a block likewise. Their place in the
 file does not change, so that any format allows it. A format in act order has groups of the columns as
-they are taken, all of them by falling diag(H): its atoms are those of the format in order.
+they are taken, all of them by falling diag(H): its column blocks are those of the format in order.
 
-Source: Frantar et al., GPTQ (arXiv 2210.17323). The atoms, their order and the search are ours.
+Source: Frantar et al., GPTQ (arXiv 2210.17323). The blocks, their order and the search are ours.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from ..calibrate.stats import Stats
 from ..errors import PlanError, raise_all
 from ..formats import Format, Grid
 from ..qtensor import QTensor
-from .curvature import ASYMMETRIC, DAMP, Curvature, require_stats
+from .blocked import blocked_update
+from .columns import UNIT, quantize_columns
 from .descent import descended, join_parts, join_rows, rows_alone
-from .sweep import sweep
-from .walk import UNIT, walk
+from .hessian import DAMP, GPTAQ, HessianFactor, require_stats
 
 FITS = ("searched", "dynamic", "static")
 # Of a fitted step; the first is the fit itself, and wins ties.
@@ -54,51 +54,51 @@ def gptq(
     damp: float = DAMP,
     fit: str = "searched",
     descent: int = DESCENT,
-    asymmetric: float = ASYMMETRIC,
+    gptaq: float = GPTAQ,
 ) -> QTensor:
-    """`(n, k)` float -> QTensor of least output error under stats.hessian (and stats.drift, if there).
+    """`(n, k)` float -> QTensor of least output error under stats.hessian (and stats.mismatch, if known).
 
     damp: share of the mean of diag(H) added to it. descent: rounds of coordinate descent after it.
-    asymmetric: share of the drift that is made up for.
+    gptaq: share of the mismatch to correct (GPTAQ, arXiv 2504.02692).
     """
-    check_options(damp, fit, descent, asymmetric)
+    check_options(damp, fit, descent, gptaq)
     format.check(w)
     stats = require_stats(stats, w, "gptq")
     n, k = w.shape
     inner = format.ordered or format
-    atom = k if fit == "static" else inner.atom(k) or k
-    order = column_order(stats, k if format.ordered else atom, format.vector)
-    curvature = Curvature.of(stats, damp, order)
+    width = k if fit == "static" else inner.column_block(k) or k
+    order = column_order(stats, k if format.ordered else width, format.vector)
+    hessian = HessianFactor.of(stats, damp, order)
     step = max(1, PIECE // k) if rows_alone(inner) else n
     parts = []
     for start in range(0, n, step):
-        target = curvature.target(w[start : start + step], stats, asymmetric)
+        target = hessian.target(w[start : start + step], stats, gptaq)
         if format.ordered:
-            taken = replace(curvature, order=torch.arange(k, device=order.device))
-            q = format.arranged(fed_back(target[:, order], inner, taken, atom, fit), order)
+            taken = replace(hessian, order=torch.arange(k, device=order.device))
+            q = format.arranged(fed_back(target[:, order], inner, taken, width, fit), order)
         else:
-            q = fed_back(target, format, curvature, atom, fit)
-        parts.append(descended(q, target, curvature.hessian, descent) if descent else q)
+            q = fed_back(target, format, hessian, width, fit)
+        parts.append(descended(q, target, hessian.hessian, descent) if descent else q)
     return join_rows(parts)
 
 
-def fed_back(target: torch.Tensor, format: Format, curvature: Curvature, atom: int, fit: str) -> QTensor:
-    """Rows `(n, k)` -> their QTensor, columns taken in the order of the curvature."""
-    state = target.T[curvature.order].contiguous()
+def fed_back(target: torch.Tensor, format: Format, hessian: HessianFactor, width: int, fit: str) -> QTensor:
+    """Rows `(n, k)` -> their QTensor, `width` columns at a time in the order of the factor."""
+    state = target.T[hessian.order].contiguous()
     moves = torch.empty_like(state)
     parts: dict[int, QTensor] = {}
 
-    def settle(start: int, stop: int) -> None:
-        columns = curvature.order[start:stop] % atom
-        factor = curvature.factor[start:stop, start:stop]
+    def quantize(start: int, stop: int) -> None:
+        columns = hessian.order[start:stop] % width
+        factor = hessian.factor[start:stop, start:stop]
         seen = state[start:stop][columns.argsort()].T.contiguous()
         grid = format.fit(seen, factor.diagonal().pow(-2)[columns.argsort()])
         feed = feed_searched if fit == "searched" and rows_alone(format) else feed_back
         q, moves[start:stop] = feed(format, grid, state[start:stop], factor, columns)
-        parts[int(curvature.order[start]) // atom] = q
+        parts[int(hessian.order[start]) // width] = q
 
-    sweep(state, curvature.factor, moves, settle, atom)
-    return join_parts([parts[i] for i in range(len(curvature.order) // atom)])
+    blocked_update(state, hessian.factor, moves, quantize, width)
+    return join_parts([parts[i] for i in range(len(hessian.order) // width)])
 
 
 def feed_back(
@@ -108,13 +108,15 @@ def feed_back(
     state, errors, codes = state.clone(), torch.empty_like(state), []
     grid = grid.weighted(factor.diagonal().pow(-2)[columns.argsort()])
 
-    def settle(start: int, stop: int) -> None:
+    def quantize(start: int, stop: int) -> None:
         here = slice(start, stop)
         inner = factor[here, here]
-        found, _, errors[here] = walk(grid, state[here], inner, columns[here], pivot=inner.diagonal())
+        found, _, errors[here] = quantize_columns(
+            grid, state[here], inner, columns[here], pivot=inner.diagonal()
+        )
         codes.append(found)
 
-    sweep(state, factor, errors, settle, UNIT)
+    blocked_update(state, factor, errors, quantize, UNIT)
     return format.pack(grid, torch.cat(codes)[columns.argsort()].T.contiguous()), errors
 
 
@@ -135,18 +137,18 @@ def feed_searched(
     return q.take_rows(best), errors[:, best]
 
 
-def column_order(stats: Stats, atom: int, vector: int = 1) -> torch.Tensor:
-    """-> `(k,)`: the columns as they are taken, atom by atom, and those of a vector together."""
+def column_order(stats: Stats, width: int, vector: int = 1) -> torch.Tensor:
+    """-> `(k,)`: the columns as they are taken, blocks of `width` whole, and those of a vector together."""
     assert stats.hessian is not None
-    diagonal = stats.hessian.diagonal().reshape(-1, atom)
-    atoms = diagonal.sum(1).argsort(dim=0, descending=True, stable=True)
+    diagonal = stats.hessian.diagonal().reshape(-1, width)
+    blocks = diagonal.sum(1).argsort(dim=0, descending=True, stable=True)
     together = diagonal.reshape(len(diagonal), -1, vector).sum(2)
     vectors = together.argsort(dim=1, descending=True, stable=True)
     inside = (vectors[..., None] * vector + torch.arange(vector, device=vectors.device)).flatten(1)
-    return (inside[atoms] + atoms[:, None] * atom).flatten()
+    return (inside[blocks] + blocks[:, None] * width).flatten()
 
 
-def check_options(damp: float, fit: str, descent: int, asymmetric: float) -> None:
+def check_options(damp: float, fit: str, descent: int, gptaq: float) -> None:
     faults = []
     if not damp >= 0:
         faults.append(f"damp is {damp}; it is a share of the mean diagonal, 0 or more")
@@ -154,6 +156,6 @@ def check_options(damp: float, fit: str, descent: int, asymmetric: float) -> Non
         faults.append(f"fit is {fit!r}; choose one of {', '.join(FITS)}")
     if descent < 0:
         faults.append(f"descent is {descent}; it counts rounds, 0 or more")
-    if not 0 <= asymmetric <= 1:
-        faults.append(f"asymmetric is {asymmetric}; it is a share of the drift, 0 to 1")
+    if not 0 <= gptaq <= 1:
+        faults.append(f"gptaq is {gptaq}; it is a share of the mismatch, 0 to 1")
     raise_all(PlanError, "gptq", faults)

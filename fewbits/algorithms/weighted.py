@@ -15,8 +15,8 @@ from ..calibrate.stats import Stats
 from ..errors import PlanError, raise_all
 from ..formats import Format
 from ..qtensor import QTensor
-from .curvature import DAMP, require_stats
 from .descent import ROUNDS, descend, keep_better
+from .hessian import DAMP, require_stats
 
 MODES = ("diagonal", "hessian")
 

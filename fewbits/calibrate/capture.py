@@ -11,7 +11,7 @@
 Sites that read the very same tensor share one sum, whatever their names say: q, k and v, gate and up.
 The names' opinion (`Site.group`) is compared with it, and every difference is noted.
 
-With a second stream, the float model's hidden states, the drift of each input is summed too: both
+With a second stream, the float model's hidden states, the mismatch of each input is summed too: both
 streams go through this block, whose weights are still float, and differ by what quantizing the blocks
 before has done. Experts have none: the two streams route their tokens differently, so that rows do not
 correspond.
@@ -81,7 +81,7 @@ def capture(
 ) -> Capture:
     """Hidden states `(b, t, h)`, batch by batch -> the statistics of the inputs of `sites`.
 
-    floats: the same batches in the float model: drift is taken too. outputs: get the block's output for
+    floats: the same batches in the float model: mismatch is taken too. outputs: get the block's output for
     each batch (they may be the batches themselves); where none is wanted, a pass ends with the last site.
     Raises CalibrationError, naming block and site, for activations that are not finite.
     """
@@ -170,8 +170,8 @@ def check_output(block: Block, i: int, hidden: torch.Tensor, output: torch.Tenso
 class _Collector:
     """Sums for each input that the wanted sites read, in the order in which inputs appear."""
 
-    def __init__(self, wanted: Mapping[str, Site], hessian: bool, drift: bool) -> None:
-        self._wanted, self._hessian, self._drift = wanted, hessian, drift
+    def __init__(self, wanted: Mapping[str, Site], hessian: bool, mismatch: bool) -> None:
+        self._wanted, self._hessian, self._mismatch = wanted, hessian, mismatch
         self._sums: dict[str, Sums] = {}  # by leader: the first site that read the input
         self._leader: dict[str, str] = {}
         self.begin({}, whole=True)
@@ -199,10 +199,10 @@ class _Collector:
             )
         if leader is None:
             self._read[x] = name
-            drift = self._drift and self._wanted[name].expert is None
+            mismatch = self._mismatch and self._wanted[name].expert is None
             if name not in self._sums:
-                self._sums[name] = Sums(x.shape[1], self._hessian, drift, x.device)
-            self._sums[name].add(x, self._floats.pop(name, None) if drift else None)
+                self._sums[name] = Sums(x.shape[1], self._hessian, mismatch, x.device)
+            self._sums[name].add(x, self._floats.pop(name, None) if mismatch else None)
         self._left.discard(name)
         if not self._left and not self._whole:
             raise _Enough
@@ -243,15 +243,15 @@ class _Collector:
 class Sums:
     """The statistics of one input as they grow: plain sums in f32, divided once at the end."""
 
-    def __init__(self, k: int, hessian: bool, drift: bool, device: torch.device) -> None:
+    def __init__(self, k: int, hessian: bool, mismatch: bool, device: torch.device) -> None:
         self.count = 0
         self.absmax = torch.zeros(k, device=device)
         self.square = None if hessian else torch.zeros(k, device=device)
         self.hessian = torch.zeros(k, k, device=device) if hessian else None
-        self.drift = torch.zeros(k, k, device=device) if drift else None
+        self.mismatch = torch.zeros(k, k, device=device) if mismatch else None
 
     def add(self, x: torch.Tensor, floats: torch.Tensor | None = None) -> None:
-        """`(t, k)` inputs, and the same in the float model where drift is wanted."""
+        """`(t, k)` inputs, and the same in the float model where mismatch is wanted."""
         x = x.float()
         self.count += x.shape[0]
         torch.maximum(self.absmax, torch.maximum(x.amax(0), -x.amin(0)), out=self.absmax)
@@ -259,7 +259,7 @@ class Sums:
             self.square += x.square().sum(0)
         if self.hessian is not None:
             add_outer(self.hessian, x)
-        if self.drift is None:
+        if self.mismatch is None:
             return
         if floats is None or floats.shape != x.shape:
             got = "nothing" if floats is None else str(tuple(floats.shape))
@@ -267,7 +267,7 @@ class Sums:
                 f"the float stream gave {got} where the quantized one gave {tuple(x.shape)}; both need "
                 "batches of the same shapes"
             )
-        self.drift.addmm_((floats.float() - x).T, x)
+        self.mismatch.addmm_((floats.float() - x).T, x)
 
     @property
     def finite(self) -> bool:
@@ -285,9 +285,9 @@ class Sums:
         else:
             assert self.square is not None
             mean_square = self.square / self.count
-        if self.drift is not None:
-            self.drift /= self.count
-        return Stats(self.count, self.absmax, mean_square, self.hessian, self.drift)
+        if self.mismatch is not None:
+            self.mismatch /= self.count
+        return Stats(self.count, self.absmax, mean_square, self.hessian, self.mismatch)
 
 
 def add_outer(h: torch.Tensor, x: torch.Tensor) -> None:

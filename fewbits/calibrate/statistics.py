@@ -141,7 +141,7 @@ def value_faults(stats: Stats) -> list[str]:
 
 
 def _in_memory(stats: Stats, hessian: bool) -> Stats:
-    return stats if hessian else replace(stats, hessian=None, drift=None)
+    return stats if hessian else replace(stats, hessian=None, mismatch=None)
 
 
 # ---- merging -------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def _sum(parts: Sequence[LazyStats], knows: frozenset[str], hessian: bool) -> St
     total = parts[0].load(wanted)
     for part in parts[1:]:
         total = total + part.load(wanted)
-    return replace(total, absmax=total.absmax if "absmax" in knows else None, drift=None)
+    return replace(total, absmax=total.absmax if "absmax" in knows else None, mismatch=None)
 
 
 def join(parts: Sequence[Statistics]) -> Statistics:

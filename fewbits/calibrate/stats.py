@@ -5,7 +5,7 @@
     absmax        max |x|        (k,)       None where unknown: an importance matrix does not have it
     mean_square   mean x^2       (k,)       llama.cpp's importance matrix
     hessian       mean x x^T     (k, k)     of the squared output error |(q - w) x|^2, but for a factor 2
-    drift         mean (x~ - x) x^T  (k, k) x~ the same input in the float model: what the quantized part
+    mismatch         mean (x~ - x) x^T  (k, k) x~ the same input in the float model: what the quantized part
                                             before this site has done to it (GPTAQ, arXiv 2504.02692)
 
 Sites that read the same activation share one Stats. `a + b` merges the statistics of two texts.
@@ -23,13 +23,13 @@ from ..errors import CalibrationError
 
 @dataclass(frozen=True)
 class Stats:
-    """Of one group's input; f32. count: tokens. hessian and drift only where an algorithm needs them."""
+    """Of one group's input; f32. count: tokens. hessian and mismatch only where an algorithm needs them."""
 
     count: int
     absmax: torch.Tensor | None
     mean_square: torch.Tensor
     hessian: torch.Tensor | None = None
-    drift: torch.Tensor | None = None
+    mismatch: torch.Tensor | None = None
     # What algorithms derive from these and weights that share an input share: a factor of the Hessian.
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -42,15 +42,15 @@ class Stats:
         """`(..., k)` inputs -> their statistics. floats: the same inputs in the float model."""
         x = x.reshape(-1, x.shape[-1]).float()
         t = max(1, x.shape[0])
-        drift = None
+        mismatch = None
         if floats is not None:
-            drift = (floats.reshape(x.shape).float() - x).T @ x / t
+            mismatch = (floats.reshape(x.shape).float() - x).T @ x / t
         return Stats(
             x.shape[0],
             x.abs().amax(0) if x.shape[0] else x.new_zeros(x.shape[1]),
             x.square().mean(0) if x.shape[0] else x.new_zeros(x.shape[1]),
             x.T @ x / t if hessian else None,
-            drift,
+            mismatch,
         )
 
     def to(self, device: str | torch.device) -> Stats:
@@ -59,7 +59,7 @@ class Stats:
         if self.mean_square.device == device:
             return self
         if device not in self.cache:
-            parts = (self.absmax, self.mean_square, self.hessian, self.drift)
+            parts = (self.absmax, self.mean_square, self.hessian, self.mismatch)
             self.cache[device] = Stats(self.count, *(p if p is None else p.to(device) for p in parts))  # type: ignore[arg-type]
         return self.cache[device]
 
@@ -83,5 +83,5 @@ class Stats:
             None if self.absmax is None or other.absmax is None else torch.maximum(self.absmax, other.absmax),
             square,
             mean(self.hessian, other.hessian),
-            mean(self.drift, other.drift),
+            mean(self.mismatch, other.mismatch),
         )

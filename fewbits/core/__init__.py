@@ -1,12 +1,18 @@
 """The C++ core, and what to do without it.
 
-`fewbits._core` holds the same arithmetic as the torch twins, compiled once for each instruction set
-and chosen at run time (csrc/dispatch.cc). Without it everything works, tens of times slower; the
-first use says so. FEWBITS_CORE=0 switches it off, FEWBITS_ISA=portable|avx2|avx512 caps it.
+`fewbits._core` holds the same arithmetic as the reference in plain torch, compiled once for each
+instruction set and chosen at run time (csrc/dispatch.cc). Without it everything works, tens of times
+slower; the first use warns. FEWBITS_CORE=0 switches it off, FEWBITS_CORE=FILE loads another build of it,
+FEWBITS_ISA=portable|avx2|avx512 caps it.
+
+Every address that C++ gets comes from `_address`: a contiguous tensor of the expected type and size in
+this process's memory, or a KernelError that names what came instead.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from ..errors import KernelError
 from ..lazy import torch
@@ -22,7 +29,7 @@ from ..lazy import torch
 ISAS = ("portable", "avx2", "avx512")
 
 # Types whose codes are points of a lattice: levels `(L,)` f32, points `(P, dim)` as indices of levels, and
-# where the search for a step starts, `(s,)` f32. formats/iq.py names them; the core is taught when it loads.
+# where the search for a step starts, `(s,)` f32. formats/iq.py adds them; `load` gives them to the core.
 LATTICES: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
 
 
@@ -34,40 +41,55 @@ def dtypes() -> dict[torch.dtype, int]:
 
 @cache
 def load() -> ModuleType | None:
-    if os.environ.get("FEWBITS_CORE") == "0":
+    build = os.environ.get("FEWBITS_CORE", "")
+    if build == "0":
         return None
     cap = os.environ.get("FEWBITS_ISA", "")
     if cap not in ("", *ISAS):
         raise KernelError(f"FEWBITS_ISA={cap} is no instruction set; it may be {', '.join(ISAS)}")
     try:
-        from .. import _core
+        core = import_file(build) if build else importlib.import_module("fewbits._core")
     except ImportError as error:
         warnings.warn(
-            f"the C++ core is not there ({error}): the torch twins work, tens of times slower; "
-            "reinstall fewbits with a C++17 compiler to build it",
+            f"fewbits works without its C++ core, tens of times slower: {error}. It was not built when "
+            "fewbits was installed; install again with GCC or Clang (C++17) and see the output of pip -v",
             RuntimeWarning,
             stacklevel=3,
         )
         return None
     for name, table in LATTICES.items():
-        _teach(_core, name, *table())
-    return _core
+        register_table(core, name, *table())
+    return core
 
 
-def _teach(
+def import_file(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fewbits._core", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"FEWBITS_CORE={path} is no compiled module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def register_table(
     module: ModuleType, name: str, levels: torch.Tensor, points: torch.Tensor, starts: torch.Tensor
 ) -> None:
     digits = points.to(torch.uint8).contiguous()
-    module.teach(
+    module.register_table(
         name,
-        (levels.data_ptr(), len(levels)),
-        (digits.data_ptr(), *digits.shape),
-        (starts.data_ptr(), len(starts)),
+        (_address("levels", levels, torch.float32), len(levels)),
+        (_address("points", digits, torch.uint8), *digits.shape),
+        (_address("starts", starts, torch.float32), len(starts)),
     )
 
 
 def available() -> bool:
     return load() is not None
+
+
+def takes(*tensors: torch.Tensor | None) -> bool:
+    """Whether the core is there and can reach these: not on another device, nor without values (meta)."""
+    return all(part is None or part.device.type == "cpu" for part in tensors) and available()
 
 
 def isa() -> str:
@@ -102,18 +124,17 @@ def encode(
     """`(n, k)` f32/f16/bf16 -> the blocks of GGML type `name`, written to `blocks`.
 
     importance: `(k,)` or `(n, k)` f32. -> 0, or how many parts hold a weight that is NaN, infinite
-    or beyond 2^56, and then `blocks` is void.
+    or beyond 2^56, and then `blocks` is void. All contiguous and on the CPU, else KernelError.
     """
-    weights = None if importance is None else importance.contiguous().float()
     return _module().encode(
         name,
-        w.data_ptr(),
-        _dtype(w),
+        _address("weights", w, *dtypes()),
+        dtypes()[w.dtype],
         w.numel(),
-        0 if weights is None else weights.data_ptr(),
-        0 if weights is None else weights.numel(),
+        _address("importances", importance, torch.float32),
+        0 if importance is None else importance.numel(),
         search,
-        blocks.data_ptr(),
+        _address("blocks", blocks, torch.uint8),
         blocks.nbytes,
         threads(),
     )
@@ -123,94 +144,118 @@ def measure(name: str, w: torch.Tensor, blocks: torch.Tensor) -> tuple[float, fl
     """`(n, k)` and its blocks -> sum of squared errors, sum of squares, largest error."""
     return _module().measure(
         name,
-        w.data_ptr(),
-        _dtype(w),
+        _address("weights", w, *dtypes()),
+        dtypes()[w.dtype],
         w.numel(),
-        blocks.data_ptr(),
+        _address("blocks", blocks, torch.uint8),
         blocks.nbytes,
         threads(),
     )
 
 
-def _dtype(w: torch.Tensor) -> int:
-    if w.dtype not in dtypes() or not w.is_contiguous():
-        raise KernelError(f"the core takes contiguous f32, f16 or bf16 weights, not {w.dtype} {w.stride()}")
-    return dtypes()[w.dtype]
+def decode(name: str, blocks: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The blocks of GGML type `name` -> `(n, k)` f32."""
+    source = _address("blocks", blocks, torch.uint8)
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
+    _module().decode(name, source, blocks.nbytes, out.data_ptr(), out.numel(), threads())
+    return out
 
 
 def _module() -> ModuleType:
     module = load()
     if module is None:
-        raise KernelError("the C++ core is not there; use the torch twins of the format")
+        raise KernelError("the C++ core is not there; use the reference in plain torch")
     return module
 
 
-def decode(name: str, blocks: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """The blocks of GGML type `name` -> `(n, k)` f32."""
-    out = torch.empty(shape, dtype=torch.float32)
-    blocks = blocks.contiguous()
-    _module().decode(name, blocks.data_ptr(), blocks.nbytes, out.data_ptr(), out.numel(), threads())
-    return out
+def _address(
+    what: str,
+    part: torch.Tensor | None,
+    *wanted: torch.dtype,
+    shape: tuple[int, ...] | None = None,
+) -> int:
+    """Where the entries of a contiguous CPU tensor lie, 0 for none. The only source of the core's addresses.
+
+    KernelError for another device, dtype, layout or (where `shape` is given) shape.
+    """
+    if part is None:
+        return 0
+    # Other subclasses of Tensor may stand for memory elsewhere, or for none.
+    fits = type(part) in (torch.Tensor, torch.nn.Parameter) and part.device.type == "cpu"
+    fits = fits and part.layout == torch.strided and part.is_contiguous()
+    fits = fits and part.dtype in wanted and shape in (None, part.shape)
+    if not fits:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
+        strides = part.stride() if part.layout == torch.strided else part.layout
+        raise KernelError(
+            f"the core takes {what} as a contiguous {names} tensor{'' if shape is None else f' {shape}'} on "
+            f"the CPU, not {type(part).__name__} {part.dtype} {tuple(part.shape)} with strides {strides} on "
+            f"{part.device}"
+        )
+    there = part.untyped_storage().nbytes() // part.itemsize - part.storage_offset()
+    if there < part.numel():
+        raise KernelError(f"{what}: {part.numel()} entries in a storage of {there}: its memory was freed")
+    return part.data_ptr()
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What a grid does to a number, laid out for the core: `(groups, n)` each, and `group (k,)` int64, the
+    """How a grid rounds a number, laid out for the core: `(groups, n)` each, and `group (k,)` int64, the
     row of them that a column has. A table (levels, boundaries between them, codes; all f32) or, without
     one, integers in [0, top] about zero."""
 
     group: torch.Tensor
-    step: torch.Tensor
+    scale: torch.Tensor
     inverse: torch.Tensor
-    base: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
     zero: torch.Tensor | int = 0
     top: int = 0
     table: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
+    def addresses(self, k: int, n: int) -> tuple[tuple[Any, ...], tuple[int, ...], int]:
+        """-> scale, inverse, offset, zeros, zero, top; the table; and the groups of k columns of n rows."""
+        shape = self.scale.shape[0], n
+        zeros = self.zero if isinstance(self.zero, torch.Tensor) else None
+        parts = {"scales": self.scale, "inverse scales": self.inverse, "offsets": self.offset, "zeros": zeros}
+        affine = [_address(name, part, torch.float32, shape=shape) for name, part in parts.items()]
+        group = _address("groups", self.group, torch.int64, shape=(k,))
+        if k and not 0 <= int(self.group.min()) <= int(self.group.max()) < shape[0]:
+            raise KernelError(f"a column is of a group that is not one of {shape[0]}")
+        levels, boundaries, codes = self.table or (None, None, None)
+        count = 0 if levels is None else len(levels)
+        table = (
+            _address("boundaries", boundaries, torch.float32, shape=(count - 1,)),
+            _address("levels", levels, torch.float32, shape=(count,)),
+            _address("codes of levels", codes, torch.float32, shape=(count,)),
+        )
+        zero = 0.0 if isinstance(self.zero, torch.Tensor) else float(self.zero)
+        return (*affine, zero, self.top), (count, *table), group
 
-def walk(
+
+def quantize_columns(
     state: torch.Tensor,
     coupling: torch.Tensor,
     rounding: Rounding,
     pivot: torch.Tensor | None,
     old: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """state `(k, n)`, coupling `(k, k)` -> codes u8, values and moves `(k, n)`: see csrc/walk.h.
+    """state `(k, n)`, coupling `(k, k)` -> codes u8, values and moves `(k, n)`: see csrc/columns.h.
 
     pivot `(k,)`: moves are (state - value) / pivot; else from old `(k, n)`, value - old.
     """
+    if state.ndim != 2 or (pivot is None) == (old is None):
+        raise KernelError("the core takes a state (k, n), and either pivots or old values")
     k, n = state.shape
-    state, old = state.contiguous(), None if old is None else old.contiguous()
-    shared = [p.contiguous() if isinstance(p, torch.Tensor) else None
-              for p in (rounding.step, rounding.inverse, rounding.base, rounding.zero)]  # fmt: skip
-    groups = rounding.step.shape[0]
-    fits = [part is None or part.shape == (groups, n) for part in shared]
-    fits += [coupling.shape == (k, k), coupling.stride(1) == 1, rounding.group.shape == (k,)]
-    fits += [old is None or old.shape == (k, n), pivot is None or pivot.shape == (k,)]
-    fits += [
-        (pivot is None) != (old is None),
-        int(rounding.group.min()) >= 0,
-        int(rounding.group.max()) < groups,
-    ]
-    floats = [state, coupling, pivot, old, *shared, *(rounding.table or ())]
-    fits += [part is None or part.dtype == torch.float32 for part in floats]
-    if not all(fits):
-        raise KernelError(f"walk over {tuple(state.shape)}: the arrays do not fit one another")
-    levels, boundaries, codes = rounding.table or (None, None, None)
-    out = (torch.empty(k, n, dtype=torch.uint8), torch.empty(k, n), torch.empty(k, n))
-    step, inverse, base, zeros = (_address(part) for part in shared)
-    group = rounding.group.contiguous()
-    zero = float(rounding.zero) if isinstance(rounding.zero, int) else 0.0
-    _module().walk(
-        (k, n, coupling.stride(0)),
-        (_address(state), _address(coupling), _address(pivot), _address(old), _address(group)),
-        (step, inverse, base, zeros, zero, rounding.top),
-        (0 if levels is None else len(levels), _address(boundaries), _address(levels), _address(codes)),
-        tuple(part.data_ptr() for part in out),
-        threads(),
+    affine, table, group = rounding.addresses(k, n)
+    given = (
+        _address("the state", state, torch.float32),
+        _address("the coupling", coupling, torch.float32, shape=(k, k)),
+        _address("pivots", pivot, torch.float32, shape=(k,)),
+        _address("old values", old, torch.float32, shape=(k, n)),
+        group,
     )
-    return out
-
-
-def _address(part: torch.Tensor | None) -> int:
-    return 0 if part is None else part.data_ptr()
+    codes = torch.empty(k, n, dtype=torch.uint8, device="cpu")
+    values, moves = torch.empty(2, k, n, dtype=torch.float32, device="cpu")
+    written = codes.data_ptr(), values.data_ptr(), moves.data_ptr()
+    _module().quantize_columns((k, n), given, affine, table, written, threads())
+    return codes, values, moves

@@ -199,7 +199,7 @@ class Format(ABC):
         weight becomes column order[j]. FormatError unless this is a format in act order."""
         raise FormatError(f"{self.name} keeps columns in order; only a format in act order moves them")
 
-    def atom(self, k: int) -> int | None:
+    def column_block(self, k: int) -> int | None:
         """How many columns can be fitted and packed alone: the widest cell of any plane. None where a
         plane has cells of whole rows, of several rows, or of the flattened tensor; then the grid of the
         whole weight must be fitted first."""
@@ -255,6 +255,8 @@ class Format(ABC):
 
     def check_values(self, w: torch.Tensor, name: str = "tensor") -> None:
         """Raise FormatError for NaN, infinity, or magnitudes whose squared errors overflow f32."""
+        if w.is_meta:
+            raise FormatError(f"{name}: a tensor on the meta device has no values to quantize")
         low, high = (float(edge) for edge in torch.aminmax(w))  # NaN if any weight is
         if max(-low, high) <= self.largest:
             return

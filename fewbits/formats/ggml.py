@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from .. import core
+from ..errors import FormatError
 from ..lazy import gguf, torch
 from ..qtensor import Plane, QTensor
 from .base import FORMATS, Distortion, Format, Grid, checked_importance
@@ -112,11 +113,11 @@ class Ggml(Format):
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> GgmlGrid:
         n, k = w.shape
-        if core.available() and w.device.type == "cpu":
+        if core.takes(w, importance):
             return self.grid(self.values(self.encode(w, importance, search)), n, k)
-        return self.fit_twin(w, importance, search)
+        return self.fit_reference(w, importance, search)
 
-    def fit_twin(
+    def fit_reference(
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> GgmlGrid:
         """`fit` in plain torch, whether or not the C++ core is there."""
@@ -135,33 +136,38 @@ class Ggml(Format):
         return QTensor(self, (n, k), {"blocks": blocks.reshape(n, -1)})
 
     def decode(self, q: QTensor) -> torch.Tensor:
-        if core.available():
-            return core.decode(self.name, q.planes["blocks"], q.shape)
-        return self.decode_twin(q)
+        blocks = q.planes["blocks"]
+        if core.takes(blocks):
+            return core.decode(self.name, blocks.contiguous(), q.shape)
+        return self.decode_reference(q)
 
     def encode(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> QTensor:
-        if not core.available():
+        if not core.takes(w, importance):
             return super().encode(w, importance, search)
         self.check_matrix(w)
         w = w.contiguous() if w.dtype in core.dtypes() else w.float().contiguous()
+        weight = checked_importance(importance, *w.shape)
         blocks = self.planes[0].empty(*w.shape)
-        if core.encode(self.name, w, checked_importance(importance, *w.shape), search, blocks):
+        if core.encode(self.name, w, None if weight is None else weight.contiguous(), search, blocks):
             self.check_values(w)
         return QTensor(self, (w.shape[0], w.shape[1]), {"blocks": blocks})
 
     def distortion(self, w: torch.Tensor, q: QTensor) -> Distortion:
-        if not core.available() or w.dtype not in core.dtypes():
+        blocks = q.planes["blocks"]
+        if w.is_meta or blocks.is_meta:
+            raise FormatError(f"{self.name}: a tensor on the meta device has no values to compare")
+        if w.dtype not in core.dtypes() or not core.takes(w, blocks):
             return super().distortion(w, q)
-        return Distortion(*core.measure(self.name, w.contiguous(), q.planes["blocks"].contiguous()))
+        return Distortion(*core.measure(self.name, w.contiguous(), blocks.contiguous()))
 
-    def encode_twin(
+    def encode_reference(
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> QTensor:
         """`encode` in plain torch, whether or not the C++ core is there."""
-        grid = self.fit_twin(w, importance, search)
+        grid = self.fit_reference(w, importance, search)
         return self.pack(grid, grid.round(w.float()))
 
-    def decode_twin(self, q: QTensor) -> torch.Tensor:
+    def decode_reference(self, q: QTensor) -> torch.Tensor:
         """`decode` in plain torch, whether or not the C++ core is there."""
         return super().decode(q)
 
@@ -187,8 +193,8 @@ class Ggml(Format):
         rows = n, k // self.group
         meaning: AffineGrid | TableGrid
         if self.levels is not None:
-            codes = torch.tensor(self.codes, dtype=torch.uint8)
-            meaning = TableGrid(step.reshape(rows), self.levels, codes, self.group, k)
+            codes = torch.tensor(self.codes, dtype=torch.uint8).to(step.device)
+            meaning = TableGrid(step.reshape(rows), self.levels.to(step.device), codes, self.group, k)
         else:
             shift = None if base is None else base.reshape(rows)
             meaning = AffineGrid(step.reshape(rows), shift, self.zero, self.top, self.group, k, torch.float16)

@@ -6,7 +6,7 @@
 
 `refit_values` does the second step for steps and bases that come from elsewhere.
 
-Twin of csrc/ggml_encode.h, equal to it bit for bit: the same operations in the same order.
+Reference of csrc/ggml_encode.h, equal to it bit for bit: the same operations in the same order.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def fit_values(fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search: 
             return {"d": to_half(step), "m": to_half(base)}
         return code_scales_affine(fmt, x, weight, search, step, base)
     if fmt.levels is not None:
-        step = fit_table(x, weight, fmt.levels, search)
+        step = fit_table(x, weight, fmt.levels.to(x.device), search)
     else:
         brief = fmt.scale_range is None and weight is None
         step = fit_symmetric(x, weight, -fmt.zero, fmt.top - fmt.zero, search, brief=brief)
@@ -83,7 +83,8 @@ def group_moments(
     w = torch.ones_like(rows) if weight is None else lanes(weight)
     inv = inverse(step.reshape(-1))
     if fmt.levels is not None:
-        v = fmt.levels[nearest(fmt.levels, rows * inv)]
+        levels = fmt.levels.to(x.device)
+        v = levels[nearest(levels, rows * inv)]
     else:
         v = torch.clamp(torch.round(rows * inv), -fmt.zero, fmt.top - fmt.zero)
     wv = w * v
@@ -165,7 +166,7 @@ def refit_affine(moments: Moments, halves: Pair, integers: Pair) -> Pair:
 def fit_exponent(fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search: bool) -> Values:
     """MXFP4: floor(log2(amax)) - 2 as the OCP MX specification has it, and its neighbours if searching."""
     assert fmt.levels is not None
-    rows = lanes(x)
+    levels, rows = fmt.levels.to(x.device), lanes(x)
     w = torch.ones_like(rows) if weight is None else lanes(weight)
     amax = rows.abs().amax(0)
     exponent = (torch.frexp(amax).exponent - 1 - 2 + 127).clamp(0, 254).to(torch.int32)
@@ -174,7 +175,7 @@ def fit_exponent(fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search
     for change in (0, 1, -1) if search else (0,):
         candidate = (exponent + change).clamp(0, 254)
         step = exponent_step(candidate)
-        v = fmt.levels[nearest(fmt.levels, rows * inverse(step))]
+        v = levels[nearest(levels, rows * inverse(step))]
         wv = w * v
         cross, square = ordered_sum(wv * rows), ordered_sum(wv * v)
         score = step * (2.0 * cross - step * square)

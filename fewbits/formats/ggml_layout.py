@@ -37,7 +37,7 @@ def pack_runs(values: torch.Tensor, bits: int, run: int) -> torch.Tensor:
     """`(N, e)` int32 below 2^bits -> `(N, e * bits / 8)` u8."""
     per = 8 // bits
     parts = values.reshape(values.shape[0], -1, per, run)
-    shifts = torch.arange(per, dtype=torch.int32).view(1, 1, per, 1) * bits
+    shifts = torch.arange(per, dtype=torch.int32, device=values.device).view(1, 1, per, 1) * bits
     return (parts << shifts).sum(2).to(torch.uint8).reshape(values.shape[0], -1)
 
 
@@ -45,7 +45,7 @@ def unpack_runs(data: torch.Tensor, bits: int, run: int) -> torch.Tensor:
     """The inverse of `pack_runs`."""
     per = 8 // bits
     parts = data.to(torch.int32).reshape(data.shape[0], -1, 1, run)
-    shifts = torch.arange(per, dtype=torch.int32).view(1, 1, per, 1) * bits
+    shifts = torch.arange(per, dtype=torch.int32, device=data.device).view(1, 1, per, 1) * bits
     return ((parts >> shifts) & (2**bits - 1)).reshape(data.shape[0], -1)
 
 
@@ -144,7 +144,9 @@ class Ternary:
         out = []
         for start, stop, digits, run in self.parts:
             part = values["code"][:, start:stop].reshape(-1, digits, run)
-            powers = 3 ** torch.arange(4, 4 - digits, -1, dtype=torch.int32).view(1, digits, 1)
+            powers = 3 ** torch.arange(4, 4 - digits, -1, dtype=torch.int32, device=part.device).view(
+                1, digits, 1
+            )
             out.append(((part * powers).sum(1) * 256 + 242) // 243)
         return torch.cat(out, 1).to(torch.uint8)
 
@@ -152,7 +154,7 @@ class Ternary:
         out, at = [], 0
         for _, _, digits, run in self.parts:
             part = data[:, at : at + run].to(torch.int32).reshape(-1, 1, run)
-            powers = 3 ** torch.arange(digits, dtype=torch.int32).view(1, digits, 1)
+            powers = 3 ** torch.arange(digits, dtype=torch.int32, device=data.device).view(1, digits, 1)
             out.append(((((part * powers) & 255) * 3) >> 8).reshape(data.shape[0], -1))
             at += run
         values["code"] = torch.cat(out, 1)

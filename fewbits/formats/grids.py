@@ -147,8 +147,8 @@ class TableGrid(Grid):
 
     @cached_property
     def levels(self) -> torch.Tensor:
-        """The value of each code up to the largest."""
-        levels = torch.full((int(self.codes.max()) + 1,), float(self.table[self.table.abs().argmin()]))
+        """The value of each code."""
+        levels = self.table[self.table.abs().argmin(0, keepdim=True)].repeat(256)
         levels[self.codes.long()] = self.table
         return levels
 

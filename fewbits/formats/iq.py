@@ -56,17 +56,19 @@ class Words:
             taken[name] += 1
             at += bits
         assert words is not None
-        places = torch.arange(0, self.bits, 8)
+        places = torch.arange(0, self.bits, 8, device=words.device)
         return ((words[..., None] >> places) & 255).flatten(1).to(torch.uint8)
 
     def unpack(self, data: torch.Tensor, values: Values) -> None:
         per = self.bits // 8
-        words = (data.long().reshape(len(data), -1, per) << torch.arange(0, self.bits, 8)).sum(-1)
+        places = torch.arange(0, self.bits, 8, device=data.device)
+        words = (data.long().reshape(len(data), -1, per) << places).sum(-1)
         taken, at = Counter[str](), 0
         count = Counter(piece[0] for piece in self.pieces)
         for name, bits, shift in self.pieces:
             if name not in values:
-                values[name] = torch.zeros(len(data), words.shape[1] * count[name], dtype=torch.int32)
+                shape = len(data), words.shape[1] * count[name]
+                values[name] = torch.zeros(shape, dtype=torch.int32, device=data.device)
             part = ((words >> at) & (2**bits - 1)) << shift
             values[name][:, taken[name] :: count[name]] |= part.to(torch.int32)
             taken[name] += 1
@@ -121,7 +123,7 @@ class IqGrid(Grid):
             shift = shift.expand(n, c)[:, ::v].reshape(1, -1)
         tile = Tile.of(fmt, w.reshape(-1, 1, v), weight)
         places = points_of(fmt, tile, step, shift).places
-        digits = fmt.lattice.points[places].transpose(1, 2).reshape(v, -1)
+        digits = fmt.lattice.on(w.device).points[places].transpose(1, 2).reshape(v, -1)
         codes = digits | tile.minus.long() << fmt.level_bits
         return codes.T.reshape(n, c).to(torch.uint8)
 
@@ -130,7 +132,7 @@ class IqGrid(Grid):
 
     def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         fmt, codes = self.format, codes.long()
-        level = fmt.lattice.levels[codes & (2**fmt.level_bits - 1)]
+        level = fmt.lattice.on(codes.device).levels[codes & (2**fmt.level_bits - 1)]
         shift = self._shift(columns)
         if shift is not None:
             return level + (1 - 2 * shift) * fmt.delta
@@ -189,8 +191,8 @@ class Iq(Ggml):
     def lattice(self) -> Lattice:
         return Lattice.of(self.type_name)
 
-    def taught(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the C++ core must know: levels, points, and the level of the plain fit before the starts."""
+    def lattice_table(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For the C++ core: levels, points, and the level of the plain fit before the starts."""
         return self.lattice.levels, self.lattice.points, torch.tensor([self.last, *self.starts])
 
     @property
@@ -216,12 +218,12 @@ class Iq(Ggml):
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> IqGrid:  # type: ignore[override]
         n, k = w.shape
-        if core.available() and w.device.type == "cpu":
+        if core.takes(w, importance):
             values = self.values(self.encode(w, importance, search))
             return IqGrid(self, values, n, k, checked_importance(importance, n, k))
-        return self.fit_twin(w, importance, search)
+        return self.fit_reference(w, importance, search)
 
-    def fit_twin(  # type: ignore[override]
+    def fit_reference(  # type: ignore[override]
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> IqGrid:
         self.check(w)
@@ -235,9 +237,10 @@ class Iq(Ggml):
         """FormatError if the codes of a vector are no point of the lattice."""
         n, k = codes.shape
         whole = codes.reshape(-1, self.block).long()
-        index = self.lattice.index((whole & (2**self.level_bits - 1)).unflatten(1, (-1, self.lattice.dim)))
+        lattice = self.lattice.on(codes.device)
+        index = lattice.index((whole & (2**self.level_bits - 1)).unflatten(1, (-1, lattice.dim)))
         minus = (whole >> self.level_bits).unflatten(1, (-1, 8))
-        sign = (minus << torch.arange(8)).sum(-1)
+        sign = (minus << torch.arange(8, device=minus.device)).sum(-1)
         odd = self.signs == "even" and bool((minus.sum(-1) % 2).any())
         if odd or bool((index < 0).any()):
             raise FormatError(
@@ -245,7 +248,7 @@ class Iq(Ggml):
             )
         values = {**grid.values, "index": index, "sign": sign}
         d = values["d"].clamp(-65504, 65504).to(torch.float16).view(torch.int16).int()
-        values["nibble"] = d >> torch.arange(0, 16, 4)
+        values["nibble"] = d >> torch.arange(0, 16, 4, device=d.device)
         blocks = torch.cat([part.pack(values) for part in self.fields], 1)
         return QTensor(self, (n, k), {"blocks": blocks.reshape(n, -1)})
 
@@ -256,18 +259,19 @@ class Iq(Ggml):
         for part, piece in zip(self.fields, data.split(sizes, 1), strict=True):
             part.unpack(piece, values)
         if "nibble" in values:
-            bits = (values.pop("nibble") << torch.arange(0, 16, 4)).sum(1, keepdim=True)
+            nibbles = values.pop("nibble")
+            bits = (nibbles << torch.arange(0, 16, 4, device=data.device)).sum(1, keepdim=True)
             values["d"] = bits.to(torch.int16).view(torch.float16).float()
         index, sign = values.pop("index"), values.pop("sign", None)
         if codes:
-            values["code"] = self.lattice.points[index.long()].flatten(1)
+            values["code"] = self.lattice.on(data.device).points[index.long()].flatten(1)
             if sign is not None:
                 values["code"] |= self._minus(sign) << self.level_bits
         return values
 
     def _minus(self, sign: torch.Tensor) -> torch.Tensor:
         """`(N, vectors)` sign masks -> `(N, block)` 0 or 1. Of seven bits, an eighth makes their sum even."""
-        minus = (sign.long()[..., None] >> torch.arange(8)) & 1
+        minus = (sign.long()[..., None] >> torch.arange(8, device=sign.device)) & 1
         if self.signs == "even":
             minus[..., 7] = minus[..., :7].sum(-1) % 2
         return minus.flatten(1)
@@ -320,4 +324,4 @@ IQ_TYPES = (
 
 for row in IQ_TYPES:
     FORMATS.add(row.name, row)
-    core.LATTICES[row.name] = row.taught
+    core.LATTICES[row.name] = row.lattice_table

@@ -6,7 +6,7 @@
     block     d in f16 and odd integers that code the groups' steps, refitted to the nearest points
     points    searched again for the steps as stored
 
-Twin of csrc/iq_encode.h, equal to it bit for bit: the same operations in the same order. Weights lie
+Reference of csrc/iq_encode.h, equal to it bit for bit: the same operations in the same order. Weights lie
 group by group, `(group, G)`; vectors are runs of `dim` of them.
 """
 
@@ -71,16 +71,17 @@ def vectors(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 def points_of(fmt: Iq, t: Tile, step: torch.Tensor, shift: torch.Tensor | None = None) -> Points:
     """step `(G,)`; shift `(shifts, G)`: 1 where levels are lowered, searched if not given."""
-    dim, count = fmt.lattice.dim, t.x.shape[0] // fmt.lattice.dim
+    lattice = fmt.lattice.on(t.x.device)
+    dim, count = lattice.dim, t.x.shape[0] // lattice.dim
     wx, w = t.w * t.x, t.w
     parts = vectors(wx, dim), vectors(w, dim), step.repeat(count)
     shape = count, len(step)
     if not fmt.shift:
-        places = fmt.lattice.search(*parts)[0].reshape(shape)
+        places = lattice.search(*parts)[0].reshape(shape)
         lowered = None
     else:
         (up, cost_up), (down, cost_down) = (
-            fmt.lattice.search(*parts, shift=sign * fmt.delta) for sign in (1, -1)
+            lattice.search(*parts, shift=sign * fmt.delta) for sign in (1, -1)
         )
         if shift is None:
             each = fmt.shift // dim
@@ -89,7 +90,7 @@ def points_of(fmt: Iq, t: Tile, step: torch.Tensor, shift: torch.Tensor | None =
             shift = (cost_down < cost_up).to(torch.int32)
         lowered = shift.repeat_interleave(count // len(shift), 0)
         places = torch.where(lowered > 0, down.reshape(shape), up.reshape(shape))
-    level = fmt.lattice.levels[fmt.lattice.points[places]].transpose(1, 2).reshape(t.x.shape)
+    level = lattice.levels[lattice.points[places]].transpose(1, 2).reshape(t.x.shape)
     if lowered is not None:
         level = level + (1 - 2 * lowered.repeat_interleave(dim, 0)) * fmt.delta
     return Points(places, shift, level, ordered_sum(wx * level), ordered_sum(w * level * level))

@@ -42,24 +42,39 @@ class Lattice:
     def dim(self) -> int:
         return self.points.shape[1]
 
+    def on(self, device: torch.device) -> Lattice:
+        """The same where the tensors are that it is used with."""
+        if device == self.levels.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Lattice(self.levels.to(device), self.points.to(device))
+        return self._elsewhere[device]
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, Lattice]:
+        return {}
+
     @cached_property
     def halves(self) -> torch.Tensor:
         """`(2, P)`: the place of each point's halves in the tables of costs."""
         half = self.dim // 2
-        powers = len(self.levels) ** torch.arange(half)
+        powers = len(self.levels) ** torch.arange(half, device=self.points.device)
         return torch.stack([(part * powers).sum(1) for part in self.points.split(half, 1)])
 
     @cached_property
     def places(self) -> torch.Tensor:
         """A vector of level indices, read as the digits of a number -> its place in points, or -1."""
         size = len(self.levels)
-        places = torch.full((size**self.dim,), -1)
-        places[(self.points * size ** torch.arange(self.dim)).sum(1)] = torch.arange(len(self.points))
+        places = torch.full((size**self.dim,), -1, device=self.points.device)
+        places[self._number(self.points)] = torch.arange(len(self.points), device=self.points.device)
         return places
+
+    def _number(self, digits: torch.Tensor) -> torch.Tensor:
+        return (digits * len(self.levels) ** torch.arange(self.dim, device=digits.device)).sum(-1)
 
     def index(self, digits: torch.Tensor) -> torch.Tensor:
         """`(..., dim)` level indices -> `(...)` places of these points, -1 for those that are no points."""
-        return self.places[(digits * len(self.levels) ** torch.arange(self.dim)).sum(-1)]
+        return self.places[self._number(digits)]
 
     def search(
         self, wx: torch.Tensor, w: torch.Tensor, step: torch.Tensor, shift: float = 0.0

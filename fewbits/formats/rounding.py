@@ -1,4 +1,4 @@
-"""What a grid does to a number, laid out for the C++ core: see `core.Rounding`."""
+"""How a grid rounds a number, laid out for the C++ core: see `core.Rounding`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ LEVELS = 16  # a longer table is searched faster elsewhere
 def rounding_of(grid: Grid, n: int, columns: torch.Tensor) -> Rounding | None:
     """A grid, for `columns (k,)` of it in that order -> its Rounding; None where the core has none."""
     meaning = getattr(grid, "meaning", grid)
-    step, base = meaning.groups(n)
-    group = grid.group_of(columns)
+    scale, offset = (None if part is None else part.T.contiguous() for part in meaning.groups(n))
+    assert scale is not None
+    group = grid.group_of(columns).contiguous()
     if isinstance(meaning, AffineGrid):
         zero = meaning.zero
         if isinstance(zero, torch.Tensor):
-            zero = zero.expand(n, step.shape[1]).T.float()
-        return Rounding(group, step.T, inverse(step).T, None if base is None else base.T, zero, meaning.top)
+            zero = zero.expand(n, len(scale)).T.float().contiguous()
+        return Rounding(group, scale, inverse(scale), offset, zero, meaning.top)
     if isinstance(meaning, TableGrid) and meaning.table.ndim == 1:
         table = meaning.table, middles(meaning.table), meaning.codes
     elif isinstance(meaning, LevelGrid):
@@ -31,4 +32,4 @@ def rounding_of(grid: Grid, n: int, columns: torch.Tensor) -> Rounding | None:
     if len(table[0]) > LEVELS:
         return None
     levels, boundaries, codes = (part.float().contiguous() for part in table)
-    return Rounding(group, step.T, inverse(step).T, table=(levels, boundaries, codes))
+    return Rounding(group, scale, inverse(scale), table=(levels, boundaries, codes))

@@ -17,7 +17,7 @@ The candidates place the group's extreme value a little beyond or inside the las
 llama.cpp scans the same family (make_qx_quants, make_qkx2_quants); here rounds of Lloyd's
 alternation follow, each of which starts from the refitted winner and cannot make it worse.
 
-This is the twin in plain torch of csrc/search.h, equal to it bit for bit: the same operations in
+This is the reference in plain torch of csrc/search.h, equal to it bit for bit: the same operations in
 the same order, and sums that run from the first weight of a group to its last (`ordered_sum`). All
 functions take x `(..., G)` f32 and a weight of the same shape or None, and return `(...)` f32.
 """

@@ -24,8 +24,8 @@ class Method:
 
     algorithm, options: of `algorithms/`. transforms: rewrites of the float model, in this order.
     sequential: within a block each site meets its input as the sites quantized before it leave it, not
-    as the float block does. asymmetric: each site aims at the float model's output, not at its own
-    (drift is collected). learn: None, "light" or "best": rounding learned by gradients after the
+    as the float block does. gptaq: each site aims at the float model's output, not at its own
+    (mismatch is collected). learn: None, "light" or "best": rounding learned by gradients after the
     algorithm. polish: steps of distilling block scales and norms when all blocks are done.
     """
 
@@ -34,7 +34,7 @@ class Method:
     transforms: tuple[str, ...] = ()
     transform_options: Mapping[str, Option] = field(default_factory=dict)
     sequential: bool = False
-    asymmetric: bool = False
+    gptaq: bool = False
     learn: str | None = None
     polish: int = 0
 
@@ -59,7 +59,7 @@ class Method:
     def streams(self) -> bool:
         """Does it need the model to be run, so that saved statistics do not suffice?"""
         moved = set(self.transforms) - {"rotate"}
-        return bool(self.sequential or self.asymmetric or self.learn or self.polish or moved)
+        return bool(self.sequential or self.gptaq or self.learn or self.polish or moved)
 
     @property
     def needs_data(self) -> bool:
@@ -69,8 +69,8 @@ class Method:
 
 EFFORTS = {
     "fast": Method(),
-    "good": Method("gptq", sequential=True, asymmetric=True),
-    "best": Method("gptq", sequential=True, asymmetric=True, polish=100),
+    "good": Method("gptq", sequential=True, gptaq=True),
+    "best": Method("gptq", sequential=True, gptaq=True, polish=100),
 }
 
 # The words of --method: an algorithm by name, without what an effort adds to it.
@@ -79,5 +79,5 @@ METHODS = {
     "hqq": Method("hqq"),
     "weighted": Method("weighted"),
     "gptq": Method("gptq", sequential=True),
-    "learned": Method("gptq", sequential=True, asymmetric=True, learn="light"),
+    "learned": Method("gptq", sequential=True, gptaq=True, learn="light"),
 }

@@ -47,16 +47,16 @@ class Encoding:
 
 
 def encoding(
-    format: Format, algorithm: str, options: Mapping[str, Any], shape: tuple[int, int], drift: bool = False
+    format: Format, algorithm: str, options: Mapping[str, Any], shape: tuple[int, int], mismatch: bool = False
 ) -> Encoding:
-    """Measure an algorithm on a format for weights like `shape`. drift: is the float model's input known?"""
+    """Measure an algorithm on a format for weights like `shape`. mismatch: with the float model's input?"""
     n, k = shape
     hessian = NEEDS[algorithm] == "hessian"
     stats = None
     if NEEDS[algorithm] != "nothing":
         k = _columns(format, k)
         x = torch.randn(2 * k, k)
-        stats = Stats.of(x, hessian, x * 1.01 if drift else None)
+        stats = Stats.of(x, hessian, x * 1.01 if mismatch else None)
     weights = torch.randn(min(n, MOST_ROWS), k)
 
     def run(rows: int) -> float:
@@ -116,10 +116,10 @@ def _timed(work: Callable[[], Any]) -> float:
 
 
 def encodings(
-    wanted: Mapping[tuple[str, str], tuple[tuple[int, int], Mapping[str, Any]]], drift: bool
+    wanted: Mapping[tuple[str, str], tuple[tuple[int, int], Mapping[str, Any]]], mismatch: bool
 ) -> dict[tuple[str, str], Encoding]:
     """(format, algorithm) -> (shape, options) to (format, algorithm) -> its measurement."""
     return {
-        (kind, algorithm): encoding(FORMATS.get(kind), algorithm, options, shape, drift)
+        (kind, algorithm): encoding(FORMATS.get(kind), algorithm, options, shape, mismatch)
         for (kind, algorithm), (shape, options) in wanted.items()
     }

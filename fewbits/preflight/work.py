@@ -174,7 +174,7 @@ def _hidden_nbytes(checkpoint: Checkpoint, request: Request) -> int:
     """Hidden states of the text: of the quantized model, and of the float one beside it."""
     assert request.tokens is not None
     width = next((s.shape[1] for s in sites(checkpoint) if s.role == "embed"), 0)
-    streams = 2 if request.method.asymmetric else 1
+    streams = 2 if request.method.gptaq else 1
     return request.tokens.count * width * request.streaming.dtype.itemsize * streams
 
 
@@ -189,7 +189,7 @@ def _waiting(walked: Sequence[Task], request: Request) -> int:
     """Bytes of all batches waiting inside a block, where that is how it is walked."""
     assert request.tokens is not None
     width = max(task.shape[1] for task in walked)
-    streams = 2 if request.method.asymmetric else 1
+    streams = 2 if request.method.gptaq else 1
     narrow = min(task.shape[1] for task in walked)
     return request.tokens.count * (6 * narrow + width) * request.streaming.dtype.itemsize * streams
 
@@ -208,7 +208,7 @@ def _seconds(
         if key not in largest or prod(task.shape) > prod(largest[key].shape):
             largest[key] = task
     wanted = {key: (task.shape, task.options) for key, task in largest.items()}
-    rates = encodings(wanted, request.method.asymmetric)
+    rates = encodings(wanted, request.method.gptaq)
     seconds = {"choosing codes": sum(rates[t.format, t.algorithm].seconds(*t.shape) for t in tasks)}
     if walked:
         seconds |= _walk_seconds(walked, sum(blocks), rates, request)
@@ -227,10 +227,10 @@ def _walk_seconds(
     dense = not any(task.site and task.site.expert is not None for task in walked)
     through = method.sequential and not method.learn and dense
     through = through and _waiting(walked, request) <= streaming.activation_memory
-    passes = (1 if through else 2) * (2 if method.asymmetric else 1)
+    passes = (1 if through else 2) * (2 if method.gptaq else 1)
     groups = {t.site.group: t for t in walked if t.site and NEEDS[t.algorithm] == "hessian"}
     squares = sum(t.shape[1] ** 2 for t in groups.values())
-    gather = request.tokens.count * squares * (3 if method.asymmetric else 1)
+    gather = request.tokens.count * squares * (3 if method.gptaq else 1)
     judge = sum(4 * t.shape[0] * t.shape[1] ** 2 for t in walked if t.site and t.site.group in groups)
     factors = sum(rates[t.format, t.algorithm].factoring(t.shape[1]) for t in groups.values())
     return {

@@ -35,8 +35,8 @@ def clipped(
     n, k = w.shape
     if stats.hessian is None:
         raise CalibrationError("clipping needs a Hessian, which these statistics do not have; capture one")
-    atom = format.atom(k)
-    width = width or (atom if atom is not None and 1 < atom <= WIDTH else gcd(k, WIDTH))
+    block = format.column_block(k)
+    width = width or (block if block is not None and 1 < block <= WIDTH else gcd(k, WIDTH))
     parts = torch.stack([stats.hessian[at : at + width, at : at + width] for at in range(0, k, width)])
     groups = w.float().reshape(n, -1, width)
     top = groups.abs().amax(-1, keepdim=True)

@@ -172,7 +172,7 @@ def rescaled(stats: Stats, pair: Pair, scale: torch.Tensor) -> Stats:
         absmax=None if stats.absmax is None else stats.absmax / s,
         mean_square=stats.mean_square / s.square(),
         hessian=None if stats.hessian is None else stats.hessian / outer,
-        drift=None if stats.drift is None else stats.drift / outer,
+        mismatch=None if stats.mismatch is None else stats.mismatch / outer,
     )
 
 

@@ -95,7 +95,7 @@ def check_method(request: Request) -> None:
     if request.method.streams and request.tokens is None and request.statistics is not None:
         faults.append(
             "this method runs the model block by block: saved statistics do not suffice; give it a text, or "
-            "turn off what needs it (sequential, asymmetric, learn, polish, smooth, awq, equalize)"
+            "turn off what needs it (sequential, gptaq, learn, polish, smooth, awq, equalize)"
         )
     if "rotate" in request.method.transforms and request.tokens is None and request.statistics is not None:
         faults.append("rotate changes what weights read: saved statistics do not hold; give it a text")

@@ -70,8 +70,8 @@ def stand_in(options: Options) -> Read:
 def from_statistics(request: Request, statistics: Statistics) -> Request:
     """The request on saved statistics: in one pass, as the model is not run."""
     method, notes = request.method, (*request.notes, *statistics.notes)
-    if method.sequential or method.asymmetric:
-        method = replace(method, sequential=False, asymmetric=False)
+    if method.sequential or method.gptaq:
+        method = replace(method, sequential=False, gptaq=False)
         notes += (
             "saved statistics: each weight is fitted to the input it has in the float model, "
             "not to what the weights quantized before it leave of that",

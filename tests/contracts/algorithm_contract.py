@@ -5,14 +5,15 @@ them with the registry of formats. METRICS says what each minimizes, and so what
 than rounding to nearest.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from fewbits.algorithms import ALGORITHMS, NEEDS
-from fewbits.algorithms.curvature import loss
+from fewbits.algorithms import ALGORITHMS, BLOCK_TOLERANCE, NEEDS
+from fewbits.algorithms.hessian import loss
 from fewbits.calibrate.stats import Stats
 from fewbits.errors import CalibrationError, FormatError
 from fewbits.formats import Format
@@ -40,6 +41,13 @@ def output_error(q: torch.Tensor, w: torch.Tensor, stats: Stats) -> float:
 
 # A metric sums a few hundred terms of values that f32 rounds.
 SUM_ERROR = 512 * 2**-24
+# Where internal block sizes stand, and a small one: columns, or numbers at once of rows that stand alone.
+BLOCK_SIZES = (
+    ("fewbits.algorithms.gptq", "UNIT", 16),
+    ("fewbits.algorithms.descent", "UNIT", 16),
+    ("fewbits.algorithms.gptq", "PIECE", 512),
+    ("fewbits.formats.base", "CHUNK", 512),
+)
 METRICS: dict[str, Metric] = {
     "rtn": squares,
     "hqq": robust,
@@ -127,7 +135,23 @@ def bad_statistics_raise(name: str, format: Format) -> None:
             ALGORITHMS.get(name)(w, format, wrong)
 
 
+def any_block_size_gives_the_same(name: str, format: Format) -> None:
+    """Bit for bit, or where the algorithm states a tolerance, within it by its own measure."""
+    w, stats = sample(6, 256 if 256 % format.block == 0 else columns_of(format))
+    algorithm = ALGORITHMS.get(name)
+    whole = algorithm(w, format, stats)
+    for module, constant, size in BLOCK_SIZES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(importlib.import_module(module), constant, size)
+            cut = algorithm(w, format, stats)
+        if not same(cut, whole):
+            assert BLOCK_TOLERANCE[name] > 0, constant
+            losses = [METRICS[name](q.decode(), w, stats) for q in (cut, whole)]
+            assert losses[0] == pytest.approx(losses[1], rel=BLOCK_TOLERANCE[name], abs=0), constant
+
+
 PROMISES = (
+    any_block_size_gives_the_same,
     no_worse_than_rounding,
     the_same_every_time,
     hard_weights_survive,

@@ -85,7 +85,7 @@ def parameters_make_the_grid(format: Format) -> None:
 
 def atoms_stand_alone(format: Format) -> None:
     k = columns_of(format)
-    width = format.atom(k)
+    width = format.column_block(k)
     if width is None:
         assert any(
             p.flat is not None or p.rows != 1 or p.columns is None or k % p.columns for p in format.planes

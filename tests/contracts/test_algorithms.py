@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from fewbits.algorithms import ALGORITHMS, NEEDS
-from fewbits.algorithms.curvature import Curvature, loss
+from fewbits.algorithms import ALGORITHMS, BLOCK_TOLERANCE, NEEDS
 from fewbits.algorithms.descent import descend
 from fewbits.algorithms.gptq import gptq
+from fewbits.algorithms.hessian import HessianFactor, loss
 from fewbits.calibrate.stats import Stats
 from fewbits.formats import FORMATS
 from tests.contracts.algorithm_contract import METRICS, PROMISES, columns_of, sample
 
 
 def test_every_algorithm_is_in_the_tables():
-    assert set(ALGORITHMS) == set(NEEDS) == set(METRICS)
+    assert set(ALGORITHMS) == set(NEEDS) == set(METRICS) == set(BLOCK_TOLERANCE)
     assert set(NEEDS.values()) <= {"nothing", "mean_square", "hessian"}
 
 
@@ -29,7 +29,7 @@ def test_descent_never_raises_the_loss(name):
     """Whatever it starts from. The loss is one of f32 values, summed in f64: equal up to their rounding."""
     format = FORMATS.get(name)
     w, stats = sample(3, columns_of(format), 4)
-    hessian = Curvature.of(stats).hessian
+    hessian = HessianFactor.of(stats).hessian
     rounded = format.encode(w, None, search=False)
     before, after = (loss(q.decode(), w, hessian).sum() for q in (rounded, descend(rounded, w, stats)))
     assert after <= before * (1 + 1e-6)

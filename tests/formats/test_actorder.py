@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewbits.algorithms import descend, gptq, hqq
-from fewbits.algorithms.curvature import loss
+from fewbits.algorithms.hessian import loss
 from fewbits.calibrate.stats import Stats
 from fewbits.core.pack import unpack
 from fewbits.errors import FormatError
@@ -107,7 +107,7 @@ def test_rows_move_and_columns_are_not_joined():
     assert torch.equal(q.take_rows(order).decode(), q.decode()[order])
     with pytest.raises(FormatError, match="'g_idx' has cells of several rows"):
         QTensor.join_columns([q, q])
-    assert q.format.atom(160) is None
+    assert q.format.column_block(160) is None
 
 
 def test_names():

@@ -29,7 +29,7 @@ def test_any_bytes_decode_as_in_gguf(fmt: Ggml) -> None:
     with np.errstate(all="ignore"):
         wanted = gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType(fmt.type_id))
     q = QTensor(fmt, (ROWS, BLOCKS * fmt.block), {"blocks": blocks})
-    assert same_bits(fmt.decode_twin(q), torch.from_numpy(wanted))
+    assert same_bits(fmt.decode_reference(q), torch.from_numpy(wanted))
     assert same_bits(fmt.decode(q), torch.from_numpy(wanted))
 
 

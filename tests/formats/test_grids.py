@@ -85,12 +85,12 @@ def test_nearest_power_of_two(factor):
 
 @pytest.mark.parametrize("fmt", TYPES, ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("search", [True, False])
-def test_fit_is_its_twin(fmt, search):
+def test_fit_is_its_reference(fmt, search):
     w = weights(5, 512)
     for importance in (None, torch.rand(5, 512, generator=torch.Generator().manual_seed(0))):
-        fast, twin = (fit(w, importance, search) for fit in (fmt.fit, fmt.fit_twin))
-        assert fast.values.keys() == twin.values.keys()
-        assert all(torch.equal(fast.values[name], twin.values[name]) for name in twin.values)
+        fast, slow = (fit(w, importance, search) for fit in (fmt.fit, fmt.fit_reference))
+        assert fast.values.keys() == slow.values.keys()
+        assert all(torch.equal(fast.values[name], slow.values[name]) for name in slow.values)
 
 
 def test_parts_join_along_the_columns():

@@ -1,6 +1,6 @@
 """Block by block: a float checkpoint in, the same checkpoint with quantized weights out.
 
-    tokens -> embeddings -> x                    and x~, the float model's, where drift is wanted
+    tokens -> embeddings -> x                    and x~, the float model's, where mismatch is wanted
     for each block:
         stats  = capture(block, x)               one block in memory
         weights, stats = transforms              checked on the block's output, or dropped
@@ -116,12 +116,12 @@ class _Walk:
     def go(self) -> None:
         """Quantize every block that the store does not hold yet."""
         streaming, windows = self.run.streaming, self.run.tokens.windows
-        limit = streaming.activation_memory // (2 if self.run.method.asymmetric else 1)
+        limit = streaming.activation_memory // (2 if self.run.method.gptaq else 1)
         with torch.no_grad(), Activations((), limit, streaming.scratch) as x:
             widest = max((max(site.shape) for site in self.sites.values()), default=1)
             for batch in windows.split(streaming.rows(windows.shape[1], widest)):
                 x.append(self.model.embed(batch))
-            if not self.run.method.asymmetric:
+            if not self.run.method.gptaq:
                 self._blocks(x, None)
                 return
             with Activations(x, limit, streaming.scratch) as floats:

@@ -1,14 +1,14 @@
-"""Curvature: what the Hessian of an input says about errors of the weight that it meets.
+"""The Hessian of an input: what it says about the errors of a weight that reads it.
 
 Every algorithm here that knows the Hessian minimizes, over the values q (n, k) of a format,
 
     loss(q) = tr((q - t) H (q - t)^T)        H = mean x x^T + damp * mean(diag) * I
 
-the mean squared error of the layer's output. t is the weight itself, or (asymmetric) the weight that
-gives from the inputs x as they are now what w gave from the float model's x~: the least-squares
-solution of |t x - w x~|^2, t = w + w drift H^-1 (GPTAQ, arXiv 2504.02692, in closed form), or a share
-of the way there, since drift is known from a sample only. Damping
-(GPTQ, arXiv 2210.17323, section 3.3) keeps H invertible and stands for the inputs not seen.
+the mean squared error of the layer's output. t is the weight itself, or (gptaq) the weight whose output
+on the inputs x as they are now comes nearest to the output of w on the float model's x~: the least-squares
+solution of |t x - w x~|^2, t = w + w mismatch H^-1 (GPTAQ, arXiv 2504.02692, in closed form), or a share
+of the way there, since the mismatch is known from a sample only. Damping (GPTQ, arXiv 2210.17323, section
+3.3) keeps H invertible and stands for the inputs not seen.
 
     U upper, H^-1 = U^T U      U_jj^2 is 1 / (what a unit error in column j costs when all later
                                columns may still correct it)
@@ -27,10 +27,10 @@ from ..errors import CalibrationError
 # On SmolLM2-135M, 32,768 tokens of one text and the loss on another, 0.01 to 0.1 differ by 2 %.
 DAMP = 0.03
 MOST_DAMP = 10.0
-# The share of the drift that is made up for. On the same model, behind ten blocks in Q4_0, 16,384 tokens
+# The share of the mismatch to correct. On the same model, behind ten blocks in Q4_0, 16,384 tokens
 # of one text and the error on another: 25 % less in q, 22 % in gate, 10 % in down than without; 1.0 does
 # no better in q and gate and half as well in down.
-ASYMMETRIC = 0.75
+GPTAQ = 0.75
 
 
 class CalibrationWarning(UserWarning):
@@ -38,7 +38,7 @@ class CalibrationWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Curvature:
+class HessianFactor:
     """hessian: `(k, k)` f32, damped; factor: U `(k, k)` of it, for columns taken in `order` `(k,)`."""
 
     hessian: torch.Tensor
@@ -46,23 +46,23 @@ class Curvature:
     order: torch.Tensor
 
     @staticmethod
-    def of(stats: Stats, damp: float = DAMP, order: torch.Tensor | None = None) -> Curvature:
+    def of(stats: Stats, damp: float = DAMP, order: torch.Tensor | None = None) -> HessianFactor:
         """Of checked statistics. The last one is kept on `stats`: weights that share an input share it."""
         assert stats.hessian is not None
         order = torch.arange(stats.columns, device=stats.hessian.device) if order is None else order
-        known = stats.cache.get("curvature")
+        known = stats.cache.get("factor")
         if known is not None and known[0] == damp and torch.equal(known[1].order, order):
             return known[1]
         hessian, factor = factorize(stats.hessian, damp, order)
-        stats.cache["curvature"] = damp, Curvature(hessian, factor, order)
-        return stats.cache["curvature"][1]
+        stats.cache["factor"] = damp, HessianFactor(hessian, factor, order)
+        return stats.cache["factor"][1]
 
-    def target(self, w: torch.Tensor, stats: Stats, asymmetric: float = ASYMMETRIC) -> torch.Tensor:
-        """`(n, k)` -> the t of the loss, f32. asymmetric: the share of the drift that it makes up for."""
+    def target(self, w: torch.Tensor, stats: Stats, gptaq: float = GPTAQ) -> torch.Tensor:
+        """`(n, k)` -> the t of the loss, f32. gptaq: the share of the mismatch to correct."""
         w = w.float()
-        if asymmetric == 0 or stats.drift is None:
+        if gptaq == 0 or stats.mismatch is None:
             return w
-        moved = (asymmetric * w @ stats.drift)[:, self.order] @ self.factor.T @ self.factor
+        moved = (gptaq * w @ stats.mismatch)[:, self.order] @ self.factor.T @ self.factor
         return w + moved[:, self.order.argsort()]
 
 
@@ -125,7 +125,7 @@ def require_stats(stats: Stats | None, w: torch.Tensor, algorithm: str, hessian:
         )
     bad = {
         name: int((~torch.isfinite(part)).sum())
-        for name in ("mean_square", "hessian", "drift")
+        for name in ("mean_square", "hessian", "mismatch")
         if (part := getattr(stats, name)) is not None and (hessian or name == "mean_square")
     }
     for name, count in bad.items():

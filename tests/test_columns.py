@@ -1,4 +1,4 @@
-"""The walk over columns: the C++ core equals its twin bit for bit, for every format and instruction set."""
+"""Columns rounded in turn: the C++ core equals its reference bit for bit, for every format."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewbits import core
-from fewbits.algorithms.walk import walk, walk_twin
+from fewbits.algorithms.columns import quantize_columns, quantize_columns_reference
 from fewbits.errors import KernelError
 from fewbits.formats import FORMATS
 from fewbits.formats.rounding import rounding_of
@@ -16,7 +16,7 @@ ROWS = (5, 33)  # less than the sixteen that the core takes at once, and two of 
 
 
 def problem(k: int, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """State, coupling, pivot and old of a walk over k columns of n rows, of the size that weights have."""
+    """State, coupling, pivot and old values of k columns of n rows, of the size that weights have."""
     g = torch.Generator().manual_seed(seed)
     return {
         "state": torch.randn(k, n, generator=g) * 0.05,
@@ -27,7 +27,7 @@ def problem(k: int, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def compare_walks() -> int:
+def compare_columns() -> int:
     """Every format, number of rows, and way to move; -> how many formats the core rounds for."""
     rounded = 0
     for name in sorted(FORMATS):
@@ -44,16 +44,17 @@ def compare_walks() -> int:
                 columns = torch.randperm(256, generator=torch.Generator().manual_seed(k))[:k]
                 common = (grid, given["state"], given["coupling"], columns)
                 for how in ({"pivot": given["pivot"]}, {"old": given["old"]}):
-                    for fast, slow in zip(walk(*common, **how), walk_twin(*common, **how), strict=True):
+                    found = quantize_columns(*common, **how), quantize_columns_reference(*common, **how)
+                    for fast, slow in zip(*found, strict=True):
                         assert fast.shape == (k, n) and torch.equal(fast.to(slow.dtype), slow), (
                             name, n, k, list(how))  # fmt: skip
     return rounded
 
 
 @needs_core
-def test_core_equals_twin_bit_for_bit() -> None:
+def test_core_equals_reference_bit_for_bit() -> None:
     """With the best instruction set of this machine; tests/test_core.py runs the same with every one."""
-    assert compare_walks() > len(list(FORMATS)) / 2
+    assert compare_columns() > len(list(FORMATS)) / 2
 
 
 @needs_core
@@ -68,7 +69,7 @@ def test_any_number_of_threads_and_what_is_not_contiguous_give_the_same() -> Non
         for threads in (1, 3):
             torch.set_num_threads(threads)
             for state, coupling in ((given["state"], given["coupling"]), (turned, wide[:256, :512:2])):
-                found.append(walk(grid, state, coupling, given["order"], given["pivot"]))
+                found.append(quantize_columns(grid, state, coupling, given["order"], given["pivot"]))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -76,16 +77,29 @@ def test_any_number_of_threads_and_what_is_not_contiguous_give_the_same() -> Non
 
 
 @needs_core
-def test_the_walk_leaves_what_it_is_given_alone() -> None:
+def test_arguments_are_not_changed() -> None:
     given = problem(64, 8)
     grid = FORMATS.get("int4_g64").fit(given["state"].T.contiguous())
     before = {name: value.clone() for name, value in given.items()}
-    walk(grid, given["state"], given["coupling"], given["order"], given["pivot"])
+    quantize_columns(grid, given["state"], given["coupling"], given["order"], given["pivot"])
     assert all(torch.equal(given[name], value) for name, value in before.items())
 
 
+CHANGES = {
+    "state": "the state as a contiguous float32",
+    "coupling": r"coupling as a contiguous float32 tensor \(64, 64\) on the CPU, not .* \(64, 63\)",
+    "pivot": r"pivots .* \(64,\)",
+    "old": r"old values .* \(64, 8\)",
+    "both": "either pivots or old values",
+    "neither": "either pivots or old values",
+    "group": "not one of 2",
+    "scale": r"scales as a .* not Tensor torch.float32 \(2, 7\)",
+    "levels": r"boundaries .* \(2,\) on",
+}
+
+
 @needs_core
-@pytest.mark.parametrize("change", ["coupling", "pivot", "old", "both", "neither", "group", "step", "dtype"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_arrays_that_do_not_fit_one_another_are_refused(change: str) -> None:
     k, n = 64, 8
     given = problem(k, n)
@@ -105,9 +119,11 @@ def test_arrays_that_do_not_fit_one_another_are_refused(change: str) -> None:
         pivot = None
     elif change == "group":
         rounding = replace(rounding, group=rounding.group + 1)
-    elif change == "step":
-        rounding = replace(rounding, step=rounding.step[:, :-1])
-    elif change == "dtype":
+    elif change == "scale":
+        rounding = replace(rounding, scale=rounding.scale[:, :-1].contiguous())
+    elif change == "levels":
+        rounding = replace(rounding, table=(torch.zeros(3), torch.zeros(3), torch.zeros(3)))
+    elif change == "state":
         state = state.double()
-    with pytest.raises(KernelError, match=r"walk over \(64, 8\): the arrays do not fit one another"):
-        core.walk(state, coupling, rounding, pivot, old)
+    with pytest.raises(KernelError, match=CHANGES[change]):
+        core.quantize_columns(state, coupling, rounding, pivot, old)

@@ -1,4 +1,4 @@
-"""The walk: columns of a weight are rounded one after the other, and each rounding moves the later ones.
+"""Columns of a weight are rounded one after the other, and the error of each changes the later ones.
 
     code_j   = nearest of the grid to state_j                  value_j = what it stands for
     move_j   = (state_j - value_j) / pivot_j                   error feedback, or
@@ -6,10 +6,10 @@
     state_i -= coupling_ji move_j                              for every later column i
 
 Where a grid's codes are points of a lattice, a vector of columns is rounded at once, each as it then is;
-the errors of its columns are then told on one by one all the same.
+the errors of its columns still reach the later columns one by one.
 
-`walk` does an atom's worth of columns; what it moves in the columns after them, `sweep` carries there.
-The loop below is the twin of csrc/walk.h, equal to it bit for bit.
+`quantize_columns` does the columns of one block; `blocked_update` applies its errors to the columns after
+them. `quantize_columns_reference` and csrc/columns.h give the same bits.
 """
 
 from __future__ import annotations
@@ -20,42 +20,41 @@ from .. import core
 from ..formats import Grid
 from ..formats.rounding import rounding_of
 
-UNIT = 128  # columns walked at once; between such pieces a product of matrices is faster
+UNIT = 128  # columns rounded at once; between such pieces a product of matrices is faster
 
-Walked = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def walk(
+def quantize_columns(
     grid: Grid,
     state: torch.Tensor,
     coupling: torch.Tensor,
     columns: torch.Tensor,
     pivot: torch.Tensor | None = None,
     old: torch.Tensor | None = None,
-) -> Walked:
+) -> Columns:
     """state `(k, n)`, whose row j is the grid's column columns[j] -> codes, values, moves `(k, n)`.
 
     coupling: `(k, k)`, its part above the diagonal. pivot `(k,)` for error feedback, old `(k, n)` for
     descent.
     """
-    if core.available() and state.device.type == "cpu" and state.dtype == torch.float32:
+    if core.takes(state) and state.dtype == torch.float32:
         rounding = rounding_of(grid, state.shape[1], columns)
         if rounding is not None:
-            return core.walk(
-                state, coupling.contiguous(), rounding, None if pivot is None else pivot.contiguous(), old
-            )
-    return walk_twin(grid, state, coupling, columns, pivot, old)
+            pivot, old = (None if part is None else part.contiguous() for part in (pivot, old))
+            return core.quantize_columns(state.contiguous(), coupling.contiguous(), rounding, pivot, old)
+    return quantize_columns_reference(grid, state, coupling, columns, pivot, old)
 
 
-def walk_twin(
+def quantize_columns_reference(
     grid: Grid,
     state: torch.Tensor,
     coupling: torch.Tensor,
     columns: torch.Tensor,
     pivot: torch.Tensor | None = None,
     old: torch.Tensor | None = None,
-) -> Walked:
-    """`walk` in plain torch."""
+) -> Columns:
+    """`quantize_columns` in plain torch."""
     state, codes = state.clone(), []
     values, moves = torch.empty_like(state), torch.empty_like(state)
     for j, place in enumerate(columns.tolist()):
