@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import FewbitsError
+from ..storage.cache import cache_folder
 from ..version import VERSION
 from . import calibrate, convert, demo, evaluate, formats, inspect, lm_eval, plan, push, quantize, verify
 
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
             "--cache-dir",
             type=Path,
             metavar="DIR",
-            default=Path(os.environ.get("FEWBITS_CACHE", Path.home() / ".cache" / "fewbits")),
+            default=cache_folder(),
             help="where downloaded models are kept (default: $FEWBITS_CACHE or ~/.cache/fewbits)",
         )
         sub.set_defaults(run=module.run)

@@ -7,7 +7,6 @@ What the modules are, and what they cost, stands in packed.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..files.native import quantization_config
 from ..files.open import open_checkpoint
 from ..formats.base import FLOATS
 from ..qtensor import QTensor
+from ..storage.cache import cache_folder
 from .register import register
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def load(
         (1, 3, 600)
     """
     if not isinstance(model, Checkpoint):
-        home = Path(os.environ.get("FEWBITS_CACHE", Path.home() / ".cache" / "fewbits"))
-        model = open_checkpoint(resolve(str(model), cache_dir or home))
+        model = open_checkpoint(resolve(str(model), cache_dir or cache_folder()))
     return load_packed(model, dtype)
 
 

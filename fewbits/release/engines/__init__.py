@@ -21,6 +21,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...storage.cache import cache_folder
+
 SCRIPTS = Path(__file__).parent
 
 
@@ -45,7 +47,7 @@ class Engine:
     def interpreter(self) -> str | None:
         """The Python that has the packages; None if none has."""
         if self.apart is not None:
-            cache = Path(os.environ.get("FEWBITS_CACHE", Path.home() / ".cache" / "fewbits"))
+            cache = cache_folder()
             named = os.environ.get(f"FEWBITS_{self.apart.upper().replace('-', '_')}")
             apart = Path(named or cache / self.apart / "bin" / "python")
             if apart.exists():
