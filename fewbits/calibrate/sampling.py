@@ -300,7 +300,7 @@ def quantized_copy(checkpoint: Checkpoint, kind: str) -> Checkpoint:
 
     def load(tensor: LazyTensor) -> QTensor:
         value = tensor.load()
-        return FORMATS.get(kind).encode(value.float())  # type: ignore[union-attr]
+        return FORMATS.get(kind).encode(value.float(), search=False)  # type: ignore[union-attr]
 
     tensors = dict(checkpoint.tensors)
     for name in _copied(checkpoint):
