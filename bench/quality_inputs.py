@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,8 +23,9 @@ from fewbits.calibrate.tokens import Tokens, read_tokens
 from fewbits.evaluation import Text, read_text, self_text
 from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
+from fewbits.storage.cache import cache_folder
 
-CACHE = Path(os.environ.get("FEWBITS_CACHE", Path.home() / ".cache" / "fewbits"))
+CACHE = cache_folder()
 CONTEXT = 512  # of evaluation
 TEXT_SEED = 1  # calibration text has 0
 

@@ -12,35 +12,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fewbits.adapters.transformers import load_model, load_tokenizer
-from fewbits.calibrate import documents, sampling, tokens
+from fewbits.adapters.transformers import load_tokenizer
+from fewbits.calibrate import documents, tokens
 from fewbits.calibrate.documents import parse_dataset, read_characters, read_json_lines
-from fewbits.calibrate.sampling import LOOP, NGRAM, Documents, Heads, sample, write_rows
 from fewbits.calibrate.tokens import bos_of, read_tokens
-from fewbits.errors import CalibrationError, FileError, ModelError
-from fewbits.files.open import open_checkpoint
-from tests.tiny import CORPUS, save_tiny, spm_tokenizer
+from fewbits.errors import CalibrationError, FileError
+from tests.tiny import CORPUS
 
 CHAT = [{"role": "user", "content": "Hello world"}, {"role": "assistant", "content": "the lazy dog"}]
 IN_ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """A model whose tokenizer puts nothing before a text."""
-    return open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("model") / "plain"))
-
-
-@pytest.fixture(scope="module")
-def headed(tmp_path_factory):
-    """A model whose tokenizer puts bos before a text."""
-    folder = tmp_path_factory.mktemp("model") / "headed"
-    return open_checkpoint(save_tiny("LlamaForCausalLM", folder, spm_tokenizer()))
-
-
-@pytest.fixture(params=["plain", "headed"])
-def model(request):
-    return request.getfixturevalue(request.param)
 
 
 def write_lines(path, rows):
@@ -156,14 +136,14 @@ def test_documents_are_shuffled_by_the_seed_and_parted(model, tmp_path):
     assert first.count(mark) == len(texts)
     alone = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     assert (
-        Counter(map(tuple, _split(first, mark))) == Counter(_split(other, mark)) == Counter(map(tuple, alone))
+        Counter(map(tuple, split(first, mark))) == Counter(split(other, mark)) == Counter(map(tuple, alone))
     )
     found = [read_tokens(model, spec, 96, context=32, seed=seed) for seed in (1, 1, 2)]
     assert found[0].digest == found[1].digest != found[2].digest
     assert found[0].source == f"{spec} (seed 1)"
 
 
-def _split(stream, mark):
+def split(stream, mark):
     """-> the runs between marks, empty ones left out."""
     parts = [[]]
     for token in stream:
@@ -290,94 +270,3 @@ def test_a_data_set_that_cannot_be_read_is_an_error(plain, fake_datasets, monkey
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CalibrationError, match="pip install datasets"):
         read_tokens(plain, "hf:a/b", 64)
-
-
-# ---- the model itself ----------------------------------------------------------------------------
-
-
-def test_the_model_writes_the_same_text_for_the_same_seed(model):
-    first, again, other = (read_tokens(model, "self", 100, context=32, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.windows, again.windows) and first.digest == again.digest != other.digest
-    assert first.windows.shape == (4, 32) and "model itself (seed 1)" in first.source
-    tokenizer = load_tokenizer(model)
-    assert int(first.windows.max()) < len(tokenizer)  # the embedding has more rows
-    if bos_of(tokenizer) is not None:
-        assert set(first.windows[:, 0].tolist()) == {tokenizer.bos_token_id}
-
-
-def test_progress_runs_to_the_end(plain):
-    seen = []
-    read_tokens(plain, "self", 100, context=32, progress=lambda *step: seen.append(step))
-    done = [at for _, at, _ in seen]
-    assert done == sorted(done) and seen[-1] == ("writing calibration text", 128, 128)
-
-
-def test_sampling_with_a_cache_equals_sampling_without(plain):
-    model = load_model(plain, torch.float32)
-    heads = torch.arange(6).view(2, 3)
-    expected = heads
-    with torch.inference_mode():
-        for _ in range(8):
-            expected = torch.cat(
-                [expected, model(input_ids=expected).logits[:, -1].argmax(-1, keepdim=True)], 1
-            )
-    cold = sample(model, heads, 11, torch.Generator().manual_seed(0), temperature=1e-4)
-    assert torch.equal(cold, expected)
-
-
-def test_a_damaged_model_is_an_error(plain):
-    def not_finite(**_):
-        return SimpleNamespace(past_key_values=None, logits=torch.full((1, 1, 5), float("nan")))
-
-    with pytest.raises(ModelError, match="not finite at token 1"):
-        sample(not_finite, torch.zeros(1, 1, dtype=torch.int64), 4, torch.Generator())
-
-
-HEADS = st.builds(
-    lambda seed: Heads([7, 8, 9], [], [5], torch.Generator().manual_seed(seed)), st.integers(0, 99)
-)
-
-
-@settings(max_examples=30)
-@given(HEADS, st.lists(st.sampled_from([0, 0, 1, 2, 6, 10]), min_size=60, max_size=200))
-def test_no_document_loops_and_none_goes_on_after_its_end(heads, drawn):
-    """0, 1, 2 are words, 6 ends a document, 10 has no text; heads are of 7, 8, 9, parted by 5."""
-    rows = Documents([heads.new()], heads, ends=frozenset([6]), known=10)
-    written = [int(rows(torch.tensor([[token]]))) for token in drawn]
-    assert 10 not in written
-    for part in _split(written, 5):
-        for document in _split(part, 6):
-            words = [token for token in document if token < 3]
-            ngrams = Counter(tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1))
-            assert max(ngrams.values(), default=0) <= LOOP
-    after = [written[i + 1 : i + 3] for i, token in enumerate(written) if token == 6]
-    assert all(token in (7, 8, 9) for head in after for token in head)
-
-
-def test_a_loop_is_cut_where_the_ngram_comes_for_the_third_time():
-    heads = Heads([7], [], [5], torch.Generator())
-    rows = Documents([[7, 7]], heads, frozenset(), 10)
-    written = [int(rows(torch.tensor([[1]]))) for _ in range(NGRAM + LOOP + 2)]
-    assert written == [1] * (NGRAM + LOOP - 1) + [5, 7, 7] and rows.loops == 1
-
-
-def test_rows_written_twice_are_dropped_and_it_ends(plain, monkeypatch):
-    def same(model, heads, length, *_):
-        return torch.arange(length).expand(len(heads), -1)
-
-    monkeypatch.setattr(sampling, "sample", same)
-    rows, notes = write_rows(plain, load_tokenizer(plain), None, 128, 32)
-    assert rows == [list(range(32))]
-    assert "rows of 32 tokens dropped as duplicates" in notes[0]
-    found = read_tokens(plain, "self", 128, context=32)
-    assert found.windows.shape == (1, 32) and "holds 32 tokens, 128 were asked for" in found.notes[-1]
-
-
-def test_heads_are_ordinary_tokens(model):
-    tokenizer = load_tokenizer(model)
-    heads = sampling._heads(model, tokenizer, bos_of(tokenizer), torch.Generator().manual_seed(0))
-    assert len(heads.pool) > 50
-    for token in heads.pool:
-        assert token not in tokenizer.all_special_ids
-        text = tokenizer.decode([token])
-        assert "\ufffd" not in text and token in tokenizer(text, add_special_tokens=False).input_ids

@@ -4,25 +4,37 @@
     [bos] tok tok   drawn drawn drawn ... drawn eos   [bos] tok tok   drawn drawn ...
                     at the row's temperature      ^ ended by the model, or cut where it loops
 
-A batch of rows is written side by side, one token of each a step, with a key-value cache. A row whose
+Rows are written side by side, one token of each a step, with a key-value cache. A row whose
 document ends goes on with another, so no row idles. A document loops when an n-gram comes for the
 third time. A row that shares too many n-grams with those written before is dropped and another
 written. The same seed gives the same text on the same machine.
+
+The model writes in f32 or bf16, whichever the machine multiplies faster. Where it does not fit the free
+memory, a copy in Q8_0 writes in its place, or one in Q4_0, made weight by weight from the mapped file.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import pad
 
-from ..adapters.transformers import load_model, next_logits
-from ..errors import CalibrationError, ModelError
-from ..files.checkpoint import Checkpoint
+from ..adapters.transformers import load_model
+from ..errors import CalibrationError
+from ..files.checkpoint import Checkpoint, LazyTensor
+from ..formats.base import FORMATS
+from ..memory import free_memory
+from ..model.sites import sites
+from ..qtensor import QTensor
+from ..runtime.decode import Decoder, faster_dtype
+from ..runtime.load import load_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,16 +44,20 @@ Step = Callable[[int, int], None]
 TEMPERATURES = (0.7, 1.0, 1.3)
 HEAD_TOKENS = 2
 ROW = 128  # tokens; on the demo model as good as 256, and a third cheaper: fewer, fuller steps
-ROWS_AT_ONCE = 128
+ROWS_AT_ONCE = 256  # beyond, products grow no faster
 CACHE_BYTES = 2 * 2**30  # of keys and values, at most
 POOL = 4096  # tokens of the vocabulary from which heads are drawn
 NGRAM = 8
 LOOP = 3  # times that an n-gram comes in one document
 SHARED = 0.25  # share of a row's n-grams that earlier rows may have
+COPIES = ("q8_0", "q4_0")  # what writes where the model itself does not fit, best first
+WORKING = 2**30  # bytes beside weights, keys and values: logits, activations, torch itself
+BLOCK = 256  # words of the vocabulary that a draw passes over at once
+DRAWN_AT_ONCE = 16  # rows: their probabilities stay in the processor's cache
 
 
 def sample(
-    model: Any,
+    decoder: Decoder,
     heads: torch.Tensor,
     length: int,
     generator: torch.Generator,
@@ -52,30 +68,49 @@ def sample(
     """`(b, h)` int64 -> `(b, length)`: every row continued by draws from the model's distribution.
 
     temperature: of all rows, or `(b, 1)`. steer: what was drawn, `(b, 1)` -> what shall stand there.
-    Raises ModelError where the model's output is not finite.
+    Raises CalibrationError where the model's output is not finite.
     """
-    tokens, ids, cache = [heads], heads, None
+    tokens, ids = [heads], heads
+    sharpness = 1 / torch.as_tensor(temperature).expand(len(heads), 1)
+    decoder.restart()
     with torch.inference_mode():
         for i in range(heads.shape[1], length):
-            logits, cache = next_logits(model, ids, cache)
-            if not bool(logits.isfinite().all()):
-                raise ModelError(f"the model's output is not finite at token {i}; its weights are damaged")
-            ids = draw((logits.float() / temperature).softmax(-1), generator)
-            ids = steer(ids) if steer else ids
+            drawn = draw(decoder(ids), generator, sharpness)
+            if drawn is None:
+                raise CalibrationError(f"the model's output is not finite at token {i}")
+            ids = steer(drawn) if steer else drawn
             tokens.append(ids)
             if step:
                 step(i + 1, length)
     return torch.cat(tokens, 1)
 
 
-def draw(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """`(b, vocab)` probabilities -> `(b, 1)` tokens, by the inverse of the cumulative distribution.
+def draw(
+    logits: torch.Tensor, generator: torch.Generator, sharpness: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """`(b, vocab)` logits -> `(b, 1)` tokens, by the inverse of the cumulative distribution; None where the
+    logits of a row are no distribution (NaN, infinite).
 
-    torch.multinomial draws a random number for each word of the vocabulary; this draws one a row.
+    sharpness: `(b, 1)`, what logits are multiplied by. Sums over blocks of the vocabulary first: the
+    cumulative distribution is made of one block alone.
     """
-    cumulative = p.cumsum(-1)
-    at = torch.rand(len(p), 1, generator=generator) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, at, right=True).clamp_max(p.shape[-1] - 1)
+    uniform = torch.rand(len(logits), 1, generator=generator)
+    drawn = []
+    for start in range(0, len(logits), DRAWN_AT_ONCE):
+        rows = slice(start, start + DRAWN_AT_ONCE)
+        scaled = logits[rows].float() if sharpness is None else logits[rows] * sharpness[rows]
+        blocks = pad(scaled.float().softmax(-1), (0, -logits.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        cumulative = blocks.sum(-1).cumsum(-1)
+        if not bool(cumulative[:, -1].isfinite().all()):
+            return None
+        at = uniform[rows] * cumulative[:, -1:]
+        block = torch.searchsorted(cumulative, at, right=True).clamp_max(blocks.shape[1] - 1)
+        before = pad(cumulative, (1, 0)).gather(1, block)
+        inside = blocks[torch.arange(len(block)), block[:, 0]].cumsum(-1)
+        # Rounding may put the point past the block's own sum: never onto a word that cannot come.
+        at = torch.minimum(at - before, inside[:, -1:].nextafter(torch.zeros(())))
+        drawn.append(block * BLOCK + torch.searchsorted(inside, at, right=True))
+    return torch.cat(drawn)
 
 
 @dataclass(frozen=True)
@@ -131,23 +166,33 @@ class Documents:
         self.ngrams[row].clear()
 
 
+@dataclass(frozen=True)
+class Writing:
+    """What text is wanted: `n_tokens` in all, in rows of `length`; memory: bytes, None: what is free."""
+
+    n_tokens: int
+    length: int
+    seed: int = 0
+    memory: int | None = None
+
+
 def write_rows(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     bos: int | None,
-    n_tokens: int,
-    length: int,
-    seed: int = 0,
+    writing: Writing,
     step: Step | None = None,
 ) -> tuple[list[list[int]], list[str]]:
     """-> rows of `length` tokens written by the model, `n_tokens` in all where it can; and notes.
 
     Fewer where the model writes the same again and again: as many rows as asked for were dropped.
+    Raises CalibrationError that names the tensor at fault where the model's output is not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
+    length, generator = writing.length, torch.Generator().manual_seed(writing.seed)
     heads = _heads(checkpoint, tokenizer, bos, generator)
-    model = load_model(checkpoint, compute_dtype(checkpoint))
-    wanted, at_once = ceil(n_tokens / length), rows_at_once(model, length)
+    model, notes = load_writer(checkpoint, writer_kind(checkpoint, writing.memory))
+    wanted, at_once = ceil(writing.n_tokens / length), rows_at_once(model, length)
+    decoder = Decoder(model, length)
     rows: list[list[int]] = []
     seen: set[tuple[int, ...]] = set()
     dropped = loops = 0
@@ -160,7 +205,10 @@ def write_rows(
             if step:
                 step(before * length + now * done, wanted * length)
 
-        written = sample(model, torch.tensor(starts), length, generator, heat[:, None], documents, told)
+        try:
+            written = sample(decoder, torch.tensor(starts), length, generator, heat[:, None], documents, told)
+        except CalibrationError as error:
+            raise CalibrationError(f"{checkpoint.path}: {error}: {damage_of(checkpoint)}") from error
         for row in written.tolist():
             ngrams = {tuple(row[i : i + NGRAM]) for i in range(len(row) - NGRAM + 1)}
             if len(ngrams & seen) > SHARED * len(ngrams):
@@ -169,7 +217,8 @@ def write_rows(
             seen |= ngrams
             rows.append(row)
         loops += documents.loops
-    notes = [f"{loops} documents cut where the model began to loop"] if loops else []
+    if loops:
+        notes.append(f"{loops} documents cut where the model began to loop")
     if dropped:
         notes.append(f"{dropped} rows of {length} tokens dropped as duplicates and written anew")
     return rows, notes
@@ -204,11 +253,83 @@ def ends_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> froze
     return frozenset(token for token in found if token is not None)
 
 
-def compute_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """bf16 where the processor has tiles for it, or f32 weights would need over 8 GiB; f32 is faster else."""
-    nbytes = 4 * sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    tiles = torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if tiles or nbytes > 8 * 2**30 else torch.float32
+def writer_kind(checkpoint: Checkpoint, memory: int | None = None) -> str:
+    """What writes in `memory` bytes: the model in "f32" or "bf16", the faster, or a copy in one of COPIES.
+
+    Raises CalibrationError where not even the smallest copy fits.
+    """
+    memory = free_memory() if memory is None else memory
+    needs = {
+        kind: weight_nbytes(checkpoint, kind) + CACHE_BYTES + WORKING for kind in ("f32", "bf16", *COPIES)
+    }
+    if faster_dtype() == torch.bfloat16:
+        needs.pop("f32")
+    for kind, nbytes in needs.items():
+        if nbytes <= memory:
+            return kind
+    raise CalibrationError(
+        f"{checkpoint.path}: to write its own text the model needs {min(needs.values())} bytes of memory, "
+        f"{memory} are free; give a text file (--calibrate FILE), with which it is run block by block"
+    )
+
+
+def weight_nbytes(checkpoint: Checkpoint, kind: str) -> int:
+    """Bytes that a writer's weights take at most, while they are loaded: twice what they take later."""
+    every = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    if kind not in COPIES:
+        return 2 * every * (4 if kind == "f32" else 2)
+    copied = _copied(checkpoint)
+    largest = 6 * max(copied.values(), default=0)  # decoded at each use, in f32 and bf16
+    packed = sum(copied.values())
+    bits = 16 * (every - packed) + packed * float(FORMATS.get(kind).bits_per_weight())
+    return int(2 * bits / 8) + largest
+
+
+def load_writer(checkpoint: Checkpoint, kind: str) -> tuple[Any, list[str]]:
+    """-> the transformers model that writes, and what to say of it."""
+    if kind not in COPIES:
+        return load_model(checkpoint, torch.float32 if kind == "f32" else torch.bfloat16), []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*are held as floats")  # experts stay floats, as meant
+        model = load_packed(quantized_copy(checkpoint, kind), torch.bfloat16)
+    return model, [f"text written by a copy of the model in {kind}: in floats it does not fit the memory"]
+
+
+def quantized_copy(checkpoint: Checkpoint, kind: str) -> Checkpoint:
+    """The same checkpoint with linear maps and embeddings rounded to `kind` when they are loaded."""
+
+    def load(tensor: LazyTensor) -> QTensor:
+        value = tensor.load()
+        return FORMATS.get(kind).encode(value.float(), search=False)  # type: ignore[union-attr]
+
+    tensors = dict(checkpoint.tensors)
+    for name in _copied(checkpoint):
+        tensor = tensors[name]
+        tensors[name] = replace(tensor, kind=FORMATS.get(kind), load=partial(load, tensor))
+    return replace(checkpoint, tensors=tensors)
+
+
+def _copied(checkpoint: Checkpoint) -> dict[str, int]:
+    """The weights that a copy rounds -> how many numbers each has. Routers stay floats, and so do
+    experts, which transformers fuses, and what is quantized already."""
+    tensors = checkpoint.tensors
+    return {
+        site.name: prod(site.shape)
+        for site in sites(checkpoint)
+        if site.role not in ("router", "position") and site.expert is None
+        and not tensors[site.name].quantized and site.shape[1] % 32 == 0
+    }  # fmt: skip
+
+
+def damage_of(checkpoint: Checkpoint) -> str:
+    """The first tensor with a value that is not finite, in words."""
+    for name, tensor in checkpoint.tensors.items():
+        value = tensor.load()
+        value = value.decode() if isinstance(value, QTensor) else value
+        bad = int((~value.isfinite()).sum())
+        if bad:
+            return f"{bad} of {value.numel()} values of {name!r} are not finite; fetch the model again"
+    return "its weights are finite, so numbers grew too large on the way; is the config the model's own?"
 
 
 def rows_at_once(model: Any, length: int) -> int:

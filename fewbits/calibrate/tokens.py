@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ from ..adapters.transformers import load_tokenizer
 from ..errors import CalibrationError, raise_all
 from ..files.checkpoint import Checkpoint
 from .documents import Document, read_characters, read_dataset, read_json_lines
-from .sampling import ROW, write_rows
+from .kept import keep, read_kept, text_file
+from .sampling import ROW, Writing, write_rows, writer_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,9 +67,11 @@ def read_tokens(
     context: int = 512,
     seed: int = 0,
     progress: Progress | None = None,
+    memory: int | None = None,
 ) -> Tokens:
     """Calibration text for a model -> at least `n_tokens` tokens in windows of `context`.
 
+    memory: bytes in which the model may write its own text (default: what is free).
     spec: "self", the path of a text or JSON lines file, or hf:NAME[:CONFIG][:SPLIT]. Text that holds
     less gives the whole windows it has and a note with both numbers. Raises CalibrationError for less
     than one window, and FileError for a file that cannot be read.
@@ -79,7 +82,9 @@ def read_tokens(
     tokenizer = load_tokenizer(checkpoint)
     bos = bos_of(tokenizer)
     if spec == "self":
-        stream, source, notes = _from_self(checkpoint, tokenizer, needed, context, seed, progress)
+        stream, source, notes = _from_self(
+            checkpoint, tokenizer, Writing(needed, min(context, ROW), seed, memory), progress
+        )
     elif spec.startswith("hf:"):
         stream, notes = _from_documents(tokenizer, read_dataset(spec), needed, seed, progress)
         source = f"{spec} (seed {seed})"
@@ -239,17 +244,23 @@ class _Writer:
 
 
 def _from_self(
-    checkpoint: Checkpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    needed: int,
-    context: int,
-    seed: int,
-    progress: Progress | None,
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, writing: Writing, progress: Progress | None
 ) -> tuple[list[int], str, list[str]]:
+    """The text that the model writes, or wrote when it was asked the same before."""
+
     def step(done: int, total: int) -> None:
         if progress:
             progress("writing calibration text", done, total)
 
-    rows, notes = write_rows(checkpoint, tokenizer, bos_of(tokenizer), needed, min(context, ROW), seed, step)
-    stream = [token for row in rows for token in row]
-    return stream, f"text written by the model itself (seed {seed})", notes
+    source = f"text written by the model itself (seed {writing.seed})"
+    settings = {**asdict(writing), "memory": None, "kind": writer_kind(checkpoint, writing.memory)}
+    path = text_file(checkpoint, settings)
+    kept = read_kept(path)
+    if kept is not None:
+        rows, notes = kept
+        notes = [*notes, f"the text was written by an earlier run and reused: {path.name}"]
+    else:
+        rows, notes = write_rows(checkpoint, tokenizer, bos_of(tokenizer), writing, step)
+        if not keep(path, rows, notes):
+            notes = [*notes, f"the text cannot be kept for later runs in {path.parent}"]
+    return [token for row in rows for token in row], source, notes

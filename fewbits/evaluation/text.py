@@ -13,13 +13,12 @@ from math import ceil
 
 import torch
 
-from ..adapters.transformers import load_model, load_tokenizer
-from ..calibrate.sampling import sample
+from ..adapters.transformers import load_tokenizer
+from ..calibrate.sampling import damage_of, load_writer, rows_at_once, sample, writer_kind
 from ..calibrate.tokens import bos_of
 from ..errors import CalibrationError
 from ..files.checkpoint import Checkpoint
-
-SEQUENCES_AT_ONCE = 16
+from ..runtime.decode import Decoder
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,23 @@ def self_text(
         raise CalibrationError(
             f"cannot sample {n_tokens} tokens in windows of {context}; ask for 1 and 2 at least"
         )
-    model = load_model(checkpoint, torch.float32)
+    model, notes = load_writer(checkpoint, writer_kind(checkpoint))
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
-    n = ceil(n_tokens / context)
-    batches = []
-    for start in range(0, n, SEQUENCES_AT_ONCE):
-        rows = min(SEQUENCES_AT_ONCE, n - start)
+    n, at_once = ceil(n_tokens / context), rows_at_once(model, context)
+    decoder, batches = Decoder(model, context), []
+    for start in range(0, n, at_once):
+        rows = min(at_once, n - start)
 
         def step(done: int, total: int, start: int = start, rows: int = rows) -> None:
             if progress:
                 progress("sampling text", start * total + rows * done, n * total)
 
         heads = torch.randint(vocabulary, (rows, 1), generator=generator)
-        batches.append(sample(model, heads, context, generator, step=step))
+        try:
+            batches.append(sample(decoder, heads, context, generator, step=step))
+        except CalibrationError as error:
+            raise CalibrationError(f"{checkpoint.path}: {error}: {damage_of(checkpoint)}") from error
     tokens = torch.cat(batches).flatten()
-    return Text(tokens, f"{len(tokens)} tokens sampled from the parent itself (temperature 1, seed {seed})")
+    source = f"{len(tokens)} tokens sampled from the parent itself (temperature 1, seed {seed})"
+    return Text(tokens, "; ".join([source, *notes]))

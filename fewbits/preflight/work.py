@@ -20,13 +20,14 @@ from math import ceil, prod
 from typing import Any
 
 from ..algorithms import NEEDS
-from ..calibrate.sampling import compute_dtype
+from ..calibrate.sampling import ROWS_AT_ONCE, weight_nbytes, writer_kind
 from ..files.checkpoint import Checkpoint
 from ..files.output import Job, Output
 from ..formats.base import CHUNK, Format
 from ..memory import peak_memory, reset_peak_memory
 from ..model.sites import Site, sites
 from ..plan.choices import Decision
+from ..runtime.decode import faster_dtype
 from ..train.polish import PolishSettings
 from ..train.rounding import EFFORTS
 from ..workflow.request import Request
@@ -38,7 +39,6 @@ ALLOWANCE = 3 * 2**29  # 1.5 GiB: torch, transformers, Hessians and what is quan
 BESIDE = 3 * 2**28  # of which this much is not Hessians
 ROWS_IN_F32 = 10  # copies of CHUNK weights in f32 that an encoder holds at most
 MARGIN = 64 * 2**20  # allocators keep what was freed; digests read their input in pieces
-BATCH = 16  # sequences at once where the model writes its own text, about
 BACKWARD = 3  # a forward and a backward pass cost three forward passes
 
 
@@ -121,8 +121,8 @@ def work_of(
         peak = max(peak, _walk_peak(walked, blocks, hidden, request))
     if walked and (request.method.polish or writes_text):
         way = "whole model"
-        copies = 12 if request.method.polish else compute_dtype(checkpoint).itemsize * 2
-        peak = max(peak, copies * model + ALLOWANCE)
+        nbytes = 12 * model if request.method.polish else weight_nbytes(checkpoint, writer_kind(checkpoint))
+        peak = max(peak, nbytes + ALLOWANCE)
     inside = {task.site.name for task in walked if task.site}
     sizes = job_nbytes(target)
     kept = sum(sizes[job.name] for job in target.jobs if inside & set(job.sources))
@@ -248,7 +248,9 @@ def _model_seconds(
     shape, context = max((task.shape for task in walked), key=prod), tokens.windows.shape[1]
     rate, found = multiplying(shape, 1024), {}
     if writes_text:
-        found["writing the text"] = 2 * model * tokens.count / multiplying(shape, BATCH)
+        found["writing the text"] = (
+            2 * model * tokens.count / multiplying(shape, ROWS_AT_ONCE, faster_dtype())
+        )
     if method.learn:
         settings = EFFORTS[method.learn]
         seen = settings.steps * settings.batch * request.streaming.batch * context * BACKWARD

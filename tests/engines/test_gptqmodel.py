@@ -23,12 +23,13 @@ from fewbits.files.open import open_checkpoint
 from fewbits.plan import Plan, Rule
 from fewbits.plan.method import METHODS
 from fewbits.qtensor import QTensor
+from fewbits.storage.cache import cache_folder
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run as quantize
 from tests.files.integer_cases import formula
 from tests.tiny import VOCAB, change_weights, save_tiny
 
-CACHE = Path(os.environ.get("FEWBITS_CACHE", Path.home() / ".cache" / "fewbits"))
+CACHE = cache_folder()
 PYTHON = Path(os.environ.get("FEWBITS_GPTQMODEL", CACHE / "gptqmodel" / "bin" / "python"))
 PEER = Path(__file__).parent / "gptqmodel_peer.py"
 GOLDEN = Path(__file__).parent.parent / "golden"
