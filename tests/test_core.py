@@ -176,12 +176,13 @@ except RuntimeWarning as warning:
 else:
     raise SystemExit("no warning")
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    plain = {name: value for name, value in os.environ.items() if name != "FEWBITS_CORE"}
+    subprocess.run([sys.executable, "-c", script], env=plain, check=True)
     twice = (
         "import sys; sys.modules['fewbits._core'] = None; import torch; from fewbits.formats import FORMATS; "
         "[FORMATS.get(name).encode(torch.ones(2, 256)) for name in ('q4_k', 'q8_0', 'q4_k')]"
     )
-    run = subprocess.run([sys.executable, "-c", twice], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", twice], env=plain, capture_output=True, text=True, check=True)
     assert run.stderr.count("without its C++ core") == 1
     quiet = (
         "import torch; from fewbits.formats import FORMATS; from fewbits import core; "
