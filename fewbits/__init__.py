@@ -11,10 +11,14 @@ A name is imported when it is first used: `import fewbits` alone loads neither t
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .version import VERSION as __version__
+
+if sys.platform == "win32":  # writers exclude each other by fcntl.flock
+    raise ImportError("fewbits runs on Linux and macOS; on Windows, install it inside WSL")
 
 if TYPE_CHECKING:
     from .calibrate.tokens import Tokens, read_tokens

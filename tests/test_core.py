@@ -172,11 +172,18 @@ from fewbits.formats.base import Format
 try:
     FORMATS.get("q4_k").encode(torch.ones(2, 256))
 except RuntimeWarning as warning:
-    assert "tens of times slower" in str(warning), warning
+    assert "tens of times slower: import of fewbits._core halted" in str(warning), warning
 else:
     raise SystemExit("no warning")
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    plain = {name: value for name, value in os.environ.items() if name != "FEWBITS_CORE"}
+    subprocess.run([sys.executable, "-c", script], env=plain, check=True)
+    twice = (
+        "import sys; sys.modules['fewbits._core'] = None; import torch; from fewbits.formats import FORMATS; "
+        "[FORMATS.get(name).encode(torch.ones(2, 256)) for name in ('q4_k', 'q8_0', 'q4_k')]"
+    )
+    run = subprocess.run([sys.executable, "-c", twice], env=plain, capture_output=True, text=True, check=True)
+    assert run.stderr.count("without its C++ core") == 1
     quiet = (
         "import torch; from fewbits.formats import FORMATS; from fewbits import core; "
         "q = FORMATS.get('q4_k').encode(torch.ones(2, 256)); assert core.isa() == 'torch'; "
@@ -190,6 +197,14 @@ else:
         check=True,
     )
     assert float(run.stdout) == pytest.approx(1.0, abs=1e-3)  # d is a half: 11 bits
+
+
+def test_windows_is_refused_in_one_line() -> None:
+    script = "import sys; sys.platform = 'win32'; import fewbits"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.stderr.splitlines()[-1] == (
+        "ImportError: fewbits runs on Linux and macOS; on Windows, install it inside WSL"
+    )
 
 
 def test_blocks_of_the_reference_are_what_a_qtensor_needs() -> None:
