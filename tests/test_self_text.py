@@ -155,13 +155,14 @@ def test_a_copy_writes_where_the_model_does_not_fit(plain, kind):
 
 
 def test_a_copy_is_as_near_as_its_format_allows(plain):
-    """Q8_0 has 32 weights a step, and a step is at most their largest / 127."""
+    """Q8_0 has 32 weights a step, at most their largest / 127. One step where a code of 128 is cut to 127, and what
+    the step loses as f16: 127 * 2^-11 of itself."""
     name = "model.layers.0.mlp.up_proj"
     w = plain.tensors[f"{name}.weight"].load().float()
     model, _ = sampling.load_writer(plain, "q8_0")
     copied = model.get_submodule(name).weight.decode(torch.float32)
     step = w.view(len(w), -1, 32).abs().amax(-1, keepdim=True) / 127
-    assert 0 < float(((copied - w).view(len(w), -1, 32).abs() / step).max()) < 1.01
+    assert 0 < float(((copied - w).view(len(w), -1, 32).abs() / step).max()) < 1.06
 
 
 HEADS = st.builds(
