@@ -96,6 +96,7 @@ support: $(VENV)/engine gptqmodel mlx vllm
 # Calibrated quantization against its peers; hours. CALIBRATION="--calibration FILE" and TEXT="--text FILE"
 # name texts; without, the model writes them. An interrupted run goes on with what .bench keeps.
 bench-methods: $(VENV)/engine gptqmodel
+	$(RUN) bench/text
 	$(RUN) bench/calibrate --gptqmodel $(GPTQMODEL)/bin/python $(CALIBRATION)
 	$(RUN) bench/quality --gptqmodel $(GPTQMODEL)/bin/python --keep .bench $(CALIBRATION) $(TEXT)
 

@@ -15,6 +15,7 @@ from fewbits.adapters.transformers import load_model, load_tokenizer
 from fewbits.calibrate import kept, sampling, tokens
 from fewbits.calibrate.sampling import LOOP, NGRAM, Documents, Heads, Writing, sample, write_rows
 from fewbits.calibrate.tokens import bos_of, read_tokens
+from fewbits.cli.main import main
 from fewbits.errors import CalibrationError
 from fewbits.files.open import open_checkpoint
 from fewbits.runtime.decode import Decoder
@@ -155,13 +156,14 @@ def test_a_copy_writes_where_the_model_does_not_fit(plain, kind):
 
 
 def test_a_copy_is_as_near_as_its_format_allows(plain):
-    """Q8_0 has 32 weights a step, and a step is at most their largest / 127."""
+    """Q8_0 has 32 weights a step, at most their largest / 127. Off by one step where a code of 128 is cut to
+    127, and by what the step loses as f16: 127 * 2^-11 of itself."""
     name = "model.layers.0.mlp.up_proj"
     w = plain.tensors[f"{name}.weight"].load().float()
     model, _ = sampling.load_writer(plain, "q8_0")
     copied = model.get_submodule(name).weight.decode(torch.float32)
     step = w.view(len(w), -1, 32).abs().amax(-1, keepdim=True) / 127
-    assert 0 < float(((copied - w).view(len(w), -1, 32).abs() / step).max()) < 1.01
+    assert 0 < float(((copied - w).view(len(w), -1, 32).abs() / step).max()) < 1.06
 
 
 HEADS = st.builds(
@@ -212,3 +214,23 @@ def test_heads_are_ordinary_tokens(model):
         assert token not in tokenizer.all_special_ids
         text = tokenizer.decode([token])
         assert "\ufffd" not in text and token in tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_a_damaged_model_is_never_rounded_instead(plain, tmp_path, capsys):
+    """What is asked is the default: there a model that cannot be run is rounded to nearest."""
+    folder = tmp_path / "copy"
+    shutil.copytree(plain.path, folder)
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\xc0\x7f")  # NaN in f32 and in bf16
+    arguments = [
+        "quantize",
+        str(folder),
+        "--to",
+        "q4_0",
+        "--out",
+        str(tmp_path / "out.gguf"),
+        "--tokens",
+        "64",
+    ]
+    assert main([*arguments, "--context", "32"]) == 1
+    assert "not finite at token" in capsys.readouterr().err and not (tmp_path / "out.gguf").exists()

@@ -95,11 +95,12 @@ def draw(
     cumulative distribution is made of one block alone.
     """
     uniform = torch.rand(len(logits), 1, generator=generator)
-    drawn = []
+    drawn, rest = [], -logits.shape[1] % BLOCK
     for start in range(0, len(logits), DRAWN_AT_ONCE):
         rows = slice(start, start + DRAWN_AT_ONCE)
         scaled = logits[rows].float() if sharpness is None else logits[rows] * sharpness[rows]
-        blocks = pad(scaled.float().softmax(-1), (0, -logits.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        p = scaled.float().softmax(-1)
+        blocks = (pad(p, (0, rest)) if rest else p).unflatten(1, (-1, BLOCK))
         cumulative = blocks.sum(-1).cumsum(-1)
         if not bool(cumulative[:, -1].isfinite().all()):
             return None

@@ -116,7 +116,11 @@ def _paged(end: int) -> int:
 
 
 def _longer(held: torch.Tensor, end: int) -> torch.Tensor:
-    return F.pad(held, (0, 0, 0, _paged(end) - held.shape[-2]))  # zeros: what is masked must be finite
+    b, g, n, d = held.shape
+    longer = held.new_empty(b, g, _paged(end), d)
+    longer[:, :, :n] = held
+    longer[:, :, n:] = 0  # what is masked must be finite
+    return longer
 
 
 def _use_grouped_attention(model: Any) -> None:
