@@ -3,6 +3,7 @@
 The second half kills runs in a process of their own; a rerun must give the bytes of one never killed.
 """
 
+import json
 import signal
 import subprocess
 import sys
@@ -155,12 +156,17 @@ if point == "between":
     blockstore.BlockStore.write = dying(blockstore.BlockStore.write)
 if point == "output":
     StreamFile.write = dying(StreamFile.write)
+if point == "renamed":
+    StreamFile.finish = dying(StreamFile.finish)
+if point == "receipt":
+    blockstore.BlockStore.remove = dying(blockstore.BlockStore.remove)
 if point == "polish":
     polish._Run.advance = dying(polish._Run.advance)
 calibrated(source, out, point == "polish")
 """
 # Where runs are killed, and after how many calls: a block has 7 weights, polish 30 steps.
 POINTS = {"inside": 9, "unindexed": 0, "between": 1, "output": 4, "polish": 27}
+LATE = ("renamed", "receipt")  # when the output is in its place
 FAST = ("inside", "output")
 
 
@@ -214,3 +220,37 @@ def test_a_killed_run_is_continued_to_the_same_bytes(model, whole, tmp_path, poi
     calibrated(model, out, point == "polish")
     assert out.read_bytes() == whole[point == "polish"]
     assert not (tmp_path / "m.gguf.blocks").exists()
+
+
+@pytest.mark.parametrize("point", LATE)
+def test_killed_when_the_output_is_in_its_place_it_ends_with_its_notes_and_nothing_left(
+    model, whole, tmp_path, point
+):
+    done = spawn(model, tmp_path / "m.gguf", point, 0)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "m.gguf").exists()
+    calibrated(model, tmp_path / "m.gguf", False)
+    calibrated(model, tmp_path / "never.gguf", False)
+    assert (tmp_path / "m.gguf").read_bytes() == whole[False]
+    ours, never = (json.loads((tmp_path / f"{n}.gguf.receipt.json").read_text()) for n in ("m", "never"))
+    assert ours["notes"] == never["notes"] and ours["tensors"] == never["tensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.gguf{end}" for name in ("m", "never") for end in ("", ".receipt.json")
+    }
+
+
+def test_a_folder_of_the_user_s_own_is_left_alone(model, tmp_path):
+    mine = tmp_path / "m.gguf.blocks"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("all of it")
+    with pytest.raises(FileError, match=r"m\.gguf\.blocks: is in the way"):
+        calibrated(model, tmp_path / "m.gguf", False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["m.gguf.blocks", "thesis.txt"]
+
+
+def test_what_a_user_put_beside_the_blocks_stays(tmp_path):
+    with BlockStore(tmp_path / "o.blocks", "x") as store:
+        (tmp_path / "o.blocks/note.txt").write_text("mine")
+        store.write(0, {"a": torch.ones(2)}, {})
+        store.remove()
+    assert [path.name for path in (tmp_path / "o.blocks").iterdir()] == ["note.txt"]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fewbits.adapters.transformers import load_model
+from fewbits.algorithms import CalibrationWarning
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.errors import CalibrationError, FewbitsError
@@ -350,3 +352,18 @@ def test_what_was_asked_for_by_name_is_an_error_instead(llama, tmp_path, capsys,
     assert main(["quantize", str(model), "--to", "int4_g32", "--out", str(tmp_path / "n"), *how]) == 1
     assert fault in capsys.readouterr().err
     assert not (tmp_path / "n").exists()
+
+
+def test_warnings_of_other_things_are_not_filed_under_a_weight(llama, tmp_path, monkeypatch):
+    real = job_module.task
+
+    def warning(*given):
+        warnings.warn("the disk is nearly full", ResourceWarning, stacklevel=1)
+        warnings.warn("nearly singular", CalibrationWarning, stacklevel=1)
+        return real(*given)
+
+    monkeypatch.setattr(job_module, "task", warning)
+    with pytest.warns(ResourceWarning, match="nearly full"):
+        receipt = quantize(llama, tmp_path / "m.gguf", asked("q4_0"))
+    assert not any("nearly full" in note for note in receipt.notes)
+    assert any(note.endswith("nearly singular") for note in receipt.notes)

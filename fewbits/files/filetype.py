@@ -132,7 +132,7 @@ class FileType(ABC):
         It is what a refusal names, and what `convert --requantize` quantizes to.
         """
         fits = [other for other in _candidates(format) if self.fits(other, shape)]
-        return min(fits, key=lambda other: _distance(format, other, shape), default=BF16)
+        return min(fits, key=lambda other: _distance(format, other), default=BF16)
 
     def refusal(self, format: Format, shape: Shape = USUAL) -> str | None:
         """None where the format is carried; else one sentence: why not, and the nearest that is."""
@@ -223,20 +223,21 @@ def _traits(format: Format) -> tuple[bool, bool]:
     )
 
 
-def _weights_a_scale(format: Format, shape: Shape) -> int:
-    """How many weights share a scale."""
-    plain = format.ordered or format
-    cells = getattr(plain, "cells", None)
+def _weights_a_scale(format: Format) -> int:
+    """How many weights of a usual shape share a scale."""
+    cells = getattr(format, "cells", None)
     if cells is None:
-        return int(getattr(plain, "group", plain.block))
-    return (cells.columns or shape[1]) * (cells.rows or shape[0])
+        return int(getattr(format, "group", format.block))
+    return (cells.columns or USUAL[1]) * (cells.rows or USUAL[0])
 
 
-def _distance(format: Format, other: Format, shape: Shape) -> float:
-    ratio = log2(other.bits_per_weight(*shape) / format.bits_per_weight(*shape))
-    (even, offset), (other_even, other_offset) = _traits(format), _traits(other)
+def _distance(format: Format, other: Format) -> float:
+    """How far apart two formats are; the same for weights of any shape, for engines want q, k and v alike."""
+    plain = format.ordered or format
+    ratio = log2(other.bits_per_weight(*USUAL) / plain.bits_per_weight(*USUAL))
+    (even, offset), (other_even, other_offset) = _traits(plain), _traits(other)
     making = 0.1 * ((even != other_even) + (offset != other_offset) + (offset > other_offset))
-    coarser = log2(_weights_a_scale(other, shape) / _weights_a_scale(format, shape))
+    coarser = log2(_weights_a_scale(other) / _weights_a_scale(plain))
     return (ratio if ratio >= 0 else -2.5 * ratio) + making + 0.05 * max(0, coarser)
 
 

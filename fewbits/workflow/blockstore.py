@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +34,20 @@ from ..storage.atomic import as_bytes, make_directory, write_atomic, write_file_
 from ..storage.json import read_json_object
 
 VERSION = 1
+OURS = ("block-[0-9]*.json", "block-[0-9]*.safetensors", "polish.state", "run.json")
 Value = torch.Tensor | QTensor
+
+
+def check_ours(folder: Path) -> None:
+    """FileError for a folder that holds something and was not made by a run."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    run = folder / "run.json"
+    if not run.is_file() or "blocks" not in read_json_object(run):
+        raise FileError(
+            f"{folder}: is in the way: a calibrated run keeps its finished blocks under this name, and what "
+            "lies there was not made by one; move it, or choose another output"
+        )
 
 
 class BlockStore:
@@ -48,6 +60,7 @@ class BlockStore:
 
     def __init__(self, folder: Path, fingerprint: str, overwrite: bool = False):
         self.folder = folder
+        check_ours(folder)
         make_directory(folder)
         self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -70,8 +83,7 @@ class BlockStore:
                     f"{self.folder}: holds the finished blocks of another run (other input, plan, text or "
                     "options); delete the folder, or pass overwrite"
                 )
-            for path in self.folder.iterdir():
-                path.unlink()
+            self._unlink()
         write_atomic(run, json.dumps(identity).encode())
 
     def has(self, block: int) -> bool:
@@ -116,8 +128,16 @@ class BlockStore:
         return indexed_tensors(path, rows), notes
 
     def remove(self) -> None:
-        """Delete the folder: the output is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the finished blocks, and the folder if nothing else lies in it: the output is written."""
+        self._unlink()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _unlink(self) -> None:
+        """Delete what fewbits wrote here, and nothing else."""
+        for pattern in OURS:
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def __enter__(self) -> BlockStore:
         return self

@@ -36,7 +36,7 @@ from ..release.receipt import Receipt, TensorRow
 from ..storage.atomic import make_directory, write_atomic
 from ..storage.stream import StreamFile
 from ..transforms.rotate import rotate
-from .blockstore import BlockStore
+from .blockstore import BlockStore, check_ours
 from .blockwise import Run, quantize_blocks
 from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
 from .request import Request, calibration_of, check_method, fingerprint_fields, needs_of, stats_of
@@ -65,6 +65,9 @@ def run(
     output, decisions = resolved.lay_out(checkpoint, out), resolved.by_output(checkpoint)
     notes = (*output.notes, *resolved.notes, *notes)
     identity = fingerprint(checkpoint, fingerprint_fields(request))
+    folder = out.with_name(out.name + ".blocks")
+    if request.tokens is not None:
+        check_ours(folder)
     make_directory(output.path.parent)
     with (
         StreamFile.open(
@@ -72,11 +75,12 @@ def run(
         ) as file,
         ExitStack() as stack,
     ):
+        if file.renamed and output.receipt.exists():  # all that was left is to clean up
+            return _cleaned(output, file, BlockStore(folder, identity) if folder.exists() else None)
         hashing = InputDigests(checkpoint)
         records: Mapping[str, WeightRecord] = {}
         store = None
-        if request.tokens is not None and not file.renamed:
-            folder = out.with_name(out.name + ".blocks")
+        if request.tokens is not None:
             store = stack.enter_context(BlockStore(folder, identity, request.overwrite))
             checkpoint, records, more = _block_by_block(
                 checkpoint, output, decisions, request, store, progress
@@ -99,10 +103,15 @@ def run(
         seconds = time.monotonic() - start
         receipt = replace(receipt, seconds=seconds, peak_memory_bytes=peak_memory())
         write_atomic(output.receipt, receipt.to_json().encode())
-        if store is not None:
-            store.remove()
-        file.close_journal()
-    return receipt
+        return _cleaned(output, file, store)
+
+
+def _cleaned(output: Output, file: StreamFile, store: BlockStore | None) -> Receipt:
+    """The receipt of an output that is whole, when what only an unfinished run needs is gone."""
+    if store is not None:
+        store.remove()
+    file.close_journal()
+    return Receipt.from_json(output.receipt.read_text(encoding="utf-8"), str(output.receipt))
 
 
 def convert(

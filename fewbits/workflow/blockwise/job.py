@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ...algorithms import NEEDS
+from ...algorithms import NEEDS, CalibrationWarning
 from ...blocks.activations import Activations
 from ...blocks.block import Block
 from ...calibrate.capture import Capture, capture
@@ -106,7 +106,13 @@ class BlockJob:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             q, record = task(site.name, w, spec, stats)
-        self.notes += [Note(f"{site.name}: {warning.message}") for warning in caught]
+        for warning in caught:
+            if issubclass(warning.category, CalibrationWarning):
+                self.notes.append(Note(f"{site.name}: {warning.message}"))
+            else:  # not of this weight: whoever listens to warnings is to hear it
+                warnings.warn_explicit(
+                    warning.message, warning.category, warning.filename, warning.lineno, source=warning.source
+                )
         self._accept(site, q, record)
 
     def _accept(self, site: Site, q: QTensor, record: WeightRecord) -> None:
