@@ -12,13 +12,16 @@ from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.sampling import draw
 from fewbits.dtypes import F32
 from fewbits.errors import CalibrationError, FewbitsError, FileError, ModelError
-from fewbits.evaluation import Settings, Text, compare, evaluate, self_text
+from fewbits.evaluation import Settings, Simulation, Text, compare, evaluate, self_text
 from fewbits.evaluation.compare import cut
 from fewbits.evaluation.generation import first_divergence, greedy, repetition_loop
 from fewbits.evaluation.scores import compare as compare_scores
 from fewbits.evaluation.scores import fidelity, mean, perplexity
 from fewbits.files.checkpoint import LazyTensor
 from fewbits.files.open import open_checkpoint
+from fewbits.runtime.runner import Blockwise, Whole
+from fewbits.workflow.request import Request
+from fewbits.workflow.run import run
 from tests.tiny import save_tiny
 
 SMALL = Settings(context=32, prompts=2, prompt_tokens=6, new_tokens=8)
@@ -269,3 +272,33 @@ def test_draws_follow_the_distribution():
     # 5 standard deviations of a share are at most 5 * sqrt(0.25 / n)
     assert float((drawn - p).abs().max()) < 5 * (0.25 / n) ** 0.5
     assert drawn[p == 0].sum() == 0
+
+
+def test_block_by_block_the_figures_are_the_same(tmp_path):
+    """Two quantized models beside the float one, in the memory of a block of each."""
+    source = save_tiny("LlamaForCausalLM", tmp_path / "m")
+    for to in ("q4_0", "q8_0"):
+        run(source, tmp_path / f"{to}.gguf", Request(to))
+    made = [tmp_path / "q4_0.gguf", tmp_path / "q8_0.gguf"]
+    tokens = Text(torch.randint(0, 300, (400,), generator=torch.Generator().manual_seed(0)), "random")
+    short = Settings(context=40, prompts=2, prompt_tokens=4, new_tokens=4)
+    whole = evaluate(source, made, tokens, short)
+    # A tiny model takes less than the allowance for buffers: so much that it does not fit whole.
+    least = sum(Blockwise(open_checkpoint(path)).needs(10, 40) for path in (source, *made))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Whole, "needs", lambda *given: least + 1)
+        parts = evaluate(source, made, tokens, replace(short, memory=least))
+        with pytest.raises(ModelError, match=r"block by block .*; .* are free"):
+            evaluate(source, made, tokens, replace(short, memory=least // 2))
+        simulated = replace(short, memory=least, simulation=Simulation("int8_dynamic"))
+        with pytest.raises(ModelError, match="simulated in a whole model"):
+            evaluate(source, made, tokens, simulated)
+    assert whole.not_generated is None and "do not fit the memory" in parts.table()
+    assert {model.ran for model in (whole.parent, *whole.children)} == {"whole, float32"}
+    assert parts.parent.perplexity.value == pytest.approx(whole.parent.perplexity.value, rel=1e-4)
+    for a, b in zip(whole.children, parts.children, strict=True):
+        assert b.ran == "block by block" and not b.continuations and a.continuations
+        assert b.fidelity.kl.value == pytest.approx(a.fidelity.kl.value, rel=1e-2, abs=1e-7)
+        assert b.fidelity.agreement == a.fidelity.agreement
+    fine, coarse = parts.children[1].block_errors, parts.children[0].block_errors
+    assert len(fine) == len(coarse) == 2 and all(0 < x < y < 1 for x, y in zip(fine, coarse, strict=True))

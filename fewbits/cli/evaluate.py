@@ -45,6 +45,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=int, default=4, metavar="N", help="greedy continuations (default 4)"
     )
     _simulation_arguments(parser)
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB",
+        help="memory to take (default: what is free); what does not fit runs block by block, side by side",
+    )  # fmt: skip
     parser.add_argument("--show", action="store_true", help="print the continuations side by side")
     parser.add_argument(
         "--record", action="store_true", help="keep the figures in the children's receipts and cards"
@@ -104,6 +108,7 @@ def run(options: argparse.Namespace) -> int:
             max_windows=options.windows,
             prompts=options.prompts,
             simulation=_simulation(options, parent, progress),
+            memory=None if options.memory is None else int(options.memory * 2**30),
         )
         if options.text is not None:
             text = read_text(parent, read_file(options.text), str(options.text))

@@ -12,7 +12,8 @@ What parity means: a child equal to its parent has a KL divergence of exactly 0,
 perplexity ratio 1 and no divergence in any greedy continuation.
 """
 
-from .compare import Evaluation, ModelScores, Settings, evaluate
+from .compare import evaluate
+from .results import Evaluation, ModelScores, Settings
 from .simulated import Simulation
 from .text import Text, read_text, self_text
 

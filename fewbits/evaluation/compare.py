@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -15,107 +14,21 @@ from typing import Any
 import torch
 
 from ..adapters.transformers import load_model
+from ..blocks.activations import DEFAULT_LIMIT
 from ..errors import CalibrationError, FileError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
-from ..table import Cell, size, table
-from .generation import Continuation, continuation, greedy
-from .scores import Fidelity, Measured, TokenScores, compare, fidelity, negative_log_likelihood, perplexity
+from ..memory import free_memory
+from ..runtime.runner import Blockwise, Whole
+from ..table import size
+from .generation import continuation, greedy
+from .results import Evaluation, ModelScores, Settings
+from .scores import Fidelity, TokenScores, compare, fidelity, negative_log_likelihood, perplexity
 from .simulated import Simulated, Simulation, simulated
 from .text import Text, read_text
 
 Progress = Callable[[str, int, int], None]
 Decode = Callable[[list[int]], str]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to score and what to generate.
-
-    context: tokens in a window. score_from: first position whose prediction counts (default
-    context // 2). prompts: how many windows' first `prompt_tokens` are continued by `new_tokens`
-    (0: none). scratch: folder for the parent's log-probabilities, f32, windows x scored x vocabulary.
-    simulation: quantized activations and cache, of the children only.
-    """
-
-    context: int = 512
-    score_from: int | None = None
-    max_windows: int | None = None
-    prompts: int = 4
-    prompt_tokens: int = 24
-    new_tokens: int = 48
-    scratch: Path | None = None
-    simulation: Simulation = field(default_factory=Simulation)
-
-    @property
-    def first(self) -> int:
-        return self.context // 2 if self.score_from is None else self.score_from
-
-    @property
-    def scored(self) -> int:
-        """Tokens scored in one window: those at first + 1 ... context - 1."""
-        return self.context - 1 - self.first
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """One model's figures. seconds: forward passes over the windows only. A parent has no fidelity."""
-
-    name: str
-    nbytes: int
-    bits_per_weight: float
-    perplexity: Measured
-    seconds: float
-    tokens_per_second: float
-    fidelity: Fidelity | None = None
-    continuations: tuple[Continuation, ...] = ()
-    simulated: Simulated | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The figures of a parent and its children, and what they were measured on."""
-
-    source: str
-    windows: int
-    context: int
-    score_from: int
-    tokens_scored: int
-    parent: ModelScores
-    children: tuple[ModelScores, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def samples(self) -> str:
-        """The greedy continuations of each prompt, parent and children one below the other."""
-        parts = []
-        for i, said in enumerate(self.parent.continuations):
-            parts.append(f"prompt: {said.prompt!r}\n  {self.parent.name}: {said.parent!r}")
-            parts += [f"  {child.name}: {child.continuations[i].child!r}" for child in self.children]
-        return "\n".join(parts)
-
-    def table(self) -> str:
-        """One line a model, the parent first, and a line that says what was scored."""
-        head = [
-            "model",
-            "size",
-            "bits/w",
-            "KL mean",
-            "+-",
-            "KL 99.9%",
-            "agree %",
-            "ppl",
-            "ratio",
-            "+-",
-            "tok/s",
-        ]
-        head += ["same tokens", "loops"]
-        lines = [_line(model) for model in (self.parent, *self.children)]
-        scored = f"{self.windows} windows of {self.context}, scored from position {self.score_from}"
-        notes = [f"\n{child.name} ran with {child.simulated}." for child in self.children if child.simulated]
-        text = f"{self.tokens_scored} tokens scored ({scored}). Text: {self.source}."
-        return f"{table(head, lines)}\n{text}{''.join(notes)}"
 
 
 def evaluate(
@@ -146,10 +59,17 @@ def evaluate(
     settings.simulation.check(vocabulary)
     windows = cut(text, settings, vocabulary)
     run = _Run(windows, settings, vocabulary, decode or _numbers, progress or _silent)
-    with tempfile.TemporaryDirectory(dir=settings.scratch, prefix="fewbits-evaluate-") as folder:
-        run.open_store(Path(folder))
-        parent_scores = run.parent(parent)
-        children_scores = tuple(run.child(child) for child in children)
+    missing = None
+    if fits_whole([parent, *children], windows, settings):
+        with tempfile.TemporaryDirectory(dir=settings.scratch, prefix="fewbits-evaluate-") as folder:
+            run.open_store(Path(folder))
+            parent_scores = run.parent(parent)
+            children_scores = tuple(run.child(child) for child in children)
+    else:
+        parent_scores, *rest = run.side_by_side([parent, *children])
+        children_scores = tuple(rest)
+        if settings.prompts:
+            missing = "No text was continued: the models do not fit the memory as a whole, with a cache."
     return Evaluation(
         source=text.source,
         windows=len(windows),
@@ -158,7 +78,35 @@ def evaluate(
         tokens_scored=len(windows) * settings.scored,
         parent=parent_scores,
         children=children_scores,
+        not_generated=missing,
     )
+
+
+def fits_whole(models: Sequence[Checkpoint], windows: torch.Tensor, settings: Settings) -> bool:
+    """Does each model fit the memory as a whole, in f32? ModelError, with numbers, where they do not fit
+    block by block either, or where a simulation wants them whole."""
+    free = free_memory() if settings.memory is None else settings.memory
+    whole = {_name(model): Whole(model).needs(*windows.shape) for model in models}
+    largest = max(whole, key=lambda name: whole[name])
+    if whole[largest] <= free:
+        return True
+    blocks = sum(_blockwise(model, models, settings).needs(*windows.shape) for model in models)
+    if settings.simulation != Simulation():
+        raise ModelError(
+            f"{largest}: quantized activations and caches are simulated in a whole model, which needs "
+            f"{size(whole[largest])} of memory; {size(free)} are free"
+        )
+    if blocks > free:
+        raise ModelError(
+            f"{largest}: needs {size(whole[largest])} of memory whole, all {len(models)} models block by "
+            f"block {size(blocks)}; {size(free)} are free: evaluate fewer windows or a smaller context"
+        )
+    return False
+
+
+def _blockwise(model: Checkpoint, models: Sequence[Checkpoint], settings: Settings) -> Blockwise:
+    """Hidden states of all models together take at most what one model's may."""
+    return Blockwise(model, limit=DEFAULT_LIMIT // len(models), scratch=settings.scratch)
 
 
 def cut(text: Text, settings: Settings, vocabulary: int) -> torch.Tensor:
@@ -234,6 +182,51 @@ class _Run:
         found = self._scores(checkpoint, scores.nll_child, seconds, fidelity(scores), written)
         return replace(found, simulated=record[0]) if record[0] != Simulated() else found
 
+    def side_by_side(self, models: Sequence[Checkpoint]) -> list[ModelScores]:
+        """The parent and its children, one block of each in memory at a time."""
+        runners = [_blockwise(model, models, self.settings) for model in models]
+        blocks = [runner.n_blocks for runner in runners]
+        if len(set(blocks)) > 1:
+            raise ModelError(f"the models have {blocks} blocks: they cannot be run side by side")
+        spent = [0.0] * len(models)
+        errors: list[list[float]] = [[] for _ in models]
+        for runner in runners:
+            runner.start(self.windows)
+        for i in range(blocks[0]):
+            for j, runner in enumerate(runners):
+                began = perf_counter()
+                runner.step(i)
+                spent[j] += perf_counter() - began
+                if j:
+                    errors[j].append(_off(runner, runners[0], self.settings.first))
+            self.progress("blocks", i + 1, blocks[0])
+        nll, parts = self._outputs(runners, spent)
+        self.prompts = self.prompts[:0]
+        found = [self._scores(models[0], nll, spent[0])]
+        for j, model in enumerate(models[1:], 1):
+            figures = self._scores(model, parts[j].nll_child, spent[j], fidelity(parts[j]))
+            found.append(replace(figures, block_errors=tuple(errors[j])))
+        return [replace(each, ran=Blockwise.kind) for each in found]
+
+    def _outputs(
+        self, runners: Sequence[Blockwise], spent: list[float]
+    ) -> tuple[torch.Tensor, dict[int, TokenScores]]:
+        """After the last block: the parent's losses, and each child's scores by its number."""
+        nll: list[torch.Tensor] = []
+        parts: dict[int, list[TokenScores]] = {}
+        for i, target in enumerate(self.targets):
+            for j, runner in enumerate(runners):
+                began = perf_counter()
+                log_p = runner.logits_of(i, self.settings.first)[:-1].log_softmax(-1)
+                spent[j] += perf_counter() - began
+                if j == 0:
+                    expected = log_p
+                    nll.append(negative_log_likelihood(log_p, target))
+                else:
+                    parts.setdefault(j, []).append(compare(expected, log_p, target))
+            self.progress("logits", i + 1, len(self.targets))
+        return torch.cat(nll), {j: TokenScores.join(each) for j, each in parts.items()}
+
     def _log_probabilities(self, model: Any, name: str) -> Iterator[tuple[torch.Tensor, float]]:
         """For each window: (scored, vocabulary) f32, and the seconds that the model took."""
         keep = self.settings.scored + 1
@@ -284,7 +277,17 @@ class _Run:
             tokens_per_second=self.windows.numel() / seconds,
             fidelity=measured,
             continuations=tuple(continuation(*pair, self.decode) for pair in pairs),
+            ran="whole, float32",
         )
+
+
+def _off(runner: Blockwise, reference: Blockwise, first: int) -> float:
+    """|h' - h| / |h| of the scored positions' hidden states."""
+    error = energy = 0.0
+    for h, other in zip(reference.hidden, runner.hidden, strict=True):
+        h, other = h[:, first:].double(), other[:, first:].double()
+        error, energy = error + float((other - h).square().sum()), energy + float(h.square().sum())
+    return (error / energy) ** 0.5 if energy else 0.0
 
 
 def _check_models(parent: Checkpoint, children: Sequence[Checkpoint], settings: Settings) -> int:
@@ -323,36 +326,3 @@ def _numbers(tokens: list[int]) -> str:
 
 def _silent(stage: str, done: int, total: int) -> None:
     pass
-
-
-def _line(model: ModelScores) -> list[Cell]:
-    start: list[Cell] = [model.name, size(model.nbytes), model.bits_per_weight]
-    new = model.continuations
-    if model.fidelity is None:
-        loops = sum(c.parent_loop is not None for c in new)
-        return [
-            *start,
-            None,
-            None,
-            None,
-            None,
-            model.perplexity.value,
-            None,
-            None,
-            model.tokens_per_second,
-            None,
-            loops,
-        ]
-    far = model.fidelity
-    same = [c.diverges_at for c in new if c.diverges_at is not None]
-    return [
-        *start,
-        *far.kl,
-        far.kl_999,
-        100 * far.agreement.value,
-        model.perplexity.value,
-        *far.perplexity_ratio,
-        model.tokens_per_second,
-        sum(same) / len(same) if same else None,
-        sum(c.child_loop is not None for c in new),
-    ]

@@ -1,0 +1,151 @@
+"""What an evaluation is asked for, and its figures: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..table import Cell, size, table
+from .generation import Continuation
+from .scores import Fidelity, Measured
+from .simulated import Simulated, Simulation
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to score and what to generate.
+
+    context: tokens in a window. score_from: first position whose prediction counts (default
+    context // 2). prompts: how many windows' first `prompt_tokens` are continued by `new_tokens`
+    (0: none). scratch: folder for the parent's log-probabilities, f32, windows x scored x vocabulary, or for
+    hidden states. simulation: quantized activations and cache, of the children only. memory: bytes that may
+    be taken (default: what is free); models that do not fit run block by block, side by side.
+    """
+
+    context: int = 512
+    score_from: int | None = None
+    max_windows: int | None = None
+    prompts: int = 4
+    prompt_tokens: int = 24
+    new_tokens: int = 48
+    scratch: Path | None = None
+    simulation: Simulation = field(default_factory=Simulation)
+    memory: int | None = None
+
+    @property
+    def first(self) -> int:
+        return self.context // 2 if self.score_from is None else self.score_from
+
+    @property
+    def scored(self) -> int:
+        """Tokens scored in one window: those at first + 1 ... context - 1."""
+        return self.context - 1 - self.first
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One model's figures. seconds: forward passes over the windows only. A parent has no fidelity. ran: how,
+    in words. block_errors: |h' - h| / |h| of the hidden states after each block, where the models ran side by
+    side.
+    """
+
+    name: str
+    nbytes: int
+    bits_per_weight: float
+    perplexity: Measured
+    seconds: float
+    tokens_per_second: float
+    fidelity: Fidelity | None = None
+    continuations: tuple[Continuation, ...] = ()
+    simulated: Simulated | None = None
+    ran: str = ""
+    block_errors: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of a parent and its children, and what they were measured on. not_generated: why there are
+    no greedy continuations, though some were asked for."""
+
+    source: str
+    windows: int
+    context: int
+    score_from: int
+    tokens_scored: int
+    parent: ModelScores
+    children: tuple[ModelScores, ...]
+    not_generated: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def samples(self) -> str:
+        """The greedy continuations of each prompt, parent and children one below the other."""
+        parts = []
+        for i, said in enumerate(self.parent.continuations):
+            parts.append(f"prompt: {said.prompt!r}\n  {self.parent.name}: {said.parent!r}")
+            parts += [f"  {child.name}: {child.continuations[i].child!r}" for child in self.children]
+        return "\n".join(parts)
+
+    def table(self) -> str:
+        """One line a model, the parent first, and a line that says what was scored."""
+        head = [
+            "model",
+            "size",
+            "bits/w",
+            "KL mean",
+            "+-",
+            "KL 99.9%",
+            "agree %",
+            "ppl",
+            "ratio",
+            "+-",
+            "tok/s",
+        ]
+        head += ["same tokens", "loops"]
+        lines = [_line(model) for model in (self.parent, *self.children)]
+        scored = f"{self.windows} windows of {self.context}, scored from position {self.score_from}"
+        notes = [f"\n{child.name} ran with {child.simulated}." for child in self.children if child.simulated]
+        notes += [
+            f"\n{child.name}: hidden states off by {child.block_errors[-1]:.3g} after the last block, most "
+            f"at block {max(enumerate(child.block_errors), key=lambda each: each[1])[0]}."
+            for child in self.children
+            if child.block_errors
+        ]
+        notes += [f"\n{self.not_generated}"] if self.not_generated else []
+        text = f"{self.tokens_scored} tokens scored ({scored}). Text: {self.source}."
+        return f"{table(head, lines)}\n{text}{''.join(notes)}"
+
+
+def _line(model: ModelScores) -> list[Cell]:
+    start: list[Cell] = [model.name, size(model.nbytes), model.bits_per_weight]
+    new = model.continuations
+    if model.fidelity is None:
+        loops = sum(c.parent_loop is not None for c in new)
+        return [
+            *start,
+            None,
+            None,
+            None,
+            None,
+            model.perplexity.value,
+            None,
+            None,
+            model.tokens_per_second,
+            None,
+            loops,
+        ]
+    far = model.fidelity
+    same = [c.diverges_at for c in new if c.diverges_at is not None]
+    return [
+        *start,
+        *far.kl,
+        far.kl_999,
+        100 * far.agreement.value,
+        model.perplexity.value,
+        *far.perplexity_ratio,
+        model.tokens_per_second,
+        sum(same) / len(same) if same else None,
+        sum(c.child_loop is not None for c in new),
+    ]
