@@ -1,7 +1,7 @@
 """verify(): load a finished output in an engine that reads it, and compare with its bytes decoded.
 
-    the file  ->  the engine, in a process of its own  ->  logits of a prompt, NEW greedy tokens  --.
-    the file, decoded in f32  ->  one forward pass, prompt and those tokens  ->  logits           --+-> Outcome
+    the file  ->  the engine, in a process of its own  ->  logits of a prompt, NEW greedy tokens --.
+    the file, decoded in f32  ->  one forward pass, prompt and those tokens  ->  logits          --+-> Outcome
 
 Engines round activations (llama.cpp to 8 bits, others compute in f16), so logits differ a little; a wrong
 nibble order or zero point gives several nats (tests/engines/test_verify.py). Verdict `same` asks for a mean
@@ -298,8 +298,9 @@ def wrong_token(ours: torch.Tensor, new: Sequence[int], largest: float) -> tuple
     for i, gap in enumerate(gaps):
         if gap > 2 * largest:
             return greedy, (
-                f"it continues with token {new[i]} instead of {int(ours[i].argmax())} in place {i + 1}, "
-                f"whose logit is lower by {gap:.3g}, and no logit of the prompt is off by more than {largest:.3g}"
+                f"it continues with token {new[i]} instead of {int(ours[i].argmax())} in place "
+                f"{i + 1}, whose logit is lower by {gap:.3g}, and no logit of the prompt is off by more than "
+                f"{largest:.3g}"
             )
     return greedy, None
 

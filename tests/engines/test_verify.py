@@ -7,6 +7,7 @@ import torch
 
 import fewbits.release.verify as verify_module
 from fewbits import Plan, Rule
+from fewbits.dtypes import DTYPES
 from fewbits.files.open import FILE_TYPES, open_checkpoint
 from fewbits.release.engines import ENGINES
 from fewbits.release.verify import NEW, Decoded, Outcome, compared, divergence, engines_of, verify
@@ -112,7 +113,7 @@ def shifted(tensor):
     q = tensor.load()
     grid, codes = q.format.unpack(q)
     moved = grid.value(codes) + grid.groups(codes.shape[0])[0].abs().repeat_interleave(grid.group, 1)
-    return replace(tensor, dtype="f32", quantized=False, load=lambda: moved)
+    return replace(tensor, kind=DTYPES["f32"], load=lambda: moved)
 
 
 @pytest.mark.engine
