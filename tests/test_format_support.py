@@ -8,9 +8,9 @@ import pytest
 
 from fewbits.cli.formats import markdown, support, support_of, verified
 from fewbits.cli.main import main
+from fewbits.files.open import FILE_TYPES
 from fewbits.formats import FORMATS
 from fewbits.release.engines import ENGINES
-from fewbits.release.verify import SAME
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 
@@ -51,9 +51,17 @@ def test_the_page_shows_what_the_bench_recorded():
 def test_no_recorded_row_is_red_and_each_is_carried(found):
     """A format that a file type lost, or a file type that is new, needs a run of bench/format_support."""
     assert {row["verdict"] for row in ROWS} <= {"same", "read", "refused"}
-    assert all(row["kl"] < SAME for row in ROWS if row["verdict"] == "same" and not row["reason"])
+    rows = [
+        row for row in ROWS if row["verdict"] == "same" and "activations rounded" not in str(row["reason"])
+    ]
+    wide = [
+        row["row"]
+        for row in rows
+        if row["kl"] >= ENGINES[row["engine"]].tolerance_for({row["file"], row["format"]})
+    ]
+    assert not wide
     assert all(row["reason"] for row in ROWS if row["verdict"] == "refused")
     # The demo model has no rows in whole blocks of fp8: tests/files/test_fp8.py tries that one.
-    assert {row["file"] for row in ROWS} == set(ENGINES) - {"huggingface", "fp8"}
+    assert {row["file"] for row in ROWS} == set(FILE_TYPES) - {"huggingface", "fp8"}
     ways = {row["format"]: found.get(row["format"]) or support_of(FORMATS.get(row["format"])) for row in ROWS}
     assert all(row["file"] in ways[row["format"]] for row in ROWS)

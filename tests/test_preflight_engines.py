@@ -104,10 +104,10 @@ def test_transformers_is_asked(given, loads, why):
 
 @pytest.mark.parametrize("present", [True, False])
 def test_transformers_names_the_packages_it_lacks(monkeypatch, present):
-    real = engines._version
-    monkeypatch.setattr(engines, "_version", lambda name: real(name) or ("1" if present else None))
+    real = engines.installed
+    monkeypatch.setattr(engines, "installed", lambda name: real(name) or ("1" if present else None))
     found = verdict("transformers", None, file="gptq", method="gptq")
-    packages = {"optimum", "gptqmodel"}
+    packages = {"optimum", "gptqmodel", "accelerate"}
     assert found.loads is (present or all(map(real, packages)))
     assert found.loads or "pip install" in found.why
 
@@ -130,7 +130,7 @@ def test_vllm_lacks_some_formats_of_a_file_type(kind):
 
 
 def test_engines_that_are_not_there(monkeypatch):
-    monkeypatch.setattr(engines, "_version", lambda package: None)
+    monkeypatch.setattr(engines, "installed", lambda package: None)
     for found in verdicts(output(), {}):
         assert not found.installed and found.version is None and found.loads is not True
     with pytest.raises(PlanError, match=r"unknown engine 'x'; known: llama\.cpp"):

@@ -299,5 +299,5 @@ def test_either_order_of_imports_registers(code):
 @pytest.mark.engine
 def test_verify_loads_a_native_directory_in_transformers(llama):
     outcome = verify(llama)
-    assert (outcome.engine, outcome.verdict) == ("transformers", "same")
+    assert (outcome.engine, outcome.verdict) == ("transformers+fewbits", "same")
     assert outcome.greedy == 8

@@ -31,11 +31,11 @@ Attend = Callable[..., torch.Tensor]
 class _Sites:
     """Where the weights inside a model's blocks lie: address -> name."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, prefix: str = "") -> None:
         # A name with a number in it belongs to a block: `layers.3.`, `h.3.`; embeddings and output have none.
         rows = sorted(
             (weight.data_ptr(), weight.data_ptr() + weight.nbytes, name)
-            for name, weight in model.named_parameters()
+            for name, weight in ((prefix + name, weight) for name, weight in model.named_parameters())
             if weight.ndim >= 2 and any(part.isdigit() for part in name.split("."))
         )
         self.starts = [start for start, _, _ in rows]
@@ -82,13 +82,15 @@ class _Attention(TorchFunctionMode):
 
 
 @contextmanager
-def changed_inputs(model: Any, change: Change) -> Iterator[set[str]]:
+def changed_inputs(model: Any, change: Change, block: str = "") -> Iterator[set[str]]:
     """Within, `change(site, x (..., k), weight (n, k)) -> x` stands before every weight of the blocks.
+
+    block: name of the module where `model` is one block alone, "model.layers.3".
 
     Yields the set of sites reached so far. Raises ModelError at the end if there was none: the model
     then multiplies in a way that is not seen here. Fused experts run one after the other meanwhile.
     """
-    with _experts_one_by_one(model), _Inputs(_Sites(model), change) as mode:
+    with _experts_one_by_one(model), _Inputs(_Sites(model, f"{block}." if block else ""), change) as mode:
         yield mode.reached
     if not mode.reached:
         raise ModelError(

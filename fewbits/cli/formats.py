@@ -14,7 +14,6 @@ from ..formats.base import SCALE_TYPES, Format, Kind
 from ..formats.ggml import Ggml
 from ..plan.carry import carries_as
 from ..plan.mixtures import RECIPES
-from ..release.engines import ENGINES
 from ..release.verify import NEW
 from ..table import table
 
@@ -92,20 +91,20 @@ def markdown(found: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def verified(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of bench/format_support -> a Markdown table: what each engine made of each format."""
-    doors = sorted({(row["file"], row["engine"]) for row in rows}, key=_place)
+    """Rows of bench/format_support -> a Markdown table: each format in each engine of each file type."""
+    columns = sorted({(row["file"], row["engine"]) for row in rows}, key=_place)
     versions = {row["engine"]: row["version"] for row in rows if row["version"]}
-    head = [f"{file}, {engine} {versions.get(engine, '')}".strip() for file, engine in doors]
+    head = [f"{file}, {engine} {versions.get(engine, '')}".strip() for file, engine in columns]
     lines = [f"| format | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for format in dict.fromkeys(row["format"] for row in rows):
-        found = {(row["file"], row["engine"]): _cell(row) for row in rows if row["format"] == format}
-        lines.append(f"| {format} | {' | '.join(found.get(door, '') for door in doors)} |")
+        cells = {(row["file"], row["engine"]): _cell(row) for row in rows if row["format"] == format}
+        lines.append(f"| {format} | {' | '.join(cells.get(column, '') for column in columns)} |")
     return "\n".join(lines)
 
 
-def _place(door: tuple[str, str]) -> tuple[int, int]:
-    files, engines = list(ENGINES), [engine.name for engine in ENGINES[door[0]]]
-    return files.index(door[0]), engines.index(door[1])
+def _place(column: tuple[str, str]) -> tuple[int, int]:
+    file, engine = column
+    return list(FILE_TYPES).index(file), FILE_TYPES.get(file).engines.index(engine)
 
 
 def _cell(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`fewbits verify`: does the engine make of a file what its bytes mean?"""
+"""`fewbits verify`: does the engine compute the same as the decoded file?"""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", metavar="NAME", help="another that reads the file type: transformers, vllm, ..."
     )
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB",
+        help="for our own forward pass, besides the engine (default: little, block by block)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
@@ -32,7 +36,7 @@ def limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify-seconds", type=float, default=600, metavar="S", help="the engine's time limit (default 600)"
     )
-    parser.add_argument("--verify-memory", type=float, metavar="GIB", help="and its memory limit")
+    parser.add_argument("--verify-memory", type=float, metavar="GIB", help="the engine's memory limit")
 
 
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +49,8 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    outcome = verify(options.path, options.verify_seconds, memory_of(options), options.engine)
+    ours = None if options.memory is None else int(options.memory * 2**30)
+    outcome = verify(options.path, options.verify_seconds, memory_of(options), options.engine, ours)
     print(json.dumps(outcome.to_dict()) if options.json else outcome.line())
     return code_of(outcome)
 
@@ -59,7 +64,7 @@ def code_of(outcome: Outcome) -> int:
 
 
 def concluded(receipt: Receipt, outcome: Outcome | None, out: Path, repo: str | None) -> tuple[Receipt, int]:
-    """Say what the engine made of a new output, push it if asked -> the receipt, exit code."""
+    """Print the Outcome of a new output, upload it if `repo` names where -> the receipt, exit code."""
     if outcome is not None:
         print(f"fewbits: {outcome.line()}", file=sys.stderr)
     code = 0 if outcome is None else code_of(outcome)

@@ -1,10 +1,10 @@
-"""Can an engine load what is to be written? Told from names: the file type, the architecture, the types of
-the tensors, what is installed. Nothing is loaded; `None` is said where names do not tell.
+"""Can an engine load what is to be written? Answered from names: the file type, the architecture, the types
+of the tensors, installed packages. Nothing is loaded; the answer is `None` where names do not decide.
 
     llama.cpp      GGUF; architectures of model/archs.toml; builds are known only as far as SINCE goes
     transformers   the installed version is asked for its model types and quantization methods
     vLLM           gptq, awq, compressed-tensors, fp8; the formats that its reader of configs takes; fused
-                   groups in one format; architectures are not asked
+                   groups in one format; architectures are not checked
     others         their own file type alone
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from ..adapters import transformers as hf
@@ -21,6 +20,7 @@ from ..errors import PlanError
 from ..formats.affine import Affine
 from ..formats.base import Format, Kind
 from ..model.fused import Mixed
+from ..release.engines import ENGINES, installed
 
 # An architecture or type -> the last build of llama.cpp that is known to lack it and the first that is known
 # to have it, and the same of llama-cpp-python; between them it is not known. From reports of loading:
@@ -31,14 +31,6 @@ SINCE: Mapping[str, tuple[str, str]] = {
     "qwen3": ("5026 5220", "0.3.8 0.3.15"),
     "qwen3moe": ("5026 5220", "0.3.8 0.3.15"),
     "mxfp4": ("6090 6097", "0.3.14 0.3.15"),
-}
-# quant_method -> what transformers needs besides (its quantizers/quantizer_*.py)
-NEEDED = {
-    "gptq": ("optimum", "gptqmodel"),
-    "awq": ("gptqmodel", "accelerate"),
-    "compressed-tensors": ("compressed-tensors",),
-    "bitsandbytes": ("accelerate", "bitsandbytes"),
-    "fp8": ("accelerate",),
 }
 VLLM = (0, 33)  # the version whose formats are known
 FUSING = ("gptq", "awq", "compressed-tensors", "fp8")
@@ -83,28 +75,21 @@ def verdicts(output: Seen, stated: Mapping[str, str | None]) -> list[Verdict]:
     """One for each engine. stated: name -> the version to answer for; None: the installed one.
 
     PlanError for a name that is no engine."""
-    known = {name.lower(): name for name in ENGINES}
+    known = {name.lower(): name for name in ANSWERS}
     unknown = [name for name in stated if name.lower() not in known]
     if unknown:
-        raise PlanError(f"unknown engine {unknown[0]!r}; known: {', '.join(ENGINES)}")
+        raise PlanError(f"unknown engine {unknown[0]!r}; known: {', '.join(ANSWERS)}")
     versions = {known[name.lower()]: version for name, version in stated.items()}
-    return [_verdict(name, output, versions.get(name)) for name in ENGINES]
+    return [_verdict(name, output, versions.get(name)) for name in ANSWERS]
 
 
 def _verdict(name: str, output: Seen, stated: str | None) -> Verdict:
-    package, answer = ENGINES[name]
-    found = _version(package)
-    loads, why = answer(output, stated, stated or found)
+    package = ENGINES[name].packages[0]
+    found = installed(package)
+    loads, why = ANSWERS[name](output, stated, stated or found)
     if stated is None and found is None and loads is not False:
         loads, why = None, f"not installed (pip install {package}); {why}"
     return Verdict(name, stated or found, found is not None, loads, why)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -131,7 +116,7 @@ def _llamacpp(output: Seen, stated: str | None, version: str | None) -> Answer:
 
 
 def _transformers(output: Seen, stated: str | None, version: str | None) -> Answer:
-    if stated is not None and stated != _version("transformers"):
+    if stated is not None and stated != installed("transformers"):
         return None, "only the installed version can be asked for its models"
     if version is None:
         return None, "its models cannot be asked"
@@ -149,7 +134,13 @@ def _transformers(output: Seen, stated: str | None, version: str | None) -> Answ
         return False, f"does not read the {output.file} directory; --file gptq, or evaluate with fewbits"
     if not any(name.startswith(output.method) for name in hf.quantization_methods()):
         return False, f"has no quantization method {output.method!r}"
-    missing = [package for package in NEEDED.get(output.method, ()) if _version(package) is None]
+    needed = [
+        package
+        for name in output.engines
+        if name.startswith("transformers")
+        for package in ENGINES[name].needs(output.method)
+    ]
+    missing = [package for package in needed if installed(package) is None]
     if missing:
         return False, f"needs {' and '.join(missing)} (pip install {' '.join(missing)})"
     return True, f"{kind}, {output.method}"
@@ -196,11 +187,10 @@ def _own(name: str) -> Callable[[Seen, str | None, str | None], Answer]:
     return answer
 
 
-# name -> the package it comes in, and what it answers
-ENGINES: Mapping[str, tuple[str, Callable[[Seen, str | None, str | None], Answer]]] = {
-    "llama.cpp": ("llama-cpp-python", _llamacpp),
-    "transformers": ("transformers", _transformers),
-    "vLLM": ("vllm", _vllm),
-    "onnxruntime": ("onnxruntime", _own("onnxruntime")),
-    "mlx-lm": ("mlx-lm", _own("mlx-lm")),
+ANSWERS: Mapping[str, Callable[[Seen, str | None, str | None], Answer]] = {
+    "llama.cpp": _llamacpp,
+    "transformers": _transformers,
+    "vLLM": _vllm,
+    "onnxruntime": _own("onnxruntime"),
+    "mlx-lm": _own("mlx-lm"),
 }

@@ -1,22 +1,23 @@
-"""verify(): load a finished output in the engine it is for, and compare with what its bytes mean.
+"""verify(): load a finished output in an engine that reads it, and compare with its bytes decoded.
 
-    the file, decoded by fewbits  ->  transformers, f32            ->  logits, greedy tokens  --.
-    the file itself               ->  the engine, a process apart  ->  logits, greedy tokens  --+-> Outcome
+    the file  ->  the engine, in a process of its own  ->  logits of a prompt, NEW greedy tokens --.
+    the file, decoded in f32  ->  one forward pass, prompt and those tokens  ->  logits          --+-> Outcome
 
 Engines round activations (llama.cpp to 8 bits, others compute in f16), so logits differ a little; a wrong
-nibble order or zero point makes another model. Between the two lies a wide gap: verdict `same` asks for a
-mean KL divergence below SAME. On the demo model in 4 bits llama.cpp comes to 0.01, GPTQModel to 3e-5; one
-that reads zero points off by one comes to several nats (tests/engines/test_verify.py). The first token of the
-continuation that differs must be a near tie, by as much as the logits of the prompt differ: so a cache that
-is read wrongly shows.
+nibble order or zero point gives several nats (tests/engines/test_verify.py). Verdict `same` asks for a mean
+KL divergence on the prompt below the engine's measured tolerance (engines/__init__.py), and for greedy tokens
+that have our largest logit too or nearly: so a cache that is read wrongly shows.
 
-Where inputs have outliers and weights few bits, an engine's rounding of activations alone can exceed that:
-then it is put into our forward (blocks/rounding.py), and the engine must be as near to this as SAME, or at
-least nearer than the rounding moved it: what lies near the middle of two codes falls to either side, and a
-model that has lost its way makes much of it.
+Where inputs have outliers and weights few bits, an engine's rounding of activations alone can exceed that.
+Then a second pass of ours rounds activations the same way (blocks/rounding.py), and the engine must be as
+near to it as the tolerance, or at least nearer than the rounding moved it: values near the middle of two
+codes are rounded to either side, and a model of very few bits amplifies that.
 
-vLLM needs a GPU to run; its reader of configs does not, and says what would take each weight (verdict `read`)
-or why nothing does (`refused`): that engine lacks the format, which says nothing against the file.
+Our passes have few tokens, so reading the weights is most of the work, and block by block takes as long as
+whole: a large model goes block by block from the mapped file, whatever memory is free.
+
+vLLM needs a GPU to run; its reader of configs does not, and names the scheme that takes each weight (verdict
+`read`) or the reason why none does (`refused`): the engine lacks the format, the file may be right.
 """
 
 from __future__ import annotations
@@ -28,33 +29,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..adapters.transformers import load_model, load_tokenizer
+from ..adapters.transformers import load_tokenizer
 from ..blocks.rounding import engine_rounding
-from ..blocks.simulate import changed_inputs
+from ..blocks.simulate import Change, changed_inputs
 from ..errors import FewbitsError, KernelError, ModelError, PlanError
 from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
+from ..memory import free_memory
+from ..runtime.runner import Blockwise, Runner, Whole, choose
 from .engines import ENGINES, SCRIPTS, Engine
 
-SAME = 0.05  # nats a token
 TEXT = "The capital of France is Paris, and the first ten prime numbers are 2, 3, 5, 7, 11, 13, 17, 19 and"
 TOKENS, NEW = 32, 8
+SMALL = 2**30  # bytes: a model that needs no more is run whole
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an engine made of an output. verdict: "same", "differs", "failed", "not checked", or "read" and
-    "refused" of one that only reads the config; reason: of all but the first, of which what had to be done.
-    largest: difference of two logits, kl: mean of the positions, nats. greedy: how many of the
-    `NEW` tokens agree before the first that does not."""
+    """An engine's result on an output. verdict: "same", "differs", "failed", "not checked", or "read" and
+    "refused" of one that only reads the config; reason: of a verdict, or a note on how the file was loaded.
+    largest: difference of two logits, kl: mean of the positions, nats. greedy: how many of the engine's
+    `NEW` tokens have our largest logit, before the first that has not."""
 
     engine: str
     verdict: str
@@ -91,111 +95,157 @@ def file_type_of(checkpoint: Checkpoint) -> str:
 
 
 def engines_of(checkpoint: Checkpoint, name: str | None = None) -> list[Engine]:
-    """The engines that an output is for, or the one of this name; PlanError where that does not read it."""
-    kind = file_type_of(checkpoint)
-    found = ENGINES.get(kind, ())
-    chosen = [engine for engine in found if name is None or engine.name.lower() == name.lower()]
+    """The engines of a checkpoint's file type, or the one of this name: all of it, or what stands before +.
+    PlanError where that engine does not read the file type."""
+    file_type = checkpoint.file_type
+    wanted = None if name is None else name.lower()
+    chosen = [
+        ENGINES[each]
+        for each in file_type.engines
+        if wanted in (None, each.lower(), each.lower().partition("+")[0])
+    ]
     if name is not None and not chosen:
-        known = ", ".join(engine.name for engine in found) or "none is known"
-        raise PlanError(f"{name!r} is no engine that {kind} files are tried in: {known}")
+        known = ", ".join(file_type.engines) or "none is known"
+        raise PlanError(f"{name!r} is no engine that {file_type.name} files are tried in: {known}")
     return chosen
 
 
 def verify(
-    path: str | Path, seconds: float = 600, memory: int | None = None, engine: str | None = None
+    path: str | Path,
+    seconds: float = 600,
+    memory: int | None = None,
+    engine: str | None = None,
+    our_memory: int | None = None,
 ) -> Outcome:
     """Load an output in its engine, in a process of its own, and compare.
 
     memory: bytes the process may take (default: four times the model in f32, and 4 GiB). engine: another than
-    the first that the file type is for. One that fails is an Outcome, not an error.
+    the first of the file type. our_memory: bytes for our forward pass (default: block by block if the model
+    is large). An engine that fails is an Outcome, not an error.
     """
-    return next(outcomes(path, seconds, memory, engine))
+    return next(outcomes(path, seconds, memory, engine, our_memory))
 
 
 def outcomes(
-    path: str | Path, seconds: float = 600, memory: int | None = None, engine: str | None = None
+    path: str | Path,
+    seconds: float = 600,
+    memory: int | None = None,
+    engine: str | None = None,
+    our_memory: int | None = None,
 ) -> Iterator[Outcome]:
-    """What each engine that the output is for makes of it, in the order of ENGINES; at least one."""
+    """An Outcome for each engine of the file type, in its order; at least one."""
     checkpoint = open_checkpoint(Path(path))
     chosen = engines_of(checkpoint, engine)
     weights = sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
-    reference = _Reference(checkpoint)
+    method = getattr(checkpoint.file_type, "method", None)
+    ours = Decoded(checkpoint, our_memory)
     for each in chosen:
-        python = each.interpreter()
+        python = each.interpreter(method)
         if python is None:
-            missing = " and ".join(each.packages)
+            missing = " and ".join(each.needs(method))
             yield Outcome(each.name, "not checked", reason=f"{missing} is not installed ({each.install})")
             continue
         process = _Process(each, python, Path(path), seconds, memory or 16 * weights + 4 * 2**30)
-        yield _parsed(process) if each.parses else _compared(process, reference)
+        yield _parsed(process) if each.parses else _compared(process, ours)
     if not chosen:
-        yield Outcome(
-            "none", "not checked", reason=f"no engine is known for {file_type_of(checkpoint)} files"
-        )
+        name = file_type_of(checkpoint)
+        yield Outcome("none", "not checked", reason=f"no engine is known for {name} files")
 
 
-class Meaning(NamedTuple):
-    """What an output's bytes mean. logits: `(t, vocabulary)` f32 of the prompt. new: NEW greedy tokens after
-    it; ahead: `(NEW, vocabulary)`, the logits that each was chosen from."""
+@dataclass
+class Decoded:
+    """A checkpoint's own forward pass: its weights decoded, in f32. memory: bytes for it; None: see above.
 
-    logits: torch.Tensor
-    new: list[int]
-    ahead: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The meaning of a checkpoint, computed once for all engines."""
+    ModelError where the model cannot be run.
+    """
 
     checkpoint: Checkpoint
+    memory: int | None = None
+    _passes: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
-    def tokens(self) -> list[int]:
-        return prompt(self.checkpoint)
+    def runner(self) -> Runner:
+        memory = self.memory
+        if memory is None:
+            least = Blockwise(self.checkpoint).needs(1, TOKENS + NEW)
+            memory = min(free_memory(), max(SMALL, least))
+        return choose(self.checkpoint, 1, TOKENS + NEW, memory)
 
-    @cached_property
-    def meaning(self) -> Meaning:
-        return decoded(self.checkpoint, self.tokens)
+    @property
+    def change(self) -> Change | None:
+        return engine_rounding(self.checkpoint)
 
-    @torch.no_grad()
-    def rounded(self) -> torch.Tensor | None:
-        """Logits `(t, vocabulary)` with activations rounded as the engine does; None if that is not known."""
-        change = engine_rounding(self.checkpoint)
-        if change is None:
-            return None
-        model = load_model(self.checkpoint)
-        with changed_inputs(model, change):
-            return model(torch.tensor([self.tokens])).logits[0].float()
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """`(t, vocabulary)` f32; engines that choose the same tokens share a pass."""
+        if tuple(ids) not in self._passes:
+            self._passes[tuple(ids)] = self._logits(ids)
+        return self._passes[tuple(ids)]
+
+    def rounded(self, ids: list[int]) -> torch.Tensor | None:
+        """The same with activations rounded as the engine does; None if that is not known."""
+        return None if self.change is None else self._logits(ids, self.change)
+
+    @torch.inference_mode()
+    def _logits(self, ids: list[int], change: Change | None = None) -> torch.Tensor:
+        window, runner = torch.tensor([ids]), self.runner
+        if isinstance(runner, Whole) and runner.packed and change is not None:
+            runner = Blockwise(self.checkpoint)
+        if isinstance(runner, Blockwise):
+            try:
+                return _block_by_block(runner, window, change)
+            except ModelError:  # an architecture whose blocks do not stand alone
+                runner = Whole(self.checkpoint)
+                if runner.needs(1, len(ids)) > (self.memory or free_memory()):
+                    raise
+                self.runner = runner
+        with nullcontext() if change is None else changed_inputs(runner.model, change):
+            return next(iter(runner.logits(window)))
 
 
-def _compared(process: _Process, reference: _Reference) -> Outcome:
-    name = process.engine.name
+def _block_by_block(runner: Blockwise, window: torch.Tensor, change: Change | None) -> torch.Tensor:
+    """`(1, t)` int64 -> `(t, vocabulary)` f32, `change` applied to the inputs of every block's weights."""
+    runner.start(window)
+    for i in range(runner.n_blocks):
+        block = runner.blocks.block(i, runner.blocks.weights(i))
+        with nullcontext() if change is None else changed_inputs(block.module, change, block.name):
+            runner.hidden[0] = block(runner.hidden[0])
+        del block  # before the next is decoded
+    return runner.logits_of(0)
+
+
+def _compared(process: _Process, ours: Decoded) -> Outcome:
+    """Run the engine, then our pass over the prompt and the tokens that the engine chose."""
+    engine, tokens, start = process.engine, prompt(ours.checkpoint), time.monotonic()
     try:
-        meaning = reference.meaning
-    except ModelError as error:
-        return Outcome(name, "not checked", reason=f"there is nothing to compare with: {error}")
-    start = time.monotonic()
-    try:
-        found = process.run(reference.tokens, meaning.new)
+        found = process.run(tokens)
     except KernelError as error:
-        return Outcome(name, "failed", reason=str(error), seconds=time.monotonic() - start)
-    outcome = compared(name, found, meaning, time.monotonic() - start)
-    rounded = None if outcome.kl is None or outcome.kl < SAME else reference.rounded()
+        return Outcome(engine.name, "failed", reason=str(error), seconds=time.monotonic() - start)
+    took, ids = time.monotonic() - start, tokens + found["new"].tolist()
+    try:
+        logits = ours.logits(ids)
+    except ModelError as error:
+        return Outcome(engine.name, "not checked", reason=f"there is nothing to compare with: {error}")
+    tolerance = engine.tolerance_of(ours.checkpoint)
+    outcome = compared(engine.name, found, logits, tolerance, took)
+    rounded = None if outcome.kl is None or outcome.kl < tolerance else ours.rounded(ids)
     if rounded is None:
         return outcome
-    near, moved = divergence(rounded, torch.from_numpy(found["logits"])), divergence(meaning.logits, rounded)
-    said = (
-        f"KL divergence {near:.2g} with activations rounded as {name} rounds them, which alone is {moved:.2g}"
+    count = len(tokens)
+    near = divergence(rounded[:count], torch.from_numpy(found["logits"]))
+    moved = divergence(logits[:count], rounded[:count])
+    text = (
+        f"KL divergence {near:.2g} with activations rounded as {engine.name} rounds them, which alone is "
+        f"{moved:.2g}"
     )
-    apart = parted(meaning, found["new"], outcome.largest or 0.0)
-    verdict = "same" if near < max(SAME, moved) and apart is None else "differs"
-    return replace(outcome, verdict=verdict, reason="; ".join(filter(None, (said, apart))))
+    wrong = wrong_token(logits[count - 1 :], found["new"], outcome.largest or 0.0)[1]
+    verdict = "same" if near < max(tolerance, moved) and wrong is None else "differs"
+    return replace(outcome, verdict=verdict, reason="; ".join(filter(None, (text, wrong))))
 
 
 def _parsed(process: _Process) -> Outcome:
     start, name = time.monotonic(), process.engine.name
     try:
-        found = process.run([], [])
+        found = process.run([])
     except KernelError as error:
         return Outcome(name, "failed", reason=str(error), seconds=time.monotonic() - start)
     verdict = "read" if "read" in found else "refused"
@@ -215,30 +265,20 @@ def prompt(checkpoint: Checkpoint) -> list[int]:
     return [7919 * (i + 1) % vocabulary for i in range(TOKENS)]
 
 
-@torch.no_grad()
-def decoded(checkpoint: Checkpoint, tokens: list[int]) -> Meaning:
-    """The bytes decoded, by transformers in f32."""
-    model, ids, ahead = load_model(checkpoint), list(tokens), []
-    logits = last = model(torch.tensor([ids])).logits[0].float()
-    for _ in range(NEW):
-        ahead.append(last[-1].float())
-        ids.append(int(last[-1].argmax()))
-        last = model(torch.tensor([ids])).logits[0]
-    return Meaning(logits, ids[len(tokens) :], torch.stack(ahead))
-
-
-def compared(engine: str, found: dict[str, Any], meaning: Meaning, seconds: float) -> Outcome:
-    """The engine's logits and tokens beside ours -> Outcome."""
-    theirs, ours = torch.from_numpy(found["logits"]).float(), meaning.logits
-    if theirs.shape[0] != ours.shape[0] or theirs.shape[1] < ours.shape[1]:
-        reason = f"it gave logits {tuple(theirs.shape)}, the file means {tuple(ours.shape)}"
+def compared(
+    engine: str, found: dict[str, Any], ours: torch.Tensor, tolerance: float, seconds: float
+) -> Outcome:
+    """found: the engine's logits `(t, vocabulary)` and new tokens. ours: `(t + NEW, vocabulary)`."""
+    theirs = torch.from_numpy(found["logits"]).float()
+    count = len(ours) - len(found["new"])
+    if theirs.shape[0] != count or theirs.shape[1] < ours.shape[1]:
+        reason = f"its logits are {tuple(theirs.shape)}, the file's are {(count, ours.shape[1])}"
         return Outcome(engine, "differs", found["version"], seconds=seconds, reason=reason)
-    kl, largest = divergence(ours, theirs), float((ours - theirs[:, : ours.shape[1]]).abs().max())
-    apart = parted(meaning, found["new"], largest)
-    verdict = "same" if kl < SAME and apart is None else "differs"
-    pairs = zip(meaning.new, found["new"], strict=True)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(meaning.new))
-    return Outcome(engine, verdict, found["version"], largest, kl, same, seconds, apart or found.get("note"))
+    kl = divergence(ours[:count], theirs)
+    largest = float((ours[:count] - theirs[:, : ours.shape[1]]).abs().max())
+    greedy, wrong = wrong_token(ours[count - 1 :], found["new"], largest)
+    verdict, note = "same" if kl < tolerance and wrong is None else "differs", wrong or found.get("note")
+    return Outcome(engine, verdict, found["version"], largest, kl, greedy, seconds, note)
 
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -247,20 +287,22 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))  # rounding may leave -1e-12
 
 
-def parted(meaning: Meaning, new: Sequence[int], largest: float) -> str | None:
-    """Why the first greedy token that differs is no near tie; None where all agree, or it is one: two logits
-    that are each off by `largest` at most change places if they are no more than twice that apart."""
-    for i, (ours, theirs) in enumerate(zip(meaning.new, new, strict=True)):
-        if ours == theirs:
-            continue
-        gap = float(meaning.ahead[i][ours] - meaning.ahead[i][theirs])
-        if gap <= 2 * largest:
-            return None
-        return (
-            f"it continues with token {theirs} instead of {ours} in place {i + 1}, whose logit is lower "
-            f"by {gap:.3g}, and no logit of the prompt is off by more than {largest:.3g}"
-        )
-    return None
+def wrong_token(ours: torch.Tensor, new: Sequence[int], largest: float) -> tuple[int, str | None]:
+    """How many of the new tokens have our largest logit, before the first that has not; and why one is wrong.
+
+    ours: `(NEW or more, vocabulary)`, row i the logits from which token i is chosen. Two logits that are each
+    off by `largest` at most change places if they are no more than twice that apart: a near tie.
+    """
+    gaps = [float(row.max() - row[token]) for row, token in zip(ours, new, strict=False)]
+    greedy = next((i for i, gap in enumerate(gaps) if gap > 0), len(gaps))
+    for i, gap in enumerate(gaps):
+        if gap > 2 * largest:
+            return greedy, (
+                f"it continues with token {new[i]} instead of {int(ours[i].argmax())} in place "
+                f"{i + 1}, whose logit is lower by {gap:.3g}, and no logit of the prompt is off by more than "
+                f"{largest:.3g}"
+            )
+    return greedy, None
 
 
 @dataclass(frozen=True)
@@ -273,21 +315,20 @@ class _Process:
     seconds: float
     memory: int
 
-    def run(self, tokens: list[int], expected: list[int]) -> dict[str, Any]:
-        """-> logits, new, version, or what a parser said; KernelError if it fails or takes too much."""
+    def run(self, tokens: list[int]) -> dict[str, Any]:
+        """-> logits, new, version, or a parser's last line; KernelError if it fails or takes too much."""
         with tempfile.TemporaryDirectory() as name:
-            task, result, said = (Path(name) / part for part in ("task.json", "result.npz", "said.txt"))
-            about = {"tokens": tokens, "new": NEW, "expected": expected}
-            about |= {"threads": torch.get_num_threads(), "imports": self.engine.imports}
-            task.write_text(json.dumps(about))
+            task, result, output = (Path(name) / part for part in ("task.json", "result.npz", "output.txt"))
+            settings = {"threads": torch.get_num_threads(), "imports": self.engine.imports}
+            task.write_text(json.dumps({"tokens": tokens, "new": NEW} | settings))
             script = str(SCRIPTS / self.engine.script)
             command = [self.python, script, str(self.path.resolve()), str(task), str(result)]
-            with said.open("wb") as out:
+            with output.open("wb") as out:
                 process = subprocess.Popen(command, stdout=out, stderr=out, env=self.environment(), cwd=name)
                 _watch(process, self.seconds, self.memory)
-            lines = said.read_text(errors="replace").strip().splitlines()
+            lines = output.read_text(errors="replace").strip().splitlines()
             if process.returncode != 0 or not (result.exists() or self.engine.parses):
-                why = " | ".join(lines[-3:]) or "it said nothing"
+                why = " | ".join(lines[-3:]) or "no output"
                 raise KernelError(f"exit code {process.returncode}: {why}")
             last: dict[str, Any] = json.loads(lines[-1])
             if self.engine.parses:
@@ -300,13 +341,13 @@ class _Process:
                 }
 
     def environment(self) -> dict[str, str]:
-        found = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+        variables = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
         if self.python != sys.executable:
-            found.pop("PYTHONPATH", None)
-        elif self.engine.imports:  # ours: found there as it was found here
-            here = [str(Path(__file__).parents[1]), *found.get("PYTHONPATH", "").split(os.pathsep)]
-            found["PYTHONPATH"] = os.pathsep.join(filter(None, here))
-        return found
+            variables.pop("PYTHONPATH", None)
+        elif self.engine.imports:  # this very package, wherever it was imported from
+            here = [str(Path(__file__).parents[1]), *variables.get("PYTHONPATH", "").split(os.pathsep)]
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, here))
+        return variables
 
 
 def _watch(process: subprocess.Popen[bytes], seconds: float, memory: int) -> None:
@@ -317,8 +358,8 @@ def _watch(process: subprocess.Popen[bytes], seconds: float, memory: int) -> Non
             if time.monotonic() - start > seconds:
                 raise KernelError(f"it took more than {seconds:.0f} s")
             lines = status.read_text().splitlines() if status.exists() else []
-            held = next((int(li.split()[1]) * 1024 for li in lines if li.startswith("VmRSS")), 0)
-            if held > memory:
+            resident = next((int(li.split()[1]) * 1024 for li in lines if li.startswith("VmRSS")), 0)
+            if resident > memory:
                 raise KernelError(f"it took more than {memory / 2**30:.1f} GiB of memory")
             time.sleep(0.05)
     except (FileNotFoundError, ProcessLookupError):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fewbits.adapters.transformers import load_model
+from fewbits.blocks.rounding import rounded_rows
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.plan import Plan, Rule
@@ -86,6 +87,25 @@ def test_llm_int8_differs_by_its_rounded_activations(tmp_path):
     logits, _, modules = compare(quantized(tmp_path, "int8_absmax"))
     print(f"int8_absmax: root mean square difference {off_by(logits):.1e} of the logits'")
     assert modules.count(bnb.nn.Linear8bitLt) == 14 and off_by(logits) < ROUNDED["int8"]
+
+
+@pytest.mark.parametrize("scale", [1, 30])
+def test_our_rounding_of_activations_is_that_of_llm_int8(scale):
+    """Without and with outliers, against its product with the weight decoded; the rest is f16's rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 64, generator=generator).mul(0.3)
+    x[:, 5] *= scale
+    x[4, 9] *= scale
+    layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.weight = bnb.nn.Int8Params(
+        torch.randn(32, 64, generator=generator), has_fp16_weights=False, requires_grad=False
+    )
+    layer = layer.to("cpu").eval()  # in training it rounds nothing
+    theirs = layer(x).float()
+    weight = layer.state.CB.float() * layer.state.SCB[:, None] / 127
+    ours, plain = rounded_rows(x) @ weight.T, x @ weight.T
+    assert bool((x.abs() >= 6).any()) == (scale > 1)
+    assert (theirs - ours).norm() < 1e-3 * theirs.norm() < (theirs - plain).norm()
 
 
 @pytest.mark.parametrize("kind", ["nf4_dq", "int8_absmax"])

@@ -20,7 +20,7 @@ from fewbits.workflow.request import Request
 from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
-PYTHON = next(engine for engine in ENGINES["gptq"] if engine.name == "vLLM").interpreter()
+PYTHON = ENGINES["vLLM"].interpreter()
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(PYTHON is None, reason="vLLM is not installed: `make vllm`"),

@@ -98,4 +98,4 @@ def test_transformers_computes_what_we_decode(tmp_path):
     source = save_tiny("LlamaForCausalLM", tmp_path / "source")
     quantize(source, tmp_path / "a", Request(to="fp8_e4m3_block128", file="fp8"))
     outcome = verify(tmp_path / "a")
-    assert (outcome.engine, outcome.verdict) == ("transformers", "same"), outcome.line()
+    assert (outcome.engine, outcome.verdict) == ("transformers+accelerate", "same"), outcome.line()

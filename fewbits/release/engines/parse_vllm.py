@@ -3,8 +3,8 @@
     config.json  ->  QuantizationConfig.from_config  ->  a scheme for q, k and v as one, gate and up as one,
                                                          and every other linear layer; or a refusal
 
-No model is made and no weight is read: the reader is plain Python and runs without a GPU. `q_proj`, `k_proj`
-and `v_proj` are told to it as vLLM's models tell it, as one layer of three shards. A scheme that is chosen,
+No model is made and no weight is read: the reader is plain Python and runs without a GPU. As in vLLM's
+models, `q_proj`, `k_proj` and `v_proj` are one layer of three shards. A scheme that is chosen,
 and then finds no kernel for the machine at hand, counts as chosen.
 
 RESULT is not written: the last line on stdout has "read" or "refused", in words.
@@ -25,7 +25,7 @@ PLANES = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
 
 
 class Linear(torch.nn.Module):
-    """What a target of that name stands for."""
+    """Stands for the layer, by whose class name a target may match."""
 
 
 def main(model_path: str, task_path: str, result_path: str) -> None:
@@ -36,14 +36,14 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     with open(f"{model_path}/model.safetensors", "rb") as weights:
         keys = json.loads(weights.read(struct.unpack("<Q", weights.read(8))[0]))
     try:
-        said = {"read": reading(config, [key for key in keys if key.split(".")[-1] in PLANES])}
+        answer = {"read": reading(config, [key for key in keys if key.split(".")[-1] in PLANES])}
     except (ValueError, NotImplementedError) as error:
-        said = {"refused": str(error)}
-    print(json.dumps({"engine": "vllm", "version": vllm.__version__, **said}))
+        answer = {"refused": str(error)}
+    print(json.dumps({"engine": "vllm", "version": vllm.__version__, **answer}))
 
 
 def reading(config: dict, keys: list) -> str:
-    """What takes the weights, in words; ValueError or NotImplementedError where nothing does."""
+    """The schemes that take the weights, as text; ValueError or NotImplementedError where none does."""
     from vllm.model_executor.layers.quantization import get_quantization_config
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
         CompressedTensorsKVCacheMethod,
@@ -66,7 +66,7 @@ def reading(config: dict, keys: list) -> str:
 
 
 def scheme(found: Any, layer: str) -> str:
-    """The name of the class that would hold a layer."""
+    """The name of the class of a layer's scheme."""
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 
     try:
@@ -79,7 +79,7 @@ def scheme(found: Any, layer: str) -> str:
 
 
 def fused(module: str) -> str:
-    """`...self_attn.k_proj` -> `...self_attn.qkv_proj`: the layer of vLLM that holds a module."""
+    """`...self_attn.k_proj` -> `...self_attn.qkv_proj`: the layer of vLLM that a module is a shard of."""
     for layer, shards in FUSED.items():
         module = re.sub(rf"\.({'|'.join(shards)})$", f".{layer}", module)
     return module

@@ -1,5 +1,9 @@
-"""A GPTQ or AWQ directory in GPTQModel, by its kernel in plain torch, which is compiled for each number of
-tokens, half a minute a time: so all go through it at once."""
+"""A GPTQ or AWQ directory in GPTQModel, by its kernel in plain torch.
+
+The kernel is compiled for each number of tokens, half a minute a time. So every pass has the prompt and
+guesses of all new tokens; its choices are the guesses of the next, and where they are the same they are the
+greedy continuation. Each pass makes at least one more token right.
+"""
 
 import json
 import sys
@@ -20,11 +24,15 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     model = GPTQModel.load(model_path, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model.eval()
     if not awq:  # loaded in f32 it is refused; its AWQ kernel takes f16 only
         model = model.float()
-    prompt = len(task["tokens"])
-    with torch.no_grad():
-        logits = model(torch.tensor([task["tokens"] + task["expected"]])).logits[0].float()
-    new = logits[prompt - 1 : prompt - 1 + task["new"]].argmax(-1)
-    np.savez(result_path, logits=logits[:prompt].numpy(), new=new.numpy())
+    prompt, new = len(task["tokens"]), [0] * task["new"]
+    for _ in range(task["new"] + 1):
+        guess = new
+        with torch.no_grad():
+            logits = model(torch.tensor([task["tokens"] + guess])).logits[0].float()
+        new = logits[prompt - 1 : -1].argmax(-1).tolist()
+        if new == guess:
+            break
+    np.savez(result_path, logits=logits[:prompt].numpy(), new=np.array(new))
     print(json.dumps({"engine": "gptqmodel", "version": gptqmodel.__version__}))
 
 

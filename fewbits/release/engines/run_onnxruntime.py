@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Decoder:
-    """A session, and what it remembers of the tokens that it was given."""
+    """A session with its cache of keys and values."""
 
     def __init__(self, session: Any):
         self.session = session

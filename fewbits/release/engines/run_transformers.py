@@ -21,11 +21,11 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
 
 
 def tried(model_path: str, task: dict) -> tuple[tuple[torch.Tensor, list[int]], str | None]:
-    """What `run` finds in the first way that works, and what had to be done for it."""
+    """The result of `run` by the first arguments that work, and a note on those arguments."""
     with open(f"{model_path}/config.json") as file:
-        said = json.load(file).get("quantization_config", {})
+        settings = json.load(file).get("quantization_config", {})
     ways: list[tuple[torch.dtype | str, dict, str | None]] = [(torch.float32, {}, None)]
-    if said.get("quant_method") == "compressed-tensors":
+    if settings.get("quant_method") == "compressed-tensors":
         from transformers import CompressedTensorsConfig
 
         # Some types are decoded to bf16 whatever the model computes in. 0.20 makes room for zero points that
@@ -33,14 +33,14 @@ def tried(model_path: str, task: dict) -> tuple[tuple[torch.Tensor, list[int]], 
         ways.append(("auto", {}, None))
         given = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
         ways.append((torch.float32, given, "loaded with CompressedTensorsConfig(dequantize=True)"))
-    if said.get("quant_method") in ("gptq", "awq"):
+    if settings.get("quant_method") in ("gptq", "awq"):
         from transformers import AwqConfig, GPTQConfig
 
         # The kernels that they take for some CPUs want rows of whole groups, or have not every size of group.
         config, backend = {"gptq": (GPTQConfig, "torch"), "awq": (AwqConfig, "torch_awq")}[
-            said["quant_method"]
+            settings["quant_method"]
         ]
-        given = {"quantization_config": config(bits=said["bits"], backend=backend)}
+        given = {"quantization_config": config(bits=settings["bits"], backend=backend)}
         ways.append((torch.float32, given, f'loaded with {config.__name__}(backend="{backend}")'))
     for dtype, given, note in ways[:-1]:
         try:
@@ -61,10 +61,14 @@ def run(
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=dtype, local_files_only=True, **given
     ).eval()
-    prompt = len(task["tokens"])
-    logits = model(torch.tensor([task["tokens"] + task["expected"]])).logits[0].float()
-    new = logits[prompt - 1 : prompt - 1 + task["new"]].argmax(-1)
-    return logits[:prompt], new.tolist()
+    prompt, new = len(task["tokens"]), [0] * task["new"]
+    for _ in range(task["new"] + 1):  # as in run_gptqmodel.py, whose kernels may run here too
+        guess = new
+        logits = model(torch.tensor([task["tokens"] + guess])).logits[0].float()
+        new = logits[prompt - 1 : -1].argmax(-1).tolist()
+        if new == guess:
+            break
+    return logits[:prompt], new
 
 
 if __name__ == "__main__":
