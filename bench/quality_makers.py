@@ -21,7 +21,6 @@ from fewbits import Plan, Rule
 from fewbits.adapters.llamacpp import engine_quantize
 from fewbits.calibrate.imatrix import gguf_importance, read_imatrix, write_imatrix
 from fewbits.files.checkpoint import Checkpoint
-from fewbits.files.directory import is_plain
 from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import sites
 from fewbits.plan.method import EFFORTS
@@ -171,5 +170,5 @@ def opened(given: Inputs, row: Row, output: Output) -> Checkpoint:
 
 def bits_of(child: Checkpoint) -> float:
     """A quantized weight's."""
-    coded = [tensor for tensor in child.tensors.values() if not is_plain(tensor.dtype)]
+    coded = [tensor for tensor in child.tensors.values() if tensor.quantized]
     return 8 * sum(tensor.nbytes for tensor in coded) / sum(prod(tensor.shape) for tensor in coded)

@@ -345,7 +345,7 @@ class _Process:
         if self.python != sys.executable:
             variables.pop("PYTHONPATH", None)
         elif self.engine.imports:  # this very package, wherever it was imported from
-            here = [str(Path(__file__).parents[1]), *variables.get("PYTHONPATH", "").split(os.pathsep)]
+            here = [str(Path(__file__).parents[2]), *variables.get("PYTHONPATH", "").split(os.pathsep)]
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, here))
         return variables
 

@@ -250,6 +250,12 @@ def test_verify_sees_another_meaning(tmp_path):
     assert verify(path).verdict == "differs"
 
 
+@pytest.mark.parametrize("to", ["int4_g32_asym", "int8_channel_asym", "int8_tensor_asym"])
+def test_verify_of_zero_points_is_as_near_as_sums_in_another_order(tmp_path, to):
+    outcome = verify(written(tmp_path, "llama", to))
+    assert outcome.verdict == "same" and outcome.kl < 1e-6, outcome.line()
+
+
 def test_verify_continues_through_the_cache(tmp_path):
     def forget(model):
         for node in model.graph.node:

@@ -22,8 +22,7 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
 
 def tried(model_path: str, task: dict) -> tuple[tuple[torch.Tensor, list[int]], str | None]:
     """The result of `run` by the first arguments that work, and a note on those arguments."""
-    with open(f"{model_path}/config.json") as file:
-        settings = json.load(file).get("quantization_config", {})
+    settings = settings_of(model_path)
     ways: list[tuple[torch.dtype | str, dict, str | None]] = [(torch.float32, {}, None)]
     if settings.get("quant_method") == "compressed-tensors":
         from transformers import CompressedTensorsConfig
@@ -61,6 +60,8 @@ def run(
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=dtype, local_files_only=True, **given
     ).eval()
+    if settings_of(model_path).get("quant_method") == "bitsandbytes":
+        compute_in_f32(model)
     prompt, new = len(task["tokens"]), [0] * task["new"]
     for _ in range(task["new"] + 1):  # as in run_gptqmodel.py, whose kernels may run here too
         guess = new
@@ -69,6 +70,22 @@ def run(
         if new == guess:
             break
     return logits[:prompt], new
+
+
+def compute_in_f32(model: torch.nn.Module) -> None:
+    """bitsandbytes leaves floats in the type of the file, and computes in bf16 where the CPU can."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def settings_of(model_path: str) -> dict:
+    with open(f"{model_path}/config.json") as file:
+        found: dict = json.load(file).get("quantization_config", {})
+    return found
 
 
 if __name__ == "__main__":
