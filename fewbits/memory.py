@@ -23,13 +23,13 @@ _GROUPS = (
 def reset_peak_memory() -> None:
     """Begin a new peak where the system allows it (Linux); otherwise the peak is of the whole process."""
     with contextlib.suppress(OSError):
-        _CLEAR.write_text("5")
+        _CLEAR.write_text("5", encoding="utf-8")
 
 
 def peak_memory() -> int:
     """Largest resident set in bytes since the last reset."""
     if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -42,13 +42,13 @@ def free_memory() -> int:
     free = [_available()]
     for limit, used in _GROUPS:
         with contextlib.suppress(OSError, ValueError):
-            free.append(int(limit.read_text()) - int(used.read_text()))
+            free.append(int(limit.read_text(encoding="utf-8")) - int(used.read_text(encoding="utf-8")))
     return max(0, min(free))
 
 
 def _available() -> int:
     if _INFO.exists():
-        for line in _INFO.read_text().splitlines():
+        for line in _INFO.read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

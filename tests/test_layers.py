@@ -165,6 +165,29 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert {name.split(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names == {"fewbits"}
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_text_is_read_and_written_in_a_named_encoding(module: str) -> None:
+    """Else it is the system's, which is not UTF-8 everywhere."""
+    for node in ast.walk(tree(PACKAGE / module)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        words = {word.arg for word in node.keywords}
+        where = f"{module}:{node.lineno}"
+        if name == "read_text":
+            assert "encoding" in words or node.args, where
+        if name == "write_text":
+            assert "encoding" in words or len(node.args) > 1, where
+        if name == "open" and isinstance(node.func, ast.Name) and node.func.id == "open":
+            modes = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant)]
+            assert "encoding" in words or any("b" in str(mode) for mode in modes), where
+
+
+def test_what_a_package_needs_besides_code_is_there() -> None:
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert (ROOT / "CHANGELOG.md").exists() and (PACKAGE / "py.typed").exists()
+
+
 SOURCES = sorted(
     path
     for folder in ("fewbits", "csrc", "bench", "tests")

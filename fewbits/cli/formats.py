@@ -14,7 +14,6 @@ from ..formats.base import SCALE_TYPES, Format, Kind
 from ..formats.ggml import Ggml
 from ..plan.carry import carries_as
 from ..plan.mixtures import RECIPES
-from ..release.verify import NEW
 from ..table import table
 
 EXAMPLES = """examples:
@@ -109,4 +108,6 @@ def _place(column: tuple[str, str]) -> tuple[int, int]:
 
 def _cell(row: Mapping[str, Any]) -> str:
     """`same` in figures: KL divergence, greedy tokens; else the verdict."""
+    from ..release.verify import NEW  # which imports torch
+
     return f"{row['kl']:.1g}, {row['greedy']}/{NEW}" if row["verdict"] == "same" else f"**{row['verdict']}**"

@@ -26,12 +26,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..core.pack import pack, unpack
 from ..errors import FormatError, PlanError, raise_all
 from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
+from ..lazy import torch
 from ..qtensor import QTensor
 from ..version import VERSION
 from .directory import (

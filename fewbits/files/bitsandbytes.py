@@ -29,8 +29,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from ..core.pack import unpack
 from ..errors import FileError, FormatError, PlanError, raise_all
 from ..formats.base import FORMATS, Format
@@ -45,6 +43,7 @@ from ..formats.codebook import (
     normal_name,
     per_scale,
 )
+from ..lazy import torch
 from ..model.sites import role_of
 from ..qtensor import QTensor
 from ..storage.json import parse_json_object

@@ -17,9 +17,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 
-import torch
-
 from ..errors import ModelError
+from ..lazy import torch
 from .checkpoint import Checkpoint, LazyTensor
 
 _FUSED = re.compile(r"^(.*)\.(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)(?:\.weight)?$")

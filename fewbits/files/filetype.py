@@ -1,9 +1,9 @@
 """FileType: all that the program knows of one file type, in one value.
 
-    name, run, library, engines     what --to takes; what a model card says; who reads it, the first of them
-    by default recognizes(probe), open(path)   reading: told by content, only headers are read reason(format),
-    nearest(...)    which number formats it carries, and the one to take instead of another lay_out(...) ->
-    Output          writing: names, packing, header, settings, side files
+    name, run, library, engines     what --to takes; what a model card says; who reads it
+    recognizes(probe), open(path)   reading: told by content, only headers are read
+    reason(format), nearest(...)    which number formats it carries, and the one to take instead of another
+    lay_out(...) -> Output          writing: names, packing, header, settings, side files
 
 GGUF is a file (gguf/filetype.py); all others are directories with config.json (directory.py). Nothing else in
 the program asks a file type for its name. A new one is a module here and a line in open.py.

@@ -21,10 +21,9 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
 
-import torch
-
 from ..errors import FormatError
 from ..formats.base import FORMATS, Format
+from ..lazy import torch
 from ..model.sites import role_of
 from ..qtensor import QTensor
 from .compressed_tensors.config import BLOCK, scale_dtype
@@ -39,7 +38,6 @@ from .directory import (
     module_of,
 )
 
-E4M3 = torch.float8_e4m3fn
 SCALE = "weight_scale_inv"
 _DTYPES = {"F32": "fp8_e4m3_block128", "BF16": "fp8_e4m3_block128_bf16"}
 
@@ -67,10 +65,13 @@ class Fp8(Directory):
     def _arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         module, (n, k) = module_of(name), shape
         scales = ceil(n / BLOCK), ceil(k / BLOCK)
-        return [Array(name, E4M3, shape), Array(f"{module}.{SCALE}", scale_dtype(format), scales)]
+        return [
+            Array(name, torch.float8_e4m3fn, shape),
+            Array(f"{module}.{SCALE}", scale_dtype(format), scales),
+        ]
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
-        return q.planes["codes"].view(E4M3), q.planes["scale"]
+        return q.planes["codes"].view(torch.float8_e4m3fn), q.planes["scale"]
 
     def unpack(self, format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
         return QTensor(format, shape, {"codes": arrays[0].view(torch.uint8), "scale": arrays[1]})

@@ -31,12 +31,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..core.pack import pack, unpack
 from ..errors import FormatError
 from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
+from ..lazy import torch
 from ..qtensor import QTensor
 from ..storage.safetensors import map_tensor
 from ..version import VERSION

@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import FileError, FormatError, raise_all
 from ..formats.base import Format
+from ..lazy import torch
 from ..qtensor import QTensor
 from ..storage.json import read_json_object
 from ..storage.safetensors import read_header

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from ..core.pack import pack, unpack
 from ..errors import FormatError
 from ..formats.actorder import INDEX, SUFFIX, ActOrder
 from ..formats.affine import Affine
 from ..formats.base import SCALE_TYPES, Format
+from ..lazy import torch
 from ..qtensor import QTensor
 from .directory import Place
 

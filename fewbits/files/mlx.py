@@ -29,12 +29,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..core.pack import pack, unpack
 from ..errors import FormatError
 from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
+from ..lazy import torch
 from ..qtensor import QTensor
 from .directory import (
     Array,

@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import FileError, FormatError
 from ..formats.base import FORMATS, Format
+from ..lazy import torch
 from ..qtensor import QTensor
 from ..storage.json import read_json_object
 from ..storage.safetensors import read_header

@@ -23,7 +23,6 @@ from ..qtensor import QTensor
 from ..storage.atomic import write_atomic
 from ..storage.stream import Span
 from .checkpoint import Checkpoint
-from .gguf.metadata import side_files_from_keys
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +111,8 @@ def side_files_of(checkpoint: Checkpoint) -> Mapping[str, Path | bytes]:
     """Tokenizer, template and the like: the source's files, or made of a GGUF file's keys."""
     if not checkpoint.gguf_keys or not checkpoint.config:
         return checkpoint.side_files
+    from .gguf.metadata import side_files_from_keys
+
     keys = {
         name: value.plain() for name, value in checkpoint.gguf_keys.items() if name.startswith("tokenizer.")
     }

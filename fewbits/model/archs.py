@@ -82,7 +82,7 @@ class GGUFEntry:
 @cache
 def architectures() -> dict[str, Architecture]:
     """Hugging Face architecture name -> Architecture, in the order of archs.toml."""
-    rows = tomllib.loads(Path(__file__).with_name("archs.toml").read_text())
+    rows = tomllib.loads(Path(__file__).with_name("archs.toml").read_text(encoding="utf-8"))
     common = rows.pop("common")
     return {name: _architecture(name, row, common) for name, row in rows.items()}
 

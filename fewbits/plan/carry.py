@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from ..dtypes import BF16, F16, F32, DType
 from ..errors import PlanError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
 from ..formats.base import FORMATS, Format
 from ..formats.lossless import convert_lossless, lossless_equivalents
+from ..lazy import torch
 from ..model.archs import GGUFEntry
 from ..model.sites import sites
 from ..qtensor import QTensor

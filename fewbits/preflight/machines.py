@@ -32,7 +32,7 @@ class Machine:
 
 @cache
 def machines() -> tuple[Machine, ...]:
-    rows = tomllib.loads(Path(__file__).with_name("machines.toml").read_text())["machine"]
+    rows = tomllib.loads(Path(__file__).with_name("machines.toml").read_text(encoding="utf-8"))["machine"]
     return tuple(Machine(**row) for row in rows)
 
 

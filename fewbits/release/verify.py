@@ -357,7 +357,7 @@ def _watch(process: subprocess.Popen[bytes], seconds: float, memory: int) -> Non
         while process.poll() is None:
             if time.monotonic() - start > seconds:
                 raise KernelError(f"it took more than {seconds:.0f} s")
-            lines = status.read_text().splitlines() if status.exists() else []
+            lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
             resident = next((int(li.split()[1]) * 1024 for li in lines if li.startswith("VmRSS")), 0)
             if resident > memory:
                 raise KernelError(f"it took more than {memory / 2**30:.1f} GiB of memory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
@@ -32,9 +33,13 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_file_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file, given in parts, so that `path` holds either what it held before or all of them."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = None
     try:
-        with temporary.open("wb") as file:
+        # A name that nobody can foresee, made by this process or not at all: no link is followed.
+        descriptor, name = tempfile.mkstemp(".tmp", f".{path.name[:64]}.", path.parent)
+        temporary = Path(name)
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o666 & ~_umask())
             for part in parts:
                 file.write(part)
             file.flush()
@@ -43,10 +48,21 @@ def write_file_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         sync_directory(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise failed(path, error) from error
+            raise FileError(
+                f"{path}: cannot be written: {error.strerror or error}; see to the cause (space, permission, "
+                "limits) and run again"
+            ) from error
         raise
+
+
+def _umask() -> int:
+    """The mode bits that this process leaves out of new files; read by setting, as there is no other way."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
 
 
 def as_bytes(chunk: Chunk) -> memoryview:
@@ -67,6 +83,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def failed(path: Path, error: OSError) -> FileError:
+    """For a streamed file, whose unfinished part stays."""
     return FileError(
         f"{path}: cannot be written: {error.strerror or error}; what is done stays in {path.name}.partial: "
         "see to the cause (space, permission, limits) and run again to resume"

@@ -1,6 +1,6 @@
 """quantize(): what `fewbits quantize` does: resolve, run, conclude.
 
-model  -> checkpoint -> Options -> Request, with the text that its method needs      options.py, text.py
+model -> checkpoint -> Options -> Request, with the text that its method needs      options.py, text.py
 Request -> resolve (resolve.py) -> run (run.py) -> the output and its receipt
 output -> its engine, audit of side files, receipt, card                            release/
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fewbits.errors import FileError
+from fewbits.storage import atomic
 from fewbits.storage.atomic import write_atomic
 from fewbits.storage.stream import StreamFile
 from tests.files.stream_cases import BODIES, WHOLE, fill, left_over, python, start
@@ -139,3 +140,21 @@ def test_write_atomic_replaces_whole(tmp_path, monkeypatch):
         write_atomic(path, b"three")
     assert path.read_bytes() == b"two"
     assert left_over(path) == ["small"]
+
+
+def test_a_link_under_the_name_of_a_temporary_file_is_not_followed(tmp_path):
+    """The name was the process's number, which anyone can foresee."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".out.json.{os.getpid()}.tmp").symlink_to(victim)
+    atomic.write_atomic(tmp_path / "out.json", b"ours")
+    assert victim.read_text() == "mine" and (tmp_path / "out.json").read_bytes() == b"ours"
+    assert not (tmp_path / "out.json").is_symlink()
+    assert (tmp_path / "out.json").stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
+
+
+def test_a_small_file_that_cannot_be_written_speaks_of_no_partial_file(tmp_path):
+    (tmp_path / "out.json").mkdir()
+    with pytest.raises(FileError, match=r"out\.json: cannot be written") as caught:
+        atomic.write_atomic(tmp_path / "out.json", b"ours")
+    assert "partial" not in str(caught.value) and [p.name for p in tmp_path.iterdir()] == ["out.json"]

@@ -23,22 +23,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-import torch
-
 from ...core.pack import cell, pack, unpack
 from ...errors import FormatError
 from ...formats.actorder import ActOrder
 from ...formats.affine import Affine
 from ...formats.base import Format
 from ...formats.floats import Microscaling
+from ...lazy import torch
 from ...qtensor import QTensor
 from ..directory import Shape
 from ..integers import from_integers, integers
 from .config import BYTES, FLOAT, METHOD, MICROSCALED, PACKED, TWO_LEVELS, scale_dtype
 
-E4M3 = torch.float8_e4m3fn
-
-Part = tuple[str, torch.dtype, tuple[int, ...]]
+Part = tuple[str, "torch.dtype", tuple[int, ...]]
 
 
 def _scales(format: Format, shape: Shape) -> tuple[int, ...]:
@@ -125,11 +122,14 @@ def _unpack_bytes(format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) 
 
 def _float_arrays(format: Format, shape: Shape, name: str) -> list[Part]:
     _whole_groups(format, shape, name)
-    return [("weight", E4M3, shape), ("weight_scale", scale_dtype(format), _scales(format, shape))]
+    return [
+        ("weight", torch.float8_e4m3fn, shape),
+        ("weight_scale", scale_dtype(format), _scales(format, shape)),
+    ]
 
 
 def _pack_floats(q: QTensor) -> tuple[torch.Tensor, ...]:
-    return q.planes["codes"].view(E4M3), q.planes["scale"].reshape(_scales(q.format, q.shape))
+    return q.planes["codes"].view(torch.float8_e4m3fn), q.planes["scale"].reshape(_scales(q.format, q.shape))
 
 
 def _unpack_floats(format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
@@ -142,7 +142,7 @@ def _two_level_arrays(format: Format, shape: Shape, name: str) -> list[Part]:
     n, k = shape
     return [
         ("weight_packed", torch.uint8, (n, k // 2)),
-        ("weight_scale", E4M3, (n, k // format.block)),
+        ("weight_scale", torch.float8_e4m3fn, (n, k // format.block)),
         ("weight_global_scale", torch.float32, (1,)),
     ]
 
@@ -155,7 +155,7 @@ def _pack_two_levels(q: QTensor) -> tuple[torch.Tensor, ...]:
             f"the global scale {float(scale):.9g} is not the reciprocal of an f32, and {METHOD} stores the "
             f"reciprocal; {float(1 / divisor):.9g} is the nearest: quantize the float model again"
         )
-    return q.planes["codes"], q.planes["scale"].view(E4M3), divisor.reshape(1)
+    return q.planes["codes"], q.planes["scale"].view(torch.float8_e4m3fn), divisor.reshape(1)
 
 
 def _unpack_two_levels(format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:
@@ -169,7 +169,7 @@ def _microscaled_arrays(format: Format, shape: Shape, name: str) -> list[Part]:
     format.check_shape(*shape, name)
     n, k = shape
     bits = format.element.bits
-    codes: Part = ("weight", E4M3, shape)
+    codes: Part = ("weight", torch.float8_e4m3fn, shape)
     if bits < 8:
         codes = ("weight_packed", torch.uint8, (n, k * bits // 8))
     return [codes, ("weight_scale", torch.uint8, (n, k // format.block))]
@@ -177,7 +177,7 @@ def _microscaled_arrays(format: Format, shape: Shape, name: str) -> list[Part]:
 
 def _pack_microscaled(q: QTensor) -> tuple[torch.Tensor, ...]:
     codes = q.planes["codes"]
-    return codes.view(E4M3) if codes.shape == q.shape else codes, q.planes["scale"]
+    return codes.view(torch.float8_e4m3fn) if codes.shape == q.shape else codes, q.planes["scale"]
 
 
 def _unpack_microscaled(format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) -> QTensor:

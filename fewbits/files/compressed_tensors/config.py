@@ -20,14 +20,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...errors import FormatError
 from ...formats.actorder import SUFFIX, ActOrder
 from ...formats.affine import Affine
 from ...formats.base import FORMATS, SCALE_TYPES, Format
 from ...formats.floats import ELEMENTS, NVFP4, Microscaling
 from ...formats.levels import ScaledLevels
+from ...lazy import torch
 from ...model.sites import role_of
 
 METHOD = "compressed-tensors"

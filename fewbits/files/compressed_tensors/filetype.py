@@ -29,12 +29,11 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from ...errors import FormatError, PlanError, raise_all
 from ...formats.affine import Affine
 from ...formats.base import Format
 from ...formats.floats import NVFP4, Microscaling
+from ...lazy import torch
 from ...model.fused import fused_groups, mixed_groups
 from ...model.sites import Site, role_of, sites
 from ...qtensor import QTensor

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from ...dtypes import DTYPES
 from ...errors import FileError, raise_all
+from ...lazy import torch
 from ...storage.mapped import map_bytes, view_as
 from .parse import (
     BLOCK_SIZES,

@@ -15,9 +15,6 @@ from ...storage.stream import Span
 from ..checkpoint import Checkpoint, LazyTensor
 from ..filetype import FileType, Probe, gathered
 from ..output import Job, Output, entry_shape
-from .file import gguf_header, gguf_nbytes, read_gguf
-from .metadata import gguf_metadata
-from .model import open_gguf
 
 ALIGNMENT = 32
 
@@ -38,9 +35,13 @@ class GGUF(FileType):
         return probe.magic == b"GGUF"
 
     def open(self, path: Path) -> Checkpoint:
+        from .model import open_gguf
+
         return open_gguf(path)
 
     def inspect(self, path: Path) -> tuple[Mapping[str, Any], list[tuple[str, tuple[int, ...], str, int]]]:
+        from .file import read_gguf
+
         file = read_gguf(path)
         return file.metadata, [(t.name, t.shape, t.type_name, t.nbytes) for t in file.tensors.values()]
 
@@ -68,6 +69,9 @@ class GGUF(FileType):
         kinds: Mapping[str, Kind],
         about: Mapping[str, Any],
     ) -> Output:
+        from .file import gguf_header, gguf_nbytes
+        from .metadata import gguf_metadata
+
         infos, jobs = [], []
         refused: dict[str, list[str]] = {}
         for entry in entries:

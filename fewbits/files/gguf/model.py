@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from gguf.constants import Keys
 
 from ...errors import FileError, ModelError, raise_all
 from ...formats.base import FORMATS, kind_of
 from ...formats.ggml import format_of
+from ...lazy import torch
 from ...model.archs import Architecture, GGUFEntry, every_name, gguf_entries, rope_rows_back
 from ...qtensor import QTensor
 from ..checkpoint import Checkpoint, LazyTensor

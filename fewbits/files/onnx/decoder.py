@@ -16,10 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...errors import PlanError, raise_all
 from ...formats.base import Format
+from ...lazy import torch
 from ...model.rope import llama3_factors, rope_parameters
 from ..directory import Stored
 

@@ -30,11 +30,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from ...errors import FileError, raise_all
 from ...formats.affine import Affine
 from ...formats.base import Format
+from ...lazy import torch
 from ...qtensor import QTensor
 from ...storage.json import parse_json_object, read_json_object, regular_size
 from ...storage.mapped import absurd

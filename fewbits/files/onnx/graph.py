@@ -26,9 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ...dtypes import F32
+from ...dtypes import F32, dtype_of
 from ...errors import FileError
 from ...formats.affine import Affine
 from ...formats.base import Format
@@ -40,7 +38,7 @@ from .decoder import INPUTS, TABLE, Decoder, check_rows, decoder_of, past, prese
 OPSET, IR = 18, 8  # the first with ReduceMean's axes as an input; what came with it
 TYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "U8": "UINT8", "I8": "INT8"}
 """dtypes of arrays, as safetensors and as ONNX name them"""
-LOWEST = float(torch.finfo(torch.float32).min)  # of a row that sees no key -inf would make NaN
+LOWEST = -(2 - 2**-23) * 2.0**127  # of a row that sees no key -inf would make NaN
 END = 2**31 - 1  # of a Slice: to the last
 
 
@@ -107,7 +105,7 @@ class Graph:
             return self.op("MatMul", x, self.op("Transpose", self.tensor(name), perm=[1, 0]))
         format = kind
         assert isinstance(format, Affine)
-        scale = self.float(f"{name}.scale", str(_SHORT[format.dtype]))
+        scale = self.float(f"{name}.scale", dtype_of(format.dtype).name.upper())
         parts = [f"{name}.codes", scale] + ([f"{name}.zero"] if format.zero == "int" else [])
         if format.cells.columns is None:
             w = self.op("DequantizeLinear", *parts, axis=0)
@@ -121,9 +119,6 @@ class Graph:
         mean = self.op("ReduceMean", square, self.ints(-1), keepdims=1)
         root = self.op("Sqrt", self.op("Add", mean, self.number(self.decoder.eps)))
         return self.op("Mul", self.op("Div", x, root), self.tensor(name))
-
-
-_SHORT = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Linear(torch.nn.Module):
 def main(model_path: str, task_path: str, result_path: str) -> None:
     import vllm
 
-    with open(f"{model_path}/config.json") as file:
+    with open(f"{model_path}/config.json", encoding="utf-8") as file:
         config = json.load(file)["quantization_config"]
     with open(f"{model_path}/model.safetensors", "rb") as weights:
         keys = json.loads(weights.read(struct.unpack("<Q", weights.read(8))[0]))

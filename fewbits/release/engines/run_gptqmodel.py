@@ -16,10 +16,10 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     import gptqmodel
     from gptqmodel import BACKEND, GPTQModel
 
-    with open(task_path) as file:
+    with open(task_path, encoding="utf-8") as file:
         task = json.load(file)
     torch.set_num_threads(task["threads"])
-    with open(f"{model_path}/config.json") as file:
+    with open(f"{model_path}/config.json", encoding="utf-8") as file:
         awq = json.load(file)["quantization_config"]["quant_method"] == "awq"
     model = GPTQModel.load(model_path, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model.eval()
     if not awq:  # loaded in f32 it is refused; its AWQ kernel takes f16 only

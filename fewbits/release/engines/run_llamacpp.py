@@ -11,7 +11,7 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     import llama_cpp
     from llama_cpp import llama_cpp as api
 
-    with open(task_path) as file:
+    with open(task_path, encoding="utf-8") as file:
         task = json.load(file)
     api.llama_backend_init()
     params = api.llama_model_default_params()

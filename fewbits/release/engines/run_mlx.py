@@ -13,7 +13,7 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
-    with open(task_path) as file:
+    with open(task_path, encoding="utf-8") as file:
         task = json.load(file)
     mx.set_default_device(mx.cpu)
     model, _ = load_model(Path(model_path))

@@ -49,7 +49,7 @@ class Decoder:
 def main(model_path: str, task_path: str, result_path: str) -> None:
     import onnxruntime
 
-    with open(task_path) as file:
+    with open(task_path, encoding="utf-8") as file:
         task = json.load(file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = task["threads"]

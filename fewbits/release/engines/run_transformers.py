@@ -10,7 +10,7 @@ import torch
 def main(model_path: str, task_path: str, result_path: str) -> None:
     import transformers
 
-    with open(task_path) as file:
+    with open(task_path, encoding="utf-8") as file:
         task = json.load(file)
     torch.set_num_threads(task["threads"])
     for name in task.get("imports", []):
@@ -79,11 +79,11 @@ def compute_in_f32(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def settings_of(model_path: str) -> dict:
-    with open(f"{model_path}/config.json") as file:
+    with open(f"{model_path}/config.json", encoding="utf-8") as file:
         found: dict = json.load(file).get("quantization_config", {})
     return found
 
