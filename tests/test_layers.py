@@ -223,7 +223,7 @@ def test_documents_name_files_that_exist() -> None:
     missing = {
         name
         for name in named
-        if not re.search(r"/x(\.py)?$", name) and not any((h / name).exists() for h in homes)
+        if not re.search(r"/(run_)?x(\.py)?$", name) and not any((h / name).exists() for h in homes)
     }
     assert len(named) > 30 and missing == set()
 

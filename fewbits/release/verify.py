@@ -320,13 +320,13 @@ class _Process:
         with tempfile.TemporaryDirectory() as name:
             task, result, output = (Path(name) / part for part in ("task.json", "result.npz", "output.txt"))
             settings = {"threads": torch.get_num_threads(), "imports": self.engine.imports}
-            task.write_text(json.dumps({"tokens": tokens, "new": NEW} | settings))
+            task.write_text(json.dumps({"tokens": tokens, "new": NEW} | settings), encoding="utf-8")
             script = str(SCRIPTS / self.engine.script)
             command = [self.python, script, str(self.path.resolve()), str(task), str(result)]
             with output.open("wb") as out:
                 process = subprocess.Popen(command, stdout=out, stderr=out, env=self.environment(), cwd=name)
                 _watch(process, self.seconds, self.memory)
-            lines = output.read_text(errors="replace").strip().splitlines()
+            lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             if process.returncode != 0 or not (result.exists() or self.engine.parses):
                 why = " | ".join(lines[-3:]) or "no output"
                 raise KernelError(f"exit code {process.returncode}: {why}")

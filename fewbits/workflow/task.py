@@ -1,7 +1,7 @@
 """One weight: `task` chooses its codes and says what that cost; `write_job` does so for a tensor of the
 output.
 
-    task(name, weight, spec, statistics) -> (QTensor, WeightRecord)     pure: the same for every way of running
+    task(name, weight, spec, statistics) -> (QTensor, WeightRecord)    pure: the same for every way of running
 """
 
 from __future__ import annotations
