@@ -1,16 +1,13 @@
-"""How engines round the input of a weight before they multiply, by the weight's type.
+"""How llama.cpp rounds the input of a weight before it multiplies, by the weight's type.
 
-    llama.cpp      q4_0 q5_0 q8_0 q4_1 q5_1 iq4_nl mxfp4   Q8_0, Q8_1: int8 codes, one f16 scale for 32 values
-                   K, IQ and TQ types                      Q8_K: int8 codes, one f32 scale for 256 values
-                   f16, bf16, f32                          the type itself
-    bitsandbytes   int8_absmax                             LLM.int8(): int8 codes, one f32 scale for a token;
-                                                           columns with a value of 6 or more stay as they are
+    q4_0 q5_0 q8_0 q4_1 q5_1 iq4_nl mxfp4      Q8_0, Q8_1: int8 codes, one f16 scale for 32 values
+    K, IQ and TQ types                         Q8_K: int8 codes, one f32 scale for 256 values
+    f16, bf16, f32                             the type itself
 
 A few channels of some inputs are a hundred times larger than the rest, and one such value sets the scale of
 its whole block: then this costs more than the weights' own rounding. (Q8_1 also stores the sum of a block in
-f16, which makes no visible difference.) Sources: ggml, quantize_row_q8_0_ref, quantize_row_q8_K_ref;
-bitsandbytes, int8_vectorwise_quant. tests/engines/test_types.py and test_bitsandbytes.py compare with the
-engines.
+f16, which makes no visible difference.) Source: ggml, quantize_row_q8_0_ref, quantize_row_q8_K_ref; tests
+in tests/engines/test_types.py compare with the engine itself.
 """
 
 from __future__ import annotations
@@ -42,18 +39,8 @@ def rounded_256(x: torch.Tensor) -> torch.Tensor:
     return torch.where(scale != 0, codes / scale, 0.0).flatten(-2)
 
 
-def rounded_rows(x: torch.Tensor, threshold: float = 6.0) -> torch.Tensor:
-    """`(..., k)` f32 -> its values in LLM.int8(), all tokens being one batch."""
-    half = x.half()
-    outlier = half.abs() >= threshold
-    half = half.masked_fill(outlier, 0)
-    scale = half.abs().amax(-1, keepdim=True).float() / 127
-    rounded = torch.where(scale > 0, (half / scale).round() * scale, 0.0)
-    return torch.where(outlier.flatten(0, -2).any(0), x, rounded)
-
-
 def rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """llama.cpp's, for the inputs of a weight in format `name`."""
+    """The rounding of the inputs of a weight in format `name`."""
     if name in DTYPES:
         return lambda x: x.to(DTYPES[name].torch).float()
     return rounded_32 if FORMATS.get(name).block == 32 else rounded_256
@@ -61,19 +48,12 @@ def rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def engine_rounding(checkpoint: Checkpoint) -> Change | None:
     """For `simulate.changed_inputs`: the inputs of a file's weights, rounded as its engine does. None for a
-    file type whose engines round nothing, or in a way that is not known."""
-    kinds = {tensor.dtype for tensor in checkpoint.tensors.values()}
-    if checkpoint.gguf_keys:
-        rounded = {name: rounding(name) for name in kinds}
-    elif checkpoint.file_type.name == "bitsandbytes" and "int8_absmax" in kinds:
-        rounded = {"int8_absmax": rounded_rows}
-    else:
+    file type other than GGUF."""
+    if not checkpoint.gguf_keys:
         return None
 
     def change(site: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         tensor = checkpoint.tensors.get(site)  # a fused tensor of experts has no row here
-        if tensor is None or tensor.dtype not in rounded:
-            return x
-        return rounded[tensor.dtype](x.float()).to(x.dtype)
+        return x if tensor is None else rounding(tensor.dtype)(x.float()).to(x.dtype)
 
     return change

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from fewbits.adapters.transformers import load_model
-from fewbits.blocks.rounding import rounded_rows
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.plan import Plan, Rule
 from fewbits.qtensor import QTensor
+from fewbits.release.verify import verify
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import convert
 from fewbits.workflow.run import run as quantize
@@ -89,25 +89,6 @@ def test_llm_int8_differs_by_its_rounded_activations(tmp_path):
     assert modules.count(bnb.nn.Linear8bitLt) == 14 and off_by(logits) < ROUNDED["int8"]
 
 
-@pytest.mark.parametrize("scale", [1, 30])
-def test_our_rounding_of_activations_is_that_of_llm_int8(scale):
-    """Without and with outliers, against its product with the weight decoded; the rest is f16's rounding."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(9, 64, generator=generator).mul(0.3)
-    x[:, 5] *= scale
-    x[4, 9] *= scale
-    layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0)
-    layer.weight = bnb.nn.Int8Params(
-        torch.randn(32, 64, generator=generator), has_fp16_weights=False, requires_grad=False
-    )
-    layer = layer.to("cpu").eval()  # in training it rounds nothing
-    theirs = layer(x).float()
-    weight = layer.state.CB.float() * layer.state.SCB[:, None] / 127
-    ours, plain = rounded_rows(x) @ weight.T, x @ weight.T
-    assert bool((x.abs() >= 6).any()) == (scale > 1)
-    assert (theirs - ours).norm() < 1e-3 * theirs.norm() < (theirs - plain).norm()
-
-
 @pytest.mark.parametrize("kind", ["nf4_dq", "int8_absmax"])
 def test_modules_left_in_float_and_a_quantized_output(tmp_path, kind):
     """The list of modules that are skipped is the package's only way to know."""
@@ -116,6 +97,18 @@ def test_modules_left_in_float_and_a_quantized_output(tmp_path, kind):
     count = modules.count(bnb.nn.Linear4bit) + modules.count(bnb.nn.Linear8bitLt)
     assert count == 14 and modules.count(torch.nn.Linear) == 1
     assert off_by(logits) < (ROUNDED["int8"] if kind == "int8_absmax" else SAME)
+
+
+@pytest.mark.parametrize("kind", ["nf4_dq", "int8_absmax"])
+def test_verify_compares_in_f32_what_the_package_decodes(tmp_path, kind):
+    """Of a model in bf16, as published ones are: the package computes in that, or with inputs in 8 bits."""
+    from transformers import AutoModelForCausalLM
+
+    source = save_tiny("LlamaForCausalLM", tmp_path / "source")
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    quantize(source, tmp_path / "out", Request(to=kind, file="bitsandbytes"))
+    outcome = verify(tmp_path / "out")
+    assert outcome.verdict == "same" and outcome.kl < 1e-6, outcome.line()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4_dq", "fp4_dq", "int8_absmax"])
