@@ -70,8 +70,8 @@ if point == "renamed":
 if point == "receipt":
     pipeline.write_atomic = dying(pipeline.write_atomic, before=True)
 if point == "side":
-    import fewbits.files.directory as target
-    target.write_atomic = dying(target.write_atomic)
+    from fewbits.files import directory, output
+    directory.write_atomic = output.write_atomic = dying(output.write_atomic)
 if point == "journal":
     StreamFile.close_journal = dying(StreamFile.close_journal, before=True)
 pipeline.run(source, out, Request(to))

@@ -277,15 +277,15 @@ def test_a_config_that_contradicts_the_planes_is_refused(tmp_path, llama, change
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "code",
+    ("code", "registered"),
     [
-        "import fewbits, transformers",
-        "import transformers; transformers.AutoModelForCausalLM; import fewbits",
-        "import fewbits; import transformers.quantizers.auto",
-        "import transformers.quantizers.auto, fewbits",
+        ("import fewbits, transformers", False),  # nothing is changed by an import that does not ask for it
+        ("import fewbits.transformers, transformers", True),
+        ("import transformers; transformers.AutoModelForCausalLM; import fewbits.transformers", True),
+        ("import fewbits; fewbits.register()", True),
     ],
 )
-def test_either_order_of_imports_registers(code):
+def test_native_directories_are_registered_when_asked_for(code, registered):
     check = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('fewbits' in m)"
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", f"{code}; {check}"],
@@ -293,7 +293,7 @@ def test_either_order_of_imports_registers(code):
         text=True,
         check=False,
     )
-    assert (done.stdout.strip(), done.stderr.strip()[-300:]) == ("True", "")
+    assert (done.stdout.strip(), done.stderr.strip()[-300:]) == (str(registered), "")
 
 
 @pytest.mark.engine

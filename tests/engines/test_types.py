@@ -31,7 +31,7 @@ from fewbits.adapters.transformers import load_model
 from fewbits.blocks.rounding import rounding
 from fewbits.files.checkpoint import LazyTensor
 from fewbits.files.open import open_checkpoint
-from fewbits.formats import FORMATS
+from fewbits.formats import FORMATS, kind_of
 from fewbits.formats.ggml import Ggml, format_of
 from fewbits.plan import Plan, Rule
 from fewbits.plan.mixtures import RECIPES
@@ -158,7 +158,7 @@ def decoded_alike(path: Path) -> set[str]:
     for type_name, wanted, raw in read_by_gguf(path).values():
         name = format_of(type_name)
         types.add(name)
-        form = FORMATS.get(name)
+        form = kind_of(name)
         if isinstance(form, Ggml):
             rows = wanted.reshape(-1, wanted.shape[-1])
             blocks = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(rows.shape[0], -1)
