@@ -122,6 +122,11 @@ class StreamFile:
                 f"this run is of layout {identity['layout']} and input {identity['input']}: "
                 f"delete it and {self.journal.name}, or pass overwrite"
             )
+        if not found and not self._begins_ours(self.partial):
+            raise FileError(
+                f"{self.partial}: is in the way: an unfinished output has this name, and this file is none of "
+                "fewbits' own; move it, or choose another output"
+            )
         _check_disk(self.path, self.size, self.partial)
         self._data = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         if same:
@@ -135,6 +140,13 @@ class StreamFile:
         _write_all(self._data, self._header, 0)
         os.fsync(self._log)
         sync_directory(self.path.parent)
+
+    def _begins_ours(self, partial: Path) -> bool:
+        """Without a journal: is a file empty or absent, or does it begin as this output does?"""
+        if partial.is_symlink() or not partial.is_file():
+            return True  # what cannot be opened is told when it is
+        with partial.open("rb") as file:
+            return file.read(len(self._header)) in (b"", self._header)
 
     def _is_complete(self, rows: list[tuple[dict[str, Any], int]]) -> bool:
         """Was the output already renamed into place, by a run that was killed before it said so?"""
@@ -321,7 +333,7 @@ def _read_journal(journal: Path) -> tuple[dict[str, Any] | None, list[tuple[dict
         rows.append((row, end))
     if rows and "journal" in rows[0][0]:
         return rows[0][0], rows[1:]
-    if rows or b"\n" in raw:
+    if rows or b"\n" in raw or not _line({"journal": 1}).startswith(raw[:11]):
         raise FileError(f"{journal}: is not a journal of fewbits; move it away")
     return None, []
 

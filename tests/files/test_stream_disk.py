@@ -119,11 +119,19 @@ def test_a_link_in_the_partials_place_is_not_followed(tmp_path):
 
 def test_a_foreign_journal_is_left_alone(tmp_path):
     journal = tmp_path / "out.journal"
-    for content in (b"dear diary\n", json.dumps({"a": 1}).encode() + b"\n"):
+    for content in (b"dear diary\n", b"dear diary", json.dumps({"a": 1}).encode() + b"\n"):
         journal.write_bytes(content)
         with pytest.raises(FileError, match="is not a journal of fewbits"):
             start(tmp_path / "out")
         assert journal.read_bytes() == content
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_user_s_own_file_in_the_partials_place_is_left_alone(tmp_path, overwrite):
+    (tmp_path / "out.partial").write_bytes(b"precious")
+    with pytest.raises(FileError, match=r"out\.partial: is in the way"):
+        start(tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out.partial").read_bytes() == b"precious" and left_over(tmp_path / "x") == ["out.partial"]
 
 
 def test_write_atomic_replaces_whole(tmp_path, monkeypatch):
