@@ -5,12 +5,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from huggingface_hub import metadata_load
 
 from fewbits.cli.main import main
 from fewbits.errors import FileError
+from fewbits.files.gguf.model import open_gguf
 from fewbits.files.open import open_checkpoint
 from fewbits.release.audit import audit
-from fewbits.release.card import front_matter
 from fewbits.release.publish import card_path, finished, measured, push, read_receipt
 from fewbits.release.verify import Outcome
 from fewbits.workflow.request import Request
@@ -27,6 +28,11 @@ def parent(tmp_path_factory):
     (path / "README.md").write_text(SAID)
     (path / "LICENSE").write_text("free")
     return open_checkpoint(path)
+
+
+def quantized(model, out):
+    quantize(model, out, Request("q8_0"))
+    return out
 
 
 @pytest.fixture(params=["m.gguf", "m"])
@@ -64,8 +70,7 @@ def test_other_special_tokens_and_added_tokens_are_told(parent, tmp_path):
 def test_the_card_inherits_and_says_what_is_known(parent, output):
     out, receipt = output
     receipt = finished(receipt, parent, out, SAME)
-    card = card_path(out).read_text()
-    front = front_matter(card)
+    card, front = card_path(out).read_text(), metadata_load(card_path(out))
     assert front["license"] == "apache-2.0" and front["base_model"] == "org/base"
     assert front["base_model_relation"] == "quantized"
     assert "same" in card and "not measured" in card and "Parent" not in card
@@ -74,6 +79,65 @@ def test_the_card_inherits_and_says_what_is_known(parent, output):
     measured(out, figures)
     assert "0.2500" in card_path(out).read_text() and read_receipt(out).evaluation["kl"] == 0.25
     assert read_receipt(out).verified["verdict"] == "same"
+
+
+def test_a_card_s_yaml_is_read_as_the_hub_reads_it(tmp_path, output, parent):
+    """Quoted values and lists were lost, and a comment became part of the license."""
+    out, receipt = output
+    other = shutil.copytree(parent.path, tmp_path / "other")
+    said = "---\nlicense: 'apache-2.0'  # since 2024\nlanguage:\n- en\n- 'no'\nbase_model:\n- org/one\n---\n"
+    (other / "README.md").write_text(said)
+    finished(receipt, open_checkpoint(other), out, None)
+    front = metadata_load(card_path(out))
+    assert (front["license"], front["language"], front["base_model"]) == (
+        "apache-2.0",
+        ["en", "no"],
+        "org/one",
+    )
+    keys = open_gguf(quantized(other, tmp_path / "g.gguf")).gguf_keys
+    assert keys["general.license"].value == "apache-2.0" and keys["general.base_model.0.name"].value == "one"
+
+
+DAMAGED = {
+    "no YAML": "license: [apache",
+    "a list": "- license",
+    "nested too deeply": "[" * 20_000,
+    "a tag that would run": "license: !!python/object/apply:os.system [true]",
+    "not UTF-8": b"license: \xff",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_card_of_the_parent_is_told(parent, output, tmp_path, kind):
+    out, receipt = output
+    other = shutil.copytree(parent.path, tmp_path / "other")
+    yaml = DAMAGED[kind] if isinstance(DAMAGED[kind], bytes) else DAMAGED[kind].encode()
+    (other / "README.md").write_bytes(b"---\n" + yaml + b"\n---\n# Parent\n")
+    receipt = finished(receipt, open_checkpoint(other), out, None)
+    assert "license" not in metadata_load(card_path(out))
+    assert any("model card cannot be read" in note for note in receipt.notes)
+
+
+def test_a_card_says_how_the_file_type_is_run(parent, tmp_path):
+    """A native directory needs `import fewbits.transformers`; the card still named `import fewbits`."""
+    finished(quantize(parent, tmp_path / "m", Request("int8_g32")), parent, tmp_path / "m", None)
+    code = card_path(tmp_path / "m").read_text().partition("## Run it\n\n```\n")[2].partition("\n```")[0]
+    assert code.startswith("import fewbits.transformers;") and "from_pretrained('m')" in code
+
+
+@pytest.mark.parametrize("name", ["m.gguf.receipt.json", "m.gguf.README.md", "n/README.md", "n/receipt.json"])
+def test_a_user_s_own_file_under_the_name_of_a_receipt_or_card_stays(parent, tmp_path, name):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("---\nmine: too\n---\n{}")
+    out, to = (tmp_path / "n", "int8_g32") if name[0] == "n" else (tmp_path / "m.gguf", "q8_0")
+    with pytest.raises(FileError, match=f"{mine.name}: is in the way"):
+        quantize(parent, out, Request(to))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    mine.unlink()
+    finished(quantize(parent, out, Request(to)), parent, out, None)
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    quantize(parent, out, Request(to))  # what lies there of the old output is ours
 
 
 class Hub:

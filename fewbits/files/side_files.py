@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..errors import FileError
+from ..storage.json import regular_size
+
+CARD_LIMIT = 2**20  # bytes of a model card: YAML is read slowly
+
 SIDE_FILES = (
     "tokenizer*.json",
     "tokenizer*.model",
@@ -27,6 +32,25 @@ def find_side_files(path: Path) -> dict[str, Path]:
     """Tokenizer, templates, generation settings and licenses of a model directory: name -> path."""
     found = {file.name: file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
     return dict(sorted(found.items()))
+
+
+def card_fields(readme: Path | None) -> dict[str, str | list[str]]:
+    """The texts and lists of texts in a model card's YAML (its front matter), as the hub reads it.
+
+    Empty where there is no card, and where its YAML is damaged, which `audit` tells."""
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    try:
+        if readme is None or regular_size(readme) > CARD_LIMIT:
+            return {}
+        found = metadata_load(readme) or {}
+    except (FileError, OSError, ValueError, YAMLError, RecursionError):
+        return {}
+    lists = {key: [part for part in value if isinstance(part, str)]
+             for key, value in found.items() if isinstance(value, list)}  # fmt: skip
+    texts = {key: value for key, value in found.items() if isinstance(value, str)}
+    return {key: value for key, value in (texts | lists).items() if value}
 
 
 def describe_files(path: Path, kind: str, files: list[Path]) -> dict[str, Any]:

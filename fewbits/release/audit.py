@@ -14,6 +14,7 @@ from typing import Any
 from ..adapters.transformers import load_tokenizer
 from ..errors import FewbitsError
 from ..files.checkpoint import Checkpoint
+from ..files.side_files import card_fields
 
 SAMPLES = (
     "The price is 12,345.67; isn't it?\n\n\tdef f(x): return x**2",
@@ -32,6 +33,9 @@ def audit(parent: Checkpoint, child: Checkpoint) -> list[str]:
         ]
         found += [f"{name} of the parent is missing" for name in missing]
         found += _generation(parent, child)
+    card = parent.side_files.get("README.md")
+    if card is not None and card.read_bytes()[:3] == b"---" and not card_fields(card):
+        found.append("the YAML of the parent's model card cannot be read: its license is not taken over")
     return found
 
 

@@ -12,56 +12,41 @@ Source of the fields: the Hugging Face Hub's documentation of model cards.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..files.filetype import FileType
 from ..table import Cell, size, table
 from .receipt import Receipt
 
-_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 INHERITED = ("license", "license_name", "license_link", "language")
-LIBRARY = {"gguf": "gguf", "mlx": "mlx", "onnx": "onnx"}
-RUN = {
-    "gguf": "llama-cli -m {name} -p 'Once upon a time'",
-    "gptq": "vllm serve {name}        # or GPTQModel.load({name!r})",
-    "gptq_v2": "vllm serve {name}        # or GPTQModel.load({name!r})",
-    "awq": "vllm serve {name}",
-    "compressed-tensors": "vllm serve {name}",
-    "bitsandbytes": "AutoModelForCausalLM.from_pretrained({name!r})      # with bitsandbytes installed",
-    "fp8": "vllm serve {name}",
-    "mlx": "mlx_lm.generate --model {name} --prompt 'Once upon a time'",
-    "onnx": "onnxruntime_genai.Model({name!r})        # or onnxruntime, with the inputs of Optimum's exports",
-    "native": "import fewbits; AutoModelForCausalLM.from_pretrained({name!r})",
-    "huggingface": "AutoModelForCausalLM.from_pretrained({name!r})",
-}
+QUANTIZED_BY = "fewbits"  # by which a card is known as one of ours
 
 
-def front_matter(text: str) -> dict[str, str]:
-    """The plain `key: value` lines of a card's YAML; what is nested there is left alone."""
-    found = _FRONT.match(text)
-    lines = found[1].splitlines() if found else []
-    pairs = (line.partition(":") for line in lines if line[:1].isalpha())
-    return {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
+def model_card(receipt: Receipt, file_type: FileType, name: str, parent: Mapping[str, Any]) -> str:
+    """name: of the output. parent: what its own card says, and its `reference` if known."""
+    from huggingface_hub import ModelCardData
 
-
-def model_card(receipt: Receipt, file_type: str, name: str, parent: Mapping[str, str]) -> str:
-    """name: of the output. parent: what its own card says (front matter), and its `reference` if known."""
     base = parent.get("reference")
     coded = [row for row in receipt.tensors if row.relative_error is not None]
-    lines = ["---"]
-    lines += [f"base_model: {base}", "base_model_relation: quantized"] if base else []
-    lines += [f"{key}: {parent[key]}" for key in INHERITED if key in parent]
-    lines += [f"library_name: {LIBRARY.get(file_type, 'transformers')}", "pipeline_tag: text-generation"]
-    tags = ["fewbits", file_type, *(row.format for row in sorted(coded, key=lambda row: -row.numel)[:1])]
-    lines += ["quantized_by: fewbits", "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---", ""]
+    tags = ["fewbits", file_type.name, *(row.format for row in sorted(coded, key=lambda row: -row.numel)[:1])]
+    fields = ModelCardData(
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        **{key: parent[key] for key in INHERITED if key in parent},
+        library_name=file_type.library,
+        pipeline_tag="text-generation",
+        quantized_by=QUANTIZED_BY,
+        tags=tags,
+    )
+    lines = ["---", fields.to_yaml(), "---", ""]
     version = receipt.versions.get("fewbits", "")
     lines += [f"# {name}", "", f"{base or 'A model'}, quantized by fewbits {version}.", ""]
     lines += [f"- {size(receipt.nbytes)}, {receipt.bits_per_weight:.3f} bits per weight", _method(receipt)]
     lines += [_verified(receipt.verified), *_measured(receipt.evaluation)]
     lines += [f"- receipt: SHA-256 {hashlib.sha256(receipt.to_json().encode()).hexdigest()}", ""]
     lines += ["## What each format holds", "", "```", _formats(receipt), "```", ""]
-    lines += ["## Run it", "", "```", RUN.get(file_type, "").format(name=name), "```", ""]
+    lines += ["## Run it", "", "```", file_type.run.format(name=name), "```", ""]
     if receipt.notes:
         lines += ["## Notes", "", *(f"- {note}" for note in receipt.notes), ""]
     return "\n".join(lines)

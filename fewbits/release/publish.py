@@ -17,11 +17,12 @@ from ..adapters.hub import upload
 from ..errors import FileError
 from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
+from ..files.side_files import card_fields
 from ..storage.atomic import write_atomic
 from .audit import audit
-from .card import INHERITED, front_matter, model_card
+from .card import INHERITED, QUANTIZED_BY, model_card
 from .receipt import Receipt
-from .verify import Outcome, file_type_of
+from .verify import Outcome
 
 _HUB_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
@@ -55,8 +56,23 @@ def measured(out: Path, evaluation: Mapping[str, Any]) -> Receipt:
 
 def write_records(receipt: Receipt, child: Checkpoint, out: Path) -> None:
     write_atomic(receipt_path(out), receipt.to_json().encode())
-    card = model_card(receipt, file_type_of(child), out.name, receipt.about)
+    card = model_card(receipt, child.file_type, out.name, receipt.about)
     write_atomic(card_path(out), card.encode())
+
+
+def check_records(receipt: Path, card: Path) -> None:
+    """FileError where a file of the user's own has the name of an output's receipt or card."""
+    try:
+        ours = not receipt.exists() or bool(Receipt.from_json(receipt.read_text(encoding="utf-8")))
+    except (FileError, OSError, ValueError):
+        ours = False
+    known = not card.exists() or card_fields(card).get("quantized_by") == QUANTIZED_BY
+    for path, what, fine in ((receipt, "receipt", ours), (card, "model card", known)):
+        if not fine:
+            raise FileError(
+                f"{path}: is in the way: the output's {what} has this name, and fewbits did not write this "
+                "one; move it, choose another output, or pass overwrite"
+            )
 
 
 def read_receipt(out: Path) -> Receipt:
@@ -91,13 +107,10 @@ def push(out: Path, repo: str, private: bool = False) -> str:
     return upload(repo, files, private)
 
 
-def _about(parent: Checkpoint) -> dict[str, str]:
+def _about(parent: Checkpoint) -> dict[str, Any]:
     """What the parent's card says of itself, and its name on the hub where the path shows it."""
-    readme = parent.side_files.get("README.md")
-    found: dict[str, str] = {}
-    if readme is not None:
-        found = front_matter(readme.read_text(encoding="utf-8", errors="replace"))
-    kept: dict[str, str] = {key: found[key] for key in INHERITED if key in found}
+    found = card_fields(parent.side_files.get("README.md"))
+    kept: dict[str, Any] = {key: found[key] for key in INHERITED if key in found}
     hub = _HUB_FOLDER.search(str(parent.path))
     named = str(parent.config.get("_name_or_path") or "")
     if hub is not None:
@@ -105,5 +118,6 @@ def _about(parent: Checkpoint) -> dict[str, str]:
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not Path(named).exists():
         kept["reference"] = named
     elif "base_model" in found:
-        kept["reference"] = found["base_model"]
+        base = found["base_model"]
+        kept["reference"] = base if isinstance(base, str) else base[0]
     return kept

@@ -99,7 +99,7 @@ class Receipt:
     notes: tuple[str, ...] = ()
     verified: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
-    about: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

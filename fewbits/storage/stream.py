@@ -124,8 +124,8 @@ class StreamFile:
             )
         if not found and not self._begins_ours(self.partial):
             raise FileError(
-                f"{self.partial}: is in the way: an unfinished output has this name, and this file is none of "
-                "fewbits' own; move it, or choose another output"
+                f"{self.partial}: is in the way: an unfinished output has this name, and fewbits did not "
+                "write this file; move it, or choose another output"
             )
         _check_disk(self.path, self.size, self.partial)
         self._data = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

@@ -32,6 +32,7 @@ from ..memory import peak_memory, reset_peak_memory
 from ..model.sites import sites
 from ..plan.carry import settled
 from ..plan.choices import Decision
+from ..release.publish import check_records
 from ..release.receipt import Receipt, TensorRow
 from ..storage.atomic import make_directory, write_atomic
 from ..storage.stream import StreamFile
@@ -231,6 +232,8 @@ def _check_place(checkpoint: Checkpoint, out: Path, file_type: FileType, overwri
     if out.exists() and any(out.samefile(path) for path in [checkpoint.path, *input_files(checkpoint)]):
         raise FileError(f"{out}: is the input itself; choose another output")
     file_type.check_place(out, overwrite)
+    if not overwrite:
+        check_records(file_type.receipt_path(out), file_type.card_path(out))
 
 
 def _write_all(

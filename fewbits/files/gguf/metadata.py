@@ -30,6 +30,7 @@ from ...model.archs import (
 from ...model.rope import original_context, rope_from_keys, rope_keys
 from ...storage.json import read_json_object
 from ..checkpoint import Checkpoint
+from ..side_files import card_fields
 from .file import GGUFValue
 from .tokenizer import strings, tokenizer_json, tokenizer_keys
 
@@ -127,18 +128,10 @@ def _size_label(checkpoint: Checkpoint, experts: int) -> str:
 
 
 def _card(readme: Path | None) -> dict[str, str]:
-    """`license` and `base_model` of a model card's YAML front matter: scalars, or the first of a list."""
-    if readme is None:
-        return {}
-    head = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = {}
-    for field in ("license", "base_model"):
-        line = re.search(
-            rf"^{field}:[ \t]*(?:\n[ \t]*-[ \t]*)?([\w./-]+)[ \t]*$", head[1] if head else "", re.MULTILINE
-        )
-        if line:
-            found[field] = line[1]
-    return found
+    """`license` and `base_model` of a model card; the first where there are more."""
+    known = card_fields(readme)
+    found = {field: known[field] for field in ("license", "base_model") if field in known}
+    return {field: value if isinstance(value, str) else value[0] for field, value in found.items()}
 
 
 def hyperparameter_keys(config: Mapping[str, Any], arch: Architecture) -> dict[str, GGUFValue]:
