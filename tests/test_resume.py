@@ -254,6 +254,8 @@ def test_an_output_of_the_wrong_kind_or_in_the_place_of_a_model(model, tmp_path)
     names = dict.fromkeys(open_checkpoint(other).tensors, "model-00001-of-00001.safetensors")
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     shutil.copytree(source, tmp_path / "third")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/tokenizer.json").write_text("{}")
     before = files(tmp_path)
     (tmp_path / "link").symlink_to(source)
     for out, request, fault in [
@@ -261,7 +263,8 @@ def test_an_output_of_the_wrong_kind_or_in_the_place_of_a_model(model, tmp_path)
         ("m.gguf", Request("nf4", file="native"), "is not a directory"),
         ("source", Request("nf4", overwrite=True), "is the input itself"),
         ("link", Request("nf4", overwrite=True), "is the input itself"),
-        ("third", Request("nf4"), "holds a model that fewbits did not write"),
+        ("third", Request("nf4"), "holds files that fewbits did not write"),
+        ("mine", Request("nf4"), "holds files that fewbits did not write"),
     ]:
         with pytest.raises(FileError, match=fault):
             quantize(source, tmp_path / out, request)

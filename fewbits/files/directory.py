@@ -165,9 +165,9 @@ class Directory(FileType):
         if overwrite or not out.exists():
             return
         ours = [out / "receipt.json", out / f"{self.weights}.journal"]
-        if (out / "config.json").exists() and not any(p.exists() for p in ours):
+        if any(p.name[0] != "." for p in out.iterdir()) and not any(p.exists() for p in ours):
             raise FileError(
-                f"{out}: holds a model that fewbits did not write; choose another output, or pass overwrite"
+                f"{out}: holds files that fewbits did not write; choose another output, or pass overwrite"
             )
         for name in self.others_files():
             if (out / name).exists():
