@@ -181,6 +181,7 @@ def test_a_failed_download_says_what_pip_said_and_the_way_out(outcome, part, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_user_s_own_file_under_the_name_of_a_demo_output_stays(tmp_path):
     model, mine = save_tiny("LlamaForCausalLM", tmp_path / "model"), tmp_path / "smollm2-Q8_0.gguf"
     mine.write_text("mine")

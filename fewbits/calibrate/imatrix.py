@@ -22,7 +22,7 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from ..files.gguf.file import GGUFTensor, GGUFValue, GGUFValueType, gguf_header,
 from ..model.archs import architecture, gguf_entries, require_architecture
 from ..model.sites import sites
 from ..storage.atomic import write_atomic
+from ..storage.cache import file_digest
 from ..storage.json import regular_size
 from ..storage.mapped import first_bytes
 from .statistics import Statistics, gather, identify
@@ -60,9 +61,9 @@ class _Matrix:
 def open_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
     """Statistics of this checkpoint in any file that is read: our own, GGUF imatrix, or .dat; by content."""
     path = Path(path)
-    if first_bytes(path, 9)[8:] == b"{":  # a .dat file has the first letter of a tensor's name there
-        return load_statistics(path, checkpoint)
-    return read_imatrix(path, checkpoint)
+    ours = first_bytes(path, 9)[8:] == b"{"  # a .dat file has the first letter of a tensor's name there
+    found = load_statistics(path, checkpoint) if ours else read_imatrix(path, checkpoint)
+    return replace(found, digest=file_digest(path))
 
 
 def read_imatrix(path: Path, checkpoint: Checkpoint, chunk: int = CHUNK) -> Statistics:

@@ -26,6 +26,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.gguf.metadata import model_name
 from ..model.archs import architecture
 from ..model.sites import Site, sites
+from ..storage.atomic import as_bytes
 from .stats import Stats
 
 FIELDS = ("absmax", "mean_square", "hessian")
@@ -64,6 +65,7 @@ class Statistics:
 
     groups: key -> statistics of one activation. sites: site name -> key. knows: the fields of FIELDS that
     every group has. unseen: sites that no token reached. source: the text, in words. notes: for the receipt.
+    digest: SHA-256 of the file that they were read from, empty for others.
     """
 
     model: ModelIdentity
@@ -74,11 +76,24 @@ class Statistics:
     knows: frozenset[str]
     unseen: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    digest: str = ""
 
     def of(self, site: str, hessian: bool = True) -> Stats | None:
         """The statistics of a site's input, None if no token reached it."""
         key = self.sites.get(site)
         return None if key is None else self.groups[key].load(hessian)
+
+
+def content_digest(statistics: Statistics) -> str:
+    """SHA-256 of all that is known, read group by group."""
+    digest = hashlib.sha256(json.dumps(sorted(statistics.sites.items())).encode())
+    for key, group in sorted(statistics.groups.items()):
+        stats = group.load(True)
+        digest.update(f"{key} {stats.count}".encode())
+        for field in FIELDS:
+            value = getattr(stats, field)
+            digest.update(field.encode() if value is None else as_bytes(value.cpu()))
+    return digest.hexdigest()
 
 
 def identify(checkpoint: Checkpoint) -> ModelIdentity:

@@ -49,7 +49,7 @@ def save_statistics(statistics: Statistics, path: Path, overwrite: bool = False)
         shapes = _shapes(group.columns, statistics.knows)
         rows += [(f"{key}.{field}", _DTYPES[field], shape) for field, shape in shapes.items()]
     about = asdict(replace(statistics, groups={})) | {"knows": sorted(statistics.knows)}
-    del about["groups"]
+    del about["groups"], about["digest"]
     header, _ = lay_out(rows, {KIND: VERSION, "about": json.dumps(about)})
     write_file_atomic(path, itertools.chain([header], _data(statistics)))
 

@@ -1,7 +1,7 @@
 """One file, written piece by piece, that a kill at any moment cannot spoil.
 
     <path>.partial   header | entry | zeros | entry ...       every byte at its final place
-    <path>.journal   {"journal": 1, "layout": ..., "input": ...}      the run's fingerprint
+    <path>.journal   {"journal": 2, "layout": ..., "input": ...}      the run's fingerprint
                      {"name": ..., "nbytes": ..., "sha256": ..., "note": ...}      one line an entry
     <path>           appears by rename, when all entries are there and durable
 
@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 from ..errors import FileError, raise_all
 from ..lazy import torch
@@ -32,9 +32,28 @@ from .atomic import Chunk, as_bytes, failed, sync_directory
 
 SYNC_BYTES = 256 * 2**20  # written since the last sync: more would be lost work after a power cut
 SYNC_SECONDS = 2.0
+SHORT = 40  # characters of a value that a message shows
 READ_BYTES = 4 * 2**20  # piece in which bytes are read back to check a digest
 
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has fsync only
+
+
+Fingerprint: TypeAlias = "str | Mapping[str, str]"
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What tells two runs apart, by the names in their fingerprints; values where they are short."""
+    before, now = (
+        side if isinstance(side, dict) else {"input": side} for side in (found.get("input"), wanted["input"])
+    )
+    names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
+    parts = [
+        f"{name} (it: {before.get(name)}, this run: {now.get(name)})"
+        if max(len(str(side.get(name))) for side in (before, now)) <= SHORT
+        else name
+        for name in names or ["layout"]
+    ]
+    return f"it differs in {', '.join(parts)}"
 
 
 class Span(NamedTuple):
@@ -78,13 +97,13 @@ class StreamFile:
         path: Path,
         header: bytes,
         entries: Sequence[tuple[str, int, int]],
-        fingerprint: str,
+        fingerprint: Fingerprint,
         overwrite: bool = False,
         align: int = 1,
     ) -> StreamFile:
         """Start or resume writing `path`: `header`, then `(name, offset, nbytes)` in offset order.
 
-        fingerprint: all that decides the content (input, plan, versions); a partial file of another
+        fingerprint: all that decides the content (input, plan, versions), by name; a partial file of another
         is never continued. overwrite: replace a finished output, discard a partial one of another
         fingerprint. align: the file's size is rounded up to it with zeros.
         Raises FileError: output or another partial in the way, locked, unwritable, too little disk.
@@ -95,7 +114,7 @@ class StreamFile:
         file = cls(path, header, spans, end + -end % align)
         layout = hashlib.sha256(header + json.dumps([spans, file.size]).encode()).hexdigest()
         try:
-            file._start({"journal": 1, "layout": layout, "input": fingerprint}, overwrite)
+            file._start({"journal": 2, "layout": layout, "input": fingerprint}, overwrite)
         except OSError as error:
             file._close()
             raise failed(path, error) from error
@@ -117,10 +136,8 @@ class StreamFile:
             raise FileError(f"{self.path}: exists; choose another output or pass overwrite")
         if found and not same and not overwrite:
             raise FileError(
-                f"{self.partial}: is the unfinished output of another run, "
-                f"of layout {found.get('layout')} and input {found.get('input')}; "
-                f"this run is of layout {identity['layout']} and input {identity['input']}: "
-                f"delete it and {self.journal.name}, or pass overwrite"
+                f"{self.partial}: is the unfinished output of another run; {difference(found, identity)}: "
+                f"run as it was run, delete it and {self.journal.name}, or pass overwrite"
             )
         if not found and not self._begins_ours(self.partial):
             raise FileError(
@@ -333,7 +350,7 @@ def _read_journal(journal: Path) -> tuple[dict[str, Any] | None, list[tuple[dict
         rows.append((row, end))
     if rows and "journal" in rows[0][0]:
         return rows[0][0], rows[1:]
-    if rows or b"\n" in raw or not _line({"journal": 1}).startswith(raw[:11]):
+    if rows or b"\n" in raw or not _line({"journal": 2}).startswith(raw[:11]):
         raise FileError(f"{journal}: is not a journal of fewbits; move it away")
     return None, []
 

@@ -1,6 +1,6 @@
 """The finished blocks of a run that quantizes block by block, kept until its output is written.
 
-    <output>.blocks/run.json            {"blocks": 1, "input": fingerprint}
+    <output>.blocks/run.json            {"blocks": 2, "input": fingerprint}
                     block-0003.safetensors   planes of each tensor, as in a native directory
                     block-0003.json          formats, shapes, notes, SHA-256 of the planes; written last
 
@@ -32,8 +32,9 @@ from ..formats.base import Kind
 from ..qtensor import QTensor
 from ..storage.atomic import as_bytes, make_directory, write_atomic, write_file_atomic
 from ..storage.json import read_json_object
+from ..storage.stream import Fingerprint, difference
 
-VERSION = 1
+VERSION = 2
 OURS = ("block-[0-9]*.json", "block-[0-9]*.safetensors", "polish.state", "run.json")
 Value = torch.Tensor | QTensor
 
@@ -58,7 +59,7 @@ class BlockStore:
             store.write(i, tensors, notes)
     """
 
-    def __init__(self, folder: Path, fingerprint: str, overwrite: bool = False):
+    def __init__(self, folder: Path, fingerprint: Fingerprint, overwrite: bool = False):
         self.folder = folder
         check_ours(folder)
         make_directory(folder)
@@ -79,9 +80,10 @@ class BlockStore:
         found = read_json_object(run) if run.exists() else None
         if found is not None and found != identity:
             if not overwrite:
+                other = difference(found, identity)
                 raise FileError(
-                    f"{self.folder}: holds the finished blocks of another run (other input, plan, text or "
-                    "options); delete the folder, or pass overwrite"
+                    f"{self.folder}: holds the finished blocks of another run; {other}: run as it was run, "
+                    "delete the folder, or pass overwrite"
                 )
             self._unlink()
         write_atomic(run, json.dumps(identity).encode())

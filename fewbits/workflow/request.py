@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 
+import torch
+
 from ..algorithms import ALGORITHMS, NEEDS
-from ..calibrate.statistics import Statistics, stats_for
+from ..calibrate.statistics import Statistics, content_digest, stats_for
 from ..calibrate.stats import Stats
 from ..calibrate.tokens import Tokens
 from ..errors import PlanError, raise_all
@@ -118,21 +120,36 @@ def needs_of(request: Request) -> set[str]:
     return {NEEDS[name] for name in algorithms if name in NEEDS} - {"nothing"}
 
 
-def fingerprint_fields(request: Request) -> list[object]:
-    """All that decides the bytes besides the input and the layout."""
-    plain: list[object] = [request.plan.digest(), request.to, request.search, request.requantize]
-    plain += [request.activations] if request.activations else []
-    plain += [f"cache {request.kv_cache}"] if request.kv_cache else []
+def fingerprint_fields(request: Request) -> dict[str, object]:
+    """All that is asked for and decides the bytes, by the names that a refusal to resume gives them."""
+    fields: dict[str, object] = {
+        "plan": request.plan.digest(),
+        "type": request.to,
+        "search": request.search,
+        "requantize": request.requantize,
+        "activations": request.activations,
+        "kv_cache": request.kv_cache,
+        "method": request.method.asked(),
+    }
     if not request.method.asked() and not request.calibrated:
-        return plain
-    streaming = request.streaming
-    return [
-        *plain,
-        request.method.asked(),
-        None if request.tokens is None else request.tokens.digest,
-        None if request.statistics is None else [request.statistics.source, request.statistics.tokens],
-        [streaming.batch, streaming.device, str(streaming.dtype), streaming.seed, request.strict],
-    ]
+        return fields
+    streaming, statistics = request.streaming, request.statistics
+    return fields | {
+        "text": None if request.tokens is None else request.tokens.digest,
+        "statistics": None if statistics is None else statistics.digest or content_digest(statistics),
+        "batch": streaming.batch,
+        "device": _device(streaming.device),
+        "dtype": str(streaming.dtype),
+        "seed": streaming.seed,
+        "strict calibration": request.strict,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _device(name: str) -> str:
+    """A device and, of a GPU, its model."""
+    known = name.startswith("cuda") and torch.cuda.is_available()
+    return f"{name} {torch.cuda.get_device_name(name)}" if known else name
 
 
 def calibration_of(request: Request) -> dict[str, object]:

@@ -78,7 +78,7 @@ def run(
     ):
         if file.renamed and output.receipt.exists():  # all that was left is to clean up
             return _cleaned(output, file, BlockStore(folder, identity) if folder.exists() else None)
-        hashing = InputDigests(checkpoint)
+        hashing = stack.enter_context(InputDigests(checkpoint))
         records: Mapping[str, WeightRecord] = {}
         store = None
         if request.tokens is not None:

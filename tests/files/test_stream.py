@@ -164,7 +164,7 @@ def test_another_run_is_never_continued(tmp_path):
     path = tmp_path / "out"
     with start(path, "one") as file:
         fill(file, ["a"])
-    with pytest.raises(FileError, match=r"input one[\s\S]*input two[\s\S]*delete it"):
+    with pytest.raises(FileError, match=r"input \(it: one, this run: two\)[\s\S]*delete it"):
         start(path, "two")
     with pytest.raises(FileError, match="another run"):
         StreamFile.open(path, b"header--", ENTRIES, "one")
