@@ -236,6 +236,14 @@ def test_every_command_shows_examples(run, name):
     assert "examples:" in run("--help")[1] and name in run("--help")[1]
 
 
+@pytest.mark.parametrize("way", [("--method", "gptq"), ("--method", "hqq"), ("--effort", "good")])
+def test_no_search_is_refused_where_it_would_do_nothing(model, run, way):
+    for command in ("quantize", "plan"):
+        text = ("--tokens", 64, "--context", 32)
+        code, out, err = run(command, model, "--to", "q4_0", "--no-search", *way, *text)
+        assert (code, out) == (1, "") and f"{'hqq' if 'hqq' in way else 'gptq'} always searches" in err
+
+
 # The other commands
 
 

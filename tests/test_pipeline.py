@@ -14,6 +14,7 @@ from fewbits.files.gguf.file import read_gguf
 from fewbits.files.open import open_checkpoint
 from fewbits.model.archs import gguf_entries, require_architecture, rope_rows
 from fewbits.plan import Plan, parse_rule
+from fewbits.plan.method import Method
 from fewbits.qtensor import QTensor
 from fewbits.release.receipt import Receipt
 from fewbits.workflow.request import Request
@@ -188,6 +189,8 @@ def test_rules_that_decide_nothing_are_all_named(llama, to, tmp_path):
         (Request("int4_g32", rules("*.down_proj=q4_k"), file="native"), "320 is not a multiple of 256"),
         (Request(plan=rules("*.up_proj=gptk:q8_0")), "up_proj.*unknown algorithm 'gptk'"),
         (Request(plan=rules("*.up_proj=q8_0,serch=true")), "rtn has no option 'serch'; it takes search"),
+        (Request("q8_0", search=False, method=Method("hqq")), "method: hqq always searches.*--no-search"),
+        (Request("q8_0", rules("*.up_proj=hqq:q8_0"), search=False), "rule '.*up_proj': hqq always searches"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(llama, request_, says, tmp_path):

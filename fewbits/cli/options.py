@@ -37,7 +37,9 @@ def type_arguments(parser: argparse.ArgumentParser) -> None:
         help="TOML: rules, after those of --rule, and a [run] table with options of this command",
     )  # fmt: skip
     parser.add_argument(
-        "--no-search", action="store_true", help="plain min-max block parameters: faster, larger error"
+        "--no-search",
+        action="store_true",
+        help="round to nearest with plain min-max block parameters: faster, larger error",
     )
     parser.add_argument("--requantize", action="store_true", help="accept a model that is already quantized")
 

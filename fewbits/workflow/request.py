@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from inspect import signature
 
 import torch
 
-from ..algorithms import ALGORITHMS, NEEDS
+from ..algorithms import NEEDS
 from ..calibrate.statistics import Statistics, content_digest, stats_for
 from ..calibrate.stats import Stats
 from ..calibrate.tokens import Tokens
@@ -17,6 +16,7 @@ from ..plan import Plan, Rule
 from ..plan.method import Method
 from ..train.polish import FEWEST
 from .blockwise.settings import Streaming
+from .task import takes
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,11 @@ class Request:
 def check_algorithms(request: Request) -> None:
     """PlanError listing each rule (and the method) whose algorithm is unknown, or takes no such option."""
     method = request.method
-    faults = _algorithm_faults("method", method.algorithm, method.options)
+    faults = _algorithm_faults("method", method.algorithm, method.options, request.search)
     for rule in request.plan.rules:
         algorithm = _algorithm(rule, method)
-        faults += _algorithm_faults(f"rule {rule.match!r}", algorithm, rule.options)
+        search = request.search or rule.algorithm is None  # said of the method already
+        faults += _algorithm_faults(f"rule {rule.match!r}", algorithm, rule.options, search)
     raise_all(PlanError, "plan", faults)
 
 
@@ -73,16 +74,22 @@ def _algorithm(rule: Rule | None, method: Method) -> str:
     return (rule.algorithm if rule else None) or method.algorithm
 
 
-def _algorithm_faults(where: str, algorithm: str, options: Mapping[str, object]) -> list[str]:
+def _algorithm_faults(where: str, algorithm: str, options: Mapping[str, object], search: bool) -> list[str]:
     try:
-        takes = [*signature(ALGORITHMS.get(algorithm)).parameters][3:]
+        known = takes(algorithm)
     except PlanError as error:
         return [f"{where}: {error}"]
-    return [
-        f"{where}: {algorithm} has no option {name!r}; it takes {', '.join(takes)}"
+    faults = [
+        f"{where}: {algorithm} has no option {name!r}; it takes {', '.join(known)}"
         for name in options
-        if name not in takes
+        if name not in known
     ]
+    if not search and "search" not in known:
+        faults.append(
+            f"{where}: {algorithm} always searches block parameters; leave out search=False (--no-search), "
+            "or round to nearest (--effort fast)"
+        )
+    return faults
 
 
 def check_method(request: Request) -> None:

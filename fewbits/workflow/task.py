@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -88,7 +89,12 @@ def spec_of(format: Format, rule: Rule | None, method: Method, search: bool = Tr
         algorithm, options = rule.algorithm, dict(rule.options)
     else:
         algorithm, options = method.algorithm, {**method.options, **(rule.options if rule else {})}
-    return Spec(format, algorithm, {"search": search, **options} if algorithm == "rtn" else options)
+    return Spec(format, algorithm, {"search": search, **options} if "search" in takes(algorithm) else options)
+
+
+def takes(algorithm: str) -> list[str]:
+    """The options of an algorithm; PlanError for an unknown one."""
+    return [*signature(ALGORITHMS.get(algorithm)).parameters][3:]
 
 
 def task(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> tuple[QTensor, WeightRecord]:
