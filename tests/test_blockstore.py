@@ -150,6 +150,15 @@ def dying(real):  # the call after `after` others kills when it is done
 
 if point == "inside":
     job.task = dying(job.task)
+if point in ("unclaimed", "unrenamed"):
+    real_replace = os.replace
+    def replace(*names):
+        global after
+        after -= 1
+        if after < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real_replace(*names)
+    os.replace = replace
 if point == "unindexed":
     blockstore.write_file_atomic = dying(blockstore.write_file_atomic)
 if point == "between":
@@ -165,7 +174,15 @@ if point == "polish":
 calibrated(source, out, point == "polish")
 """
 # Where runs are killed, and after how many calls: a block has 7 weights, polish 30 steps.
-POINTS = {"inside": 9, "unindexed": 0, "between": 1, "output": 4, "polish": 27}
+POINTS = {
+    "inside": 9,
+    "unclaimed": 0,
+    "unrenamed": 1,
+    "unindexed": 0,
+    "between": 1,
+    "output": 4,
+    "polish": 27,
+}
 LATE = ("renamed", "receipt")  # when the output is in its place
 FAST = ("inside", "output")
 
@@ -211,7 +228,15 @@ def test_a_killed_run_is_continued_to_the_same_bytes(model, whole, tmp_path, poi
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
     kept = {path.name for path in (tmp_path / "m.gguf.blocks").iterdir()}
-    blocks = {"inside": 1, "unindexed": 0, "between": 2, "output": 2, "polish": 2}[point]
+    blocks = {
+        "inside": 1,
+        "unclaimed": 0,
+        "unrenamed": 0,
+        "unindexed": 0,
+        "between": 2,
+        "output": 2,
+        "polish": 2,
+    }[point]
     assert {f"block-{i:04d}.json" for i in range(blocks)} == {
         name for name in kept if "block" in name and "json" in name
     }
@@ -250,7 +275,9 @@ def test_a_folder_of_the_user_s_own_is_left_alone(model, tmp_path):
 
 def test_what_a_user_put_beside_the_blocks_stays(tmp_path):
     with BlockStore(tmp_path / "o.blocks", "x") as store:
-        (tmp_path / "o.blocks/note.txt").write_text("mine")
+        for name in ("note.txt", "block-1 of mine.json"):
+            (tmp_path / "o.blocks" / name).write_text("mine")
         store.write(0, {"a": torch.ones(2)}, {})
         store.remove()
-    assert [path.name for path in (tmp_path / "o.blocks").iterdir()] == ["note.txt"]
+    left = {path.name for path in (tmp_path / "o.blocks").iterdir()}
+    assert left == {"note.txt", "block-1 of mine.json"}

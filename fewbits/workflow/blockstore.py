@@ -35,16 +35,19 @@ from ..storage.json import read_json_object
 from ..storage.stream import Fingerprint, difference
 
 VERSION = 2
-OURS = ("block-[0-9]*.json", "block-[0-9]*.safetensors", "polish.state", "run.json")
+NAMES = (*(f"block-{'[0-9]' * 4}.{end}" for end in ("json", "safetensors")), "polish.state", "run.json")
+OURS = (*NAMES, *(f".{name}.*.tmp" for name in NAMES))  # the second: what a kill leaves of storage/atomic.py
 Value = torch.Tensor | QTensor
 
 
 def check_ours(folder: Path) -> None:
     """FileError for a folder that holds something and was not made by a run."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
     run = folder / "run.json"
-    if not run.is_file() or "blocks" not in read_json_object(run):
+    if run.is_file():
+        ours = "blocks" in read_json_object(run)
+    else:  # a kill while run.json was written leaves its temporary file
+        ours = not folder.is_dir() or all(path.match(".run.json.*.tmp") for path in folder.iterdir())
+    if not ours:
         raise FileError(
             f"{folder}: is in the way: a calibrated run keeps its finished blocks under this name, and what "
             "lies there was not made by one; move it, or choose another output"
