@@ -17,6 +17,7 @@ from fewbits.errors import FileError
 from fewbits.formats import FORMATS
 from fewbits.plan.method import Method
 from fewbits.qtensor import QTensor
+from fewbits.storage.stream import StreamFile
 from fewbits.workflow.blockstore import BlockStore
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run as quantize
@@ -271,6 +272,19 @@ def test_a_folder_of_the_user_s_own_is_left_alone(model, tmp_path):
     with pytest.raises(FileError, match=r"m\.gguf\.blocks: is in the way"):
         calibrated(model, tmp_path / "m.gguf", False)
     assert [path.name for path in tmp_path.rglob("*")] == ["m.gguf.blocks", "thesis.txt"]
+
+
+def test_a_run_without_blocks_minds_no_folder_of_that_name(model, tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    (tmp_path / "m.gguf.blocks").mkdir()
+    (tmp_path / "m.gguf.blocks/thesis.txt").write_text("all of it")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StreamFile, "close_journal", interrupted)
+        quantize(model, tmp_path / "m.gguf", Request("q4_0"))
+    quantize(model, tmp_path / "m.gguf", Request("q4_0"))
+    assert (tmp_path / "m.gguf.blocks/thesis.txt").exists() and not (tmp_path / "m.gguf.journal").exists()
 
 
 def test_what_a_user_put_beside_the_blocks_stays(tmp_path):

@@ -77,7 +77,10 @@ def run(
         ExitStack() as stack,
     ):
         if file.renamed and output.receipt.exists():  # all that was left is to clean up
-            return _cleaned(output, file, BlockStore(folder, identity) if folder.exists() else None)
+            blocks = request.tokens is not None and folder.exists()
+            return _cleaned(
+                output, file, stack.enter_context(BlockStore(folder, identity)) if blocks else None
+            )
         hashing = stack.enter_context(InputDigests(checkpoint))
         records: Mapping[str, WeightRecord] = {}
         store = None
