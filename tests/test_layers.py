@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 import fewbits
 
+# SHA-256 of apache.org/licenses/LICENSE-2.0.txt, as ml_dtypes and onnx ship it
+APACHE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fewbits"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -184,7 +187,9 @@ def test_text_is_read_and_written_in_a_named_encoding(module: str) -> None:
 
 
 def test_what_a_package_needs_besides_code_is_there() -> None:
-    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    license = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    ours, theirs = "Copyright 2026 the fewbits authors", "Copyright [yyyy] [name of copyright owner]"
+    assert ours in license and sha256(license.replace(ours, theirs).encode()).hexdigest() == APACHE
     assert (ROOT / "CHANGELOG.md").exists() and (PACKAGE / "py.typed").exists()
 
 

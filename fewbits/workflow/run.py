@@ -104,8 +104,7 @@ def run(
         output.finish(measured)
         receipt = _receipt(checkpoint, output, request, rows)
         receipt = replace(receipt, target=str(out), inputs=hashing.result(), notes=notes)
-        seconds = time.monotonic() - start
-        receipt = replace(receipt, seconds=seconds, peak_memory_bytes=peak_memory())
+        receipt = replace(receipt, seconds=time.monotonic() - start, peak_memory_bytes=peak_memory())
         write_atomic(output.receipt, receipt.to_json().encode())
         return _cleaned(output, file, store)
 
