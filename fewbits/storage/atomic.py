@@ -51,10 +51,7 @@ def write_file_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise FileError(
-                f"{path}: cannot be written: {error.strerror or error}; see to the cause (space, permission, "
-                "limits) and run again"
-            ) from error
+            raise failed(path, error) from error
         raise
 
 
@@ -83,8 +80,11 @@ def sync_directory(directory: Path) -> None:
 
 
 def failed(path: Path, error: OSError) -> FileError:
-    """For a streamed file, whose unfinished part stays."""
+    """For a file that the disk refuses; of a streamed one the unfinished part stays, if it came so far."""
+    partial = f"{path.name}.partial"
+    there = os.path.exists(path.parent / partial)  # Path.exists raises for a name that is too long
+    kept, resume = (f"what is done stays in {partial}: ", " to resume") if there else ("", "")
     return FileError(
-        f"{path}: cannot be written: {error.strerror or error}; what is done stays in {path.name}.partial: "
-        "see to the cause (space, permission, limits) and run again to resume"
+        f"{path}: cannot be written: {error.strerror or error}; {kept}see to the cause (space, permission, "
+        f"limits) and run again{resume}"
     )
