@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,9 @@ def test_other_statistics_of_the_same_name_and_count_do_not_continue_a_run(model
         quantize(model, tmp_path / "m.gguf", request(0), interrupt_at(4))
     with pytest.raises(FileError, match="it differs in statistics"):
         quantize(model, tmp_path / "m.gguf", request(1))
-    quantize(model, tmp_path / "m.gguf", request(0))
+    known = quantize(model, tmp_path / "m.gguf", request(0)).calibration.get("sha256")
+    saved = tmp_path / "s.safetensors"
+    assert known == (sha256(saved.read_bytes()).hexdigest() if kind == "saved" else None)
 
 
 def test_a_run_that_fails_reads_its_input_no_further(model, tmp_path, monkeypatch):

@@ -166,7 +166,9 @@ def calibration_of(request: Request) -> dict[str, object]:
         about = {"source": request.tokens.source, "sha256": request.tokens.digest}
         return about | {"windows": windows.shape[0], "context": windows.shape[1], "tokens": windows.numel()}
     if request.statistics is not None:
-        return {"source": request.statistics.source, "tokens": request.statistics.tokens}
+        known = request.statistics
+        digest = {"sha256": known.digest} if known.digest else {}
+        return {"source": known.source, "tokens": known.tokens} | digest
     return {}
 
 
