@@ -125,13 +125,21 @@ def test_a_card_says_how_the_file_type_is_run(parent, tmp_path):
     assert code.startswith("import fewbits.transformers;") and "from_pretrained('m')" in code
 
 
-@pytest.mark.parametrize("name", ["m.gguf.receipt.json", "m.gguf.README.md", "n/README.md", "n/receipt.json"])
+IN_THE_WAY = {
+    "m.gguf.receipt.json": r"m\.gguf\.receipt\.json: is in the way",
+    "m.gguf.README.md": r"m\.gguf\.README\.md: is in the way",
+    "n/receipt.json": r"receipt\.json: is in the way",
+    "n/README.md": "n: holds files that fewbits did not write",
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_WAY)
 def test_a_user_s_own_file_under_the_name_of_a_receipt_or_card_stays(parent, tmp_path, name):
     mine = tmp_path / name
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("---\nmine: too\n---\n{}")
     out, to = (tmp_path / "n", "int8_g32") if name[0] == "n" else (tmp_path / "m.gguf", "q8_0")
-    with pytest.raises(FileError, match=f"{mine.name}: is in the way"):
+    with pytest.raises(FileError, match=IN_THE_WAY[name]):
         quantize(parent, out, Request(to))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
     mine.unlink()
