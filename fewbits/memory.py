@@ -36,6 +36,15 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_memory() -> int:
+    """Bytes that this process has now."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return peak_memory()
+
+
 def free_memory() -> int:
     """Bytes that this process may still take: what the machine has available, or its container if that is
     less."""

@@ -22,7 +22,7 @@ from fewbits.preflight.cache import KINDS, fields_of, kv_cache
 from fewbits.preflight.machines import Machine, machines, read_per_token, tokens_per_second
 from fewbits.preflight.sizes import OVERHEAD
 from fewbits.preflight.speed import Encoding
-from fewbits.preflight.work import ALLOWANCE, MARGIN
+from fewbits.workflow.memory import ALLOWANCE, MARGIN
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run as quantize
 from tests.tiny import MODELS, save_tiny

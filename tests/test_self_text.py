@@ -147,11 +147,14 @@ def test_a_cache_that_cannot_be_written_costs_only_time(plain, tmp_path, monkeyp
 
 @pytest.mark.parametrize("kind", sampling.COPIES)
 def test_a_copy_writes_where_the_model_does_not_fit(plain, kind):
-    memory = sampling.weight_nbytes(plain, kind) + sampling.CACHE_BYTES + sampling.WORKING
-    assert sampling.writer_kind(plain, memory) == kind
+    cache = sampling.writer_of(plain).cache
+    memory = sampling.weight_nbytes(plain, kind) + cache + sampling.WORKING
+    assert sampling.writer_of(plain, memory).kind == kind
     found = read_tokens(plain, "self", 64, context=32, memory=memory)
     assert found.windows.shape == (2, 32) and f"copy of the model in {kind}" in found.notes[0]
-    with pytest.raises(CalibrationError, match=r"needs \d+ bytes.*give a text file"):
+    with pytest.raises(
+        CalibrationError, match=r"needs [\d.]+ GiB of memory, 0.00 GiB are free; give a text file"
+    ):
         read_tokens(plain, "self", 64, context=32, memory=2**20)
 
 

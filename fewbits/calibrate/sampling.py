@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
-from ..adapters.transformers import load_model
+from ..adapters.transformers import load_model, model_config
 from ..errors import CalibrationError
 from ..files.checkpoint import Checkpoint, LazyTensor
 from ..formats.base import FORMATS
@@ -45,7 +45,7 @@ TEMPERATURES = (0.7, 1.0, 1.3)
 HEAD_TOKENS = 2
 ROW = 128  # tokens; on the demo model as good as 256, and a third cheaper: fewer, fuller steps
 ROWS_AT_ONCE = 256  # beyond, products grow no faster
-CACHE_BYTES = 2 * 2**30  # of keys and values, at most
+CACHE_BYTES, LEAST_CACHE = 2 * 2**30, 2**28  # of keys and values, at most: where there is memory, and not
 POOL = 4096  # tokens of the vocabulary from which heads are drawn
 NGRAM = 8
 LOOP = 3  # times that an n-gram comes in one document
@@ -191,8 +191,9 @@ def write_rows(
     """
     length, generator = writing.length, torch.Generator().manual_seed(writing.seed)
     heads = _heads(checkpoint, tokenizer, bos, generator)
-    model, notes = load_writer(checkpoint, writer_kind(checkpoint, writing.memory))
-    wanted, at_once = ceil(writing.n_tokens / length), rows_at_once(model, length)
+    writer = writer_of(checkpoint, writing.memory)
+    model, notes = load_writer(checkpoint, writer.kind)
+    wanted, at_once = ceil(writing.n_tokens / length), rows_at_once(model, length, writer.cache)
     decoder = Decoder(model, length)
     rows: list[list[int]] = []
     seen: set[tuple[int, ...]] = set()
@@ -254,23 +255,37 @@ def ends_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> froze
     return frozenset(token for token in found if token is not None)
 
 
-def writer_kind(checkpoint: Checkpoint, memory: int | None = None) -> str:
-    """What writes in `memory` bytes: the model in "f32" or "bf16", the faster, or a copy in one of COPIES.
+@dataclass(frozen=True)
+class Writer:
+    """kind: the model in "f32" or "bf16", or a copy in one of COPIES. cache: bytes for keys and values.
+    nbytes: in all."""
+
+    kind: str
+    cache: int
+    nbytes: int
+
+
+def writer_of(checkpoint: Checkpoint, memory: int | None = None) -> Writer:
+    """What writes in `memory` bytes (default: what is free): the model in the faster float type, or a copy.
 
     Raises CalibrationError where not even the smallest copy fits.
     """
     memory = free_memory() if memory is None else memory
-    needs = {
-        kind: weight_nbytes(checkpoint, kind) + CACHE_BYTES + WORKING for kind in ("f32", "bf16", *COPIES)
-    }
-    if faster_dtype() == torch.bfloat16:
-        needs.pop("f32")
-    for kind, nbytes in needs.items():
-        if nbytes <= memory:
-            return kind
+    most = ROWS_AT_ONCE * _row_nbytes(model_config(checkpoint).get_text_config(), 4, ROW)
+    kinds = ("bf16" if faster_dtype() == torch.bfloat16 else "f32", "bf16", *COPIES)
+    found = [
+        Writer(kind, cache, weight_nbytes(checkpoint, kind) + cache + WORKING)
+        for kind in dict.fromkeys(kinds)
+        for cache in (min(most, CACHE_BYTES), min(most, LEAST_CACHE))
+    ]
+    for writer in found:
+        if writer.nbytes <= memory:
+            return writer
+    least = min(writer.nbytes for writer in found)
     raise CalibrationError(
-        f"{checkpoint.path}: to write its own text the model needs {min(needs.values())} bytes of memory, "
-        f"{memory} are free; give a text file (--calibrate FILE), with which it is run block by block"
+        f"{checkpoint.path}: to write its own text the model needs {least / 2**30:.2f} GiB of memory, "
+        f"{memory / 2**30:.2f} GiB are free; give a text file (--calibrate FILE), with which it is run block "
+        "by block"
     )
 
 
@@ -333,10 +348,14 @@ def damage_of(checkpoint: Checkpoint) -> str:
     return "its weights are finite, so numbers grew too large on the way; is the config the model's own?"
 
 
-def rows_at_once(model: Any, length: int) -> int:
-    """So many that their keys and values stay below CACHE_BYTES; at least one."""
-    config = model.config.get_text_config()
+def rows_at_once(model: Any, length: int, cache: int = CACHE_BYTES) -> int:
+    """So many that their keys and values stay below `cache` bytes; at least one."""
+    row = _row_nbytes(model.config.get_text_config(), model.dtype.itemsize, length)
+    return max(1, min(ROWS_AT_ONCE, cache // row))
+
+
+def _row_nbytes(config: Any, itemsize: int, length: int) -> int:
+    """Bytes of the keys and values of `length` tokens."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * length
-    return max(1, min(ROWS_AT_ONCE, CACHE_BYTES // row))
+    return 2 * config.num_hidden_layers * heads * width * itemsize * length

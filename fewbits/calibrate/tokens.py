@@ -28,7 +28,7 @@ from ..errors import CalibrationError, raise_all
 from ..files.checkpoint import Checkpoint
 from .documents import Document, read_characters, read_dataset, read_json_lines
 from .kept import keep, read_kept, text_file
-from .sampling import ROW, Writing, write_rows, writer_kind
+from .sampling import ROW, Writing, write_rows, writer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -253,7 +253,8 @@ def _from_self(
             progress("writing calibration text", done, total)
 
     source = f"text written by the model itself (seed {writing.seed})"
-    settings = {**asdict(writing), "memory": None, "kind": writer_kind(checkpoint, writing.memory)}
+    writer = writer_of(checkpoint, writing.memory)
+    settings = {**asdict(writing), "memory": None, "kind": writer.kind, "cache": writer.cache}
     path = text_file(checkpoint, settings)
     kept = read_kept(path)
     if kept is not None:

@@ -12,6 +12,7 @@ from ..errors import CalibrationError, FileError
 from ..files.open import FILE_TYPES
 from ..plan import Plan, parse_rule
 from ..plan.method import EFFORTS, METHODS
+from ..runtime.decode import faster_dtype
 from ..workflow.blockwise import Streaming
 from ..workflow.options import Options
 
@@ -111,8 +112,13 @@ def options_of(given: argparse.Namespace) -> Options:
     )
     if getattr(given, "no_verify", False):
         options = replace(options, verify=False)
-    memory = getattr(given, "verify_memory", None)
-    return replace(options, verify_memory=None if memory is None else int(memory * 2**30)).filled()
+    if hasattr(given, "no_verify"):  # quantize: plan's --memory is that of the result
+        options = replace(options, memory=_bytes(given.memory), verify_memory=_bytes(given.verify_memory))
+    return options.filled()
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)
 
 
 def streaming_of(given: argparse.Namespace) -> Streaming:
@@ -129,12 +135,10 @@ def streaming_of(given: argparse.Namespace) -> Streaming:
 
 
 def _dtype(name: str, device: str) -> torch.dtype:
-    """auto: bf16 only where it is known to pay. AVX512-BF16 without AMX multiplies slower than f32 here:
-    142 against 189 GFLOP/s (torch 2.13, 2 cores)."""
+    """auto: what the device multiplies faster."""
     if name != "auto":
         return DTYPES[name]
-    amx = torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device != "cpu" or amx else torch.float32
+    return torch.bfloat16 if device != "cpu" else faster_dtype()
 
 
 def read_plan(rules: list[str], file: Path | None) -> Plan:

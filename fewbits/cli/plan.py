@@ -15,7 +15,7 @@ from ..files.open import open_checkpoint
 from ..preflight import Preflight, parameters, preflight
 from ..preflight.cache import KINDS
 from ..table import Cell, size, table
-from ..workflow.text import stand_in, with_text
+from ..workflow.text import stand_in, with_text, writes_text
 from .options import method_arguments, options_of, type_arguments
 
 EXAMPLES = """Reads headers, and measures this machine for a second or two. Sizes are exact, memory is a
@@ -68,10 +68,9 @@ def run(options: argparse.Namespace) -> int:
     file_type = asked.place(path, checkpoint, None)[1]
     request = replace(request, file=file_type.name)
     request = with_text(request, checkpoint, asked, stand_in(asked))
-    writes_text = request.tokens is not None and asked.calibrate in (None, "self")
     stated = dict(engine_of(text) for text in options.engine)
     place = options.run_context, options.batch, options.run_cache
-    found = preflight(checkpoint, request, place, stated, writes_text)
+    found = preflight(checkpoint, request, place, stated, writes_text(request, asked))
     unfit = objections(found, stated, options.memory)
     if options.json:
         print(json.dumps(found.as_dict() | {"unfit": unfit}, indent=1, ensure_ascii=False))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from ..adapters.hub import resolve
 from ..files.open import open_checkpoint
 from ..release.receipt import Receipt
-from ..workflow.quantize import conclude
+from ..workflow.quantize import conclude, prepared
 from ..workflow.run import run as quantize
 from ..workflow.text import reader, with_text
 from .options import method_arguments, options_of, text_arguments, type_arguments
@@ -49,6 +48,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB",
+        help="memory this process may take (default: what is free); what does not fit is refused at once",
+    )  # fmt: skip
     method_arguments(parser)
     parser.add_argument(
         "--kv-cache", metavar="SCHEME",
@@ -60,11 +63,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     options = options_of(given)
-    request = options.request()
     path = resolve(given.model, given.cache_dir)
     checkpoint = open_checkpoint(path)
-    out, file_type = options.place(path, checkpoint, given.out)
-    request = replace(request, file=file_type.name)
+    out, request, need = prepared(checkpoint, path, given.out, options)
+    print(f"fewbits quantize: {need.line()}", file=sys.stderr)
     with StageProgress() as stage:
         request = with_text(request, checkpoint, options, reader(checkpoint, options, stage))
     for note in (*request.notes, *(request.tokens.notes if request.tokens else ())):

@@ -14,7 +14,7 @@ from math import ceil
 import torch
 
 from ..adapters.transformers import load_tokenizer
-from ..calibrate.sampling import damage_of, load_writer, rows_at_once, sample, writer_kind
+from ..calibrate.sampling import damage_of, load_writer, rows_at_once, sample, writer_of
 from ..calibrate.tokens import bos_of
 from ..errors import CalibrationError
 from ..files.checkpoint import Checkpoint
@@ -54,10 +54,11 @@ def self_text(
         raise CalibrationError(
             f"cannot sample {n_tokens} tokens in windows of {context}; ask for 1 and 2 at least"
         )
-    model, notes = load_writer(checkpoint, writer_kind(checkpoint))
+    writer = writer_of(checkpoint)
+    model, notes = load_writer(checkpoint, writer.kind)
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
-    n, at_once = ceil(n_tokens / context), rows_at_once(model, context)
+    n, at_once = ceil(n_tokens / context), rows_at_once(model, context, writer.cache)
     decoder, batches = Decoder(model, context), []
     for start in range(0, n, at_once):
         rows = min(at_once, n - start)

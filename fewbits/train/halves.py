@@ -42,10 +42,6 @@ class Halves:
         """`(b, c, h)` -> `(b, c, vocab)`."""
         return self._model(inputs_embeds=hidden, use_cache=False).logits
 
-    def drop_blocks(self) -> None:
-        """Free all but the head."""
-        self._blocks = None
-
 
 class _Absent(torch.nn.Module):
     """Stands where the blocks were, and passes on the hidden states it is given."""

@@ -22,9 +22,11 @@ model in q4_0, 64 windows of 256 tokens, 4 in a step, KL divergence on 8 windows
     rounded to nearest   0.575 -> 0.219 in 40 steps at lr 2e-3     (other text: 0.553 -> 0.244)
     GPTQ                 0.0947 -> 0.0880 in the first 8 of 24 steps at 6e-4, -> 0.0908 at 2e-3
 
-The parent runs once for each window: its last hidden states are kept, and only its output layer is used
-again. Sources: Hinton et al., arXiv 1503.02531 (distillation); Kingma and Ba, arXiv 1412.6980 (Adam);
-EfficientQAT, arXiv 2407.11062, whose second phase trains block scales alone.
+The parent runs once, one block in memory at a time: its last hidden states are kept, and only its output
+layer is used again.
+
+Sources: Hinton et al., arXiv 1503.02531 (distillation); Kingma and Ba, arXiv 1412.6980 (Adam); EfficientQAT,
+arXiv 2407.11062, whose second phase trains block scales alone.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from ..adapters.transformers import load_model
 from ..errors import CalibrationError, FileError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..qtensor import QTensor
+from ..runtime.runner import Blockwise
 from ..storage.atomic import write_atomic
 from .rounding import shuffled
 from .student import Student
@@ -116,7 +119,7 @@ def polish(
     """
     settings, progress = settings or PolishSettings(), progress or _silent
     _check(tokens, settings)
-    teacher = Teacher(load_model(parent), tokens, lambda done, total: progress("parent", done, total))
+    teacher = Teacher(Blockwise(parent), tokens, lambda done, total: progress("parent", done, total))
     student = Student(load_model(child), child, tokens[0])
     run = _Run(teacher, student, tokens, settings)
     if settings.state is not None and settings.state.exists():
@@ -235,7 +238,7 @@ class _Run:
         """Of all that decides the result: settings, tokens, the student's start, the teacher's answers."""
         said = {key: value for key, value in asdict(self.settings).items() if key != "state"}
         digest = sha256(repr(sorted(said.items())).encode())
-        for part in (self.tokens, self.start, self.teacher.hidden[-1]):
+        for part in (self.tokens, self.start, self.teacher.hidden(len(self.tokens) - 1)):
             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

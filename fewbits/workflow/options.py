@@ -35,8 +35,9 @@ class Options:
     calibrate: a text or JSONL file, hf:NAME, "self" (default: the model writes its text), saved statistics,
     or Tokens or Statistics. tokens, context, seed: of the text. strict_calibration: too few tokens are an
     error. search=False: plain min-max block parameters. requantize: accept a quantized model. overwrite:
-    replace the output. verify: load the output in its engine at the end, within verify_seconds and
-    verify_memory bytes.
+    replace the output. memory: bytes that the process may take (default: what is free); what does not fit is
+    refused before the work starts. verify: load the output in its engine at the end, within
+    verify_seconds and verify_memory bytes.
     """
 
     to: str | None = None
@@ -59,6 +60,7 @@ class Options:
     search: bool = True
     requantize: bool = False
     overwrite: bool = False
+    memory: int | None = None
     streaming: Streaming = field(default_factory=Streaming)
     verify: bool = True
     verify_seconds: float = 600
@@ -118,6 +120,7 @@ class Options:
             activations=self.activations,
             kv_cache=self.kv_cache,
             strict=self.strict_calibration,
+            memory=self.memory,
             streaming=replace(self.streaming, seed=self.seed or 0),
         )
 

@@ -20,9 +20,11 @@ from ..files.open import file_type_at, open_checkpoint
 from ..release.publish import finished
 from ..release.receipt import Receipt
 from ..release.verify import Outcome, verify
+from .memory import Need, need_of
 from .options import Options
+from .request import Request
 from .run import run
-from .text import reader, with_text
+from .text import reader, stand_in, with_text, writes_text
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,8 +55,7 @@ def quantize(
         )
     options = replace(options or Options(), **given).filled()
     checkpoint, path = opened(model)
-    place, file_type = options.place(path, checkpoint, None if out is None else Path(out))
-    request = replace(options.request(), file=file_type.name)
+    place, request, _ = prepared(checkpoint, path, None if out is None else Path(out), options)
     request = with_text(request, checkpoint, options, reader(checkpoint, options, progress))
     receipt = run(checkpoint, place, request, progress)
     return conclude(receipt, checkpoint, place, options)[0]
@@ -66,6 +67,17 @@ def opened(model: str | Path | Checkpoint) -> tuple[Checkpoint, Path]:
         return model, model.path
     path = resolve_model(str(model))
     return open_checkpoint(path), path
+
+
+def prepared(
+    checkpoint: Checkpoint, path: Path, out: Path | None, options: Options
+) -> tuple[Path, Request, Need]:
+    """Where the output of the model at `path` goes, the request without its text, the memory it will need.
+    ModelError or CalibrationError where that memory is not there."""
+    place, file_type = options.place(path, checkpoint, out)
+    request = replace(options.request(), file=file_type.name)
+    guess = with_text(request, checkpoint, options, stand_in(options))
+    return place, request, need_of(checkpoint, place, guess, writes_text(guess, options))
 
 
 def conclude(

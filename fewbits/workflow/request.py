@@ -28,7 +28,8 @@ class Request:
     search: search block parameters rather than take the min-max ones. requantize: allow quantized
     input. overwrite: replace an output that exists. method: how codes are chosen. tokens: the text that a
     method which runs the model is calibrated on. statistics: saved ones, for a method that needs no more.
-    streaming: memory and device of a calibrated run. strict: too little calibration data is an error.
+    streaming: device of a calibrated run. memory: bytes that the process may take (None: what is
+    free). strict: too little calibration data is an error.
     activations, kv_cache: schemes for the runtime, which native and compressed-tensors directories can say.
     notes: for the receipt.
     """
@@ -46,6 +47,7 @@ class Request:
     strict: bool = False
     activations: str | None = None
     kv_cache: str | None = None
+    memory: int | None = None
     notes: tuple[str, ...] = ()
 
     @property

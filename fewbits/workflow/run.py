@@ -22,9 +22,7 @@ from typing import Any
 
 from ..activations.record import record, record_cache
 from ..calibrate.statistics import coverage_notes
-from ..errors import FileError
 from ..files.checkpoint import Checkpoint
-from ..files.filetype import FileType
 from ..files.open import open_checkpoint
 from ..files.output import Job, Output
 from ..formats.base import Format
@@ -32,14 +30,14 @@ from ..memory import peak_memory, reset_peak_memory
 from ..model.sites import sites
 from ..plan.carry import settled
 from ..plan.choices import Decision
-from ..release.publish import check_records
 from ..release.receipt import Receipt, TensorRow
 from ..storage.atomic import make_directory, write_atomic
 from ..storage.stream import StreamFile
 from ..transforms.rotate import rotate
 from .blockstore import BlockStore, check_ours
 from .blockwise import Run, quantize_blocks
-from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
+from .memory import fitted
+from .provenance import InputDigests, check_place, digest_file, fingerprint, versions
 from .request import Request, calibration_of, check_method, fingerprint_fields, needs_of, stats_of
 from .resolve import Resolved, file_type_for, resolve
 from .task import WeightRecord, Work, spec_of, write_job
@@ -62,9 +60,9 @@ def run(
     check_method(request)
     checkpoint, notes = rewritten(checkpoint, request)
     resolved = settle(checkpoint, resolve(checkpoint, request, file_type_for(request.file, out)))
-    _check_place(checkpoint, out, resolved.file_type, request.overwrite)
+    check_place(checkpoint, out, resolved.file_type, request.overwrite)
     output, decisions = resolved.lay_out(checkpoint, out), resolved.by_output(checkpoint)
-    notes = (*output.notes, *resolved.notes, *notes)
+    request, _ = fitted(checkpoint, output, decisions, request)
     identity = fingerprint(checkpoint, fingerprint_fields(request))
     folder = out.with_name(out.name + ".blocks")
     if request.tokens is not None:
@@ -78,9 +76,9 @@ def run(
     ):
         if file.renamed and output.receipt.exists():  # all that was left is to clean up
             blocks = request.tokens is not None and folder.exists()
-            return _cleaned(
-                output, file, stack.enter_context(BlockStore(folder, identity)) if blocks else None
-            )
+            kept = stack.enter_context(BlockStore(folder, identity)) if blocks else None
+            return _cleaned(output, file, kept)
+        notes = (*output.notes, *resolved.notes, *notes)
         hashing = stack.enter_context(InputDigests(checkpoint))
         records: Mapping[str, WeightRecord] = {}
         store = None
@@ -226,16 +224,6 @@ def _block_by_block(
     }
     todo = Run(checkpoint, specs, request.method, request.tokens, request.streaming, request.strict)
     return quantize_blocks(todo, store, progress)
-
-
-def _check_place(checkpoint: Checkpoint, out: Path, file_type: FileType, overwrite: bool) -> None:
-    """FileError where the output would stand on its own input, or on a model of another kind."""
-    file_type.check_kind(out)
-    if out.exists() and any(out.samefile(path) for path in [checkpoint.path, *input_files(checkpoint)]):
-        raise FileError(f"{out}: is the input itself; choose another output")
-    file_type.check_place(out, overwrite)
-    if not overwrite:
-        check_records(file_type.receipt_path(out), file_type.card_path(out))
 
 
 def _write_all(

@@ -16,6 +16,7 @@ from ..calibrate.statistics import Statistics
 from ..calibrate.tokens import Tokens, read_tokens
 from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
+from ..memory import resident_memory
 from ..plan.method import EFFORTS, Method
 from .options import Options
 from .request import Request
@@ -57,7 +58,12 @@ def with_text(request: Request, checkpoint: Checkpoint, options: Options, read: 
 def reader(checkpoint: Checkpoint, options: Options, progress: Stage | None = None) -> Read:
     """Reads a source, or lets the model write."""
     count, context = options.tokens or TOKENS, options.context or CONTEXT
-    return lambda source: read_tokens(checkpoint, source, count, context, options.seed or 0, progress)
+
+    def read(source: str) -> Tokens:
+        left = None if options.memory is None else max(0, options.memory - resident_memory())
+        return read_tokens(checkpoint, source, count, context, options.seed or 0, progress, left)
+
+    return read
 
 
 def stand_in(options: Options) -> Read:
@@ -65,6 +71,11 @@ def stand_in(options: Options) -> Read:
     context = options.context or CONTEXT
     windows = torch.zeros(ceil((options.tokens or TOKENS) / context), context, dtype=torch.int64)
     return lambda source: Tokens.of(windows, "not read")
+
+
+def writes_text(request: Request, options: Options) -> bool:
+    """Does the model write the text of this request itself?"""
+    return request.tokens is not None and options.calibrate in (None, "self")
 
 
 def from_statistics(request: Request, statistics: Statistics) -> Request:
