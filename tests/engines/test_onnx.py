@@ -10,6 +10,9 @@ onnxruntime-genai runs the same directory by its genai_config.json, where it is 
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from fewbits.plan import Plan, Rule
 from fewbits.release.verify import NEW, verify
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run as quantize
+from tests import tiny
 from tests.tiny import save_tiny
 
 onnx = pytest.importorskip("onnx")
@@ -300,3 +304,48 @@ def test_genai_chooses_the_tokens_that_the_file_means(tmp_path, model):
         rows[1], (0, 9), value=config["pad_token_id"]
     )  # its mask is for this side
     assert generated(path, torch.stack([rows[0], padded])) == meant
+
+
+# ---- onnxruntime-genai's builder, for architectures that have no graph here --------------------------
+
+OTHERS = {
+    "GraniteForCausalLM": ("granite", {
+        "embedding_multiplier": 2.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5,
+        "logits_scaling": 3.0}),
+    "Gemma2ForCausalLM": ("gemma2", {
+        "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8, "tie_word_embeddings": True}),
+    "Phi3ForCausalLM": tiny.MODELS["Phi3ForCausalLM"],
+}  # fmt: skip
+EXACT = ["accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"]
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [("gptq", "int4_g32"), ("gptq", "int8_g32"), ("awq", "int4_g32_asym")]
+)
+@pytest.mark.parametrize("name", OTHERS)
+def test_genai_s_builder_packs_the_codes_of_a_directory_of_ours(tmp_path, monkeypatch, name, file, kind):
+    pytest.importorskip("onnxruntime_genai")
+    pytest.importorskip("onnx_ir")
+    monkeypatch.setitem(tiny.MODELS, name, OTHERS[name])
+    quantize(save_tiny(name, tmp_path / "source"), tmp_path / "in", Request(to=kind, file=file))
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        tmp_path / "in",
+        "-o",
+        tmp_path / "out",
+    ]
+    command += ["-c", tmp_path / "cache", "-p", "int4", "-e", "cpu", "--extra_options", *EXACT]
+    command += ["windowed_kv_cache=false"]  # else a past of no tokens is refused
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    past = {e.name: torch.zeros(1, 2, 0, 64).numpy() for e in session.get_inputs()[2:]}
+    given = {"input_ids": TOKENS.numpy(), "attention_mask": torch.ones_like(TOKENS).numpy()}
+    model = load_model(open_checkpoint(tmp_path / "in"))
+    with torch.no_grad():
+        ours = model(TOKENS).logits
+    assert apart(torch.from_numpy(session.run(["logits"], given | past)[0]), ours) < SAME
+    ids = greedy(lambda ids, new: model(ids).logits, TOKENS)
+    assert generated(tmp_path / "out", TOKENS)[0] == ids
