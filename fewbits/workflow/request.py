@@ -99,7 +99,7 @@ def check_method(request: Request) -> None:
     if (needs or request.method.streams) and not request.calibrated:
         faults.append(
             f"{request.method.algorithm} needs calibration data; give tokens, saved statistics, or a method "
-            "without data (rtn, hqq)"
+            f"without data ({', '.join(name for name, needs in NEEDS.items() if needs == 'nothing')})"
         )
     if request.method.streams and request.tokens is None and request.statistics is not None:
         faults.append(
