@@ -97,9 +97,10 @@ def check_method(request: Request) -> None:
     needs = needs_of(request)
     faults = []
     if (needs or request.method.streams) and not request.calibrated:
+        who = next(iter(_needing(request)), "this method")
+        free = ", ".join(name for name, its in NEEDS.items() if its == "nothing")
         faults.append(
-            f"{request.method.algorithm} needs calibration data; give tokens, saved statistics, or a method "
-            f"without data ({', '.join(name for name, needs in NEEDS.items() if needs == 'nothing')})"
+            f"{who} needs calibration data; give tokens, saved statistics, or a method without data ({free})"
         )
     if request.method.streams and request.tokens is None and request.statistics is not None:
         faults.append(
@@ -123,8 +124,13 @@ def check_method(request: Request) -> None:
 
 def needs_of(request: Request) -> set[str]:
     """What the algorithms of the method and of the rules need of calibration."""
-    algorithms = {_algorithm(rule, request.method) for rule in (None, *request.plan.rules)}
-    return {NEEDS[name] for name in algorithms if name in NEEDS} - {"nothing"}
+    return {NEEDS[name] for name in _needing(request)}
+
+
+def _needing(request: Request) -> list[str]:
+    """The algorithms of the method and of the rules that need calibration."""
+    algorithms = (_algorithm(rule, request.method) for rule in (None, *request.plan.rules))
+    return [name for name in dict.fromkeys(algorithms) if NEEDS.get(name, "nothing") != "nothing"]
 
 
 def fingerprint_fields(request: Request) -> dict[str, object]:
