@@ -20,17 +20,15 @@ from .task import takes
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to do with a checkpoint.
+class Asked:
+    """What a user asks for and a run obeys as it is: fields of Options and of Request alike.
 
-    to: a llama.cpp file type (`q4_k_m`) or a format (`int4_g128`); None: only what `plan` says.
-    file: "gguf" or "native"; None: gguf for a path that ends in .gguf, native otherwise.
-    search: search block parameters rather than take the min-max ones. requantize: allow quantized
-    input. overwrite: replace an output that exists. method: how codes are chosen. tokens: the text that a
-    method which runs the model is calibrated on. statistics: saved ones, for a method that needs no more.
-    streaming: memory and device of a calibrated run. strict: too little calibration data is an error.
-    activations, kv_cache: schemes for the runtime, which native and compressed-tensors directories can say.
-    notes: for the receipt.
+    to: a llama.cpp file type (`q4_k_m`) or a format (`int4_g128`); None: only what `plan` says, whose rules
+    go before `to`. file: the output's file type; None: gguf for a path that ends in .gguf, native otherwise.
+    search: search block parameters rather than take the min-max ones. requantize: accept a quantized model.
+    overwrite: replace an output that exists. strict_calibration: too few tokens are an error. streaming:
+    memory and device of a calibrated run. activations, kv_cache: schemes for the runtime, which native and
+    compressed-tensors directories can say.
     """
 
     to: str | None = None
@@ -39,13 +37,23 @@ class Request:
     search: bool = True
     requantize: bool = False
     overwrite: bool = False
+    strict_calibration: bool = False
+    streaming: Streaming = field(default_factory=Streaming)
+    activations: str | None = None
+    kv_cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Request(Asked):
+    """What to do with a checkpoint.
+
+    method: how codes are chosen. tokens: the text that a method which runs the model is calibrated on.
+    statistics: saved ones, for a method that needs no more. notes: for the receipt.
+    """
+
     method: Method = field(default_factory=Method)
     tokens: Tokens | None = None
     statistics: Statistics | None = None
-    streaming: Streaming = field(default_factory=Streaming)
-    strict: bool = False
-    activations: str | None = None
-    kv_cache: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -154,7 +162,7 @@ def fingerprint_fields(request: Request) -> dict[str, object]:
         "device": _device(streaming.device),
         "dtype": str(streaming.dtype),
         "seed": streaming.seed,
-        "strict calibration": request.strict,
+        "strict calibration": request.strict_calibration,
         "threads": torch.get_num_threads(),
     }
 
