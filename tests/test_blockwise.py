@@ -222,9 +222,9 @@ def test_few_tokens_are_noted_and_an_error_when_strict(llama, tmp_path):
     (note,) = [n for n in quantize(llama, tmp_path / "n", few).notes if n.startswith("few tokens: ")]
     assert "64 tokens seen, 256 are needed" in note and note.endswith("(and 13 more)")
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.\w_proj\.weight: 64 tokens seen, 256"):
-        quantize(llama, tmp_path / "s", replace(few, strict=True))
+        quantize(llama, tmp_path / "s", replace(few, strict_calibration=True))
     assert not (tmp_path / "s/model.safetensors").exists()
-    quantize(llama, tmp_path / "e", replace(asked(strict=True), tokens=tokens_of(windows=12)))
+    quantize(llama, tmp_path / "e", replace(asked(strict_calibration=True), tokens=tokens_of(windows=12)))
 
 
 # ---- what is refused, and what is kept ---------------------------------------------------------------

@@ -252,6 +252,12 @@ def test_no_search_is_refused_where_it_would_do_nothing(model, run, way):
         assert (code, out) == (1, "") and f"{'hqq' if 'hqq' in way else 'gptq'} always searches" in err
 
 
+def test_a_rule_that_needs_a_text_gets_it_under_a_method_that_needs_none(model, run):
+    rule = ("--effort", "fast", "--rule", "*.up_proj=weighted:q4_0", "--tokens", 64, "--context", 32)
+    code, out, _ = run("quantize", model, "--to", "q4_0", *rule, "--no-verify", "--out", "w", "--json")
+    assert code == 0 and {row.algorithm for row in Receipt.from_json(out).tensors} >= {"rtn", "weighted"}
+
+
 # The other commands
 
 

@@ -25,14 +25,8 @@ for _algorithm, _needs in ((rtn, "nothing"), (hqq, "nothing"), (weighted, "mean_
     ALGORITHMS.add(_algorithm.__name__, _algorithm)
     NEEDS[_algorithm.__name__] = _needs
 
-# How far the loss may differ for another internal block size (columns.UNIT, gptq.PIECE, formats.base.CHUNK):
-# none changes a bit, but in gptq, where products of matrices sum in another order and a weight that lies
-# between two codes may take the other one. Measured: 10 of 74 formats differ at all, int7_g128 by 2.4 %.
-BLOCK_TOLERANCE = {"rtn": 0.0, "hqq": 0.0, "weighted": 0.0, "gptq": 0.03}
-
 __all__ = [
     "ALGORITHMS",
-    "BLOCK_TOLERANCE",
     "NEEDS",
     "CalibrationWarning",
     "descend",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -17,11 +17,6 @@ from ..workflow.blockwise import Streaming
 from ..workflow.options import Options
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-TAKEN = (  # the same on the command line as in Options
-    "to", "file", "effort", "method", "smooth", "awq", "rotate", "equalize", "polish", "activations",
-    "kv_cache", "calibrate", "tokens", "context", "seed", "strict_calibration", "requantize", "overwrite",
-    "verify_seconds",
-)  # fmt: skip
 
 
 def type_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,14 +42,15 @@ def type_arguments(parser: argparse.ArgumentParser) -> None:
 
 def method_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how codes are chosen")
+    free = " and ".join(name for name, method in METHODS.items() if not method.needs_data)
     group.add_argument(
         "--effort", choices=tuple(EFFORTS),
         help="quality for time: fast rounds to nearest, good (default) is GPTQ, best distils it as well",
     )  # fmt: skip
     group.add_argument(
         "--method", choices=tuple(METHODS),
-        help="instead of an effort: rtn and hqq need no text, weighted a text or an importance matrix, gptq "
-        "a text or Hessians, learned a text",
+        help=f"instead of an effort: {free} need no text, weighted a text or an importance matrix, gptq a "
+        "text or Hessians, learned a text",
     )  # fmt: skip
     group.add_argument(
         "--smooth", nargs="?", type=float, const=True, metavar="ALPHA",
@@ -103,18 +99,19 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(given: argparse.Namespace) -> Options:
-    """The command line -> Options; PlanError and FileError for a plan that cannot be read or followed."""
-    options = Options(
-        plan=read_plan(given.rule, given.plan),
-        search=not given.no_search,
-        streaming=streaming_of(given),
-        **{name: getattr(given, name) for name in TAKEN if hasattr(given, name)},
-    )
-    if getattr(given, "no_verify", False):
-        options = replace(options, verify=False)
-    if hasattr(given, "no_verify"):  # quantize: plan's --memory is that of the result
-        options = replace(options, memory=_bytes(given.memory), verify_memory=_bytes(given.verify_memory))
-    return options.filled()
+    """The command line -> Options, by the same names; PlanError and FileError for a plan that cannot be read
+    or followed."""
+    same = {each.name: getattr(given, each.name) for each in fields(Options) if hasattr(given, each.name)}
+    writes = hasattr(given, "no_verify")  # plan's --memory is that of the result
+    other = {
+        "plan": read_plan(given.rule, given.plan),
+        "search": not given.no_search,
+        "streaming": streaming_of(given),
+        "verify": not getattr(given, "no_verify", False),
+        "memory": _bytes(given.memory) if writes else None,
+        "verify_memory": _bytes(given.verify_memory) if writes else None,
+    }
+    return Options(**same | other).filled()
 
 
 def _bytes(gib: float | None) -> int | None:

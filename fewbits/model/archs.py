@@ -104,7 +104,7 @@ def _architecture(name: str, row: dict[str, Any], common: dict[str, Any]) -> Arc
         name=name,
         keys=tuple(keys),
         blocks=tuple(blocks),
-        ends=tuple(common["ends"]),
+        ends=tuple(row.get("ends", common["ends"])),
         rope=tuple(row["rope"]),
         fixed=row.get("fixed", {}),
         ignored=row.get("ignored", {}),

@@ -73,11 +73,6 @@ EFFORTS = {
     "best": Method("gptq", sequential=True, gptaq=True, polish=100),
 }
 
-# The words of --method: an algorithm by name, without what an effort adds to it.
-METHODS = {
-    "rtn": Method(),
-    "hqq": Method("hqq"),
-    "weighted": Method("weighted"),
-    "gptq": Method("gptq", sequential=True),
-    "learned": Method("gptq", sequential=True, gptaq=True, learn="light"),
-}
+# The words of --method: each algorithm, without what an effort adds to it, and rounding learned after one.
+METHODS = {name: Method(name, sequential=needs == "hessian") for name, needs in NEEDS.items()}
+METHODS["learned"] = Method("gptq", sequential=True, gptaq=True, learn="light")

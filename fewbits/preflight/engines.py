@@ -5,7 +5,7 @@ of the tensors, installed packages. Nothing is loaded; the answer is `None` wher
     transformers   the installed version is asked for its model types and quantization methods
     vLLM           gptq, awq, compressed-tensors, fp8; the formats that its reader of configs takes; fused
                    groups in one format; architectures are not checked
-    others         their own file type alone
+    others         the file types that name them
 """
 
 from __future__ import annotations
@@ -182,15 +182,15 @@ def _own(name: str) -> Callable[[Seen, str | None, str | None], Answer]:
     def answer(output: Seen, stated: str | None, version: str | None) -> Answer:
         if name not in output.engines:
             return False, f"does not read {output.file}"
-        return None, "the file type is its own; its architectures are not asked"
+        return None, "reads the file type; its architectures are not asked"
 
     return answer
 
 
-ANSWERS: Mapping[str, Callable[[Seen, str | None, str | None], Answer]] = {
+_SPECIAL: dict[str, Callable[[Seen, str | None, str | None], Answer]] = {
     "llama.cpp": _llamacpp,
     "transformers": _transformers,
     "vLLM": _vllm,
-    "onnxruntime": _own("onnxruntime"),
-    "mlx-lm": _own("mlx-lm"),
 }
+# transformers is one engine here, with whatever package a quantizer of its needs.
+ANSWERS = _SPECIAL | {name: _own(name) for name in ENGINES if name.partition("+")[0] not in _SPECIAL}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..calibrate.statistics import Statistics
@@ -13,36 +13,26 @@ from ..files.filetype import FileType
 from ..files.native import NATIVE
 from ..files.open import FILE_TYPES, GGUF_FILE
 from ..model.archs import architecture
-from ..plan import Plan
 from ..plan.method import EFFORTS, METHODS, Method
 from ..plan.mixtures import RECIPES
 from ..plan.rules import Option
-from .blockwise import Streaming
-from .request import Request
+from .request import Asked, Request
 from .resolve import file_type_for
 
 
 @dataclass(frozen=True)
-class Options:
-    """to: a llama.cpp file type (q4_k_m) or a format (int4_g128). file: the output's file type (default: GGUF
-    for the first, a native directory for the second). plan: rules that go before `to`, and a [run] table that
-    fills what is left open here.
+class Options(Asked):
+    """The fields of Asked, where file is by default GGUF for a llama.cpp file type and a native directory for
+    a format, and the plan's [run] table fills what is left open here.
 
     effort: fast, good (default) or best; method: a word of METHODS or a Method, instead. smooth (SmoothQuant:
     True, or its alpha), awq, rotate, equalize: transforms before. polish: steps of distillation after.
-    activations, kv_cache: schemes for the runtime.
 
     calibrate: a text or JSONL file, hf:NAME, "self" (default: the model writes its text), saved statistics,
-    or Tokens or Statistics. tokens, context, seed: of the text. strict_calibration: too few tokens are an
-    error. search=False: plain min-max block parameters. requantize: accept a quantized model. overwrite:
-    replace the output. memory: bytes that the process may take (default: what is free); what does not fit is
-    refused before the work starts. verify: load the output in its engine at the end, within
-    verify_seconds and verify_memory bytes.
+    or Tokens or Statistics. tokens, context, seed: of the text. verify: load the output in its engine at the
+    end, within verify_seconds and verify_memory bytes.
     """
 
-    to: str | None = None
-    file: str | None = None
-    plan: Plan = field(default_factory=Plan)
     effort: str | None = None
     method: str | Method | None = None
     smooth: float | bool | None = None
@@ -50,18 +40,10 @@ class Options:
     rotate: bool | None = None
     equalize: bool | None = None
     polish: int | None = None
-    activations: str | None = None
-    kv_cache: str | None = None
     calibrate: str | Path | Tokens | Statistics | None = None
     tokens: int | None = None
     context: int | None = None
     seed: int | None = None
-    strict_calibration: bool = False
-    search: bool = True
-    requantize: bool = False
-    overwrite: bool = False
-    memory: int | None = None
-    streaming: Streaming = field(default_factory=Streaming)
     verify: bool = True
     verify_seconds: float = 600
     verify_memory: int | None = None
@@ -109,20 +91,9 @@ class Options:
         """What is asked for, but for calibration data; PlanError where that is nothing."""
         if self.to is None and not self.plan.rules:
             raise PlanError("nothing asked for: give a type (--to TYPE), a rule (--rule) or a plan (--plan)")
-        return Request(
-            to=self.to,
-            plan=self.plan,
-            file=self.file,
-            search=self.search,
-            requantize=self.requantize,
-            overwrite=self.overwrite,
-            method=self.chosen_method(),
-            activations=self.activations,
-            kv_cache=self.kv_cache,
-            strict=self.strict_calibration,
-            memory=self.memory,
-            streaming=replace(self.streaming, seed=self.seed or 0),
-        )
+        same = {each.name: getattr(self, each.name) for each in fields(Asked)}
+        streaming = replace(self.streaming, seed=self.seed or 0)
+        return Request(**same | {"method": self.chosen_method(), "streaming": streaming})
 
     def place(self, path: Path, checkpoint: Checkpoint, out: Path | None) -> tuple[Path, FileType]:
         """Where the output of the model at `path` goes, and its file type."""

@@ -20,18 +20,16 @@ from .task import takes
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to do with a checkpoint.
+class Asked:
+    """What a user asks for and a run obeys as it is: fields of Options and of Request alike.
 
-    to: a llama.cpp file type (`q4_k_m`) or a format (`int4_g128`); None: only what `plan` says.
-    file: "gguf" or "native"; None: gguf for a path that ends in .gguf, native otherwise.
-    search: search block parameters rather than take the min-max ones. requantize: allow quantized
-    input. overwrite: replace an output that exists. method: how codes are chosen. tokens: the text that a
-    method which runs the model is calibrated on. statistics: saved ones, for a method that needs no more.
-    streaming: device of a calibrated run. memory: bytes that the process may take (None: what is
-    free). strict: too little calibration data is an error.
-    activations, kv_cache: schemes for the runtime, which native and compressed-tensors directories can say.
-    notes: for the receipt.
+    to: a llama.cpp file type (`q4_k_m`) or a format (`int4_g128`); None: only what `plan` says, whose rules
+    go before `to`. file: the output's file type; None: gguf for a path that ends in .gguf, native otherwise.
+    search: search block parameters rather than take the min-max ones. requantize: accept a quantized model.
+    overwrite: replace an output that exists. strict_calibration: too few tokens are an error. streaming:
+    device of a calibrated run. memory: bytes that the process may take (None: what is free); what does not fit
+    is refused before the work starts. activations, kv_cache: schemes for the runtime, which native and
+    compressed-tensors directories can say.
     """
 
     to: str | None = None
@@ -40,14 +38,24 @@ class Request:
     search: bool = True
     requantize: bool = False
     overwrite: bool = False
-    method: Method = field(default_factory=Method)
-    tokens: Tokens | None = None
-    statistics: Statistics | None = None
+    strict_calibration: bool = False
     streaming: Streaming = field(default_factory=Streaming)
-    strict: bool = False
     activations: str | None = None
     kv_cache: str | None = None
     memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Request(Asked):
+    """What to do with a checkpoint.
+
+    method: how codes are chosen. tokens: the text that a method which runs the model is calibrated on.
+    statistics: saved ones, for a method that needs no more. notes: for the receipt.
+    """
+
+    method: Method = field(default_factory=Method)
+    tokens: Tokens | None = None
+    statistics: Statistics | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -99,9 +107,10 @@ def check_method(request: Request) -> None:
     needs = needs_of(request)
     faults = []
     if (needs or request.method.streams) and not request.calibrated:
+        who = next(iter(_needing(request)), "this method")
+        free = ", ".join(name for name, its in NEEDS.items() if its == "nothing")
         faults.append(
-            f"{request.method.algorithm} needs calibration data; give tokens, saved statistics, or a method "
-            "without data (rtn, hqq)"
+            f"{who} needs calibration data; give tokens, saved statistics, or a method without data ({free})"
         )
     if request.method.streams and request.tokens is None and request.statistics is not None:
         faults.append(
@@ -125,8 +134,13 @@ def check_method(request: Request) -> None:
 
 def needs_of(request: Request) -> set[str]:
     """What the algorithms of the method and of the rules need of calibration."""
-    algorithms = {_algorithm(rule, request.method) for rule in (None, *request.plan.rules)}
-    return {NEEDS[name] for name in algorithms if name in NEEDS} - {"nothing"}
+    return {NEEDS[name] for name in _needing(request)}
+
+
+def _needing(request: Request) -> list[str]:
+    """The algorithms of the method and of the rules that need calibration."""
+    algorithms = (_algorithm(rule, request.method) for rule in (None, *request.plan.rules))
+    return [name for name in dict.fromkeys(algorithms) if NEEDS.get(name, "nothing") != "nothing"]
 
 
 def fingerprint_fields(request: Request) -> dict[str, object]:
@@ -150,7 +164,7 @@ def fingerprint_fields(request: Request) -> dict[str, object]:
         "device": _device(streaming.device),
         "dtype": str(streaming.dtype),
         "seed": streaming.seed,
-        "strict calibration": request.strict,
+        "strict calibration": request.strict_calibration,
         "threads": torch.get_num_threads(),
     }
 

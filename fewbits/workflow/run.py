@@ -222,7 +222,9 @@ def _block_by_block(
         for source, job in _in_blocks(checkpoint, output.jobs).items()
         if isinstance(job.kind, Format)
     }
-    todo = Run(checkpoint, specs, request.method, request.tokens, request.streaming, request.strict)
+    todo = Run(
+        checkpoint, specs, request.method, request.tokens, request.streaming, request.strict_calibration
+    )
     return quantize_blocks(todo, store, progress)
 
 

@@ -19,7 +19,7 @@ from ..files.checkpoint import Checkpoint
 from ..memory import resident_memory
 from ..plan.method import EFFORTS, Method
 from .options import Options
-from .request import Request
+from .request import Request, needs_of
 from .run import quantizes_blocks
 
 STATISTICS = {".safetensors", ".gguf", ".dat", ".imatrix"}
@@ -34,7 +34,7 @@ def with_text(request: Request, checkpoint: Checkpoint, options: Options, read: 
     Where nobody asked for calibration, a model that cannot be run is rounded to nearest, and a note says so.
     """
     measured = request.needs_text or (request.activations is not None and options.calibrate is not None)
-    if not request.method.needs_data and not measured:
+    if not (request.method.needs_data or needs_of(request) or measured):
         return request
     if not quantizes_blocks(checkpoint, Path(uuid4().hex), request):
         return replace(request, method=Method())

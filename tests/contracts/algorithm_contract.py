@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewbits.algorithms import ALGORITHMS, BLOCK_TOLERANCE, NEEDS
+from fewbits.algorithms import ALGORITHMS, NEEDS
 from fewbits.algorithms.hessian import loss
 from fewbits.calibrate.stats import Stats
 from fewbits.errors import CalibrationError, FormatError
@@ -54,6 +54,10 @@ METRICS: dict[str, Metric] = {
     "weighted": weighted_squares,
     "gptq": output_error,
 }
+# How far the loss may differ for another internal block size (columns.UNIT, gptq.PIECE, formats.base.CHUNK):
+# none changes a bit, but in gptq, where products of matrices sum in another order and a weight that lies
+# between two codes may take the other one. Measured: 10 of 74 formats differ at all, int7_g128 by 2.4 %.
+BLOCK_TOLERANCE = {"gptq": 0.03}  # 0 for all others
 
 
 def columns_of(format: Format) -> int:
@@ -145,9 +149,9 @@ def any_block_size_gives_the_same(name: str, format: Format) -> None:
             patch.setattr(importlib.import_module(module), constant, size)
             cut = algorithm(w, format, stats)
         if not same(cut, whole):
-            assert BLOCK_TOLERANCE[name] > 0, constant
+            assert BLOCK_TOLERANCE.get(name, 0.0) > 0, constant
             losses = [METRICS[name](q.decode(), w, stats) for q in (cut, whole)]
-            assert losses[0] == pytest.approx(losses[1], rel=BLOCK_TOLERANCE[name], abs=0), constant
+            assert losses[0] == pytest.approx(losses[1], rel=BLOCK_TOLERANCE.get(name, 0.0), abs=0), constant
 
 
 PROMISES = (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewbits.algorithms import ALGORITHMS, BLOCK_TOLERANCE, NEEDS
+from fewbits.algorithms import ALGORITHMS, NEEDS
 from fewbits.algorithms.descent import descend
 from fewbits.algorithms.gptq import gptq
 from fewbits.algorithms.hessian import HessianFactor, loss
@@ -13,7 +13,7 @@ from tests.contracts.algorithm_contract import METRICS, PROMISES, columns_of, sa
 
 
 def test_every_algorithm_is_in_the_tables():
-    assert set(ALGORITHMS) == set(NEEDS) == set(METRICS) == set(BLOCK_TOLERANCE)
+    assert set(ALGORITHMS) == set(NEEDS) == set(METRICS)
     assert set(NEEDS.values()) <= {"nothing", "mean_square", "hessian"}
 
 

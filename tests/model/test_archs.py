@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fewbits.errors import ModelError
 from fewbits.model.archs import (
+    _architecture,
     architecture,
     architectures,
     engine_notes,
@@ -75,6 +76,14 @@ def test_a_tied_output_is_dropped_and_buffers_are_ignored() -> None:
     assert [entry.name for entry in tied] == ["token_embd.weight"]
     loose = gguf_entries(arch, CONFIG | {"tie_word_embeddings": False}, names)
     assert [entry.name for entry in loose] == ["token_embd.weight", "output.weight"]
+
+
+def test_an_architecture_may_have_no_output_matrix() -> None:
+    common = {"keys": [], "ends": ["model.embed_tokens.weight", "lm_head.weight"]}
+    row = {"gguf": "x", "model_type": "x", "blocks": [], "rope": []}
+    ends = ["model.embed_tokens.weight"]
+    assert _architecture("x", row, common).ends == (*ends, "lm_head.weight")
+    assert every_name(_architecture("x", row | {"ends": ends}, common), {"num_hidden_layers": 0}) == ends
 
 
 def test_every_unmapped_name_is_listed() -> None:

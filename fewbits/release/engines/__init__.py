@@ -7,7 +7,9 @@
     stdout    last line: {"engine": name, "version": ...}
 
 A script imports nothing of fewbits and is run by its path, so an engine whose packages cannot share our
-environment has its own. A new engine is a script here and a row of ENGINES; file types name it in `engines`.
+environment has its own. A new engine is a script here, whose ENGINES has a row of fields of `Engine`; file
+types name it in `engines`. What only the engine needs is imported inside functions, so that we can read the
+row.
 A `parse_<engine>.py` only reads the config: its last line has {"read": ...} or {"refused": ...}.
 
 Tolerances are mean KL divergences in nats, about twice the largest that was measured between the engine and
@@ -20,9 +22,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 from ...files.checkpoint import Checkpoint
@@ -87,43 +89,11 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _transformers(with_package: str = "", *packages: str, **given: object) -> Engine:
-    """transformers, with the package that its quantizer needs."""
-    name = f"transformers+{with_package}" if with_package else "transformers"
-    given.setdefault("install", f"pip install {' '.join(packages) or 'transformers'}")
-    return Engine(name, "run_transformers.py", ("transformers", *packages), **given)  # type: ignore[arg-type]
+def _described() -> Iterator[Engine]:
+    """The engines that the scripts of this folder speak of."""
+    for script in sorted([*SCRIPTS.glob("run_*.py"), *SCRIPTS.glob("parse_*.py")]):
+        for about in import_module(f"{__name__}.{script.stem}").ENGINES:
+            yield Engine(script=script.name, **about)
 
 
-_ALL = (
-    # It rounds activations to 8 bits: 0.015 of 4 bits and more. Beyond that, which formats of 1 to 3 bits
-    # reach, its rounding is put into our forward pass (blocks/rounding.py).
-    Engine(
-        "llama.cpp", "run_llamacpp.py", ("llama-cpp-python",), "pip install 'fewbits[engine]'", tolerance=0.02
-    ),
-    # GPTQ in f32, 1e-7; its AWQ kernel takes f16 only, 6.7e-5.
-    Engine(
-        "GPTQModel", "run_gptqmodel.py", ("gptqmodel",), "`make gptqmodel`", "gptqmodel",
-        wider={"awq": 1.5e-4},
-    ),
-    # Some kernels compute in bf16 or f16: 4.8e-6 of GPTQ, 2.9e-5 of AWQ.
-    _transformers(
-        "gptqmodel", "gptqmodel", "accelerate", install="`make gptqmodel`", apart="gptqmodel",
-        wider={"awq": 6e-5}, by_method={"gptq": ("optimum",)},
-    ),
-    # MX and NVFP types are decoded to bf16: 0.0042.
-    _transformers(
-        "compressed-tensors", "compressed-tensors", apart="compressed-tensors", wider={"mx": 0.01, "nv": 0.01}
-    ),
-    # Its script computes in f32; left alone, 4 bits in bf16 made 0.004, LLM.int8()'s rounding of inputs 0.05.
-    _transformers("bitsandbytes", "bitsandbytes", "accelerate", apart="bitsandbytes"),
-    _transformers("accelerate", "accelerate", apart="fp8"),
-    _transformers("fewbits", imports=("fewbits.transformers",)),
-    _transformers(),
-    Engine(
-        "onnxruntime", "run_onnxruntime.py", ("onnxruntime",), "pip install 'fewbits[onnx]'", "onnx"
-    ),
-    # It computes in f16: 6.3e-5.
-    Engine("mlx-lm", "run_mlx.py", ("mlx-lm",), "pip install mlx-lm 'mlx[cpu]'", "mlx", tolerance=1.5e-4),
-    Engine("vLLM", "parse_vllm.py", ("vllm",), "`make vllm`", "vllm"),
-)  # fmt: skip
-ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in _ALL}
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in _described()}

@@ -23,6 +23,8 @@ import torch
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 PLANES = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
 
+ENGINES = [{"name": "vLLM", "packages": ("vllm",), "install": "`make vllm`", "apart": "vllm"}]
+
 
 class Linear(torch.nn.Module):
     """Stands for the layer, by whose class name a target may match."""

@@ -11,6 +11,12 @@ import sys
 import numpy as np
 import torch
 
+# GPTQ in f32, 1e-7; its AWQ kernel takes f16 only, 6.7e-5.
+ENGINES = [
+    {"name": "GPTQModel", "packages": ("gptqmodel",), "install": "`make gptqmodel`", "apart": "gptqmodel",
+     "wider": {"awq": 1.5e-4}},
+]  # fmt: skip
+
 
 def main(model_path: str, task_path: str, result_path: str) -> None:
     import gptqmodel

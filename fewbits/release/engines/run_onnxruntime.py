@@ -13,6 +13,11 @@ from typing import Any
 
 import numpy as np
 
+ENGINES = [
+    {"name": "onnxruntime", "packages": ("onnxruntime",), "install": "pip install 'fewbits[onnx]'",
+     "apart": "onnx"},
+]  # fmt: skip
+
 
 class Decoder:
     """A session with its cache of keys and values."""

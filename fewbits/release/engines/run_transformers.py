@@ -7,6 +7,27 @@ from typing import Any
 import numpy as np
 import torch
 
+# transformers alone, and with what a quantizer needs: its name, more packages, and what else `Engine` has.
+_WITH: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    ("", (), {}),
+    ("+fewbits", (), {"imports": ("fewbits.transformers",)}),
+    ("+accelerate", ("accelerate",), {"apart": "fp8"}),
+    # In f32, as here; left alone, 4 bits in bf16 made 0.004, LLM.int8()'s rounding of inputs 0.05.
+    ("+bitsandbytes", ("bitsandbytes", "accelerate"), {"apart": "bitsandbytes"}),
+    # MX and NVFP types are decoded to bf16: 0.0042.
+    ("+compressed-tensors", ("compressed-tensors",),
+     {"apart": "compressed-tensors", "wider": {"mx": 0.01, "nv": 0.01}}),
+    # Some kernels compute in bf16 or f16: 4.8e-6 of GPTQ, 2.9e-5 of AWQ.
+    ("+gptqmodel", ("gptqmodel", "accelerate"),
+     {"apart": "gptqmodel", "install": "`make gptqmodel`", "wider": {"awq": 6e-5},
+      "by_method": {"gptq": ("optimum",)}}),
+]  # fmt: skip
+ENGINES = [
+    {"name": f"transformers{name}", "packages": ("transformers", *packages),
+     "install": f"pip install {' '.join(packages) or 'transformers'}", **about}
+    for name, packages, about in _WITH
+]  # fmt: skip
+
 
 def main(model_path: str, task_path: str, result_path: str) -> None:
     import transformers
