@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +19,24 @@ from ..workflow.options import Options
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 TAKEN = (  # the same on the command line as in Options
-    "to", "file", "effort", "method", "smooth", "awq", "rotate", "equalize", "polish", "activations",
+    "to", "file", "effort", "method", "smooth", "awq", "rotate", "equalize", "distill", "activations",
     "kv_cache", "calibrate", "tokens", "context", "seed", "strict_calibration", "requantize", "overwrite",
     "verify_seconds",
 )  # fmt: skip
+
+
+class Renamed(argparse.Action):
+    """An option's old name, for one version: it works, and says what it is called now."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        given: argparse.Namespace,
+        value: object,
+        option: str | None = None,
+    ) -> None:
+        print(f"{parser.prog}: {option} is now called --{self.dest.replace('_', '-')}", file=sys.stderr)
+        setattr(given, self.dest, value)
 
 
 def type_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,9 +82,10 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(f"--{name}", action="store_true", default=None, help=what)
     group.add_argument(
-        "--polish", type=int, metavar="STEPS",
+        "--distill", type=int, metavar="STEPS",
         help="afterwards distil block scales and norms against the model's own logits",
     )  # fmt: skip
+    group.add_argument("--polish", type=int, dest="distill", action=Renamed, help=argparse.SUPPRESS)
     group.add_argument(
         "--activations", metavar="SCHEME",
         help="activations in few bits at run time, such as int8_dynamic: compressed-tensors and native "
