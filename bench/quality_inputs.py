@@ -65,7 +65,7 @@ def inputs(options: argparse.Namespace, quick: str) -> Iterator[Inputs]:
 
 
 def evaluation_text(given: Inputs, file: Path | None, windows: int) -> Text:
-    """The first tokens of a file, or as many as the parent writes."""
+    """The first tokens of a file, or as many as the reference writes."""
     if file is not None:
         return read_text(given.checkpoint, file.read_text(encoding="utf-8"), str(file))
     kept = given.folder / f"text-{windows}.json"

@@ -84,7 +84,7 @@ def by_llama(given: Inputs, row: Row) -> Output:
     kept = _kept(given, name)
     if kept is not None:
         return kept
-    source, out = given.folder / "parent.gguf", given.folder / f"{name}.gguf"
+    source, out = given.folder / "reference.gguf", given.folder / f"{name}.gguf"
     importance = _importance(given)
     convert(given.checkpoint, source, overwrite=True)
     start, threads = time.monotonic(), torch.get_num_threads()
@@ -103,10 +103,12 @@ def _importance(given: Inputs) -> dict[str, Any]:
     return {name: values.numpy() for name, values in means.items()}
 
 
-def with_parents_tables(child: Checkpoint, parent: Checkpoint) -> Checkpoint:
-    """The child with all linear weights outside the blocks (embedding, output) as its parent has them."""
-    outside = {site.name for site in sites(parent) if site.block is None} & set(child.tensors)
-    return replace(child, tensors={**child.tensors, **{name: parent.tensors[name] for name in outside}})
+def with_references_tables(quantized: Checkpoint, reference: Checkpoint) -> Checkpoint:
+    """The quantized model, its linear weights outside the blocks (embedding, output) as in its reference."""
+    outside = {site.name for site in sites(reference) if site.block is None} & set(quantized.tensors)
+    return replace(
+        quantized, tensors={**quantized.tensors, **{name: reference.tensors[name] for name in outside}}
+    )
 
 
 # ---- GPTQModel -----------------------------------------------------------------------------------
@@ -163,12 +165,12 @@ def _keep(given: Inputs, name: str, output: Output) -> Output:
 
 def opened(given: Inputs, row: Row, output: Output) -> Checkpoint:
     """The output, ready to be evaluated. A rotated model's tables are its own."""
-    child = open_checkpoint(Path(output.path))
+    quantized = open_checkpoint(Path(output.path))
     own = row.whole or "rotate" in row.transforms
-    return child if own else with_parents_tables(child, given.checkpoint)
+    return quantized if own else with_references_tables(quantized, given.checkpoint)
 
 
-def bits_of(child: Checkpoint) -> float:
+def bits_of(quantized: Checkpoint) -> float:
     """A quantized weight's."""
-    coded = [tensor for tensor in child.tensors.values() if tensor.quantized]
+    coded = [tensor for tensor in quantized.tensors.values() if tensor.quantized]
     return 8 * sum(tensor.nbytes for tensor in coded) / sum(prod(tensor.shape) for tensor in coded)

@@ -303,37 +303,39 @@ def test_more_bits_lose_less_and_a_model_out_of_reach_is_refused():
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory):
-    return open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("model") / "parent"))
+def reference(tmp_path_factory):
+    return open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("model") / "reference"))
 
 
-def test_children_run_quantized_and_say_so_while_the_parent_stays_float(parent):
+def test_quantized_models_run_quantized_and_say_so_while_the_reference_stays_float(reference):
     text = Text(TOKENS.flatten().repeat(4), "random tokens")
     limits = {"context": 32, "prompts": 1, "prompt_tokens": 4, "new_tokens": 4}
-    plain = evaluate(parent, [parent], text, Settings(**limits))
+    plain = evaluate(reference, [reference], text, Settings(**limits))
     with_eight = Simulation("int8_dynamic", calibration=TOKENS, limit_db=0)
     costs = []
     for simulation in (with_eight, Simulation("int4_dynamic")):
-        found = evaluate(parent, [parent], text, Settings(**limits, simulation=simulation))
-        assert found.parent.perplexity == plain.parent.perplexity and found.parent.simulated is None
-        assert found.children[0].simulated.sites == 14
+        found = evaluate(reference, [reference], text, Settings(**limits, simulation=simulation))
+        assert found.reference.perplexity == plain.reference.perplexity and found.reference.simulated is None
+        assert found.quantized_models[0].simulated.sites == 14
         assert f"ran with activations {simulation.activations} at 14 sites" in found.table()
         assert f'"activations": "{simulation.activations}"' in found.to_json()
-        costs.append(found.children[0].fidelity.kl.value)
+        costs.append(found.quantized_models[0].fidelity.kl.value)
     assert 0 < costs[0] < costs[1]
-    assert plain.children[0].simulated is None and "ran with" not in plain.table()
+    assert plain.quantized_models[0].simulated is None and "ran with" not in plain.table()
 
 
-def test_a_site_left_in_float_is_named_and_all_left_is_parity(parent):
+def test_a_site_left_in_float_is_named_and_all_left_is_parity(reference):
     text = Text(TOKENS.flatten().repeat(4), "random tokens")
     simulation = Simulation("int8_static", calibration=TOKENS, limit_db=1000)
-    found = evaluate(parent, [parent], text, Settings(context=32, prompts=0, simulation=simulation))
-    assert found.children[0].fidelity.kl == (0.0, 0.0)
-    assert found.children[0].simulated.sites == 0 and len(found.children[0].simulated.left) == 14
+    found = evaluate(reference, [reference], text, Settings(context=32, prompts=0, simulation=simulation))
+    assert found.quantized_models[0].fidelity.kl == (0.0, 0.0)
+    assert (
+        found.quantized_models[0].simulated.sites == 0 and len(found.quantized_models[0].simulated.left) == 14
+    )
     assert "14 left in float (model.layers.0.self_attn.q_proj.weight" in found.table()
 
 
-def test_bad_simulations_are_refused_before_anything_runs(parent):
+def test_bad_simulations_are_refused_before_anything_runs(reference):
     text = Text(TOKENS.flatten().repeat(4), "random tokens")
     with pytest.raises(PlanError, match=r"did you mean int8_dynamic.*known: "):
         Simulation("int8_dynamics")
@@ -345,4 +347,4 @@ def test_bad_simulations_are_refused_before_anything_runs(parent):
         (Simulation("int8_dynamic", calibration=TOKENS[:0]), r"\(0, 16\)"),
     ):
         with pytest.raises(CalibrationError, match=said):
-            evaluate(parent, [parent], text, Settings(context=32, simulation=simulation))
+            evaluate(reference, [reference], text, Settings(context=32, simulation=simulation))

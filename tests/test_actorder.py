@@ -1,4 +1,4 @@
-"""Act order from the command to every file: quantize, convert, polish, and packed in transformers."""
+"""Act order from the command to every file: quantize, convert, distill, and packed in transformers."""
 
 import json
 from dataclasses import replace
@@ -139,8 +139,8 @@ def test_transformers_holds_it_packed(packed, tmp_path):
 
 
 def test_effort_best_leaves_columns_in_their_groups(model, tmp_path):
-    """Learned rounding moves codes, polish moves scales."""
-    method = replace(EFFORTS["best"], learn="light", polish=4)
+    """Learned rounding moves codes, distill moves scales."""
+    method = replace(EFFORTS["best"], learn="light", distill=4)
     asked = Request(ACTORDER, file="gptq_v2", method=method, tokens=Tokens.of(WINDOWS, "random"))
     quantize(model, tmp_path / "best", asked)
     quantize(model, tmp_path / "good", replace(asked, method=EFFORTS["good"]))

@@ -128,13 +128,13 @@ def test_two_runs_of_one_output_exclude_each_other(folder):
 
 # ---- killed ------------------------------------------------------------------------------------------
 
-POLISH = 30  # steps: the state is kept after 25
+DISTILL = 30  # steps: the state is kept after 25
 RUN = """
 import os, signal, sys
 from fewbits.workflow.blockwise import job
 from fewbits.workflow import blockstore
 from fewbits.storage.stream import StreamFile
-from fewbits.train import polish
+from fewbits.train import distill
 from tests.test_blockstore import calibrated
 
 source, out, point, after = *sys.argv[1:4], int(sys.argv[4])
@@ -170,11 +170,11 @@ if point == "renamed":
     StreamFile.finish = dying(StreamFile.finish)
 if point == "receipt":
     blockstore.BlockStore.remove = dying(blockstore.BlockStore.remove)
-if point == "polish":
-    polish._Run.advance = dying(polish._Run.advance)
-calibrated(source, out, point == "polish")
+if point == "distill":
+    distill._Run.advance = dying(distill._Run.advance)
+calibrated(source, out, point == "distill")
 """
-# Where runs are killed, and after how many calls: a block has 7 weights, polish 30 steps.
+# Where runs are killed, and after how many calls: a block has 7 weights, distill 30 steps.
 POINTS = {
     "inside": 9,
     "unclaimed": 0,
@@ -182,7 +182,7 @@ POINTS = {
     "unindexed": 0,
     "between": 1,
     "output": 4,
-    "polish": 27,
+    "distill": 27,
 }
 LATE = ("renamed", "receipt")  # when the output is in its place
 FAST = ("inside", "output")
@@ -194,10 +194,10 @@ def model(tmp_path_factory) -> Path:
     return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("m") / "model", **shape)
 
 
-def calibrated(model: str | Path, out: str | Path, polished: bool) -> None:
+def calibrated(model: str | Path, out: str | Path, distilled: bool) -> None:
     """The run that is killed, and that is not."""
     windows = torch.randint(0, VOCAB, (12, 32), generator=torch.Generator().manual_seed(0))
-    method = Method("gptq", sequential=True, gptaq=True, polish=POLISH if polished else 0)
+    method = Method("gptq", sequential=True, gptaq=True, distill=DISTILL if distilled else 0)
     quantize(model, out, Request("q4_0", method=method, tokens=Tokens.of(windows, "random")))
 
 
@@ -208,14 +208,14 @@ def spawn(model: Path, out: Path, point: str, after: int) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory) -> dict[bool, bytes]:
-    """polished? -> the output of a run that nothing stopped; made when asked for."""
+    """distilled? -> the output of a run that nothing stopped; made when asked for."""
 
     class Whole(dict):
-        def __missing__(self, polished: bool) -> bytes:
+        def __missing__(self, distilled: bool) -> bytes:
             out = tmp_path_factory.mktemp("whole") / "m.gguf"
-            calibrated(model, out, polished)
-            self[polished] = out.read_bytes()
-            return self[polished]
+            calibrated(model, out, distilled)
+            self[distilled] = out.read_bytes()
+            return self[distilled]
 
     return Whole()
 
@@ -236,15 +236,15 @@ def test_a_killed_run_is_continued_to_the_same_bytes(model, whole, tmp_path, poi
         "unindexed": 0,
         "between": 2,
         "output": 2,
-        "polish": 2,
+        "distill": 2,
     }[point]
     assert {f"block-{i:04d}.json" for i in range(blocks)} == {
         name for name in kept if "block" in name and "json" in name
     }
-    assert ("polish.state" in kept) == (point == "polish")
+    assert ("distill.state" in kept) == (point == "distill")
     assert ("block-0000.safetensors" in kept) or blocks == 0
-    calibrated(model, out, point == "polish")
-    assert out.read_bytes() == whole[point == "polish"]
+    calibrated(model, out, point == "distill")
+    assert out.read_bytes() == whole[point == "distill"]
     assert not (tmp_path / "m.gguf.blocks").exists()
 
 

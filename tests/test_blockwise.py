@@ -78,10 +78,10 @@ def rows_of(receipt: Receipt) -> dict[str, TensorRow]:
     return {row.name: row for row in receipt.tensors}
 
 
-def logit_error(model: Path, child: Path, tokens: Tokens) -> float:
+def logit_error(model: Path, quantized: Path, tokens: Tokens) -> float:
     """Mean square of the change of the logits, over that of the logits."""
     with torch.no_grad():
-        wanted, got = (load_model(open_checkpoint(at))(tokens.windows).logits for at in (model, child))
+        wanted, got = (load_model(open_checkpoint(at))(tokens.windows).logits for at in (model, quantized))
     return float((got - wanted).square().mean() / wanted.square().mean())
 
 
@@ -138,14 +138,14 @@ OPTIONS = {
     "equalize": (replace(GOOD, transforms=("equalize",)), {"transforms": ["equalize"]}),
     "rotate": (replace(GOOD, transforms=("rotate",)), {"transforms": ["rotate"]}),
     "learn": (METHODS["learned"], {"learn": "light"}),
-    "polish": (replace(GOOD, polish=3), {"polish": 3}),
+    "distill": (replace(GOOD, distill=3), {"distill": 3}),
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_is_followed_and_recorded(llama, plain_error, tmp_path, name):
     method, recorded = OPTIONS[name]
-    tokens = tokens_of(windows=12 if method.polish else 8)
+    tokens = tokens_of(windows=12 if method.distill else 8)
     receipt = quantize(llama, tmp_path / "n", replace(asked(method=method), tokens=tokens))
     told = Receipt.from_json((tmp_path / "n/receipt.json").read_text())
     assert receipt.to_json() == told.to_json()
@@ -158,11 +158,11 @@ def test_every_option_is_followed_and_recorded(llama, plain_error, tmp_path, nam
         assert any("rotated" in note for note in receipt.notes)
     if name == "learn":
         assert rows[Q].options["learn"] == "light"
-    if name == "polish":
-        (note,) = [note for note in receipt.notes if note.startswith("polished: ")]
+    if name == "distill":
+        (note,) = [note for note in receipt.notes if note.startswith("distilled: ")]
         before, after = (float(number) for number in re.findall(r"\d+\.\d+", note))
-        polished = [row for row in rows.values() if row.options.get("polish") == 3]
-        assert 0 < after <= before and bool(polished) == (after < before)
+        distilled = [row for row in rows.values() if row.options.get("distill") == 3]
+        assert 0 < after <= before and bool(distilled) == (after < before)
     if method.algorithm == "gptq":  # what weighs columns alone may lose more of the logits
         assert 0 < logit_error(llama, tmp_path / "n", tokens_of()) < plain_error
 

@@ -26,8 +26,8 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def child(model, tmp_path_factory) -> Path:
-    at = tmp_path_factory.mktemp("child") / "tiny-Q8_0.gguf"
+def quantized(model, tmp_path_factory) -> Path:
+    at = tmp_path_factory.mktemp("quantized") / "tiny-Q8_0.gguf"
     assert main(["quantize", str(model), "--to", "q8_0", "--effort", "fast", "--out", str(at), "--json"]) == 0
     return at
 
@@ -178,36 +178,36 @@ ERRORS = {
     "no such plan": (["quantize", "{model}", "--plan", "none.toml"], "none.toml: the plan cannot be read"),
     "plan no TOML": (["quantize", "{model}", "--plan", "{model}/config.json"], "not TOML"),
     "output in the way": (
-        ["quantize", "{model}", "--to", "q8_0", "--out", "{child}"],
+        ["quantize", "{model}", "--to", "q8_0", "--out", "{quantized}"],
         "exists; choose another",
     ),
     "output under a file": (
-        ["quantize", "{model}", "--to", "q8_0", "--out", "{child}/x.gguf"],
+        ["quantize", "{model}", "--to", "q8_0", "--out", "{quantized}/x.gguf"],
         "cannot be made",
     ),
     "output of no format": (["convert", "{model}", "{model}"], "is the input itself"),
-    "already quantized": (["quantize", "{child}", "--to", "q4_0", "--out", "x.gguf"], "--requantize"),
-    "text": (["evaluate", "{model}", "{child}", "--text", "none.txt"], "none.txt: cannot be read"),
-    "text not UTF-8": (["evaluate", "{model}", "{child}", "--text", "{child}"], "is not UTF-8"),
+    "already quantized": (["quantize", "{quantized}", "--to", "q4_0", "--out", "x.gguf"], "--requantize"),
+    "text": (["evaluate", "{model}", "{quantized}", "--text", "none.txt"], "none.txt: cannot be read"),
+    "text not UTF-8": (["evaluate", "{model}", "{quantized}", "--text", "{quantized}"], "is not UTF-8"),
     "text too short": (
-        ["evaluate", "{model}", "{child}", "--text", "{model}/tokenizer_config.json"],
+        ["evaluate", "{model}", "{quantized}", "--text", "{model}/tokenizer_config.json"],
         "tokens",
     ),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_an_error_is_one_message_on_stderr_and_exit_code_1(model, child, run, case):
+def test_an_error_is_one_message_on_stderr_and_exit_code_1(model, quantized, run, case):
     arguments, says = ERRORS[case]
-    places = {"model": str(model), "child": str(child), "here": "."}
+    places = {"model": str(model), "quantized": str(quantized), "here": "."}
     arguments = [argument.format(**places) for argument in arguments]
-    before = child.read_bytes()
+    before = quantized.read_bytes()
     code, out, err = run(*arguments)
     assert (code, out) == (1, "")
     err = without_need(err)
     assert says in err and err.startswith(f"fewbits {arguments[0]}: error: ")
     assert "Traceback" not in err
-    assert list(Path(".").iterdir()) == [] and child.read_bytes() == before
+    assert list(Path(".").iterdir()) == [] and quantized.read_bytes() == before
 
 
 def test_debug_shows_where_an_error_comes_from(model):
@@ -261,22 +261,22 @@ def test_a_rule_that_needs_a_text_gets_it_under_a_method_that_needs_none(model, 
 # The other commands
 
 
-def test_convert(child, run):
-    code, out, err = run("convert", child, "native")
+def test_convert(quantized, run):
+    code, out, err = run("convert", quantized, "native")
     assert (code, err) == (0, "") and out.endswith("wrote native\n")
     code, out, err = run("convert", "native", "again.gguf", "--json")
     assert (code, err) == (0, f"fewbits: {MISSING.line()}\n") and Receipt.from_json(
         out
     ).target == "again.gguf"
-    assert Path("again.gguf").read_bytes() == child.read_bytes()
+    assert Path("again.gguf").read_bytes() == quantized.read_bytes()
     assert run("convert", "native", "again.gguf")[0] == 1
     assert run("convert", "native", "again.gguf", "--overwrite")[0] == 0
 
 
-@pytest.mark.parametrize("which", ["model", "child", "native"])
-def test_inspect(model, child, run, which):
+@pytest.mark.parametrize("which", ["model", "quantized", "native"])
+def test_inspect(model, quantized, run, which):
     run("quantize", model, "--to", "int4_g32", "--out", "native", "--effort", "fast")
-    path = {"model": model, "child": child, "native": Path("native")}[which]
+    path = {"model": model, "quantized": quantized, "native": Path("native")}[which]
     code, out, err = run("inspect", path, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
@@ -303,18 +303,18 @@ def test_inspect_of_a_split_model_without_its_weights_is_an_error(model, run):
 
 
 @pytest.mark.parametrize("text", [True, False])
-def test_evaluate(model, child, run, text):
+def test_evaluate(model, quantized, run, text):
     Path("text.txt").write_text(CORPUS * 3, encoding="utf-8")
     source = ["--text", "text.txt"] if text else ["--sample", 128, "--seed", 1]
     options = ["--context", 32, "--windows", 4, "--prompts", 1]
-    code, out, err = run("evaluate", model, child, *source, *options, "--json")
+    code, out, err = run("evaluate", model, quantized, *source, *options, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert [row["name"] for row in found["children"]] == [child.name]
-    assert 0 < found["children"][0]["fidelity"]["kl"][0] < 0.1
+    assert [row["name"] for row in found["quantized_models"]] == [quantized.name]
+    assert 0 < found["quantized_models"][0]["fidelity"]["kl"][0] < 0.1
     assert found["tokens_scored"] == 4 * 15  # positions 16 to 30 of 32: each predicts the next
-    code, out, err = run("evaluate", model, child, *source, *options, "--show")
-    assert (code, err) == (0, "") and child.name in out
+    code, out, err = run("evaluate", model, quantized, *source, *options, "--show")
+    assert (code, err) == (0, "") and quantized.name in out
 
 
 def test_formats(run):
@@ -401,6 +401,12 @@ def test_options_add_to_an_effort():
     assert method("--method", "gptq") == METHODS["gptq"] and method("--no-search") == EFFORTS["fast"]
     assert method("--effort", "best", "--awq", "--rotate").transforms == ("rotate", "awq")
     assert method("--smooth", "0.5").transform_options == {"alpha": 0.5}
-    assert method("--smooth").transforms == ("smooth",) and method("--polish", "7").polish == 7
+    assert method("--smooth").transforms == ("smooth",) and method("--distill", "7").distill == 7
     with pytest.raises(PlanError, match="give one of them"):
         method("--effort", "fast", "--method", "gptq")
+
+
+def test_the_old_name_of_an_option_works_and_says_the_new_one(model, run):
+    """--polish is --distill; too little text for it is refused under its new name."""
+    code, _, err = run("quantize", model, "--to", "q4_0", "--effort", "good", "--polish", 5, "--tokens", 512)
+    assert code == 1 and "--polish is now called --distill" in err and "distill needs" in err

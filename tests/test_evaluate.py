@@ -28,13 +28,13 @@ SMALL = Settings(context=32, prompts=2, prompt_tokens=6, new_tokens=8)
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory):
-    return open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("model") / "parent"))
+def reference(tmp_path_factory):
+    return open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("model") / "reference"))
 
 
 @pytest.fixture(scope="module")
-def text(parent):
-    vocabulary = parent.config["vocab_size"]
+def text(reference):
+    vocabulary = reference.config["vocab_size"]
     generator = torch.Generator().manual_seed(0)
     return Text(torch.randint(vocabulary, (130,), generator=generator), "random tokens")
 
@@ -54,32 +54,36 @@ def noisy(checkpoint, size, name):
     return replace(checkpoint, tensors=tensors, path=checkpoint.path.with_name(name))
 
 
-def test_a_child_equal_to_its_parent_is_at_parity_exactly(parent, text):
-    found = evaluate(parent, [parent], text, SMALL)
-    far = found.children[0].fidelity
+def test_a_quantized_equal_to_its_reference_is_at_parity_exactly(reference, text):
+    found = evaluate(reference, [reference], text, SMALL)
+    far = found.quantized_models[0].fidelity
     assert (far.kl, far.kl_median, far.kl_99, far.kl_999, far.kl_max) == ((0.0, 0.0), 0.0, 0.0, 0.0, 0.0)
     assert (far.agreement, far.perplexity_ratio) == ((1.0, 0.0), (1.0, 0.0))
-    assert found.children[0].perplexity == found.parent.perplexity
-    assert [c.diverges_at for c in found.children[0].continuations] == [None, None]
+    assert found.quantized_models[0].perplexity == found.parent.perplexity
+    assert [c.diverges_at for c in found.quantized_models[0].continuations] == [None, None]
     assert found.tokens_scored == 4 * 15
 
 
-def test_more_noise_costs_more_by_every_measure(parent, text):
-    children = [noisy(parent, size, f"noise-{size}") for size in (0.01, 0.1, 1.0)]
-    found = evaluate(parent, children, text, SMALL)
-    by_size = [child.fidelity for child in found.children]
+def test_more_noise_costs_more_by_every_measure(reference, text):
+    quantized_models = [noisy(reference, size, f"noise-{size}") for size in (0.01, 0.1, 1.0)]
+    found = evaluate(reference, quantized_models, text, SMALL)
+    by_size = [quantized.fidelity for quantized in found.quantized_models]
     for measure in ("kl_median", "kl_99", "kl_max"):
         values = [getattr(far, measure) for far in by_size]
         assert values == sorted(values) and values[0] > 0
     assert by_size[0].kl.value < by_size[1].kl.value < by_size[2].kl.value
     assert by_size[0].agreement.value > by_size[2].agreement.value
-    assert [child.name for child in found.children] == ["noise-0.01", "noise-0.1", "noise-1.0"]
+    assert [quantized.name for quantized in found.quantized_models] == [
+        "noise-0.01",
+        "noise-0.1",
+        "noise-1.0",
+    ]
 
 
-def test_perplexity_equals_a_plain_loop_over_the_text(parent, text):
+def test_perplexity_equals_a_plain_loop_over_the_text(reference, text):
     """The plainest reading of llama-perplexity: position i of the second half predicts token i + 1."""
-    found = evaluate(parent, [], text, SMALL)
-    model, losses = load_model(parent, torch.float32), []
+    found = evaluate(reference, [], text, SMALL)
+    model, losses = load_model(reference, torch.float32), []
     for start in range(0, 128, 32):
         window = text.tokens[start : start + 32]
         with torch.inference_mode():
@@ -122,60 +126,62 @@ def test_text_that_cannot_be_scored_is_refused_with_numbers(tokens, limits, part
     assert all(part in str(caught.value) for part in [*parts, "here"])
 
 
-def test_models_that_cannot_be_compared_are_all_named(parent, text):
-    other = replace(parent, config={**parent.config, "vocab_size": 7}, path=parent.path.with_name("small"))
-    empty = replace(parent, config={}, path=parent.path.with_name("unknown"))
+def test_models_that_cannot_be_compared_are_all_named(reference, text):
+    other = replace(
+        reference, config={**reference.config, "vocab_size": 7}, path=reference.path.with_name("small")
+    )
+    empty = replace(reference, config={}, path=reference.path.with_name("unknown"))
     with pytest.raises(ModelError) as caught:
-        evaluate(parent, [other, empty], text, replace(SMALL, context=100_000))
+        evaluate(reference, [other, empty], text, replace(SMALL, context=100_000))
     for part in ("small: a vocabulary of 7", "unknown: its config names no vocab_size", "context 100000"):
         assert part in str(caught.value)
 
 
-def test_a_model_whose_output_is_not_finite_is_an_error(parent, text):
-    broken = noisy(parent, float("nan"), "broken")
+def test_a_model_whose_output_is_not_finite_is_an_error(reference, text):
+    broken = noisy(reference, float("nan"), "broken")
     with pytest.raises(ModelError, match="broken"):
-        evaluate(parent, [broken], text, SMALL)
+        evaluate(reference, [broken], text, SMALL)
     with pytest.raises(CalibrationError, match=r"not finite at token 1: \d+ of"):
         self_text(broken, 4, context=4)
 
 
-def test_a_full_scratch_disk_is_an_error_with_both_numbers(parent, text, monkeypatch):
+def test_a_full_scratch_disk_is_an_error_with_both_numbers(reference, text, monkeypatch):
     usage = type("Usage", (), {"free": 1024})
     monkeypatch.setattr(compare.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(FileError, match=r"free: 1\.0 KiB"):
-        evaluate(parent, [], text, SMALL)
+        evaluate(reference, [], text, SMALL)
 
 
-def test_nothing_is_left_on_the_scratch_disk(parent, text, tmp_path):
-    evaluate(parent, [parent], text, replace(SMALL, scratch=tmp_path))
+def test_nothing_is_left_on_the_scratch_disk(reference, text, tmp_path):
+    evaluate(reference, [reference], text, replace(SMALL, scratch=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_and_table_hold_every_model(parent, text):
+def test_json_and_table_hold_every_model(reference, text):
     found = evaluate(
-        parent, [noisy(parent, 0.1, "child")], text, SMALL, decode=lambda tokens: f"<{len(tokens)}>"
+        reference, [noisy(reference, 0.1, "quantized")], text, SMALL, decode=lambda tokens: f"<{len(tokens)}>"
     )
     body = json.loads(found.to_json())
-    assert body["children"][0]["fidelity"]["kl"][0] == found.children[0].fidelity.kl.value
-    assert body["children"][0]["continuations"][0]["prompt"] == "<6>"
-    for part in ("parent", "child", "random tokens", "60 tokens scored"):
+    assert body["quantized_models"][0]["fidelity"]["kl"][0] == found.quantized_models[0].fidelity.kl.value
+    assert body["quantized_models"][0]["continuations"][0]["prompt"] == "<6>"
+    for part in ("reference", "quantized", "random tokens", "60 tokens scored"):
         assert part in found.table()
 
 
-def test_progress_counts_every_stage_to_its_end(parent, text):
+def test_progress_counts_every_stage_to_its_end(reference, text):
     seen = {}
     evaluate(
-        parent,
-        [noisy(parent, 0.1, "child")],
+        reference,
+        [noisy(reference, 0.1, "quantized")],
         text,
         SMALL,
         progress=lambda *step: seen.update([(step[0], step[1:])]),
     )
     assert seen == {
-        "parent: windows": (4, 4),
-        "parent: generating": (8, 8),
-        "child: windows": (4, 4),
-        "child: generating": (8, 8),
+        "reference: windows": (4, 4),
+        "reference: generating": (8, 8),
+        "quantized model: windows": (4, 4),
+        "quantized model: generating": (8, 8),
     }
 
 
@@ -195,7 +201,7 @@ def test_scores_equal_their_formulas(pair):
     assert float(scores.kl.min()) > -1e-6  # p sums to 1 within f32 rounding only
     far = fidelity(scores)
     assert far.kl_median <= far.kl_99 <= far.kl_999 <= far.kl_max
-    ratio = perplexity(scores.nll_child).value / perplexity(scores.nll_parent).value
+    ratio = perplexity(scores.nll_quantized).value / perplexity(scores.nll_reference).value
     assert far.perplexity_ratio.value == pytest.approx(ratio, rel=1e-9)
 
 
@@ -241,8 +247,8 @@ def test_loops_by_hand(line, period):
     assert repetition_loop(line) == period
 
 
-def test_greedy_with_a_cache_equals_greedy_without(parent, text):
-    model = load_model(parent, torch.float32)
+def test_greedy_with_a_cache_equals_greedy_without(reference, text):
+    model = load_model(reference, torch.float32)
     prompts = text.tokens[:20].view(2, 10)
     plain = prompts
     with torch.inference_mode():
@@ -253,14 +259,14 @@ def test_greedy_with_a_cache_equals_greedy_without(parent, text):
     assert greedy(model, prompts, 5, frozenset([stop]))[0] == plain[0, 10:12].tolist()
 
 
-def test_sampled_text_is_repeatable_and_says_where_it_comes_from(parent):
-    first, again = (self_text(parent, 40, seed=3, context=16) for _ in range(2))
+def test_sampled_text_is_repeatable_and_says_where_it_comes_from(reference):
+    first, again = (self_text(reference, 40, seed=3, context=16) for _ in range(2))
     assert torch.equal(first.tokens, again.tokens)
     assert len(first.tokens) == 48 and first.tokens.dtype == torch.int64
-    assert not torch.equal(first.tokens, self_text(parent, 40, seed=4, context=16).tokens)
-    assert "sampled from the parent itself" in first.source and "seed 3" in first.source
+    assert not torch.equal(first.tokens, self_text(reference, 40, seed=4, context=16).tokens)
+    assert "sampled from the reference itself" in first.source and "seed 3" in first.source
     with pytest.raises(FewbitsError, match="0 tokens"):
-        self_text(parent, 0)
+        self_text(reference, 0)
 
 
 def test_draws_follow_the_distribution():
@@ -294,11 +300,11 @@ def test_block_by_block_the_figures_are_the_same(tmp_path):
         with pytest.raises(ModelError, match="simulated in a whole model"):
             evaluate(source, made, tokens, simulated)
     assert whole.not_generated is None and "do not fit the memory" in parts.table()
-    assert {model.ran for model in (whole.parent, *whole.children)} == {"whole, float32"}
-    assert parts.parent.perplexity.value == pytest.approx(whole.parent.perplexity.value, rel=1e-4)
-    for a, b in zip(whole.children, parts.children, strict=True):
+    assert {model.ran for model in (whole.reference, *whole.quantized_models)} == {"whole, float32"}
+    assert parts.reference.perplexity.value == pytest.approx(whole.reference.perplexity.value, rel=1e-4)
+    for a, b in zip(whole.quantized_models, parts.quantized_models, strict=True):
         assert b.ran == "block by block" and not b.continuations and a.continuations
         assert b.fidelity.kl.value == pytest.approx(a.fidelity.kl.value, rel=1e-2, abs=1e-7)
         assert b.fidelity.agreement == a.fidelity.agreement
-    fine, coarse = parts.children[1].block_errors, parts.children[0].block_errors
+    fine, coarse = parts.quantized_models[1].block_errors, parts.quantized_models[0].block_errors
     assert len(fine) == len(coarse) == 2 and all(0 < x < y < 1 for x, y in zip(fine, coarse, strict=True))

@@ -139,7 +139,7 @@ def test_a_model_reads_its_cache_and_nothing_stays_behind(name):
 
 
 def test_evaluate_reports_the_cache(tmp_path):
-    parent = open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path / "parent"))
+    reference = open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path / "reference"))
     text = Text(torch.randint(600, (2 * 200,), generator=torch.Generator().manual_seed(0)), "random tokens")
     costs = {}
     calibration = torch.randint(600, (2, 64), generator=torch.Generator().manual_seed(1))
@@ -151,11 +151,11 @@ def test_evaluate_reports_the_cache(tmp_path):
             new_tokens=3,
             simulation=Simulation(cache=name, calibration=calibration),
         )
-        found = evaluate(parent, [parent], text, limits)
-        child = found.children[0]
-        costs[name] = child.fidelity.kl.value
+        found = evaluate(reference, [reference], text, limits)
+        quantized = found.quantized_models[0]
+        costs[name] = quantized.fidelity.kl.value
         bits = CACHES.get(name).bits_per_number(64)
-        assert (child.simulated.cache, child.simulated.cache_bits) == (name, bits)
+        assert (quantized.simulated.cache, quantized.simulated.cache_bits) == (name, bits)
         assert f"ran with cache {name} ({bits:g} bits a number)." in found.table()
     assert 0 < costs["int8"] < costs["int4"] and costs["int8"] < costs["int2"]
     assert costs["int8"] < costs["fp8"] < costs["int4"]

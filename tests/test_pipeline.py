@@ -90,7 +90,7 @@ def test_the_receipt_is_true_of_a_gguf_file(models, name, to, tmp_path):
 @pytest.mark.parametrize("to", ["int4_g32", "nf4", "mxfp4", "int8_channel_asym", "q4_k_m"])
 def test_the_receipt_is_true_of_a_native_directory(llama, to, tmp_path):
     receipt = quantize(llama, tmp_path / "n", Request(to, file="native"))
-    source, child = open_checkpoint(llama), open_checkpoint(tmp_path / "n")
+    source, quantized = open_checkpoint(llama), open_checkpoint(tmp_path / "n")
     assert [row.name for row in receipt.tensors] == list(source.tensors)
     with safe_open(tmp_path / "n/model.safetensors", "pt") as file:
         planes = {
@@ -98,7 +98,7 @@ def test_the_receipt_is_true_of_a_native_directory(llama, to, tmp_path):
             for key in list(file.keys())
         }
     for row in receipt.tensors:
-        value = child.tensors[row.name].load()
+        value = quantized.tensors[row.name].load()
         names = [row.name]
         if isinstance(value, QTensor):
             assert value.format.name == row.format
@@ -281,7 +281,7 @@ def test_an_unknown_architecture_goes_to_a_native_directory_only(models, tmp_pat
         matrices = [row for row in receipt.tensors if len(row.shape) == 2 and "layers" in row.name]
         assert len(matrices) == 8
         assert {row.format for row in matrices} <= {kind, "q6_k", "q5_k"}
-        child = load_model(open_checkpoint(tmp_path / to))
-        assert torch.isfinite(child(torch.tensor([[1, 2, 3]])).logits).all()
+        quantized = load_model(open_checkpoint(tmp_path / to))
+        assert torch.isfinite(quantized(torch.tensor([[1, 2, 3]])).logits).all()
     index = json.loads((tmp_path / "int4_g32/fewbits.json").read_text())
     assert {row["format"] for row in index["tensors"].values()} == {"int4_g32"}

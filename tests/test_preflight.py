@@ -120,10 +120,10 @@ def test_whole_models_in_memory_are_counted(tiny):
     checkpoint, request = open_checkpoint(tiny("LlamaForCausalLM")), calibrated("gptq")
     plain = preflight(checkpoint, request).work
     written = preflight(checkpoint, request, writes_text=True).work
-    polished = preflight(checkpoint, replace(request, method=replace(request.method, polish=5))).work
-    assert [w.way for w in (plain, written, polished)] == ["block by block", "whole model", "whole model"]
-    assert "writing the text" in written.seconds and "polish" in polished.seconds
-    assert polished.seconds.keys() - plain.seconds.keys() == {"polish"}
+    distilled = preflight(checkpoint, replace(request, method=replace(request.method, distill=5))).work
+    assert [w.way for w in (plain, written, distilled)] == ["block by block", "whole model", "whole model"]
+    assert "writing the text" in written.seconds and "distill" in distilled.seconds
+    assert distilled.seconds.keys() - plain.seconds.keys() == {"distill"}
 
 
 def test_what_quantize_refuses_is_refused():

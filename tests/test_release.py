@@ -18,13 +18,13 @@ from fewbits.workflow.request import Request
 from fewbits.workflow.run import run as quantize
 from tests.tiny import save_tiny
 
-SAID = "---\nlicense: apache-2.0\nbase_model: org/base\ntags:\n- x\n---\n# Parent\n"
+SAID = "---\nlicense: apache-2.0\nbase_model: org/base\ntags:\n- x\n---\n# Reference\n"
 SAME = Outcome("llama.cpp", "same", "1.0", 0.1, 0.001, 8, 1.0)
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory):
-    path = save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("release") / "parent")
+def reference(tmp_path_factory):
+    path = save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("release") / "reference")
     (path / "README.md").write_text(SAID)
     (path / "LICENSE").write_text("free")
     return open_checkpoint(path)
@@ -36,55 +36,57 @@ def quantized(model, out):
 
 
 @pytest.fixture(params=["m.gguf", "m"])
-def output(parent, tmp_path, request):
+def output(reference, tmp_path, request):
     out = tmp_path / request.param
-    return out, quantize(parent, out, Request("q8_0" if out.suffix else "int8_g32"))
+    return out, quantize(reference, out, Request("q8_0" if out.suffix else "int8_g32"))
 
 
-def test_nothing_is_lost_on_the_way(parent, output):
-    assert audit(parent, open_checkpoint(output[0])) == []
+def test_nothing_is_lost_on_the_way(reference, output):
+    assert audit(reference, open_checkpoint(output[0])) == []
 
 
 LOSSES = {
     "chat_template.jinja": "chat template is missing",
     "tokenizer.json": "tokenizer cannot be loaded",
-    "LICENSE": "LICENSE of the parent is missing",
+    "LICENSE": "LICENSE of the reference is missing",
 }
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_is_told(parent, tmp_path, name):
+def test_a_loss_is_told(reference, tmp_path, name):
     out = tmp_path / "m"
-    quantize(parent, out, Request("int8_g32"))
+    quantize(reference, out, Request("int8_g32"))
     (out / name).unlink()
-    assert any(LOSSES[name] in found for found in audit(parent, open_checkpoint(out)))
+    assert any(LOSSES[name] in found for found in audit(reference, open_checkpoint(out)))
 
 
-def test_other_special_tokens_and_added_tokens_are_told(parent, tmp_path):
-    out = shutil.copytree(parent.path, tmp_path / "m")
+def test_other_special_tokens_and_added_tokens_are_told(reference, tmp_path):
+    out = shutil.copytree(reference.path, tmp_path / "m")
     settings = json.loads((out / "tokenizer_config.json").read_text()) | {"eos_token": "<s>"}
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert any("eos token is 1, the parent's 2" in found for found in audit(parent, open_checkpoint(out)))
+    assert any(
+        "eos token is 1, the reference's 2" in found for found in audit(reference, open_checkpoint(out))
+    )
 
 
-def test_the_card_inherits_and_says_what_is_known(parent, output):
+def test_the_card_inherits_and_says_what_is_known(reference, output):
     out, receipt = output
-    receipt = finished(receipt, parent, out, SAME)
+    receipt = finished(receipt, reference, out, SAME)
     card, front = card_path(out).read_text(), metadata_load(card_path(out))
     assert front["license"] == "apache-2.0" and front["base_model"] == "org/base"
     assert front["base_model_relation"] == "quantized"
-    assert "same" in card and "not measured" in card and "Parent" not in card
+    assert "same" in card and "not measured" in card and "Reference" not in card
     figures = {"text": "t", "tokens": 9, "context": 8, "kl": 0.25, "kl_error": 0.01, "agreement": 0.5,
-               "perplexity": 3.0, "parent_perplexity": 2.0}  # fmt: skip
+               "perplexity": 3.0, "reference_perplexity": 2.0}  # fmt: skip
     measured(out, figures)
     assert "0.2500" in card_path(out).read_text() and read_receipt(out).evaluation["kl"] == 0.25
     assert read_receipt(out).verified["verdict"] == "same"
 
 
-def test_a_card_s_yaml_is_read_as_the_hub_reads_it(tmp_path, output, parent):
+def test_a_card_s_yaml_is_read_as_the_hub_reads_it(tmp_path, output, reference):
     """Quoted values and lists were lost, and a comment became part of the license."""
     out, receipt = output
-    other = shutil.copytree(parent.path, tmp_path / "other")
+    other = shutil.copytree(reference.path, tmp_path / "other")
     said = "---\nlicense: 'apache-2.0'  # since 2024\nlanguage:\n- en\n- 'no'\nbase_model:\n- org/one\n---\n"
     (other / "README.md").write_text(said)
     finished(receipt, open_checkpoint(other), out, None)
@@ -108,19 +110,19 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_card_of_the_parent_is_told(parent, output, tmp_path, kind):
+def test_a_damaged_card_of_the_reference_is_told(reference, output, tmp_path, kind):
     out, receipt = output
-    other = shutil.copytree(parent.path, tmp_path / "other")
+    other = shutil.copytree(reference.path, tmp_path / "other")
     yaml = DAMAGED[kind] if isinstance(DAMAGED[kind], bytes) else DAMAGED[kind].encode()
-    (other / "README.md").write_bytes(b"---\n" + yaml + b"\n---\n# Parent\n")
+    (other / "README.md").write_bytes(b"---\n" + yaml + b"\n---\n# Reference\n")
     receipt = finished(receipt, open_checkpoint(other), out, None)
     assert "license" not in metadata_load(card_path(out))
     assert any("model card cannot be read" in note for note in receipt.notes)
 
 
-def test_a_card_says_how_the_file_type_is_run(parent, tmp_path):
+def test_a_card_says_how_the_file_type_is_run(reference, tmp_path):
     """A native directory needs `import fewbits.transformers`; the card still named `import fewbits`."""
-    finished(quantize(parent, tmp_path / "m", Request("int8_g32")), parent, tmp_path / "m", None)
+    finished(quantize(reference, tmp_path / "m", Request("int8_g32")), reference, tmp_path / "m", None)
     code = card_path(tmp_path / "m").read_text().partition("## Run it\n\n```\n")[2].partition("\n```")[0]
     assert code.startswith("import fewbits.transformers;") and "from_pretrained('m')" in code
 
@@ -134,18 +136,18 @@ IN_THE_WAY = {
 
 
 @pytest.mark.parametrize("name", IN_THE_WAY)
-def test_a_user_s_own_file_under_the_name_of_a_receipt_or_card_stays(parent, tmp_path, name):
+def test_a_user_s_own_file_under_the_name_of_a_receipt_or_card_stays(reference, tmp_path, name):
     mine = tmp_path / name
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("---\nmine: too\n---\n{}")
     out, to = (tmp_path / "n", "int8_g32") if name[0] == "n" else (tmp_path / "m.gguf", "q8_0")
     with pytest.raises(FileError, match=IN_THE_WAY[name]):
-        quantize(parent, out, Request(to))
+        quantize(reference, out, Request(to))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
     mine.unlink()
-    finished(quantize(parent, out, Request(to)), parent, out, None)
+    finished(quantize(reference, out, Request(to)), reference, out, None)
     shutil.rmtree(out) if out.is_dir() else out.unlink()
-    quantize(parent, out, Request(to))  # what lies there of the old output is ours
+    quantize(reference, out, Request(to))  # what lies there of the old output is ours
 
 
 class Hub:
@@ -160,9 +162,9 @@ class Hub:
         Hub.files = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
 
 
-def test_push_takes_card_and_receipt_along(parent, output, monkeypatch, capsys):
+def test_push_takes_card_and_receipt_along(reference, output, monkeypatch, capsys):
     out, receipt = output
-    finished(receipt, parent, out, SAME)
+    finished(receipt, reference, out, SAME)
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert main(["push", str(out), "org/name"]) == 0
     assert capsys.readouterr().out.strip() == "https://hub.test/org/name"
@@ -170,29 +172,31 @@ def test_push_takes_card_and_receipt_along(parent, output, monkeypatch, capsys):
     assert ("model.safetensors" if out.is_dir() else "m.gguf") in Hub.files
 
 
-def test_what_the_engine_refused_is_not_uploaded(parent, output, monkeypatch):
+def test_what_the_engine_refused_is_not_uploaded(reference, output, monkeypatch):
     out, receipt = output
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    finished(receipt, parent, out, Outcome("llama.cpp", "differs", "1.0", 9.0, 5.0, 0, 1.0))
+    finished(receipt, reference, out, Outcome("llama.cpp", "differs", "1.0", 9.0, 5.0, 0, 1.0))
     with pytest.raises(FileError, match=r"llama\.cpp does not make of it what it means"):
         push(out, "org/name")
     with pytest.raises(FileError, match="only what fewbits wrote has a receipt"):
-        push(parent.path, "org/name")
+        push(reference.path, "org/name")
 
 
-def test_a_name_that_is_none_is_refused(parent, output):
+def test_a_name_that_is_none_is_refused(reference, output):
     out, receipt = output
-    finished(receipt, parent, out, None)
+    finished(receipt, reference, out, None)
     with pytest.raises(FileError, match="give org/name"):
         push(out, "name")
 
 
 @pytest.mark.parametrize(("outcome", "code"), [(SAME, 0), (replace(SAME, verdict="differs", kl=5.0), 4)])
-def test_the_engine_has_the_last_word(parent, tmp_path, monkeypatch, capsys, outcome, code):
+def test_the_engine_has_the_last_word(reference, tmp_path, monkeypatch, capsys, outcome, code):
     for module in ("fewbits.cli.verify", "fewbits.workflow.quantize"):
         monkeypatch.setattr(f"{module}.verify", lambda *given: outcome)
     out, again = tmp_path / "m.gguf", tmp_path / "again.gguf"
-    assert main(["quantize", str(parent.path), "--to", "q8_0", "--effort", "fast", "--out", str(out)]) == code
+    assert (
+        main(["quantize", str(reference.path), "--to", "q8_0", "--effort", "fast", "--out", str(out)]) == code
+    )
     assert outcome.line() in capsys.readouterr().err
     assert read_receipt(out).verified == outcome.to_dict() and card_path(out).exists()
     assert main(["verify", str(out)]) == code

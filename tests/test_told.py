@@ -166,7 +166,7 @@ def test_it_is_refused_where_it_cannot_be_said(source, tmp_path):
     assert main([*command, "--kv-cache", "fp8", "--effort", "fast", "--out", str(tmp_path / "c")]) == 1
 
 
-def test_evaluate_runs_a_child_as_its_directory_says(source, tmp_path):
+def test_evaluate_runs_a_quantized_as_its_directory_says(source, tmp_path):
     """A static scheme and a cache, by the steps that lie in the directory, without any text to calibrate."""
     out = written(
         source, tmp_path / "a", file="compressed-tensors", activations="int8_static", kv_cache="fp8"
@@ -177,15 +177,15 @@ def test_evaluate_runs_a_child_as_its_directory_says(source, tmp_path):
     found = evaluate(
         open_checkpoint(source), [open_checkpoint(p) for p in (out, tmp_path / "plain")], text, settings
     )
-    told, plain = found.children
+    told, plain = found.quantized_models
     assert told.simulated.activations == "int8_static" and told.simulated.cache == "fp8"
     assert told.simulated.sites == 14 and plain.simulated is None
     assert told.fidelity.kl.value > plain.fidelity.kl.value
     asked = Simulation(cache="fp8", calibration=WINDOWS)
     again = evaluate(open_checkpoint(source), [open_checkpoint(tmp_path / "plain")], text,
                      Settings(context=32, prompts=0, simulation=asked))  # fmt: skip
-    assert again.children[0].simulated.cache_bits == 8
-    assert again.children[0].fidelity.kl.value != plain.fidelity.kl.value
+    assert again.quantized_models[0].simulated.cache_bits == 8
+    assert again.quantized_models[0].fidelity.kl.value != plain.fidelity.kl.value
 
 
 def test_a_text_is_read_where_only_the_runtime_is_told_of_it(source, tmp_path):

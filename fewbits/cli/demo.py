@@ -47,8 +47,8 @@ def run(options: argparse.Namespace) -> int:
         result = measure(model, [Path(run["target"]) for run in runs.values()], progress)
         sentences = write_sentences(model, [Path(run["target"]) for run in runs.values()])
     rows = [
-        row(result["parent"], None),
-        *(row(c, r) for c, r in zip(result["children"], runs.values(), strict=True)),
+        row(result["reference"], None),
+        *(row(c, r) for c, r in zip(result["quantized_models"], runs.values(), strict=True)),
     ]
     if options.json:
         print(json.dumps({"source": result["source"], "rows": rows, "sentences": sentences}, indent=1))
@@ -96,41 +96,45 @@ def quantized(model: Path, out: Path, kind: str, cache: Path) -> dict[str, Any]:
     return receipt
 
 
-def measure(model: Path, children: list[Path], progress: StageProgress) -> dict[str, Any]:
-    """Evaluate all on text that the parent writes -> `Evaluation` as data."""
+def measure(model: Path, quantized_models: list[Path], progress: StageProgress) -> dict[str, Any]:
+    """Evaluate all on text that the reference writes -> `Evaluation` as data."""
     from ..evaluation import Settings, evaluate, self_text
 
-    parent = open_checkpoint(model)
-    note(f"sampling {WINDOWS * CONTEXT} tokens from the parent, then scoring all models on them")
-    text = self_text(parent, WINDOWS * CONTEXT, SEED, CONTEXT, progress)
+    reference = open_checkpoint(model)
+    note(f"sampling {WINDOWS * CONTEXT} tokens from the reference, then scoring all models on them")
+    text = self_text(reference, WINDOWS * CONTEXT, SEED, CONTEXT, progress)
     settings = Settings(context=CONTEXT, prompts=0)
-    result = evaluate(parent, [open_checkpoint(path) for path in children], text, settings, None, progress)
+    result = evaluate(
+        reference, [open_checkpoint(path) for path in quantized_models], text, settings, None, progress
+    )
     data: dict[str, Any] = json.loads(result.to_json())
     return data
 
 
-def write_sentences(model: Path, children: list[Path]) -> dict[str, str]:
+def write_sentences(model: Path, quantized_models: list[Path]) -> dict[str, str]:
     """The same prompt, continued greedily by every model -> name -> text."""
     import torch
 
     from ..adapters.transformers import load_model, load_tokenizer
     from ..evaluation.generation import greedy
 
-    parent = open_checkpoint(model)
-    tokenizer = load_tokenizer(parent)
+    reference = open_checkpoint(model)
+    tokenizer = load_tokenizer(reference)
     prompt = torch.tensor([tokenizer(PROMPT).input_ids])
 
     def sentence(checkpoint: Checkpoint) -> str:
         return tokenizer.decode(greedy(load_model(checkpoint), prompt, NEW_TOKENS)[0])
 
-    return {"parent (bf16)": sentence(parent)} | {p.name: sentence(open_checkpoint(p)) for p in children}
+    return {"reference (bf16)": sentence(reference)} | {
+        p.name: sentence(open_checkpoint(p)) for p in quantized_models
+    }
 
 
 def row(scores: dict[str, Any], receipt: dict[str, Any] | None) -> dict[str, Cell]:
     """One line of the demo's table."""
     far = scores["fidelity"]
     return {
-        "model": scores["name"] if receipt else "parent (bf16)",
+        "model": scores["name"] if receipt else "reference (bf16)",
         "size": size(scores["nbytes"]),
         "bits/weight": scores["bits_per_weight"],
         "KL": far["kl"][0] if far else None,

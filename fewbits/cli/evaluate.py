@@ -18,21 +18,24 @@ if TYPE_CHECKING:
 
 CALIBRATION, WINDOW = 4096, 512  # tokens to calibrate activations on, and in a window
 EXAMPLES = """Windows and scoring are those of llama-perplexity: windows of --context tokens, the second half
-scored. PARENT and CHILD are Hugging Face or native directories, .gguf files, hub names, in any combination.
+scored. REFERENCE and QUANTIZED are Hugging Face or native directories, .gguf files, hub names, in any
+combination.
 
 examples:
   fewbits evaluate ./Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --text wiki.test.raw
   fewbits evaluate demo:smollm2 smollm2-Q4_K_M.gguf smollm2-Q3_K_M.gguf --sample 4096 --json
-  fewbits evaluate PARENT CHILD --text wiki.test.raw --activations int8_dynamic
-  fewbits evaluate PARENT CHILD --text wiki.test.raw --context 2048 --kv-cache int4"""
+  fewbits evaluate REFERENCE QUANTIZED --text wiki.test.raw --activations int8_dynamic
+  fewbits evaluate REFERENCE QUANTIZED --text wiki.test.raw --context 2048 --kv-cache int4"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parent", metavar="PARENT")
-    parser.add_argument("children", metavar="CHILD", nargs="+")
+    parser.add_argument("reference", metavar="REFERENCE")
+    parser.add_argument("quantized_models", metavar="QUANTIZED", nargs="+")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", type=Path, metavar="FILE", help="text to score, UTF-8")
-    text.add_argument("--sample", type=int, metavar="N", help="score N tokens sampled from the parent itself")
+    text.add_argument(
+        "--sample", type=int, metavar="N", help="score N tokens sampled from the reference itself"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of --sample (default 0)")
     parser.add_argument(
         "--context", type=int, default=512, metavar="N", help="tokens in a window (default 512)"
@@ -51,13 +54,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--show", action="store_true", help="print the continuations side by side")
     parser.add_argument(
-        "--record", action="store_true", help="keep the figures in the children's receipts and cards"
+        "--record", action="store_true", help="keep the figures in the quantized models' receipts and cards"
     )
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
 def _simulation_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("children with quantized activations or cache, simulated")
+    group = parser.add_argument_group("quantized models with quantized activations or cache, simulated")
     group.add_argument(
         "--activations", metavar="SCHEME", help="of each weight's input: int8_dynamic, fp8_dynamic, ..."
     )
@@ -65,7 +68,7 @@ def _simulation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--activation-text",
         metavar="FILE",
-        help="calibrate activations on this text, or on the parent's own with `self`: fixes the ranges of "
+        help="calibrate activations on this text, or on the reference's own with `self`: fixes the ranges of "
         "static schemes and of a cache in fp8, and leaves sites that cannot bear it in float (default: none "
         "is left)",
     )
@@ -75,7 +78,7 @@ def _simulation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--observer", default="mse", metavar="RULE", help="of static ranges (default mse)")
 
 
-def _simulation(options: argparse.Namespace, parent: Checkpoint, progress: StageProgress) -> Simulation:
+def _simulation(options: argparse.Namespace, reference: Checkpoint, progress: StageProgress) -> Simulation:
     """The options of `_simulation_arguments`, their calibration text as windows of 512 tokens."""
     from ..evaluation import Simulation, read_text, self_text
 
@@ -85,9 +88,9 @@ def _simulation(options: argparse.Namespace, parent: Checkpoint, progress: Stage
     if options.activation_text is None:
         return given
     if options.activation_text == "self":
-        tokens = self_text(parent, CALIBRATION, options.seed + 1, WINDOW, progress).tokens
+        tokens = self_text(reference, CALIBRATION, options.seed + 1, WINDOW, progress).tokens
     else:
-        tokens = read_text(parent, read_file(Path(options.activation_text)), "calibration").tokens[
+        tokens = read_text(reference, read_file(Path(options.activation_text)), "calibration").tokens[
             :CALIBRATION
         ]
     width = max(1, min(WINDOW, len(tokens)))
@@ -99,47 +102,49 @@ def run(options: argparse.Namespace) -> int:
     from ..adapters.transformers import load_tokenizer
     from ..evaluation import Settings, evaluate, read_text, self_text
 
-    parent = open_checkpoint(resolve(options.parent, options.cache_dir))
-    children = [open_checkpoint(resolve(child, options.cache_dir)) for child in options.children]
+    reference = open_checkpoint(resolve(options.reference, options.cache_dir))
+    quantized_models = [
+        open_checkpoint(resolve(quantized, options.cache_dir)) for quantized in options.quantized_models
+    ]
     with StageProgress() as progress:
         settings = Settings(
             context=options.context,
             score_from=options.score_from,
             max_windows=options.windows,
             prompts=options.prompts,
-            simulation=_simulation(options, parent, progress),
+            simulation=_simulation(options, reference, progress),
             memory=None if options.memory is None else int(options.memory * 2**30),
         )
         if options.text is not None:
-            text = read_text(parent, read_file(options.text), str(options.text))
+            text = read_text(reference, read_file(options.text), str(options.text))
         else:
-            text = self_text(parent, options.sample, options.seed, options.context, progress)
-        tokenizer = load_tokenizer(parent)
-        result = evaluate(parent, children, text, settings, tokenizer.decode, progress)
+            text = self_text(reference, options.sample, options.seed, options.context, progress)
+        tokenizer = load_tokenizer(reference)
+        result = evaluate(reference, quantized_models, text, settings, tokenizer.decode, progress)
     if options.record:
-        for path, child in zip(options.children, result.children, strict=True):
-            record(Path(path), result, child)
+        for path, quantized in zip(options.quantized_models, result.quantized_models, strict=True):
+            record(Path(path), result, quantized)
     print(result.to_json() if options.json else result.table())
     if options.show and not options.json:
         print(f"\n{result.samples()}")
     return 0
 
 
-def record(path: Path, result: Evaluation, child: ModelScores) -> None:
-    """Keep a child's figures in its receipt and card."""
+def record(path: Path, result: Evaluation, quantized: ModelScores) -> None:
+    """Keep a quantized model's figures in its receipt and card."""
     from ..release.publish import measured
 
-    if child.fidelity is None:
+    if quantized.fidelity is None:
         return
     figures = {
         "text": result.source,
         "tokens": result.tokens_scored,
         "context": result.context,
-        "kl": child.fidelity.kl.value,
-        "kl_error": child.fidelity.kl.error,
-        "agreement": child.fidelity.agreement.value,
-        "perplexity": child.perplexity.value,
-        "parent_perplexity": result.parent.perplexity.value,
+        "kl": quantized.fidelity.kl.value,
+        "kl_error": quantized.fidelity.kl.error,
+        "agreement": quantized.fidelity.agreement.value,
+        "perplexity": quantized.perplexity.value,
+        "reference_perplexity": result.reference.perplexity.value,
     }
     measured(path, figures)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +18,20 @@ from ..workflow.blockwise import Streaming
 from ..workflow.options import Options
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Renamed(argparse.Action):
+    """An option's old name, for one version: it works, and says what it is called now."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        given: argparse.Namespace,
+        value: object,
+        option: str | None = None,
+    ) -> None:
+        print(f"{parser.prog}: {option} is now called --{self.dest}", file=sys.stderr)
+        setattr(given, self.dest, value)
 
 
 def type_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +78,10 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(f"--{name}", action="store_true", default=None, help=what)
     group.add_argument(
-        "--polish", type=int, metavar="STEPS",
+        "--distill", type=int, metavar="STEPS",
         help="afterwards distil block scales and norms against the model's own logits",
     )  # fmt: skip
+    group.add_argument("--polish", type=int, dest="distill", action=Renamed, help=argparse.SUPPRESS)
     group.add_argument(
         "--activations", metavar="SCHEME",
         help="activations in few bits at run time, such as int8_dynamic: compressed-tensors and native "

@@ -1,14 +1,15 @@
-"""What quantizing cost: a parent and its children on the same text.
+"""What quantizing cost: a reference and its quantized models on the same text.
 
-    parent  ->  log-probabilities of every scored token, on a scratch file  --.
-    child   ->  the same, one child after the other                           +-> KL divergence,
+    reference  ->  log-probabilities of every scored token, on a scratch file  --.
+    quantized model   ->  the same, one quantized model after the other                           +-> KL
+    divergence,
                                                                               '   agreement, perplexity
 Only one model is in memory at a time. Windows and scoring are those of `llama-perplexity`: windows
 of `context` tokens that do not overlap, the first token replaced by BOS where the model adds one,
 and the log-probabilities at positions score_from ... context - 2 (default: the second half) scored
 against the token that follows each.
 
-What parity means: a child equal to its parent has a KL divergence of exactly 0, agreement 1,
+What parity means: a quantized model equal to its reference has a KL divergence of exactly 0, agreement 1,
 perplexity ratio 1 and no divergence in any greedy continuation.
 """
 

@@ -1,4 +1,4 @@
-"""evaluate(): run the parent, then each child, over the same windows, and compare."""
+"""evaluate(): run the reference, then each quantized model, over the same windows, and compare."""
 
 from __future__ import annotations
 
@@ -32,42 +32,42 @@ Decode = Callable[[list[int]], str]
 
 
 def evaluate(
-    parent: Checkpoint | str | Path,
-    children: Sequence[Checkpoint | str | Path],
+    reference: Checkpoint | str | Path,
+    quantized_models: Sequence[Checkpoint | str | Path],
     text: Text | str,
     settings: Settings | None = None,
     decode: Decode | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Compare every child with its parent on `text`, a string or tokens (read_text, self_text).
+    """Compare every quantized model with its reference on `text`, a string or tokens (read_text, self_text).
 
     decode: tokens -> text for the samples (default: the token numbers). Raises CalibrationError for
     too little text, ModelError for models that cannot be compared, FileError for a full scratch disk.
 
         >>> receipt = fewbits.quantize(tiny, out, to="int8_g32", effort="fast")
         >>> found = fewbits.evaluate(tiny, [out], "the quick brown fox " * 200)
-        >>> 0 < found.children[0].fidelity.kl.value < 0.01
+        >>> 0 < found.quantized_models[0].fidelity.kl.value < 0.01
         True
     """
-    parent, *children = (
+    reference, *quantized_models = (
         given if isinstance(given, Checkpoint) else open_checkpoint(Path(given))
-        for given in (parent, *children)
+        for given in (reference, *quantized_models)
     )
-    text = read_text(parent, text, "the text given") if isinstance(text, str) else text
+    text = read_text(reference, text, "the text given") if isinstance(text, str) else text
     settings = settings or Settings()
-    vocabulary = _check_models(parent, children, settings)
+    vocabulary = _check_models(reference, quantized_models, settings)
     settings.simulation.check(vocabulary)
     windows = cut(text, settings, vocabulary)
     run = _Run(windows, settings, vocabulary, decode or _numbers, progress or _silent)
     missing = None
-    if fits_whole([parent, *children], windows, settings):
+    if fits_whole([reference, *quantized_models], windows, settings):
         with tempfile.TemporaryDirectory(dir=settings.scratch, prefix="fewbits-evaluate-") as folder:
             run.open_store(Path(folder))
-            parent_scores = run.parent(parent)
-            children_scores = tuple(run.child(child) for child in children)
+            reference_scores = run.reference(reference)
+            quantized_models_scores = tuple(run.quantized(quantized) for quantized in quantized_models)
     else:
-        parent_scores, *rest = run.side_by_side([parent, *children])
-        children_scores = tuple(rest)
+        reference_scores, *rest = run.side_by_side([reference, *quantized_models])
+        quantized_models_scores = tuple(rest)
         if settings.prompts:
             missing = "No text was continued: the models do not fit the memory as a whole, with a cache."
     return Evaluation(
@@ -76,8 +76,8 @@ def evaluate(
         context=settings.context,
         score_from=settings.first,
         tokens_scored=len(windows) * settings.scored,
-        parent=parent_scores,
-        children=children_scores,
+        reference=reference_scores,
+        quantized_models=quantized_models_scores,
         not_generated=missing,
     )
 
@@ -135,7 +135,7 @@ def cut(text: Text, settings: Settings, vocabulary: int) -> torch.Tensor:
 
 
 class _Run:
-    """The windows, and what the parent said of them, while one model after the other runs."""
+    """The windows, and what the reference said of them, while one model after the other runs."""
 
     def __init__(
         self, windows: torch.Tensor, settings: Settings, vocabulary: int, decode: Decode, progress: Progress
@@ -148,18 +148,18 @@ class _Run:
         self.stop: frozenset[int] = frozenset()
 
     def open_store(self, folder: Path) -> None:
-        """Map a scratch file that holds the parent's log-probabilities, (w, scored, vocabulary) f32."""
+        """Map a scratch file that holds the reference's log-probabilities, (w, scored, vocabulary) f32."""
         shape = (len(self.windows), self.settings.scored, self.vocabulary)
         needed, free = 4 * prod(shape), shutil.disk_usage(folder).free
         if needed > free:
             raise FileError(
-                f"{folder.parent}: the parent's log-probabilities need {size(needed)}, free: {size(free)}; "
+                f"{folder.parent}: the reference's log-probabilities take {size(needed)}, free {size(free)}: "
                 "evaluate fewer windows (max_windows) or set another scratch folder"
             )
-        file = str(folder / "parent.f32")
+        file = str(folder / "reference.f32")
         self.store = torch.from_file(file, shared=True, size=prod(shape), dtype=torch.float32).view(shape)
 
-    def parent(self, checkpoint: Checkpoint) -> ModelScores:
+    def reference(self, checkpoint: Checkpoint) -> ModelScores:
         model, name = load_model(checkpoint, torch.float32), _name(checkpoint)
         self.stop = _stop_tokens(checkpoint)
         nll, seconds = [], 0.0
@@ -170,7 +170,7 @@ class _Run:
         self.written = self._continue(model, name)
         return self._scores(checkpoint, torch.cat(nll), seconds)
 
-    def child(self, checkpoint: Checkpoint) -> ModelScores:
+    def quantized(self, checkpoint: Checkpoint) -> ModelScores:
         model, name = load_model(checkpoint, torch.float32), _name(checkpoint)
         parts, seconds = [], 0.0
         with simulated(model, self.settings.simulation.of(checkpoint.metadata)) as record:
@@ -179,11 +179,11 @@ class _Run:
                 seconds += took
             written = self._continue(model, name)
         scores = TokenScores.join(parts)
-        found = self._scores(checkpoint, scores.nll_child, seconds, fidelity(scores), written)
+        found = self._scores(checkpoint, scores.nll_quantized, seconds, fidelity(scores), written)
         return replace(found, simulated=record[0]) if record[0] != Simulated() else found
 
     def side_by_side(self, models: Sequence[Checkpoint]) -> list[ModelScores]:
-        """The parent and its children, one block of each in memory at a time."""
+        """The reference and its quantized models, one block of each in memory at a time."""
         runners = [_blockwise(model, models, self.settings) for model in models]
         blocks = [runner.n_blocks for runner in runners]
         if len(set(blocks)) > 1:
@@ -204,14 +204,14 @@ class _Run:
         self.prompts = self.prompts[:0]
         found = [self._scores(models[0], nll, spent[0])]
         for j, model in enumerate(models[1:], 1):
-            figures = self._scores(model, parts[j].nll_child, spent[j], fidelity(parts[j]))
+            figures = self._scores(model, parts[j].nll_quantized, spent[j], fidelity(parts[j]))
             found.append(replace(figures, block_errors=tuple(errors[j])))
         return [replace(each, ran=Blockwise.kind) for each in found]
 
     def _outputs(
         self, runners: Sequence[Blockwise], spent: list[float]
     ) -> tuple[torch.Tensor, dict[int, TokenScores]]:
-        """After the last block: the parent's losses, and each child's scores by its number."""
+        """After the last block: the reference's losses, and each quantized model's scores by its number."""
         nll: list[torch.Tensor] = []
         parts: dict[int, list[TokenScores]] = {}
         for i, target in enumerate(self.targets):
@@ -290,16 +290,18 @@ def _off(runner: Blockwise, reference: Blockwise, first: int) -> float:
     return (error / energy) ** 0.5 if energy else 0.0
 
 
-def _check_models(parent: Checkpoint, children: Sequence[Checkpoint], settings: Settings) -> int:
+def _check_models(reference: Checkpoint, quantized_models: Sequence[Checkpoint], settings: Settings) -> int:
     """The vocabulary's size, which all models share; ModelError names each that cannot be compared."""
-    sizes = [(_name(model), _text_config(model).get("vocab_size")) for model in (parent, *children)]
+    sizes = [
+        (_name(model), _text_config(model).get("vocab_size")) for model in (reference, *quantized_models)
+    ]
     faults = [f"{name}: its config names no vocab_size" for name, number in sizes if number is None]
     faults += [
-        f"{name}: a vocabulary of {number}, the parent's has {sizes[0][1]}; they must be the same"
+        f"{name}: a vocabulary of {number}, the reference's has {sizes[0][1]}; they must be the same"
         for name, number in sizes[1:]
         if None not in (number, sizes[0][1]) and number != sizes[0][1]
     ]
-    for model in (parent, *children):
+    for model in (reference, *quantized_models):
         longest = _text_config(model).get("max_position_embeddings")
         if longest is not None and settings.context > longest:
             faults.append(f"{_name(model)}: context {settings.context} is more than its {longest} positions")

@@ -1,6 +1,6 @@
-"""Greedy continuations: where a child leaves its parent's path, and whether it falls into a loop.
+"""Greedy continuations: where a quantized model leaves its reference's path, and whether it runs in a loop.
 
-Mean divergences hide what a reader sees first: a model that repeats itself. So parent and child
+Mean divergences hide what a reader sees first: a model that repeats itself. So reference and quantized model
 continue the same prompts greedily; the first position at which they differ, and a loop at the end
 (a period of at most 16 tokens, at least 3 times in a row) are reported.
 """
@@ -21,14 +21,14 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Continuation:
-    """What parent and child wrote after one prompt. diverges_at counts new tokens; None: never."""
+    """What both models wrote after one prompt. diverges_at counts new tokens; None: never."""
 
     prompt: str
-    parent: str
-    child: str
+    reference: str
+    quantized: str
     diverges_at: int | None
-    parent_loop: int | None
-    child_loop: int | None
+    reference_loop: int | None
+    quantized_loop: int | None
 
 
 def greedy(
@@ -71,15 +71,18 @@ def repetition_loop(
 
 
 def continuation(
-    prompt: Sequence[int], parent: Sequence[int], child: Sequence[int], decode: Callable[[list[int]], str]
+    prompt: Sequence[int],
+    reference: Sequence[int],
+    quantized: Sequence[int],
+    decode: Callable[[list[int]], str],
 ) -> Continuation:
     return Continuation(
         prompt=decode(list(prompt)),
-        parent=decode(list(parent)),
-        child=decode(list(child)),
-        diverges_at=first_divergence(parent, child),
-        parent_loop=repetition_loop(parent),
-        child_loop=repetition_loop(child),
+        reference=decode(list(reference)),
+        quantized=decode(list(quantized)),
+        diverges_at=first_divergence(reference, quantized),
+        reference_loop=repetition_loop(reference),
+        quantized_loop=repetition_loop(quantized),
     )
 
 

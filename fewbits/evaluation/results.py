@@ -18,9 +18,9 @@ class Settings:
 
     context: tokens in a window. score_from: first position whose prediction counts (default
     context // 2). prompts: how many windows' first `prompt_tokens` are continued by `new_tokens`
-    (0: none). scratch: folder for the parent's log-probabilities, f32, windows x scored x vocabulary, or for
-    hidden states. simulation: quantized activations and cache, of the children only. memory: bytes that may
-    be taken (default: what is free); models that do not fit run block by block, side by side.
+    (0: none). scratch: folder for the reference's log-probabilities, f32, windows x scored x vocabulary, or
+    for hidden states. simulation: quantized activations and cache, of the quantized models only. memory:
+    bytes that may be taken (default: what is free); models that do not fit run block by block, side by side.
     """
 
     context: int = 512
@@ -45,9 +45,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class ModelScores:
-    """One model's figures. seconds: forward passes over the windows only. A parent has no fidelity. ran: how,
-    in words. block_errors: |h' - h| / |h| of the hidden states after each block, where the models ran side by
-    side.
+    """One model's figures. seconds: forward passes over the windows only. A reference has no fidelity. ran:
+    how, in words. block_errors: |h' - h| / |h| of the hidden states after each block, where the models ran
+    side by side.
     """
 
     name: str
@@ -65,31 +65,34 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of a parent and its children, and what they were measured on. not_generated: why there are
-    no greedy continuations, though some were asked for."""
+    """The figures of a reference and its quantized models, and what they were measured on. not_generated: why
+    there are no greedy continuations, though some were asked for."""
 
     source: str
     windows: int
     context: int
     score_from: int
     tokens_scored: int
-    parent: ModelScores
-    children: tuple[ModelScores, ...]
+    reference: ModelScores
+    quantized_models: tuple[ModelScores, ...]
     not_generated: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def samples(self) -> str:
-        """The greedy continuations of each prompt, parent and children one below the other."""
+        """The greedy continuations of each prompt, reference and quantized models one below the other."""
         parts = []
-        for i, said in enumerate(self.parent.continuations):
-            parts.append(f"prompt: {said.prompt!r}\n  {self.parent.name}: {said.parent!r}")
-            parts += [f"  {child.name}: {child.continuations[i].child!r}" for child in self.children]
+        for i, said in enumerate(self.reference.continuations):
+            parts.append(f"prompt: {said.prompt!r}\n  {self.reference.name}: {said.reference!r}")
+            parts += [
+                f"  {quantized.name}: {quantized.continuations[i].quantized!r}"
+                for quantized in self.quantized_models
+            ]
         return "\n".join(parts)
 
     def table(self) -> str:
-        """One line a model, the parent first, and a line that says what was scored."""
+        """One line a model, the reference first, and a line that says what was scored."""
         head = [
             "model",
             "size",
@@ -104,14 +107,18 @@ class Evaluation:
             "tok/s",
         ]
         head += ["same tokens", "loops"]
-        lines = [_line(model) for model in (self.parent, *self.children)]
+        lines = [_line(model) for model in (self.reference, *self.quantized_models)]
         scored = f"{self.windows} windows of {self.context}, scored from position {self.score_from}"
-        notes = [f"\n{child.name} ran with {child.simulated}." for child in self.children if child.simulated]
+        notes = [
+            f"\n{quantized.name} ran with {quantized.simulated}."
+            for quantized in self.quantized_models
+            if quantized.simulated
+        ]
         notes += [
-            f"\n{child.name}: hidden states off by {child.block_errors[-1]:.3g} after the last block, most "
-            f"at block {max(enumerate(child.block_errors), key=lambda each: each[1])[0]}."
-            for child in self.children
-            if child.block_errors
+            f"\n{quantized.name}: hidden states off by {quantized.block_errors[-1]:.3g} after the last block,"
+            f" most at block {max(enumerate(quantized.block_errors), key=lambda each: each[1])[0]}."
+            for quantized in self.quantized_models
+            if quantized.block_errors
         ]
         notes += [f"\n{self.not_generated}"] if self.not_generated else []
         text = f"{self.tokens_scored} tokens scored ({scored}). Text: {self.source}."
@@ -122,7 +129,7 @@ def _line(model: ModelScores) -> list[Cell]:
     start: list[Cell] = [model.name, size(model.nbytes), model.bits_per_weight]
     new = model.continuations
     if model.fidelity is None:
-        loops = sum(c.parent_loop is not None for c in new)
+        loops = sum(c.reference_loop is not None for c in new)
         return [
             *start,
             None,
@@ -147,5 +154,5 @@ def _line(model: ModelScores) -> list[Cell]:
         *far.perplexity_ratio,
         model.tokens_per_second,
         sum(same) / len(same) if same else None,
-        sum(c.child_loop is not None for c in new),
+        sum(c.quantized_loop is not None for c in new),
     ]

@@ -1,9 +1,9 @@
 """Statistics of scored tokens: pure functions of log-probabilities.
 
-With p the parent's distribution over the vocabulary, q the child's and t the token that came:
+With p the reference's distribution over the vocabulary, q the quantized model's and t the token that came:
 
     KL(p || q) = sum p (log p - log q)        nll = -log q[t]        agreement: argmax p == argmax q
-    perplexity = exp(mean nll)                perplexity ratio = exp(mean (nll_child - nll_parent))
+    perplexity = exp(mean nll)                perplexity ratio = exp(mean (nll_quantized - nll_reference))
 
 Log-probabilities are f32, sums f64. An f32 log-probability carries a rounding error of about 1e-7
 of its size, so KL divergences below 1e-7 are noise and may be negative by as much; equal inputs
@@ -33,20 +33,20 @@ class Measured(NamedTuple):
 class TokenScores:
     """One number for each scored token: f64, f64, f64, bool."""
 
-    nll_parent: torch.Tensor
-    nll_child: torch.Tensor
+    nll_reference: torch.Tensor
+    nll_quantized: torch.Tensor
     kl: torch.Tensor
     same_top: torch.Tensor
 
     @staticmethod
     def join(parts: list[TokenScores]) -> TokenScores:
-        names = ("nll_parent", "nll_child", "kl", "same_top")
+        names = ("nll_reference", "nll_quantized", "kl", "same_top")
         return TokenScores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far a child's distribution is from its parent's, in nats a token."""
+    """How far a quantized model's distribution is from its reference's, in nats a token."""
 
     kl: Measured
     kl_median: float
@@ -62,17 +62,17 @@ def negative_log_likelihood(log_p: torch.Tensor, targets: torch.Tensor) -> torch
     return -log_p.gather(1, targets[:, None])[:, 0].double()
 
 
-def compare(parent: torch.Tensor, child: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+def compare(reference: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     """Log-probabilities `(t, vocab)` f32 of both, `(t,)` tokens -> TokenScores."""
     kl = [
         (p.double().exp() * (p.double() - q.double())).sum(1)
-        for p, q in zip(parent.split(ROWS_AT_ONCE), child.split(ROWS_AT_ONCE), strict=True)
+        for p, q in zip(reference.split(ROWS_AT_ONCE), quantized.split(ROWS_AT_ONCE), strict=True)
     ]
     return TokenScores(
-        nll_parent=negative_log_likelihood(parent, targets),
-        nll_child=negative_log_likelihood(child, targets),
+        nll_reference=negative_log_likelihood(reference, targets),
+        nll_quantized=negative_log_likelihood(quantized, targets),
         kl=torch.cat(kl),
-        same_top=parent.argmax(1) == child.argmax(1),
+        same_top=reference.argmax(1) == quantized.argmax(1),
     )
 
 
@@ -99,5 +99,5 @@ def fidelity(scores: TokenScores) -> Fidelity:
         kl_999=q999,
         kl_max=float(scores.kl.max()),
         agreement=mean(scores.same_top),
-        perplexity_ratio=perplexity(scores.nll_child - scores.nll_parent),
+        perplexity_ratio=perplexity(scores.nll_quantized - scores.nll_reference),
     )

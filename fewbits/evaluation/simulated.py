@@ -1,9 +1,9 @@
-"""Children with quantized activations or a quantized cache; their parent stays in float.
+"""Quantized models with quantized activations or a quantized cache; their reference stays in float.
 
 `activations` names a scheme of `activations.SCHEMES`, `cache` one of `activations.CACHES`. With windows to
 calibrate on, sites that cannot bear the scheme keep their input in float (`activations.mixed`); a static
-scheme needs them for its ranges, a dynamic one does without and then leaves no site out. What a child's own
-directory says of both (activations/record.py) holds where nothing else is asked for.
+scheme needs them for its ranges, a dynamic one does without and then leaves no site out. What a quantized
+model's own directory says of both (activations/record.py) holds where nothing else is asked for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..errors import CalibrationError
 
 @dataclass(frozen=True)
 class Simulation:
-    """What children run with. None: float.
+    """What quantized models run with. None: float.
 
     calibration: windows `(w, t)` int64 of other text than is scored. observer: the rule for the ranges
     of a static scheme. limit_db: sites whose output keeps less stay in float; left: sites that do anyway.
@@ -51,7 +51,7 @@ class Simulation:
     steps: Sequence[Steps] = ()
 
     def of(self, metadata: Mapping[str, Any]) -> Simulation:
-        """This, or what a child's own directory says of them, where this says nothing."""
+        """This, or what a quantized model's own directory says of them, where this says nothing."""
         found, said = self, record_of(metadata, "activations")
         if self.activations is None and said is not None:
             left = tuple(map(str, said.get("left", ())))
@@ -88,8 +88,8 @@ class Simulation:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a child ran with, for the record. sites: weights whose input was quantized. left: sites that
-    stayed in float for their SQNR. cache_bits: mean bits of a cached number."""
+    """What a quantized model ran with, for the record. sites: weights whose input was quantized. left: sites
+    that stayed in float for their SQNR. cache_bits: mean bits of a cached number."""
 
     activations: str | None = None
     sites: int = 0

@@ -1,8 +1,8 @@
-"""Text to evaluate on: a file's, or sampled from the parent itself where there is none to be had.
+"""Text to evaluate on: a file's, or sampled from the reference itself where there is none to be had.
 
-Sampling at temperature 1 draws from the parent's own distribution, so nothing has to be downloaded.
-On it the parent's perplexity is low by construction: compare children with the parent and with each
-other on it, not with published figures.
+Sampling at temperature 1 draws from the reference's own distribution, so nothing has to be downloaded.
+On it the reference's perplexity is low by construction: compare quantized models with the reference and with
+each other on it, not with published figures.
 """
 
 from __future__ import annotations
@@ -73,5 +73,5 @@ def self_text(
         except CalibrationError as error:
             raise CalibrationError(f"{checkpoint.path}: {error}: {damage_of(checkpoint)}") from error
     tokens = torch.cat(batches).flatten()
-    source = f"{len(tokens)} tokens sampled from the parent itself (temperature 1, seed {seed})"
+    source = f"{len(tokens)} tokens sampled from the reference itself (temperature 1, seed {seed})"
     return Text(tokens, "; ".join([source, *notes]))

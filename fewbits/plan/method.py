@@ -26,7 +26,7 @@ class Method:
     sequential: within a block each site meets its input as the sites quantized before it leave it, not
     as the float block does. gptaq: each site aims at the float model's output, not at its own
     (mismatch is collected). learn: None, "light" or "best": rounding learned by gradients after the
-    algorithm. polish: steps of distilling block scales and norms when all blocks are done.
+    algorithm. distill: steps of distilling block scales and norms when all blocks are done.
     """
 
     algorithm: str = "rtn"
@@ -36,7 +36,7 @@ class Method:
     sequential: bool = False
     gptaq: bool = False
     learn: str | None = None
-    polish: int = 0
+    distill: int = 0
 
     def __post_init__(self) -> None:
         faults = [
@@ -46,8 +46,8 @@ class Method:
         ]
         if self.learn not in (None, "light", "best"):
             faults.append(f"learn is {self.learn!r}; it is light or best")
-        if self.polish < 0:
-            faults.append(f"polish is {self.polish} steps; it is 0 or more")
+        if self.distill < 0:
+            faults.append(f"distill is {self.distill} steps; it is 0 or more")
         raise_all(PlanError, "method", faults)
 
     def asked(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Method:
     def streams(self) -> bool:
         """Does it need the model to be run, so that saved statistics do not suffice?"""
         moved = set(self.transforms) - {"rotate"}
-        return bool(self.sequential or self.gptaq or self.learn or self.polish or moved)
+        return bool(self.sequential or self.gptaq or self.learn or self.distill or moved)
 
     @property
     def needs_data(self) -> bool:
@@ -70,7 +70,7 @@ class Method:
 EFFORTS = {
     "fast": Method(),
     "good": Method("gptq", sequential=True, gptaq=True),
-    "best": Method("gptq", sequential=True, gptaq=True, polish=100),
+    "best": Method("gptq", sequential=True, gptaq=True, distill=100),
 }
 
 # The words of --method: each algorithm, without what an effort adds to it, and rounding learned after one.

@@ -19,7 +19,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.output import Output
 from ..plan.choices import Decision
 from ..runtime.decode import faster_dtype
-from ..train.polish import PolishSettings
+from ..train.distill import DistillSettings
 from ..train.rounding import EFFORTS
 from ..workflow.memory import Task, block_weights, memory_need, tasks_of, waiting
 from ..workflow.request import Request
@@ -122,7 +122,7 @@ def _walk_seconds(
 def _model_seconds(
     walked: Sequence[Task], weights: int, model: int, request: Request, writes_text: bool
 ) -> dict[str, float]:
-    """What runs besides: writing the text, learned rounding, polish."""
+    """What runs besides: writing the text, learned rounding, distill."""
     assert request.tokens is not None
     method, tokens = request.method, request.tokens
     shape, context = max((task.shape for task in walked), key=prod), tokens.windows.shape[1]
@@ -135,9 +135,9 @@ def _model_seconds(
         settings = EFFORTS[method.learn]
         seen = settings.steps * settings.batch * request.streaming.batch * context * BACKWARD
         found["learned rounding"] = 2 * weights * (seen + settings.checks * tokens.count) / rate
-    if method.polish:
-        polish = PolishSettings(steps=method.polish)
-        judged = (1 + ceil(polish.steps / polish.every)) * polish.held_out * context
-        seen = polish.steps * polish.batch * context * BACKWARD + judged + tokens.count
-        found["polish"] = 2 * model * seen / rate
+    if method.distill:
+        distill = DistillSettings(steps=method.distill)
+        judged = (1 + ceil(distill.steps / distill.every)) * distill.held_out * context
+        seen = distill.steps * distill.batch * context * BACKWARD + judged + tokens.count
+        found["distill"] = 2 * model * seen / rate
     return found

@@ -1,7 +1,8 @@
-"""audit(): is what lies beside the weights still the parent's? Tokens, template, settings, license.
+"""audit(): is what lies beside the weights still the reference's? Tokens, template, settings, license.
 
-A quantized model that answers in another format than its parent has usually lost one of these on the way, not
-its weights. Both sides are loaded as a runtime would: a GGUF file by the tokenizer that its keys describe.
+A quantized model that answers in another format than its reference has usually lost one of these on the way,
+not its weights. Both sides are loaded as a runtime would: a GGUF file by the tokenizer that its keys
+describe.
 """
 
 from __future__ import annotations
@@ -24,35 +25,37 @@ TOKENS = ("bos", "eos", "pad", "unk")
 KEPT = ("LICENSE", "NOTICE", "USE_POLICY", "generation_config.json")
 
 
-def audit(parent: Checkpoint, child: Checkpoint) -> list[str]:
-    """Every difference of a model's side files from its parent's, one line each; empty where all is kept."""
-    found = _tokenizers(parent, child) + _vocabularies(parent, child)
-    if not child.gguf_keys:  # a file alone has no files beside it
+def audit(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
+    """Every difference between the side files of both, one line each; empty where all is kept."""
+    found = _tokenizers(reference, quantized) + _vocabularies(reference, quantized)
+    if not quantized.gguf_keys:  # a file alone has no files beside it
         missing = [
-            name for name in parent.side_files if name.startswith(KEPT) and name not in child.side_files
+            name
+            for name in reference.side_files
+            if name.startswith(KEPT) and name not in quantized.side_files
         ]
-        found += [f"{name} of the parent is missing" for name in missing]
-        found += _generation(parent, child)
-    card = parent.side_files.get("README.md")
+        found += [f"{name} of the reference is missing" for name in missing]
+        found += _generation(reference, quantized)
+    card = reference.side_files.get("README.md")
     if card is not None and card.read_bytes()[:3] == b"---" and not card_fields(card):
-        found.append("the YAML of the parent's model card cannot be read: its license is not taken over")
+        found.append("the YAML of the reference's model card cannot be read: its license is not taken over")
     return found
 
 
-def _tokenizers(parent: Checkpoint, child: Checkpoint) -> list[str]:
+def _tokenizers(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
     try:
-        ours = load_tokenizer(parent)
+        ours = load_tokenizer(reference)
     except FewbitsError:
-        return ["the parent has no tokenizer: nothing to compare"]
+        return ["the reference has no tokenizer: nothing to compare"]
     try:
-        theirs = load_tokenizer(child)
+        theirs = load_tokenizer(quantized)
     except FewbitsError as error:
         return [f"the tokenizer cannot be loaded: {error}"]
     found = []
     for kind in TOKENS:
         a, b = (getattr(tokenizer, f"{kind}_token_id") for tokenizer in (ours, theirs))
         if a != b and not (kind == "pad" and a is None):
-            found.append(f"{kind} token is {b}, the parent's {a}")
+            found.append(f"{kind} token is {b}, the reference's {a}")
     a, b = (bool(tokenizer.chat_template) for tokenizer in (ours, theirs))
     if a != b:
         found.append(f"a chat template {'appeared' if b else 'is missing'}")
@@ -68,23 +71,23 @@ def _tokenizers(parent: Checkpoint, child: Checkpoint) -> list[str]:
     return found
 
 
-def _vocabularies(parent: Checkpoint, child: Checkpoint) -> list[str]:
+def _vocabularies(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
     """Rows of the table of embeddings, padding included, and what the configs say."""
-    sizes = [c.config.get("text_config", c.config).get("vocab_size") for c in (parent, child)]
+    sizes = [c.config.get("text_config", c.config).get("vocab_size") for c in (reference, quantized)]
     rows = [
         {t.shape[0] for name, t in c.tensors.items() if name.endswith("embed_tokens.weight")}
-        for c in (parent, child)
+        for c in (reference, quantized)
     ]
     found = []
     if sizes[0] != sizes[1]:
-        found.append(f"vocab_size is {sizes[1]}, the parent's {sizes[0]}")
+        found.append(f"vocab_size is {sizes[1]}, the reference's {sizes[0]}")
     if rows[0] != rows[1]:
-        found.append(f"the table of embeddings has {sorted(rows[1])} rows, the parent's {sorted(rows[0])}")
+        found.append(f"the table of embeddings has {sorted(rows[1])} rows, the reference's {sorted(rows[0])}")
     return found
 
 
-def _generation(parent: Checkpoint, child: Checkpoint) -> list[str]:
-    a, b = (_json(c.side_files.get("generation_config.json")) for c in (parent, child))
+def _generation(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
+    a, b = (_json(c.side_files.get("generation_config.json")) for c in (reference, quantized))
     keys = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
     return [f"generation_config.json differs in {', '.join(keys)}"] if keys and a and b else []
 

@@ -1,7 +1,7 @@
-"""The model card: README.md with the hub's YAML, made of the receipt and of what the parent says of itself.
+"""The model card: README.md with the hub's YAML, made of the receipt and of the reference's own card.
 
     ---
-    base_model: org/name            base_model_relation: quantized      license: the parent's
+    base_model: org/name            base_model_relation: quantized      license: the reference's
     library_name, tags              what the hub filters by
     ---
     what it is, its size, what it cost, how to run it, the receipt's digest
@@ -23,17 +23,17 @@ INHERITED = ("license", "license_name", "license_link", "language")
 QUANTIZED_BY = "fewbits"  # by which a card is known as one of ours
 
 
-def model_card(receipt: Receipt, file_type: FileType, name: str, parent: Mapping[str, Any]) -> str:
-    """name: of the output. parent: what its own card says, and its `reference` if known."""
+def model_card(receipt: Receipt, file_type: FileType, name: str, reference: Mapping[str, Any]) -> str:
+    """name: of the output. reference: what its own card says, and its `reference` if known."""
     from huggingface_hub import ModelCardData
 
-    base = parent.get("reference")
+    base = reference.get("reference")
     coded = [row for row in receipt.tensors if row.relative_error is not None]
     tags = ["fewbits", file_type.name, *(row.format for row in sorted(coded, key=lambda row: -row.numel)[:1])]
     fields = ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
-        **{key: parent[key] for key in INHERITED if key in parent},
+        **{key: reference[key] for key in INHERITED if key in reference},
         library_name=file_type.library,
         pipeline_tag="text-generation",
         quantized_by=QUANTIZED_BY,
@@ -71,12 +71,12 @@ def _verified(found: Mapping[str, Any]) -> str:
 def _measured(found: Mapping[str, Any]) -> list[str]:
     """KL divergence and perplexity, if the receipt has them."""
     if not found:
-        how = "fewbits evaluate PARENT THIS --text FILE --record"
-        return [f"- quality against the parent: not measured (`{how}`)"]
+        how = "fewbits evaluate REFERENCE THIS --text FILE --record"
+        return [f"- quality against the reference: not measured (`{how}`)"]
     return [
-        f"- KL divergence to the parent {found['kl']:.4f} +- {found['kl_error']:.4f}, top-1 agreement "
+        f"- KL divergence to the reference {found['kl']:.4f} +- {found['kl_error']:.4f}, top-1 agreement "
         f"{100 * found['agreement']:.1f} %",
-        f"- perplexity {found['perplexity']:.3f}, the parent's {found['parent_perplexity']:.3f} "
+        f"- perplexity {found['perplexity']:.3f}, the reference's {found['reference_perplexity']:.3f} "
         f"({found['text']}, {found['tokens']} tokens scored)",
     ]
 

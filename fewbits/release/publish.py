@@ -35,15 +35,15 @@ def card_path(out: Path) -> Path:
     return out / "README.md" if out.is_dir() else out.with_name(out.name + ".README.md")
 
 
-def finished(receipt: Receipt, parent: Checkpoint, out: Path, outcome: Outcome | None) -> Receipt:
+def finished(receipt: Receipt, reference: Checkpoint, out: Path, outcome: Outcome | None) -> Receipt:
     """The receipt with what the engine said and the audit found, and the card: written beside the output."""
-    child = open_checkpoint(out)
-    notes = tuple(f"beside the weights: {difference}" for difference in audit(parent, child))
-    about = {**receipt.about, **_about(parent)}
+    quantized = open_checkpoint(out)
+    notes = tuple(f"beside the weights: {difference}" for difference in audit(reference, quantized))
+    about = {**receipt.about, **_about(reference)}
     receipt = replace(receipt, notes=receipt.notes + notes, about=about)
     if outcome is not None:
         receipt = replace(receipt, verified=outcome.to_dict())
-    write_records(receipt, child, out)
+    write_records(receipt, quantized, out)
     return receipt
 
 
@@ -54,9 +54,9 @@ def measured(out: Path, evaluation: Mapping[str, Any]) -> Receipt:
     return receipt
 
 
-def write_records(receipt: Receipt, child: Checkpoint, out: Path) -> None:
+def write_records(receipt: Receipt, quantized: Checkpoint, out: Path) -> None:
     write_atomic(receipt_path(out), receipt.to_json().encode())
-    card = model_card(receipt, child.file_type, out.name, receipt.about)
+    card = model_card(receipt, quantized.file_type, out.name, receipt.about)
     write_atomic(card_path(out), card.encode())
 
 
@@ -107,12 +107,12 @@ def push(out: Path, repo: str, private: bool = False) -> str:
     return upload(repo, files, private)
 
 
-def _about(parent: Checkpoint) -> dict[str, Any]:
-    """What the parent's card says of itself, and its name on the hub where the path shows it."""
-    found = card_fields(parent.side_files.get("README.md"))
+def _about(reference: Checkpoint) -> dict[str, Any]:
+    """What the reference's card says of itself, and its name on the hub where the path shows it."""
+    found = card_fields(reference.side_files.get("README.md"))
     kept: dict[str, Any] = {key: found[key] for key in INHERITED if key in found}
-    hub = _HUB_FOLDER.search(str(parent.path))
-    named = str(parent.config.get("_name_or_path") or "")
+    hub = _HUB_FOLDER.search(str(reference.path))
+    named = str(reference.config.get("_name_or_path") or "")
     if hub is not None:
         kept["reference"] = f"{hub[1]}/{hub[2]}"
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not Path(named).exists():

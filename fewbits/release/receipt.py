@@ -80,7 +80,7 @@ class Receipt:
     method: what is not plain rounding. calibration: source, tokens, their SHA-256. notes: what the user
     should know besides: what an engine ignores, which types want an imatrix, which experts saw nothing.
     verified: what the engine made of the output: engine, version, verdict, differences.
-    evaluation: against the parent, if it was measured. about: the parent's license and name.
+    evaluation: against the reference, if it was measured. about: the reference's license and name.
     """
 
     source: str

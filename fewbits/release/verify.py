@@ -152,6 +152,14 @@ def outcomes(
         yield Outcome("none", "not checked", reason=f"no engine is known for {name} files")
 
 
+def verification_nbytes(checkpoint: Checkpoint) -> int:
+    """Bytes of memory that our own forward pass over an output of this model takes; 0 where it cannot be run."""
+    try:
+        return Decoded(checkpoint).runner.needs(1, TOKENS + NEW)
+    except ModelError:
+        return 0
+
+
 @dataclass
 class Decoded:
     """A checkpoint's own forward pass: its weights decoded, in f32. memory: bytes for it; None: see above.

@@ -31,7 +31,7 @@ class Halves:
         if not torch.allclose(halves, whole, equal_nan=True):
             raise ModelError(
                 f"{type(model).__name__}: its output layer reads more than the last hidden states; "
-                "polish cannot cut this architecture in two"
+                "distill cannot cut this architecture in two"
             )
 
     def blocks(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -144,9 +144,11 @@ class Student:
         total = 0.0
         for i in range(len(windows)):
             logits = self.halves.head(cut[i : i + 1])
-            parent, child = log_p(i), logits.detach()[0].float().log_softmax(-1)
-            total += _divergence(parent, child)
-            logits.backward((child.exp_().sub_(parent.exp_()) / windows.numel())[None].to(logits.dtype))
+            reference, quantized = log_p(i), logits.detach()[0].float().log_softmax(-1)
+            total += _divergence(reference, quantized)
+            logits.backward(
+                (quantized.exp_().sub_(reference.exp_()) / windows.numel())[None].to(logits.dtype)
+            )
         hidden.backward(cut.grad)
         return total / len(windows)
 

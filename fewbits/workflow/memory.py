@@ -106,7 +106,7 @@ def memory_need(
         way, scratch = "block by block", max(0, hidden - request.streaming.activation_memory)
         peak = max(peak, _walk_peak(walked, block_weights(checkpoint), hidden, request))
     whole = 0
-    if walked and request.method.polish:
+    if walked and request.method.distill:
         whole = 8 * sum(prod(tensor.shape) for tensor in checkpoint.tensors.values()) + ALLOWANCE
     if walked and writes_text:
         left = None if request.memory is None else max(0, request.memory - here)

@@ -26,7 +26,7 @@ class Options(Asked):
     a format, and the plan's [run] table fills what is left open here.
 
     effort: fast, good (default) or best; method: a word of METHODS or a Method, instead. smooth (SmoothQuant:
-    True, or its alpha), awq, rotate, equalize: transforms before. polish: steps of distillation after.
+    True, or its alpha), awq, rotate, equalize: transforms before. distill: steps of distillation after.
 
     calibrate: a text or JSONL file, hf:NAME, "self" (default: the model writes its text), saved statistics,
     or Tokens or Statistics. tokens, context, seed: of the text. verify: load the output in its engine at the
@@ -39,7 +39,7 @@ class Options(Asked):
     awq: bool | None = None
     rotate: bool | None = None
     equalize: bool | None = None
-    polish: int | None = None
+    distill: int | None = None
     calibrate: str | Path | Tokens | Statistics | None = None
     tokens: int | None = None
     context: int | None = None
@@ -75,9 +75,9 @@ class Options(Asked):
         details: dict[str, Option] = (
             {} if self.smooth in (None, False, True) else {"alpha": float(self.smooth or 0)}
         )
-        polish = base.polish if self.polish is None else self.polish
+        distill = base.distill if self.distill is None else self.distill
         details = details or dict(base.transform_options)
-        return replace(base, transforms=transforms, transform_options=details, polish=polish)
+        return replace(base, transforms=transforms, transform_options=details, distill=distill)
 
     def _base(self) -> Method:
         if isinstance(self.method, Method):

@@ -19,7 +19,7 @@ from ..files.filetype import FileType
 from ..files.open import file_type_at, open_checkpoint
 from ..release.publish import finished
 from ..release.receipt import Receipt
-from ..release.verify import Outcome, verify
+from ..release.verify import Outcome, verification_nbytes, verify
 from .memory import Need, need_of
 from .options import Options
 from .request import Request
@@ -77,7 +77,10 @@ def prepared(
     place, file_type = options.place(path, checkpoint, out)
     request = replace(options.request(), file=file_type.name)
     guess = with_text(request, checkpoint, options, stand_in(options))
-    return place, request, need_of(checkpoint, place, guess, writes_text(guess, options))
+    need = need_of(checkpoint, place, guess, writes_text(guess, options))
+    if options.verify and file_type.verified:
+        need = replace(need, peak=max(need.peak, need.here + verification_nbytes(checkpoint)))
+    return place, request, need
 
 
 def conclude(

@@ -14,7 +14,7 @@ from ..calibrate.tokens import Tokens
 from ..errors import PlanError, raise_all
 from ..plan import Plan, Rule
 from ..plan.method import Method
-from ..train.polish import FEWEST
+from ..train.distill import FEWEST
 from .blockwise.settings import Streaming
 from .task import takes
 
@@ -27,8 +27,8 @@ class Asked:
     go before `to`. file: the output's file type; None: gguf for a path that ends in .gguf, native otherwise.
     search: search block parameters rather than take the min-max ones. requantize: accept a quantized model.
     overwrite: replace an output that exists. strict_calibration: too few tokens are an error. streaming:
-    device of a calibrated run. memory: bytes that the process may take (None: what is free); what does not fit
-    is refused before the work starts. activations, kv_cache: schemes for the runtime, which native and
+    device of a calibrated run. memory: bytes that the process may take (None: what is free); what does not
+    fit is refused before the work starts. activations, kv_cache: schemes for the runtime, which native and
     compressed-tensors directories can say.
     """
 
@@ -115,7 +115,7 @@ def check_method(request: Request) -> None:
     if request.method.streams and request.tokens is None and request.statistics is not None:
         faults.append(
             "this method runs the model block by block: saved statistics do not suffice; give it a text, or "
-            "turn off what needs it (sequential, gptaq, learn, polish, smooth, awq, equalize)"
+            "turn off what needs it (sequential, gptaq, learn, distill, smooth, awq, equalize)"
         )
     if "rotate" in request.method.transforms and request.tokens is None and request.statistics is not None:
         faults.append("rotate changes what weights read: saved statistics do not hold; give it a text")
@@ -124,9 +124,9 @@ def check_method(request: Request) -> None:
             f"{request.statistics.source}: has no Hessian, which {request.method.algorithm} needs; use "
             "--method weighted, or calibrate again"
         )
-    if request.method.polish and request.tokens is not None and len(request.tokens.windows) < FEWEST:
+    if request.method.distill and request.tokens is not None and len(request.tokens.windows) < FEWEST:
         faults.append(
-            f"polish needs {FEWEST} windows, a few of them to judge by; the text has "
+            f"distill needs {FEWEST} windows, a few of them to judge by; the text has "
             f"{len(request.tokens.windows)}: give more tokens or a smaller context"
         )
     raise_all(PlanError, "method", faults)

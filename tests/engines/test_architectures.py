@@ -104,9 +104,9 @@ def test_engine_differs_by_its_int8_activations_and_nothing_else(tmp_path: Path)
     source = open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path / "source"))
     path = tmp_path / "q8_0.gguf"
     engine_quantize(write_float_gguf(source, tmp_path / "model.gguf"), path, ftype=7)  # MOSTLY_Q8_0
-    child = open_checkpoint(path)
-    assert {tensor.dtype for tensor in child.tensors.values()} == {"q8_0", "f32"}
-    model = load_model(child)
+    quantized = open_checkpoint(path)
+    assert {tensor.dtype for tensor in quantized.tensors.values()} == {"q8_0", "f32"}
+    model = load_model(quantized)
     tokens = torch.arange(10, 17)
     theirs = torch.cat([engine_logits(path, [token]) for token in tokens])
     with torch.no_grad():

@@ -104,10 +104,10 @@ def test_bos_is_put_before_where_the_keys_say_so() -> None:
 
 def _changed(spec: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     spec = copy.deepcopy(spec)
-    *parents, last = path.split(".")
+    *references, last = path.split(".")
     place = spec
-    for parent in parents:
-        place = place[parent]
+    for reference in references:
+        place = place[reference]
     place[last] = value
     return spec
 

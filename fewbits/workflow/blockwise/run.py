@@ -8,7 +8,7 @@
         learned rounding, if asked
         store.write(block, q)                    workflow/blockstore.py: a killed run goes on from here
         x      = quantized block (x)             the next block sees what this one has become
-    polish, if asked: block scales and norms of the whole model
+    distill, if asked: block scales and norms of the whole model
 
 With Method.sequential the statistics of a site are taken when the sites before it in its block are
 quantized; capture stops as soon as the input wanted has been seen, so a block costs about one forward
@@ -30,7 +30,7 @@ from ...calibrate.capture import FloatStream, advance, capture
 from ...files.checkpoint import Checkpoint, LazyTensor
 from ...model.sites import Site, sites
 from ...qtensor import QTensor
-from ...train.polish import PolishSettings, polish
+from ...train.distill import DistillSettings, distill
 from ..blockstore import BlockStore
 from ..task import Spec, WeightRecord, measured
 from .job import BlockJob, Records, decoded
@@ -57,10 +57,10 @@ def quantize_blocks(
     notes: list[Note] = []
     for i in range(n):
         _take(store, i, tensors, records, notes)
-    if run.method.polish:
+    if run.method.distill:
         if not store.has(n):
-            child = replace(run.checkpoint, tensors=dict(tensors))
-            _polish(run, child, records, store, n, progress)
+            quantized = replace(run.checkpoint, tensors=dict(tensors))
+            _distill(run, quantized, records, store, n, progress)
         _take(store, n, tensors, records, notes)
     return replace(run.checkpoint, tensors=tensors), records, _gathered(notes)
 
@@ -80,26 +80,26 @@ def _kept(records: Records, notes: Sequence[Note]) -> dict[str, Any]:
     return {"records": rows, "notes": [[note.text, note.kind] for note in notes]}
 
 
-def _polish(
-    run: Run, child: Checkpoint, records: Records, store: BlockStore, at: int, progress: Progress | None
+def _distill(
+    run: Run, quantized: Checkpoint, records: Records, store: BlockStore, at: int, progress: Progress | None
 ) -> None:
     """Distil scales and norms of the quantized model; kept in the store as one more block."""
-    steps = run.method.polish
-    state = store.folder / "polish.state"
-    polished = polish(
-        run.checkpoint, child, run.tokens.windows, PolishSettings(steps=steps, state=state), progress
+    steps = run.method.distill
+    state = store.folder / "distill.state"
+    distilled = distill(
+        run.checkpoint, quantized, run.tokens.windows, DistillSettings(steps=steps, state=state), progress
     )
     changed: Records = {}
-    for name, value in polished.tensors.items():
+    for name, value in distilled.tensors.items():
         if isinstance(value, QTensor) and name in records:
             w, old = run.checkpoint.tensors[name].load(), records[name]
-            spec = Spec(value.format, old.algorithm, {**old.options, "polish": steps})
+            spec = Spec(value.format, old.algorithm, {**old.options, "distill": steps})
             changed[name] = replace(measured(w, value, spec, None), tokens=old.tokens)  # type: ignore[arg-type]
     notes = [
-        f"polished: KL divergence on held-out windows from {polished.before:.4f} to {polished.after:.4f}",
-        *polished.notes,
+        f"distilled: KL divergence on held-out windows from {distilled.before:.4f} to {distilled.after:.4f}",
+        *distilled.notes,
     ]
-    store.write(at, polished.tensors, _kept(changed, [Note(text) for text in notes]))
+    store.write(at, distilled.tensors, _kept(changed, [Note(text) for text in notes]))
 
 
 class _Walk:

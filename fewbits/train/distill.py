@@ -1,11 +1,11 @@
-"""polish(): teach a quantized model its parent's distribution, without touching a single code.
+"""distill(): teach a quantized model its reference's distribution, without touching a single code.
 
 What error feedback cannot see, because it looks at one weight at a time, the last layer can: the
-quantized model's logits. So its few continuous numbers are distilled against the parent:
+quantized model's logits. So its few continuous numbers are distilled against the reference:
 
-    tokens -> parent -> p  --.
+    tokens -> reference -> p  --.
                              +--> mean over positions of KL(p || q) -> Adam -> scales, minima (codes stay)
-    tokens -> child  -> q  --'                                              -> norms, biases
+    tokens -> quantized model  -> q  --'                                              -> norms, biases
 
 Every number is trained in units of its own size, x = x0 + unit * a with a = 0 at the start, so that one
 learning rate suits all: unit is |x0|, at least a tenth of its row's mean. All `a` lie in one flat vector;
@@ -16,13 +16,13 @@ What counts is what a file will hold: every few steps the numbers are packed (sc
 norms to their stored dtype) and that model's KL divergence is taken on windows that no step sees. The best
 is returned; the start, if nothing beat it.
 
-How fast: a start far from its parent bears long steps, one chosen by error feedback short ones. A 163M
+How fast: a start far from its reference bears long steps, one chosen by error feedback short ones. A 163M
 model in q4_0, 64 windows of 256 tokens, 4 in a step, KL divergence on 8 windows held out:
 
     rounded to nearest   0.575 -> 0.219 in 40 steps at lr 2e-3     (other text: 0.553 -> 0.244)
     GPTQ                 0.0947 -> 0.0880 in the first 8 of 24 steps at 6e-4, -> 0.0908 at 2e-3
 
-The parent runs once, one block in memory at a time: its last hidden states are kept, and only its output
+The reference runs once, one block in memory at a time: its last hidden states are kept, and only its output
 layer is used again.
 
 Sources: Hinton et al., arXiv 1503.02531 (distillation); Kingma and Ba, arXiv 1412.6980 (Adam); EfficientQAT,
@@ -57,7 +57,7 @@ TINY = 1e-12  # added to Adam's root mean square: gradients of single scales are
 
 
 @dataclass(frozen=True)
-class PolishSettings:
+class DistillSettings:
     """How long and how fast.
 
     steps: of `batch` windows each. lr: the largest change of a block parameter in one step, relative;
@@ -76,7 +76,7 @@ class PolishSettings:
     state: Path | None = None
 
 
-FEWEST = PolishSettings.held_out + PolishSettings.batch  # windows
+FEWEST = DistillSettings.held_out + DistillSettings.batch  # windows
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Polished:
+class Distilled:
     """tensors: what changed, by name: QTensors with the same codes, vectors in their stored dtype."""
 
     tensors: dict[str, QTensor | torch.Tensor]
@@ -105,28 +105,29 @@ class Polished:
         return min(judgement.held_out for judgement in self.history)
 
 
-def polish(
-    parent: Checkpoint,
-    child: Checkpoint,
+def distill(
+    reference: Checkpoint,
+    quantized: Checkpoint,
     tokens: torch.Tensor,
-    settings: PolishSettings | None = None,
+    settings: DistillSettings | None = None,
     progress: Progress | None = None,
-) -> Polished:
-    """Tokens `(w, c)` int64 -> the child's block parameters and vectors nearest to the parent's logits.
+) -> Distilled:
+    """Tokens `(w, c)` int64 -> the quantized model's block parameters and vectors with which its logits are
+    nearest to the reference's.
 
-    Raises CalibrationError for too few windows, a child with nothing to train, or a loss that is not
-    finite; FileError for a state of another run.
+    Raises CalibrationError for too few windows, a quantized model with nothing to train, or a loss that is
+    not finite; FileError for a state of another run.
     """
-    settings, progress = settings or PolishSettings(), progress or _silent
+    settings, progress = settings or DistillSettings(), progress or _silent
     _check(tokens, settings)
-    teacher = Teacher(Blockwise(parent), tokens, lambda done, total: progress("parent", done, total))
-    student = Student(load_model(child), child, tokens[0])
+    teacher = Teacher(Blockwise(reference), tokens, lambda done, total: progress("reference", done, total))
+    student = Student(load_model(quantized), quantized, tokens[0])
     run = _Run(teacher, student, tokens, settings)
     if settings.state is not None and settings.state.exists():
         run.resume(settings.state)
     while run.step < settings.steps:
         run.advance()
-        progress("polish", run.step, settings.steps)
+        progress("distill", run.step, settings.steps)
         if run.step % settings.every == 0 or run.step == settings.steps:
             run.judge()
             if settings.state is not None:
@@ -134,7 +135,7 @@ def polish(
     return run.result()
 
 
-def _check(tokens: torch.Tensor, settings: PolishSettings) -> None:
+def _check(tokens: torch.Tensor, settings: DistillSettings) -> None:
     faults = []
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         faults.append(f"tokens are {tuple(tokens.shape)} {tokens.dtype}, windows (w, c) int64 are needed")
@@ -146,13 +147,13 @@ def _check(tokens: torch.Tensor, settings: PolishSettings) -> None:
     for name in ("steps", "batch", "held_out", "every"):
         if getattr(settings, name) < 1:
             faults.append(f"{name} is {getattr(settings, name)}; at least 1 is needed")
-    raise_all(CalibrationError, "polish", faults)
+    raise_all(CalibrationError, "distill", faults)
 
 
 class _Run:
     """One descent: where it stands, what it has judged best."""
 
-    def __init__(self, teacher: Teacher, student: Student, tokens: torch.Tensor, settings: PolishSettings):
+    def __init__(self, teacher: Teacher, student: Student, tokens: torch.Tensor, settings: DistillSettings):
         self.teacher, self.student, self.tokens, self.settings = teacher, student, tokens, settings
         self.train = len(tokens) - settings.held_out
         rate = {"block": settings.lr, "vector": settings.lr_vectors}
@@ -209,28 +210,28 @@ class _Run:
     def check(self, value: float, what: str) -> None:
         if not isfinite(value):
             raise CalibrationError(
-                f"polish: {what} is {value}; a smaller lr than {self.settings.lr} helps, unless the "
+                f"distill: {what} is {value}; a smaller lr than {self.settings.lr} helps, unless the "
                 "checkpoint itself is damaged: `fewbits evaluate` tells"
             )
 
-    def result(self) -> Polished:
+    def result(self) -> Distilled:
         """What was judged best, but for the tensors that it leaves as they were."""
         packed, start = (self.student.pack(self.start + self.unit * a) for a in (self.best, 0 * self.best))
         changed = {name: value for name, value in packed.items() if not _same(value, start[name])}
         first, best = self.history[0].held_out, min(judgement.held_out for judgement in self.history)
         held = f"on {self.settings.held_out} windows held out"
-        notes = [f"polish: KL divergence {first:.4g} -> {best:.4g} {held}"]
+        notes = [f"distill: KL divergence {first:.4g} -> {best:.4g} {held}"]
         if not changed:
             notes = [
-                f"polish: nothing beat the start, a KL divergence of {first:.4g} {held}: nothing is changed"
+                f"distill: nothing beat the start, a KL divergence of {first:.4g} {held}: nothing is changed"
             ]
         if self.student.fixed:
             names = self.student.fixed
             notes.append(
-                f"polish: {len(names)} quantized tensors stay as they are, no linear layer with free "
+                f"distill: {len(names)} quantized tensors stay as they are, no linear layer with free "
                 f"parameters of its own: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
             )
-        return Polished(changed, tuple(self.history), tuple(notes))
+        return Distilled(changed, tuple(self.history), tuple(notes))
 
     # ---- the state
 
@@ -247,7 +248,7 @@ class _Run:
         from safetensors.torch import save
 
         said = {"step": self.step, "history": [asdict(judgement) for judgement in self.history]}
-        about = {"polish": json.dumps(said), "fingerprint": self.fingerprint()}
+        about = {"distill": json.dumps(said), "fingerprint": self.fingerprint()}
         state = {name: getattr(self, name) for name in STATE}
         write_atomic(path, save(state, about))
 
@@ -259,10 +260,10 @@ class _Run:
             with safe_open(path, "pt") as file:
                 about, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise FileError(f"{path}: not a polish state ({error}); delete it to start anew") from error
+            raise FileError(f"{path}: not a distill state ({error}); delete it to start anew") from error
         if about.get("fingerprint") != self.fingerprint():
             raise FileError(f"{path}: of a run with another model, text or settings; delete it to start anew")
-        said = json.loads(about["polish"])
+        said = json.loads(about["distill"])
         self.step, self.history = said["step"], [Judgement(**row) for row in said["history"]]
         for name in STATE:
             getattr(self, name).copy_(state[name])

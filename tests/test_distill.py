@@ -1,4 +1,4 @@
-"""polish(): less divergence on text not learned from, the same codes, the same bytes after a kill."""
+"""distill(): less divergence on text not learned from, the same codes, the same bytes after a kill."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,19 +14,19 @@ from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.model.sites import sites
 from fewbits.qtensor import QTensor
+from fewbits.train.distill import Distilled, DistillSettings, distill
 from fewbits.train.halves import Halves
-from fewbits.train.polish import Polished, PolishSettings, polish
 from tests.tiny import MODELS, VOCAB, save_tiny, tiny_model
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "moe_intermediate_size": 32}
-SHORT = PolishSettings(steps=12, lr=4e-3, lr_vectors=4e-3, batch=2, held_out=3, every=4)
+SHORT = DistillSettings(steps=12, lr=4e-3, lr_vectors=4e-3, batch=2, held_out=3, every=4)
 TOKENS = torch.randint(3, VOCAB, (9, 24), generator=torch.Generator().manual_seed(0))
 Value = torch.Tensor | QTensor
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("parent"), **SMALL))
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("reference"), **SMALL))
 
 
 def holding(checkpoint: Checkpoint, values: Mapping[str, Value]) -> Checkpoint:
@@ -43,7 +43,7 @@ def holding(checkpoint: Checkpoint, values: Mapping[str, Value]) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
-def quantized(checkpoint: Checkpoint, kind: str) -> Checkpoint:
+def in_format(checkpoint: Checkpoint, kind: str) -> Checkpoint:
     """All linear weights of the blocks in one format."""
     fmt = FORMATS.get(kind)
     found = [site for site in sites(checkpoint) if site.block is not None and site.role != "router"]
@@ -69,16 +69,17 @@ def off(checkpoint: Checkpoint) -> Checkpoint:
     return holding(checkpoint, knocked)
 
 
-def divergence(parent: Checkpoint, child: Checkpoint, tokens: torch.Tensor) -> float:
+def divergence(reference: Checkpoint, quantized: Checkpoint, tokens: torch.Tensor) -> float:
     """Mean KL over all positions, with nothing of the module under test."""
     with torch.no_grad():
         p, q = (
-            load_model(model)(tokens, use_cache=False).logits.log_softmax(-1) for model in (parent, child)
+            load_model(model)(tokens, use_cache=False).logits.log_softmax(-1)
+            for model in (reference, quantized)
         )
         return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def equal(a: Polished, b: Polished) -> bool:
+def equal(a: Distilled, b: Distilled) -> bool:
     def planes(value: Value) -> list[torch.Tensor]:
         return [value] if isinstance(value, torch.Tensor) else list(value.planes.values())
 
@@ -105,16 +106,16 @@ LONG = replace(SHORT, steps=40, lr=1e-2, lr_vectors=1e-2, every=10)
 
 
 @pytest.mark.parametrize("kind", LEFT)
-def test_less_divergence_held_out_and_the_same_codes(parent: Checkpoint, kind: str) -> None:
-    child = off(quantized(parent, kind))
-    done = polish(parent, child, TOKENS, LONG)
-    better = holding(child, done.tensors)
+def test_less_divergence_held_out_and_the_same_codes(reference: Checkpoint, kind: str) -> None:
+    quantized = off(in_format(reference, kind))
+    done = distill(reference, quantized, TOKENS, LONG)
+    better = holding(quantized, done.tensors)
     assert done.after < LEFT[kind] * done.before
     # the logits of one model in f32, of windows at once and one by one
-    assert divergence(parent, child, TOKENS[-3:]) == pytest.approx(done.before, rel=1e-4)
-    assert divergence(parent, better, TOKENS[-3:]) == pytest.approx(done.after, rel=1e-4)
+    assert divergence(reference, quantized, TOKENS[-3:]) == pytest.approx(done.before, rel=1e-4)
+    assert divergence(reference, better, TOKENS[-3:]) == pytest.approx(done.after, rel=1e-4)
     for name, value in done.tensors.items():
-        before = child.tensors[name].load()
+        before = quantized.tensors[name].load()
         if isinstance(value, QTensor):
             assert isinstance(before, QTensor) and value.format is before.format
             assert torch.equal(value.format.unpack(value)[1], before.format.unpack(before)[1])
@@ -125,15 +126,15 @@ def test_less_divergence_held_out_and_the_same_codes(parent: Checkpoint, kind: s
     assert any(isinstance(value, torch.Tensor) for value in done.tensors.values())
 
 
-def test_formats_without_free_parameters_train_norms_alone(parent: Checkpoint) -> None:
-    done = polish(parent, off(quantized(parent, "mxfp4")), TOKENS, SHORT)
+def test_formats_without_free_parameters_train_norms_alone(reference: Checkpoint) -> None:
+    done = distill(reference, off(in_format(reference, "mxfp4")), TOKENS, SHORT)
     assert done.after < done.before
     assert done.tensors and all(name.endswith("norm.weight") for name in done.tensors)
     assert any("14 quantized tensors stay as they are" in note for note in done.notes)
 
 
-def test_a_start_that_nothing_beats_is_returned_and_said_so(parent: Checkpoint) -> None:
-    done = polish(parent, quantized(parent, "q8_0"), TOKENS, replace(SHORT, lr=0.5, lr_vectors=0.5))
+def test_a_start_that_nothing_beats_is_returned_and_said_so(reference: Checkpoint) -> None:
+    done = distill(reference, in_format(reference, "q8_0"), TOKENS, replace(SHORT, lr=0.5, lr_vectors=0.5))
     assert done.tensors == {} and done.after == done.before
     assert any("nothing beat the start" in note for note in done.notes)
 
@@ -141,13 +142,13 @@ def test_a_start_that_nothing_beats_is_returned_and_said_so(parent: Checkpoint) 
 @pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "MixtralForCausalLM"])
 def test_tied_tables_biases_and_fused_experts(name: str, tmp_path: Path) -> None:
     """Biases are trained; what is no linear layer of its own stays and is named."""
-    parent = open_checkpoint(save_tiny(name, tmp_path / "m", **SMALL))
-    child, table = off(quantized(parent, "int4_g32")), "model.embed_tokens.weight"
-    child = holding(child, {table: FORMATS.get("q8_0").encode(child.tensors[table].load())})
-    done = polish(parent, child, TOKENS, SHORT)
+    reference = open_checkpoint(save_tiny(name, tmp_path / "m", **SMALL))
+    quantized, table = off(in_format(reference, "int4_g32")), "model.embed_tokens.weight"
+    quantized = holding(quantized, {table: FORMATS.get("q8_0").encode(quantized.tensors[table].load())})
+    done = distill(reference, quantized, TOKENS, SHORT)
     assert done.after < done.before and table not in done.tensors
     assert any(n.endswith("q_proj.bias") for n in done.tensors) == (name == "Qwen2ForCausalLM")
-    fixed = 1 + sum(".experts." in tensor for tensor in child.tensors)
+    fixed = 1 + sum(".experts." in tensor for tensor in quantized.tensors)
     assert any(f"{fixed} quantized tensors stay" in note for note in done.notes)
 
 
@@ -165,51 +166,51 @@ def test_every_architecture_can_be_cut_before_its_output_layer(name: str) -> Non
 
 def stop_at(step: int) -> Callable[[str, int, int], None]:
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "polish" and done == step:
+        if stage == "distill" and done == step:
             raise KeyboardInterrupt
 
     return progress
 
 
-def test_killed_at_any_step_it_ends_as_if_it_had_not_been(parent: Checkpoint, tmp_path: Path) -> None:
-    child = quantized(parent, "q4_1")
-    whole = polish(parent, child, TOKENS, SHORT)
+def test_killed_at_any_step_it_ends_as_if_it_had_not_been(reference: Checkpoint, tmp_path: Path) -> None:
+    quantized = in_format(reference, "q4_1")
+    whole = distill(reference, quantized, TOKENS, SHORT)
     for step in (2, 5, 12):
         settings = replace(SHORT, state=tmp_path / f"{step}.safetensors")
         with pytest.raises(KeyboardInterrupt):
-            polish(parent, child, TOKENS, settings, stop_at(step))
+            distill(reference, quantized, TOKENS, settings, stop_at(step))
         assert settings.state is not None and settings.state.exists() == (step > 4)
-        assert equal(polish(parent, child, TOKENS, settings), whole)
-    assert not equal(polish(parent, child, TOKENS, replace(SHORT, seed=1)), whole)
+        assert equal(distill(reference, quantized, TOKENS, settings), whole)
+    assert not equal(distill(reference, quantized, TOKENS, replace(SHORT, seed=1)), whole)
 
 
-def test_a_state_of_another_run_or_a_damaged_one_is_refused(parent: Checkpoint, tmp_path: Path) -> None:
-    child = quantized(parent, "q4_0")
+def test_a_state_of_another_run_or_a_damaged_one_is_refused(reference: Checkpoint, tmp_path: Path) -> None:
+    quantized = in_format(reference, "q4_0")
     settings = replace(SHORT, steps=4, state=tmp_path / "state")
-    polish(parent, child, TOKENS, settings)
+    distill(reference, quantized, TOKENS, settings)
     with pytest.raises(FileError, match="another model, text or settings"):
-        polish(parent, child, TOKENS, replace(settings, lr=1e-4))
+        distill(reference, quantized, TOKENS, replace(settings, lr=1e-4))
     with pytest.raises(FileError, match="another model, text or settings"):
-        polish(parent, child, TOKENS.flip(0), settings)
+        distill(reference, quantized, TOKENS.flip(0), settings)
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:1000])
-    with pytest.raises(FileError, match="not a polish state"):
-        polish(parent, child, TOKENS, settings)
+    with pytest.raises(FileError, match="not a distill state"):
+        distill(reference, quantized, TOKENS, settings)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-def test_too_few_windows_and_senseless_settings_are_listed(parent: Checkpoint) -> None:
+def test_too_few_windows_and_senseless_settings_are_listed(reference: Checkpoint) -> None:
     with pytest.raises(CalibrationError, match="4 windows are too few for batches of 2 and 3 held out") as e:
-        polish(parent, parent, TOKENS[:4], replace(SHORT, every=0))
+        distill(reference, reference, TOKENS[:4], replace(SHORT, every=0))
     assert "every is 0; at least 1" in str(e.value)
     with pytest.raises(CalibrationError, match=r"tokens are \(24,\)"):
-        polish(parent, parent, TOKENS[0], SHORT)
+        distill(reference, reference, TOKENS[0], SHORT)
 
 
-def test_a_damaged_child_is_an_error_before_any_step(parent: Checkpoint) -> None:
-    norm = parent.tensors["model.norm.weight"].load()
+def test_a_damaged_quantized_is_an_error_before_any_step(reference: Checkpoint) -> None:
+    norm = reference.tensors["model.norm.weight"].load()
     assert isinstance(norm, torch.Tensor)
-    child = holding(quantized(parent, "q4_0"), {"model.norm.weight": norm * float("nan")})
+    quantized = holding(in_format(reference, "q4_0"), {"model.norm.weight": norm * float("nan")})
     with pytest.raises(CalibrationError, match="the KL divergence held out, after 0 steps, is nan"):
-        polish(parent, child, TOKENS, SHORT)
+        distill(reference, quantized, TOKENS, SHORT)
