@@ -153,7 +153,7 @@ def outcomes(
 
 
 def verification_nbytes(checkpoint: Checkpoint) -> int:
-    """Bytes of memory that our own forward pass over an output of this model takes; 0 where it cannot be run."""
+    """Bytes that our own forward pass over an output of this model takes; 0 where it cannot be run."""
     try:
         return Decoded(checkpoint).runner.needs(1, TOKENS + NEW)
     except ModelError:
