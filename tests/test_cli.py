@@ -404,9 +404,3 @@ def test_options_add_to_an_effort():
     assert method("--smooth").transforms == ("smooth",) and method("--distill", "7").distill == 7
     with pytest.raises(PlanError, match="give one of them"):
         method("--effort", "fast", "--method", "gptq")
-
-
-def test_the_old_name_of_an_option_works_and_says_the_new_one(model, run):
-    """--polish is --distill; too little text for it is refused under its new name."""
-    code, _, err = run("quantize", model, "--to", "q4_0", "--effort", "good", "--polish", 5, "--tokens", 512)
-    assert code == 1 and "--polish is now called --distill" in err and "distill needs" in err

@@ -59,7 +59,7 @@ def test_a_quantized_equal_to_its_reference_is_at_parity_exactly(reference, text
     far = found.quantized_models[0].fidelity
     assert (far.kl, far.kl_median, far.kl_99, far.kl_999, far.kl_max) == ((0.0, 0.0), 0.0, 0.0, 0.0, 0.0)
     assert (far.agreement, far.perplexity_ratio) == ((1.0, 0.0), (1.0, 0.0))
-    assert found.quantized_models[0].perplexity == found.parent.perplexity
+    assert found.quantized_models[0].perplexity == found.reference.perplexity
     assert [c.diverges_at for c in found.quantized_models[0].continuations] == [None, None]
     assert found.tokens_scored == 4 * 15
 
@@ -90,7 +90,7 @@ def test_perplexity_equals_a_plain_loop_over_the_text(reference, text):
             log_p = model(input_ids=window[None]).logits[0].double().log_softmax(-1)
         losses += [-log_p[i, window[i + 1]] for i in range(16, 31)]
     expected = torch.stack(losses).mean().exp()
-    assert found.parent.perplexity.value == pytest.approx(float(expected), rel=1e-6)  # f32 log-softmax
+    assert found.reference.perplexity.value == pytest.approx(float(expected), rel=1e-6)  # f32 log-softmax
 
 
 @given(st.integers(3, 40), st.integers(0, 200), st.none() | st.integers(1, 5), st.none() | st.integers(0, 9))
@@ -180,8 +180,8 @@ def test_progress_counts_every_stage_to_its_end(reference, text):
     assert seen == {
         "reference: windows": (4, 4),
         "reference: generating": (8, 8),
-        "quantized model: windows": (4, 4),
-        "quantized model: generating": (8, 8),
+        "quantized: windows": (4, 4),
+        "quantized: generating": (8, 8),
     }
 
 

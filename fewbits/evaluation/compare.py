@@ -153,7 +153,7 @@ class _Run:
         needed, free = 4 * prod(shape), shutil.disk_usage(folder).free
         if needed > free:
             raise FileError(
-                f"{folder.parent}: the reference's log-probabilities take {size(needed)}, free {size(free)}: "
+                f"{folder.parent}: log-probabilities of the reference: {size(needed)}, free: {size(free)}; "
                 "evaluate fewer windows (max_windows) or set another scratch folder"
             )
         file = str(folder / "reference.f32")
