@@ -387,20 +387,3 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     code = f"{sys.executable} -m fewbits formats | true"
     done = subprocess.run(code, shell=True, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.stderr == ""
-
-
-def test_options_add_to_an_effort():
-    from fewbits.cli.main import parser
-    from fewbits.cli.options import options_of
-    from fewbits.plan.method import EFFORTS, METHODS
-
-    def method(*arguments: str):
-        return options_of(parser().parse_args(["quantize", "m", "--to", "q4_0", *arguments])).chosen_method()
-
-    assert method() == EFFORTS["good"] and method("--effort", "best") == EFFORTS["best"]
-    assert method("--method", "gptq") == METHODS["gptq"] and method("--no-search") == EFFORTS["fast"]
-    assert method("--effort", "best", "--awq", "--rotate").transforms == ("rotate", "awq")
-    assert method("--smooth", "0.5").transform_options == {"alpha": 0.5}
-    assert method("--smooth").transforms == ("smooth",) and method("--distill", "7").distill == 7
-    with pytest.raises(PlanError, match="give one of them"):
-        method("--effort", "fast", "--method", "gptq")

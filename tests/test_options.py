@@ -1,0 +1,33 @@
+"""Options as they are combined, and their old names, which work for one version and say the new ones."""
+
+import pytest
+
+from fewbits.cli.main import main
+from fewbits.errors import PlanError
+from tests.tiny import save_tiny
+
+
+def test_polish_is_distill(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny("LlamaForCausalLM", tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 300)
+    code = main(["quantize", str(model), "--to", "q4_0", "--polish", "5", "--tokens", "512", "--out",
+                 str(tmp_path / "out.gguf"), "--calibrate", str(tmp_path / "text.txt")])  # fmt: skip
+    error = capsys.readouterr().err
+    assert code == 1 and "--polish is now called --distill" in error and "distill needs" in error
+
+
+def test_options_add_to_an_effort():
+    from fewbits.cli.main import parser
+    from fewbits.cli.options import options_of
+    from fewbits.plan.method import EFFORTS, METHODS
+
+    def method(*arguments: str):
+        return options_of(parser().parse_args(["quantize", "m", "--to", "q4_0", *arguments])).chosen_method()
+
+    assert method() == EFFORTS["good"] and method("--effort", "best") == EFFORTS["best"]
+    assert method("--method", "gptq") == METHODS["gptq"] and method("--no-search") == EFFORTS["fast"]
+    assert method("--effort", "best", "--awq", "--rotate").transforms == ("rotate", "awq")
+    assert method("--smooth", "0.5").transform_options == {"alpha": 0.5}
+    assert method("--smooth").transforms == ("smooth",) and method("--distill", "7").distill == 7
+    with pytest.raises(PlanError, match="give one of them"):
+        method("--effort", "fast", "--method", "gptq")
