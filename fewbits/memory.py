@@ -28,21 +28,22 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> int:
     """Largest resident set in bytes since the last reset."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    found = _status("VmHWM")
+    if found is not None:
+        return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_memory() -> int:
-    """Bytes that this process has now."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    return peak_memory()
+    """Bytes that this process has now; where the system does not say, the most that it had."""
+    found = _status("VmRSS")
+    return peak_memory() if found is None else found
+
+
+def left_of(limit: int | None) -> int | None:
+    """Bytes of a limit for this process that it does not have yet; None: no limit is set."""
+    return None if limit is None else max(0, limit - resident_memory())
 
 
 def free_memory() -> int:
@@ -53,6 +54,15 @@ def free_memory() -> int:
         with contextlib.suppress(OSError, ValueError):
             free.append(int(limit.read_text(encoding="utf-8")) - int(used.read_text(encoding="utf-8")))
     return max(0, min(free))
+
+
+def _status(name: str) -> int | None:
+    """A line of /proc/self/status in bytes; None where there is no such file (not Linux)."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def _available() -> int:

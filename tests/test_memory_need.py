@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def need(model: Path, **given: object):
-    options = Options(to="int4_g32", **given)  # type: ignore[arg-type]
+    options = Options(**{"to": "int4_g32", **given})  # type: ignore[arg-type]
     return prepared(open_checkpoint(model), model, model.parent / "out", options)[2]
 
 
@@ -54,13 +55,27 @@ def test_memory_given_is_taken_at_its_word(model):
         need(model, memory=GIB, calibrate="text.txt")
 
 
+def test_memory_of_verification_counts_and_can_be_left_out(model):
+    """Rounding a tiny model takes less than the forward pass that verifies it."""
+    rounded = need(model, to="q4_0", effort="fast", verify=False)
+    verified = need(model, to="q4_0", effort="fast")
+    assert rounded.peak < verified.peak
+    between = (rounded.peak + verified.peak) // 2
+    assert need(model, to="q4_0", effort="fast", verify=False, memory=between).peak <= between
+    with pytest.raises(ModelError, match=r"verifying the output needs .*--no-verify"):
+        need(model, to="q4_0", effort="fast", memory=between)
+
+
+def test_no_faster_method_is_named_where_there_is_none(model):
+    with pytest.raises(ModelError, match=r"\(streaming\); 0\.00 GiB are allowed \(--memory\): free memory$"):
+        need(model, effort="fast", memory=2**20, verify=False)
+
+
 def test_hidden_states_give_way_to_memory(model):
     """A long text: of its hidden states as much stays in memory as fits, the rest goes to scratch."""
     checkpoint = open_checkpoint(model)
     tokens = Tokens.of(torch.zeros(4096, 512, dtype=torch.int64), "zeros")
     request = Options(to="int4_g32", calibrate=tokens).request()
-    from dataclasses import replace
-
     request = replace(request, tokens=tokens)
     out = Path("out")
     resolved = resolve(checkpoint, request, file_type_for(None, out))

@@ -202,7 +202,7 @@ def test_rows_written_twice_are_dropped_and_it_ends(plain, monkeypatch):
         return torch.arange(length).expand(len(heads), -1)
 
     monkeypatch.setattr(sampling, "sample", same)
-    rows, notes = write_rows(plain, load_tokenizer(plain), None, Writing(128, 32))
+    rows, notes = write_rows(plain, load_tokenizer(plain), None, Writing(128, 32, sampling.writer_of(plain)))
     assert rows == [list(range(32))]
     assert "rows of 32 tokens dropped as duplicates" in notes[0]
     found = read_tokens(plain, "self", 128, context=32)

@@ -168,13 +168,23 @@ class Documents:
 
 
 @dataclass(frozen=True)
+class Writer:
+    """kind: the model in "f32" or "bf16", or a copy in one of COPIES. cache: bytes for keys and values.
+    nbytes: in all."""
+
+    kind: str
+    cache: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Writing:
-    """What text is wanted: `n_tokens` in all, in rows of `length`; memory: bytes, None: what is free."""
+    """What text is wanted: `n_tokens` in all, in rows of `length`; and what writes it."""
 
     n_tokens: int
     length: int
+    writer: Writer
     seed: int = 0
-    memory: int | None = None
 
 
 def write_rows(
@@ -191,9 +201,8 @@ def write_rows(
     """
     length, generator = writing.length, torch.Generator().manual_seed(writing.seed)
     heads = _heads(checkpoint, tokenizer, bos, generator)
-    writer = writer_of(checkpoint, writing.memory)
-    model, notes = load_writer(checkpoint, writer.kind)
-    wanted, at_once = ceil(writing.n_tokens / length), rows_at_once(model, length, writer.cache)
+    model, notes = load_writer(checkpoint, writing.writer.kind)
+    wanted, at_once = ceil(writing.n_tokens / length), rows_at_once(model, length, writing.writer.cache)
     decoder = Decoder(model, length)
     rows: list[list[int]] = []
     seen: set[tuple[int, ...]] = set()
@@ -253,16 +262,6 @@ def ends_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> froze
     eos = checkpoint.config.get("text_config", checkpoint.config).get("eos_token_id")
     found = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     return frozenset(token for token in found if token is not None)
-
-
-@dataclass(frozen=True)
-class Writer:
-    """kind: the model in "f32" or "bf16", or a copy in one of COPIES. cache: bytes for keys and values.
-    nbytes: in all."""
-
-    kind: str
-    cache: int
-    nbytes: int
 
 
 def writer_of(checkpoint: Checkpoint, memory: int | None = None) -> Writer:
@@ -348,7 +347,7 @@ def damage_of(checkpoint: Checkpoint) -> str:
     return "its weights are finite, so numbers grew too large on the way; is the config the model's own?"
 
 
-def rows_at_once(model: Any, length: int, cache: int = CACHE_BYTES) -> int:
+def rows_at_once(model: Any, length: int, cache: int) -> int:
     """So many that their keys and values stay below `cache` bytes; at least one."""
     row = _row_nbytes(model.config.get_text_config(), model.dtype.itemsize, length)
     return max(1, min(ROWS_AT_ONCE, cache // row))

@@ -82,9 +82,8 @@ def read_tokens(
     tokenizer = load_tokenizer(checkpoint)
     bos = bos_of(tokenizer)
     if spec == "self":
-        stream, source, notes = _from_self(
-            checkpoint, tokenizer, Writing(needed, min(context, ROW), seed, memory), progress
-        )
+        writing = Writing(needed, min(context, ROW), writer_of(checkpoint, memory), seed)
+        stream, source, notes = _from_self(checkpoint, tokenizer, writing, progress)
     elif spec.startswith("hf:"):
         stream, notes = _from_documents(tokenizer, read_dataset(spec), needed, seed, progress)
         source = f"{spec} (seed {seed})"
@@ -253,9 +252,7 @@ def _from_self(
             progress("writing calibration text", done, total)
 
     source = f"text written by the model itself (seed {writing.seed})"
-    writer = writer_of(checkpoint, writing.memory)
-    settings = {**asdict(writing), "memory": None, "kind": writer.kind, "cache": writer.cache}
-    path = text_file(checkpoint, settings)
+    path = text_file(checkpoint, asdict(writing))
     kept = read_kept(path)
     if kept is not None:
         rows, notes = kept

@@ -11,7 +11,7 @@ from ..files.open import open_checkpoint
 from ..release.receipt import Receipt
 from ..workflow.quantize import conclude, prepared
 from ..workflow.run import run as quantize
-from ..workflow.text import reader, with_text
+from ..workflow.text import with_read_text
 from .options import method_arguments, options_of, text_arguments, type_arguments
 from .progress import ByteProgress, StageProgress
 from .verify import concluded, verify_arguments
@@ -68,7 +68,7 @@ def run(given: argparse.Namespace) -> int:
     out, request, need = prepared(checkpoint, path, given.out, options)
     print(f"fewbits quantize: {need.line()}", file=sys.stderr)
     with StageProgress() as stage:
-        request = with_text(request, checkpoint, options, reader(checkpoint, options, stage))
+        request = with_read_text(request, checkpoint, options, stage)
     for note in (*request.notes, *(request.tokens.notes if request.tokens else ())):
         print(f"fewbits quantize: {note}", file=sys.stderr)
     with ByteProgress("quantize") as progress:

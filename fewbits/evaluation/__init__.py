@@ -1,9 +1,8 @@
 """What quantizing cost: a reference and its quantized models on the same text.
 
-    reference  ->  log-probabilities of every scored token, on a scratch file  --.
-    quantized model   ->  the same, one quantized model after the other                           +-> KL
-    divergence,
-                                                                              '   agreement, perplexity
+    reference         ->  log-probabilities of every scored token, on a scratch file  --.
+    quantized models  ->  the same, one after the other                                 +-> KL divergence,
+                                                                                     '   agreement, perplexity
 Only one model is in memory at a time. Windows and scoring are those of `llama-perplexity`: windows
 of `context` tokens that do not overlap, the first token replaced by BOS where the model adds one,
 and the log-probabilities at positions score_from ... context - 2 (default: the second half) scored

@@ -73,10 +73,12 @@ def _measured(found: Mapping[str, Any]) -> list[str]:
     if not found:
         how = "fewbits evaluate REFERENCE THIS --text FILE --record"
         return [f"- quality against the reference: not measured (`{how}`)"]
+    # Receipts of 0.1.0 have the second name.
+    reference = found.get("reference_perplexity", found.get("parent_perplexity"))
     return [
         f"- KL divergence to the reference {found['kl']:.4f} +- {found['kl_error']:.4f}, top-1 agreement "
         f"{100 * found['agreement']:.1f} %",
-        f"- perplexity {found['perplexity']:.3f}, the reference's {found['reference_perplexity']:.3f} "
+        f"- perplexity {found['perplexity']:.3f}, the reference's {reference:.3f} "
         f"({found['text']}, {found['tokens']} tokens scored)",
     ]
 

@@ -153,11 +153,9 @@ def outcomes(
 
 
 def verification_nbytes(checkpoint: Checkpoint) -> int:
-    """Bytes that our own forward pass over an output of this model takes; 0 where it cannot be run."""
-    try:
-        return Decoded(checkpoint).runner.needs(1, TOKENS + NEW)
-    except ModelError:
-        return 0
+    """Bytes that our own forward pass over an output of this model takes, whole or block by block."""
+    whole, least = (runner(checkpoint).needs(1, TOKENS + NEW) for runner in (Whole, Blockwise))
+    return whole if whole <= max(SMALL, least) else least
 
 
 @dataclass

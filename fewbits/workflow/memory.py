@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from ..algorithms import NEEDS
@@ -21,12 +20,10 @@ from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
 from ..files.output import Job, Output
 from ..formats.base import CHUNK, Format
-from ..memory import free_memory, resident_memory
+from ..memory import free_memory, left_of, resident_memory
 from ..model.sites import Site, sites
 from ..plan.choices import Decision
-from .provenance import check_place
 from .request import Request
-from .resolve import file_type_for, resolve
 from .task import Spec, spec_of
 
 ALLOWANCE = 3 * 2**29  # 1.5 GiB: torch, transformers, Hessians and what is quantized of a block
@@ -96,11 +93,8 @@ def memory_need(
     memory for that."""
     here = resident_memory()
     walked = [task for task in tasks_of(checkpoint, target, decisions, request) if task.walked]
-    way, peak, scratch = (
-        "streaming",
-        here + MARGIN + max(map(_job_peak(checkpoint), target.jobs), default=0),
-        0,
-    )
+    way, scratch = "streaming", 0
+    peak = here + MARGIN + max(map(_job_peak(checkpoint), target.jobs), default=0)
     if walked:
         hidden = _hidden_nbytes(checkpoint, request)
         way, scratch = "block by block", max(0, hidden - request.streaming.activation_memory)
@@ -109,8 +103,7 @@ def memory_need(
     if walked and request.method.distill:
         whole = 8 * sum(prod(tensor.shape) for tensor in checkpoint.tensors.values()) + ALLOWANCE
     if walked and writes_text:
-        left = None if request.memory is None else max(0, request.memory - here)
-        whole = max(whole, here + writer_of(checkpoint, left).nbytes)
+        whole = max(whole, here + writer_of(checkpoint, left_of(request.memory)).nbytes)
     return Need("whole model" if whole else way, max(peak, whole), here, scratch)
 
 
@@ -126,7 +119,7 @@ def fitted(
     The memory is that of the request, else what is free. ModelError where it does not suffice.
     """
     need = memory_need(checkpoint, target, decisions, request, writes_text)
-    limit = need.here + free_memory() if request.memory is None else request.memory
+    limit = _limit(request, need.here)
     if need.peak <= limit:
         return request, need
 
@@ -138,19 +131,33 @@ def fitted(
     _, need = holding(least)
     if need.peak <= limit:
         return holding(least + limit - need.peak)
-    given = f"{limit / 2**30:.2f} GiB are {'free' if request.memory is None else 'allowed (--memory)'}"
+    instead = "" if need.way == "streaming" else ", or take --effort fast, which holds one tensor at a time"
     raise ModelError(
-        f"{checkpoint.path}: quantizing it {need.line()}; {given}: free memory, or take --effort fast, which "
-        "holds one tensor at a time"
+        f"{checkpoint.path}: quantizing it {need.line()}; {_have(request)}: free memory{instead}"
     )
 
 
-def need_of(checkpoint: Checkpoint, out: Path, request: Request, writes_text: bool) -> Need:
-    """The memory that a whole run needs, with the writing of its text; ModelError where it is not there."""
-    resolved = resolve(checkpoint, request, file_type_for(request.file, out))
-    check_place(checkpoint, out, resolved.file_type, request.overwrite)
-    output = resolved.lay_out(checkpoint, out)
-    return fitted(checkpoint, output, resolved.by_output(checkpoint), request, writes_text)[1]
+def with_verification(need: Need, checkpoint: Checkpoint, request: Request, nbytes: int) -> Need:
+    """The need of a run that ends with a forward pass of `nbytes`; ModelError where these are not there."""
+    limit = _limit(request, need.here)
+    peak = need.here + nbytes
+    if peak > limit:
+        raise ModelError(
+            f"{checkpoint.path}: verifying the output needs {peak / 2**30:.2f} GiB of memory; "
+            f"{_have(request)}: free memory, or leave it out (--no-verify)"
+        )
+    return replace(need, peak=max(need.peak, peak))
+
+
+def _have(request: Request) -> str:
+    """The memory that there is, in words."""
+    limit = f"{_limit(request, resident_memory()) / 2**30:.2f} GiB are"
+    return f"{limit} free" if request.memory is None else f"{limit} allowed (--memory)"
+
+
+def _limit(request: Request, here: int) -> int:
+    """Bytes that this process, which has `here` of them, may have at most."""
+    return here + free_memory() if request.memory is None else request.memory
 
 
 def block_weights(checkpoint: Checkpoint) -> list[int]:

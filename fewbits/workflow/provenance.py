@@ -14,8 +14,6 @@ import torch
 from .. import core
 from ..errors import FileError
 from ..files.checkpoint import Checkpoint
-from ..files.filetype import FileType
-from ..release.publish import check_records
 from ..release.receipt import FileDigest
 from ..version import VERSION
 
@@ -100,13 +98,3 @@ def versions() -> dict[str, str]:
         "platform": platform.platform(),
         "isa": core.isa(),
     }
-
-
-def check_place(checkpoint: Checkpoint, out: Path, file_type: FileType, overwrite: bool) -> None:
-    """FileError where the output would stand on its own input, or on a model of another kind."""
-    file_type.check_kind(out)
-    if out.exists() and any(out.samefile(path) for path in [checkpoint.path, *input_files(checkpoint)]):
-        raise FileError(f"{out}: is the input itself; choose another output")
-    file_type.check_place(out, overwrite)
-    if not overwrite:
-        check_records(file_type.receipt_path(out), file_type.card_path(out))

@@ -20,11 +20,12 @@ from ..files.open import file_type_at, open_checkpoint
 from ..release.publish import finished
 from ..release.receipt import Receipt
 from ..release.verify import Outcome, verification_nbytes, verify
-from .memory import Need, need_of
+from .memory import Need, fitted, with_verification
 from .options import Options
 from .request import Request
-from .run import run
-from .text import reader, stand_in, with_text, writes_text
+from .resolve import resolve
+from .run import check_place, run
+from .text import stand_in, with_read_text, with_text, writes_text
 
 Progress = Callable[[str, int, int], None]
 
@@ -56,7 +57,7 @@ def quantize(
     options = replace(options or Options(), **given).filled()
     checkpoint, path = opened(model)
     place, request, _ = prepared(checkpoint, path, None if out is None else Path(out), options)
-    request = with_text(request, checkpoint, options, reader(checkpoint, options, progress))
+    request = with_read_text(request, checkpoint, options, progress)
     receipt = run(checkpoint, place, request, progress)
     return conclude(receipt, checkpoint, place, options)[0]
 
@@ -72,14 +73,20 @@ def opened(model: str | Path | Checkpoint) -> tuple[Checkpoint, Path]:
 def prepared(
     checkpoint: Checkpoint, path: Path, out: Path | None, options: Options
 ) -> tuple[Path, Request, Need]:
-    """Where the output of the model at `path` goes, the request without its text, the memory it will need.
-    ModelError or CalibrationError where that memory is not there."""
+    """Where the output of the model at `path` goes; the request, with a stand-in for a text; what it needs.
+
+    Everything that can be refused before a text is read or written is: FileError for what is in the way,
+    ModelError or CalibrationError where there is not enough memory.
+    """
     place, file_type = options.place(path, checkpoint, out)
     request = replace(options.request(), file=file_type.name)
-    guess = with_text(request, checkpoint, options, stand_in(options))
-    need = need_of(checkpoint, place, guess, writes_text(guess, options))
+    request = with_text(request, checkpoint, options, stand_in(options))
+    resolved = resolve(checkpoint, request, file_type)
+    check_place(checkpoint, place, resolved.file_type, request.overwrite)
+    output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
+    _, need = fitted(checkpoint, output, decisions, request, writes_text(request, options))
     if options.verify and file_type.verified:
-        need = replace(need, peak=max(need.peak, need.here + verification_nbytes(checkpoint)))
+        need = with_verification(need, checkpoint, request, verification_nbytes(checkpoint))
     return place, request, need
 
 

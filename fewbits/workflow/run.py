@@ -22,7 +22,9 @@ from typing import Any
 
 from ..activations.record import record, record_cache
 from ..calibrate.statistics import coverage_notes
+from ..errors import FileError
 from ..files.checkpoint import Checkpoint
+from ..files.filetype import FileType
 from ..files.open import open_checkpoint
 from ..files.output import Job, Output
 from ..formats.base import Format
@@ -30,6 +32,7 @@ from ..memory import peak_memory, reset_peak_memory
 from ..model.sites import sites
 from ..plan.carry import settled
 from ..plan.choices import Decision
+from ..release.publish import check_records
 from ..release.receipt import Receipt, TensorRow
 from ..storage.atomic import make_directory, write_atomic
 from ..storage.stream import StreamFile
@@ -37,7 +40,7 @@ from ..transforms.rotate import rotate
 from .blockstore import BlockStore, check_ours
 from .blockwise import Run, quantize_blocks
 from .memory import fitted
-from .provenance import InputDigests, check_place, digest_file, fingerprint, versions
+from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
 from .request import Request, calibration_of, check_method, fingerprint_fields, needs_of, stats_of
 from .resolve import Resolved, file_type_for, resolve
 from .task import WeightRecord, Work, spec_of, write_job
@@ -226,6 +229,16 @@ def _block_by_block(
         checkpoint, specs, request.method, request.tokens, request.streaming, request.strict_calibration
     )
     return quantize_blocks(todo, store, progress)
+
+
+def check_place(checkpoint: Checkpoint, out: Path, file_type: FileType, overwrite: bool) -> None:
+    """FileError where the output would stand on its own input, or on a model of another kind."""
+    file_type.check_kind(out)
+    if out.exists() and any(out.samefile(path) for path in [checkpoint.path, *input_files(checkpoint)]):
+        raise FileError(f"{out}: is the input itself; choose another output")
+    file_type.check_place(out, overwrite)
+    if not overwrite:
+        check_records(file_type.receipt_path(out), file_type.card_path(out))
 
 
 def _write_all(

@@ -16,7 +16,7 @@ from ..calibrate.statistics import Statistics
 from ..calibrate.tokens import Tokens, read_tokens
 from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
-from ..memory import resident_memory
+from ..memory import left_of
 from ..plan.method import EFFORTS, Method
 from .options import Options
 from .request import Request, needs_of
@@ -55,13 +55,23 @@ def with_text(request: Request, checkpoint: Checkpoint, options: Options, read: 
         return replace(request, method=EFFORTS["fast"], notes=(note,))
 
 
+def with_read_text(
+    request: Request, checkpoint: Checkpoint, options: Options, progress: Stage | None = None
+) -> Request:
+    """A request with a stand-in for its text -> with the text, read or written by the model."""
+    if request.tokens is None:
+        return request
+    read = reader(checkpoint, options, progress)
+    return with_text(replace(request, tokens=None), checkpoint, options, read)
+
+
 def reader(checkpoint: Checkpoint, options: Options, progress: Stage | None = None) -> Read:
     """Reads a source, or lets the model write."""
     count, context = options.tokens or TOKENS, options.context or CONTEXT
 
     def read(source: str) -> Tokens:
-        left = None if options.memory is None else max(0, options.memory - resident_memory())
-        return read_tokens(checkpoint, source, count, context, options.seed or 0, progress, left)
+        memory = left_of(options.memory)
+        return read_tokens(checkpoint, source, count, context, options.seed or 0, progress, memory)
 
     return read
 
