@@ -21,6 +21,7 @@ from fewbits.plan.method import Method
 from fewbits.workflow import provenance
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run as quantize
+from tests.interrupts import interrupt_at
 from tests.tiny import VOCAB, save_tiny
 
 
@@ -28,17 +29,6 @@ from tests.tiny import VOCAB, save_tiny
 def model(tmp_path_factory) -> Path:
     shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1}
     return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("m") / "model", **shape)
-
-
-def interrupt_at(call: int):
-    calls = []
-
-    def progress(name, done, total):
-        calls.append(name)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-
-    return progress
 
 
 def other_config(source: Path, _: pytest.MonkeyPatch) -> None:

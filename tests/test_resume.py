@@ -19,6 +19,7 @@ from fewbits.workflow import task as jobs
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import convert
 from fewbits.workflow.run import run as quantize
+from tests.interrupts import interrupt_at
 from tests.tiny import change_weights, save_tiny
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -184,17 +185,6 @@ def test_a_run_with_other_wishes_does_not_continue_it(model, tmp_path):
     quantize(model, tmp_path / "m.gguf", Request("q4_k_m", search=False, overwrite=True))
     quantize(model, tmp_path / "fresh.gguf", Request("q4_k_m", search=False))
     assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
-
-
-def interrupt_at(call: int):
-    calls = []
-
-    def progress(name, done, total):
-        calls.append(name)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-
-    return progress
 
 
 def test_progress_counts_every_byte_once(model, tmp_path):

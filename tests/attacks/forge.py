@@ -2,6 +2,9 @@
 
 import json
 import struct
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +61,15 @@ def gguf(
 def write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+@contextmanager
+def allocates_below(nbytes: int) -> Iterator[None]:
+    """Fails where Python allocates more inside: what a header claims is never taken at its word."""
+    tracemalloc.start()
+    try:
+        yield
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < nbytes
