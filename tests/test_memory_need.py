@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def need(model: Path, **given: object):
-    options = Options(**{"to": "int4_g32", **given})  # type: ignore[arg-type]
+    options = Options(to="int4_g32" if given.get("file") is None else "q4_0", **given)  # type: ignore[arg-type]
     return prepared(open_checkpoint(model), model, model.parent / "out", options)[2]
 
 
@@ -57,13 +57,13 @@ def test_memory_given_is_taken_at_its_word(model):
 
 def test_memory_of_verification_counts_and_can_be_left_out(model):
     """Rounding a tiny model takes less than the forward pass that verifies it."""
-    rounded = need(model, to="q4_0", effort="fast", verify=False)
-    verified = need(model, to="q4_0", effort="fast")
+    rounded = need(model, file="gguf", effort="fast", verify=False)
+    verified = need(model, file="gguf", effort="fast")
     assert rounded.peak < verified.peak
     between = (rounded.peak + verified.peak) // 2
-    assert need(model, to="q4_0", effort="fast", verify=False, memory=between).peak <= between
+    assert need(model, file="gguf", effort="fast", verify=False, memory=between).peak <= between
     with pytest.raises(ModelError, match=r"verifying the output needs .*--no-verify"):
-        need(model, to="q4_0", effort="fast", memory=between)
+        need(model, file="gguf", effort="fast", memory=between)
 
 
 def test_no_faster_method_is_named_where_there_is_none(model):
