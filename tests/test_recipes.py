@@ -7,6 +7,7 @@ import json
 import random
 from pathlib import Path
 
+import gguf
 import pytest
 
 from fewbits.errors import PlanError
@@ -103,6 +104,11 @@ def test_kept_tensors_stay_as_stored_whatever_the_rule_says(name, shape, kept):
     choice = choose_types("q8_0", [(name, shape, "bf16")], LLAMA, overrides=lambda name: "f16")[name]
     assert choice.type == ("bf16" if kept else "f16")
     assert (kept_reason(name, shape) is not None) == kept
+
+
+def test_numbers_are_those_of_gguf():
+    theirs = {t.name.lower().split("_", 1)[-1]: int(t) for t in gguf.LlamaFileType}
+    assert all(recipe.file_type == theirs[recipe.name] for recipe in RECIPES.values())
 
 
 def test_aliases_are_the_medium_mixtures():

@@ -5,24 +5,42 @@ import sys
 
 import pytest
 
+import fewbits
 from tests.tiny import save_tiny
+
+LARGE = {"torch", "numpy", "gguf", "transformers", "huggingface_hub", "safetensors"}
+# The name of an output -> how it is made; `inspect` reads headers, and small arrays that say what is held.
+WRITTEN = {
+    "native": {"to": "int4_g32"},
+    "compressed": {"to": "int4_g32", "file": "compressed-tensors"},
+    "gptq": {"to": "int4_g32", "file": "gptq"},
+    "gptq-order": {"to": "int4_g32_actorder", "file": "gptq"},
+    "awq": {"to": "int4_g32_asym", "file": "awq"},
+    "mlx": {"to": "int4_g32", "file": "mlx"},
+    "fp8": {"to": "fp8_e4m3_block128", "file": "fp8"},
+    "model.gguf": {"to": "q4_0"},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder of the same model in every kind of file that is inspected by its header alone."""
+    folder = tmp_path_factory.mktemp("models")
+    model = save_tiny("LlamaForCausalLM", folder / "float")
+    for name, asked in WRITTEN.items():
+        fewbits.quantize(model, folder / name, effort="fast", verify=False, **asked)
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kept_out"),
-    [
-        (["--help"], {"torch", "numpy", "gguf", "transformers", "huggingface_hub", "safetensors"}),
-        (["inspect", "MODEL"], {"torch", "numpy", "gguf", "transformers", "huggingface_hub"}),
-        (["formats"], {"torch", "transformers", "huggingface_hub"}),
-    ],
+    "arguments", [["--help"], ["formats"], *(["inspect", name] for name in ("float", *WRITTEN))], ids=" ".join
 )
-def test_what_answers_at_once_imports_nothing_large(tmp_path, arguments, kept_out):
-    model = save_tiny("LlamaForCausalLM", tmp_path / "m")
-    arguments = [str(model) if word == "MODEL" else word for word in arguments]
+def test_what_answers_at_once_imports_nothing_large(models, arguments):
+    arguments = [str(models / word) if word in ("float", *WRITTEN) else word for word in arguments]
     code = (
         "import sys; from fewbits.cli.main import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
-        f"print(*({kept_out!r} & set(sys.modules)), file=sys.stderr)"
+        f"print(*({LARGE!r} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout and done.stderr.split() == []

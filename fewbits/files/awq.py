@@ -67,7 +67,7 @@ class AWQ(Directory):
         faults = []
         if format.bits != BITS:
             faults.append(f"{format.bits} bits")
-        if format.dtype != torch.float16:
+        if format.scale_type != "f16":
             faults.append("scales that are not f16")
         if format.cells.rows != 1:
             faults.append("one scale for the whole tensor")
@@ -83,9 +83,9 @@ class AWQ(Directory):
                 f"{n} x {k} is not whole; leave this tensor in float with a rule, or use another file type"
             )
         return [
-            Array(f"{module}.qweight", torch.int32, (k, n // WORD)),
-            Array(f"{module}.scales", format.dtype, (k // group, n)),
-            Array(f"{module}.qzeros", torch.int32, (k // group, n // WORD)),
+            Array(f"{module}.qweight", "i32", (k, n // WORD)),
+            Array(f"{module}.scales", format.scale_type, (k // group, n)),
+            Array(f"{module}.qzeros", "i32", (k // group, n // WORD)),
         ]
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:

@@ -57,6 +57,7 @@ from .directory import (
     Shape,
     Stored,
     module_of,
+    stands,
 )
 
 LEVELS = {"nf4": NF4, "fp4": FP4}
@@ -91,22 +92,22 @@ class BitsAndBytes(Directory):
         if format.levels is INT8:
             module = module_of(name)
             return [
-                Array(name, torch.int8, shape),
-                Array(f"{module}.SCB", torch.float32, (n,)),
-                Array(f"{module}.weight_format", torch.uint8, ()),
+                Array(name, "i8", shape),
+                Array(f"{module}.SCB", "f32", (n,)),
+                Array(f"{module}.weight_format", "u8", ()),
             ]
         nested = isinstance(format, DoubleQuantized)
         blocks = n * k // format.block
         found = [
-            Array(name, torch.uint8, (n * k // 2, 1)),
-            Array(f"{name}.absmax", torch.uint8 if nested else torch.float32, (blocks,)),
-            Array(f"{name}.quant_map", torch.float32, (16,)),
+            Array(name, "u8", (n * k // 2, 1)),
+            Array(f"{name}.absmax", "u8" if nested else "f32", (blocks,)),
+            Array(f"{name}.quant_map", "f32", (16,)),
         ]
         if nested:
-            found.append(Array(f"{name}.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK),)))
-            found.append(Array(f"{name}.nested_quant_map", torch.float32, (256,)))
+            found.append(Array(f"{name}.nested_absmax", "f32", (-(-blocks // NESTED_BLOCK),)))
+            found.append(Array(f"{name}.nested_quant_map", "f32", (256,)))
         key = f"{name}.quant_state.bitsandbytes__{_levels(format)}"
-        return [*found, Array(key, torch.uint8, (len(self._state(format, shape, None)),))]
+        return [*found, Array(key, "u8", (len(self._state(format, shape, None)),))]
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         codes, absmax = q.planes["codes"], q.planes["absmax"].flatten()
@@ -261,13 +262,13 @@ class BitsAndBytes(Directory):
         stored = places[name].entry if name in places else None
         if stored is not None and stored.nbytes == size and stored.dtype in DTYPES:
             # bnb_4bit_quant_storage: the same bytes under another dtype
-            arrays[0] = Array(name, DTYPES[stored.dtype].torch, stored.shape)
+            arrays[0] = Array(name, stored.dtype.lower(), stored.shape)
         arrays[1] = arrays[1]._replace(shape=(blocks,))
         if nested:
             arrays[3] = arrays[3]._replace(shape=(-(-blocks // NESTED_BLOCK),))
         arrays[-1] = arrays[-1]._replace(shape=places[key].entry.shape)
         held = QuantizedEntry(format, (n, k), arrays=tuple(arrays))
-        whole = all(array.key in places and _fits(array, places[array.key]) for array in arrays)
+        whole = all(stands(array, places) for array in arrays)
         if not whole or (k % block == 0 and _own_levels(levels, nested, arrays, places)):
             return held  # what is not whole is told when it is opened
         keys = tuple(array.key for array in arrays)
@@ -356,10 +357,6 @@ def _coded(key: str, place: Place) -> bool:
     """Does a weight look like one of bitsandbytes?"""
     dtype, shape = place.entry.dtype, place.entry.shape
     return key.endswith(".weight") and (dtype == "I8" or (dtype == "U8" and shape[1:] == (1,)))
-
-
-def _fits(array: Array, place: Place) -> bool:
-    return (DTYPES[place.entry.dtype].torch, place.entry.shape) == (array.dtype, array.shape)
 
 
 def _own_levels(levels: str, nested: bool, arrays: Sequence[Array], places: Mapping[str, Place]) -> bool:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ..dtypes import DTYPES, F32, dtype_of
+from ..dtypes import DTYPES, F32
 from ..errors import FileError, FormatError, raise_all
 from ..formats.base import Format, Kind
 from ..model.archs import GGUFEntry
@@ -40,10 +40,10 @@ Row = tuple[str, str, tuple[int, ...]]  # an array's key, dtype and shape
 
 
 class Array(NamedTuple):
-    """One array of a weight on disk. key: its whole name."""
+    """One array of a weight on disk. key: its whole name. dtype: a name of DTYPES."""
 
     key: str
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
 
 
@@ -52,6 +52,12 @@ class Place(NamedTuple):
 
     file: Path
     entry: Entry
+
+
+def stands(array: Array, places: Mapping[str, Place]) -> bool:
+    """Does an array lie there, in its dtype and shape?"""
+    place = places.get(array.key)
+    return place is not None and (place.entry.dtype, place.entry.shape) == (array.dtype.upper(), array.shape)
 
 
 @dataclass(frozen=True)
@@ -254,8 +260,7 @@ def arrays_of(file_type: Directory, name: str, row: Stored) -> list[Row]:
     kind, shape = row
     if not isinstance(kind, Format):
         return [(name, kind.name, shape)]
-    parts = file_type.arrays(name, kind, (shape[0], shape[1]))
-    return [(part.key, dtype_of(part.dtype).name, part.shape) for part in parts]
+    return list(file_type.arrays(name, kind, (shape[0], shape[1])))
 
 
 def module_of(name: str) -> str:
@@ -318,7 +323,7 @@ def _tensor(
         return LazyTensor(name, entry.shape, F32, nbytes, used[0].file.name, partial(_decode, entry, used))
     used, before = [], len(faults)
     for array in _arrays(file_type, name, entry):
-        place, needed = places.get(array.key), (dtype_of(array.dtype).name.upper(), array.shape)
+        place, needed = places.get(array.key), (array.dtype.upper(), array.shape)
         part = array.key.removeprefix(f"{name}.").removeprefix(f"{module_of(name)}.")
         if place is None:
             faults.append(f"tensor {name!r}: plane {part!r} is missing")

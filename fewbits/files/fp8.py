@@ -66,7 +66,7 @@ class Fp8(Directory):
         module, (n, k) = module_of(name), shape
         scales = ceil(n / BLOCK), ceil(k / BLOCK)
         return [
-            Array(name, torch.float8_e4m3fn, shape),
+            Array(name, "f8_e4m3", shape),
             Array(f"{module}.{SCALE}", scale_dtype(format), scales),
         ]
 

@@ -37,7 +37,7 @@ from ..formats.affine import Affine
 from ..formats.base import FORMATS, Format
 from ..lazy import torch
 from ..qtensor import QTensor
-from ..storage.safetensors import map_tensor
+from ..storage.safetensors import read_integers
 from ..version import VERSION
 from .directory import (
     Array,
@@ -48,8 +48,18 @@ from .directory import (
     Shape,
     Stored,
     module_of,
+    stands,
 )
-from .integers import from_integers, group_of, index_of, integer_name, integers, plain_of, scale_dtype
+from .integers import (
+    from_integers,
+    group_of,
+    in_order,
+    index_of,
+    integer_name,
+    integers,
+    plain_of,
+    scale_dtype,
+)
 
 BITS = (2, 3, 4, 8)
 WORD = 32  # bits, and rows and columns that are packed together
@@ -82,7 +92,7 @@ class GPTQ(Directory):
         faults = []
         if plain.bits not in BITS:
             faults.append(f"{plain.bits} bits")
-        if plain.dtype != torch.float16:
+        if plain.scale_type != "f16":
             faults.append("scales that are not f16")
         if plain.cells.rows != 1:
             faults.append("one scale for the whole tensor")
@@ -100,10 +110,10 @@ class GPTQ(Directory):
             )
         groups = -(-k // group_of(format, k))
         return [
-            Array(f"{module}.qweight", torch.int32, (k // WORD * plain.bits, n)),
-            Array(f"{module}.scales", plain.dtype, (groups, n)),
-            Array(f"{module}.qzeros", torch.int32, (groups, n // WORD * plain.bits)),
-            Array(f"{module}.g_idx", torch.int32, (k,)),
+            Array(f"{module}.qweight", "i32", (k // WORD * plain.bits, n)),
+            Array(f"{module}.scales", plain.scale_type, (groups, n)),
+            Array(f"{module}.qzeros", "i32", (groups, n // WORD * plain.bits)),
+            Array(f"{module}.g_idx", "i32", (k,)),
         ]
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
@@ -192,12 +202,12 @@ class GPTQ(Directory):
         dtype = scale_dtype(places, f"{module}.scales")
         format = FORMATS.get(integer_name(bits, columns, not sym, dtype))
         arrays = self.arrays(f"{module}.weight", format, (n, k))
-        if not all(key in places and places[key].entry.shape == shape for key, _, shape in arrays):
+        if not all(stands(array, places) for array in arrays):
             return QuantizedEntry(format, (n, k))  # opening names what is missing
-        order, width = map_tensor(*places[f"{module}.g_idx"]).long(), columns or k
-        if torch.equal(order, torch.arange(k) // width):
+        order, width = read_integers(*places[f"{module}.g_idx"]), columns or k
+        if order == in_order(k, width):
             return QuantizedEntry(format, (n, k))
-        groups, low, high = -(-k // width), int(order.min()), int(order.max())
+        groups, low, high = -(-k // width), min(order), max(order)
         if low < 0 or high >= groups:
             faults.append(
                 f"{module}: g_idx names group {low if low < 0 else high}, there are {groups}; it is damaged"

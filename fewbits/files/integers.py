@@ -9,6 +9,7 @@ A format in act order has the group of each column besides; codes lie where thei
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from ..core.pack import pack, unpack
 from ..errors import FormatError
@@ -70,6 +71,12 @@ def from_integers(
             "gptq_v2 are taken for each other)"
         )
     return QTensor(format, shape, planes)
+
+
+@cache
+def in_order(k: int, columns: int) -> tuple[int, ...]:
+    """The group of each of k columns where columns are in order: 0, 0 ... 1, 1 ..."""
+    return tuple(column // columns for column in range(k))
 
 
 def group_of(format: Format, k: int) -> int:

@@ -75,7 +75,7 @@ class MLX(Directory):
             faults.append(f"{format.bits} bits")
         if format.cells.rows != 1 or format.cells.columns not in GROUPS:
             faults.append(f"scales other than of {', '.join(map(str, GROUPS))} columns")
-        if format.zero != "float" and format.dtype == torch.float32:
+        if format.zero != "float" and format.scale_type == "f32":
             faults.append("zeros under f32 scales, whose products f32 cannot hold")
         return ", ".join(faults) or None
 
@@ -87,9 +87,9 @@ class MLX(Directory):
                 f"{name}: MLX's layout has whole groups, row length {k} is not a multiple of {group}; use a "
                 "format with smaller groups or add a rule"
             )
-        dtype = torch.float32 if format.zero == "int" else format.dtype
+        dtype = "f32" if format.zero == "int" else format.scale_type
         return [
-            Array(f"{module}.weight", torch.uint32, (n, k // WORD * format.bits)),
+            Array(f"{module}.weight", "u32", (n, k // WORD * format.bits)),
             Array(f"{module}.scales", dtype, (n, k // group)),
             Array(f"{module}.biases", dtype, (n, k // group)),
         ]

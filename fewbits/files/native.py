@@ -68,7 +68,7 @@ class Native(Directory):
         return None
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
-        return [Array(f"{name}.{plane.name}", plane.dtype, plane.shape(*shape)) for plane in format.planes]
+        return [Array(f"{name}.{plane.name}", plane.type, plane.shape(*shape)) for plane in format.planes]
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         return planes_of(q)

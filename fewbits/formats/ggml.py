@@ -29,6 +29,7 @@ from ..qtensor import Plane, QTensor
 from .base import FORMATS, Distortion, Format, Grid, checked_importance
 from .ggml_fit import exponent_step, fit_values, refit_values
 from .ggml_layout import Field, Half, Runs, ScaleMin4, ScaleMin6, Ternary, Values
+from .ggml_types import GGML_TYPES
 from .grids import AffineGrid, TableGrid
 
 _SUFFIX = "_ggml"
@@ -104,7 +105,7 @@ class Ggml(Format):
     @property
     def type_id(self) -> int:
         """The number of this type in GGUF files."""
-        return int(gguf.GGMLQuantizationType[self.type_name.upper()])
+        return GGML_TYPES[self.type_name].number
 
     @property
     def type_name(self) -> str:

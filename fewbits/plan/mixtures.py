@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 
-import gguf
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -29,44 +27,41 @@ def _lines(table: str) -> list[list[str]]:
     return [line.split() for line in table.splitlines() if line]
 
 
-# default type | recipes
+# default type | recipe=number ...
 _DEFAULTS = """
-f32      f32
-f16      f16
-bf16     bf16
-q4_0     q4_0
-q4_1     q4_1
-q5_0     q5_0
-q5_1     q5_1
-q8_0     q8_0
-q2_k     q2_k q2_k_s
-q3_k     q3_k_s q3_k_m q3_k_l
-q4_k     q4_k_s q4_k_m
-q5_k     q5_k_s q5_k_m
-q6_k     q6_k
-iq1_s    iq1_s
-iq1_m    iq1_m
-iq2_xxs  iq2_xxs
-iq2_xs   iq2_xs iq2_s
-iq2_s    iq2_m
-iq3_xxs  iq3_xxs
-iq3_s    iq3_xs iq3_s iq3_m
-iq4_nl   iq4_nl
-iq4_xs   iq4_xs
-tq1_0    tq1_0
-tq2_0    tq2_0
-mxfp4    mxfp4_moe
+f32      f32=0
+f16      f16=1
+bf16     bf16=32
+q4_0     q4_0=2
+q4_1     q4_1=3
+q5_0     q5_0=8
+q5_1     q5_1=9
+q8_0     q8_0=7
+q2_k     q2_k=10 q2_k_s=21
+q3_k     q3_k_s=11 q3_k_m=12 q3_k_l=13
+q4_k     q4_k_s=14 q4_k_m=15
+q5_k     q5_k_s=16 q5_k_m=17
+q6_k     q6_k=18
+iq1_s    iq1_s=24
+iq1_m    iq1_m=31
+iq2_xxs  iq2_xxs=19
+iq2_xs   iq2_xs=20 iq2_s=28
+iq2_s    iq2_m=29
+iq3_xxs  iq3_xxs=23
+iq3_s    iq3_xs=22 iq3_s=26 iq3_m=27
+iq4_nl   iq4_nl=25
+iq4_xs   iq4_xs=30
+tq1_0    tq1_0=36
+tq2_0    tq2_0=37
+mxfp4    mxfp4_moe=38
 """
 _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 
-def _file_type(name: str) -> int:
-    return int(gguf.LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"])
-
-
-RECIPES: dict[str, Recipe] = {
-    name: Recipe(name, _file_type(name), default) for default, *names in _lines(_DEFAULTS) for name in names
-}
+RECIPES: dict[str, Recipe] = {}
+for _default, *_named in _lines(_DEFAULTS):
+    for _name, _, _number in (word.partition("=") for word in _named):
+        RECIPES[_name] = Recipe(_name, int(_number), _default)
 RECIPES.update({alias: RECIPES[name] for alias, name in _ALIASES.items()})
 
 # Row length no multiple of a type's block of 256: what stands in, with blocks of 32 | for these

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 
-import gguf
-
 from ..errors import PlanError, raise_all
+from ..formats.ggml_types import GGML_TYPES
 from .mixtures import (
     FALLBACK,
     KEPT,
@@ -64,9 +63,9 @@ class Choice:
 def block_size(type_: str) -> int:
     """Weights in one block of a GGML type; raises PlanError for a name that is none."""
     try:
-        return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_.upper()]][0])
+        return GGML_TYPES[type_.lower()].block
     except KeyError:
-        known = ", ".join(sorted(t.name.lower() for t in gguf.GGML_QUANT_SIZES))
+        known = ", ".join(sorted(GGML_TYPES))
         raise PlanError(f"{type_!r} is not a GGML type; known: {known}") from None
 
 

@@ -14,6 +14,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.directory import Directory
 from ..files.filetype import FileType
 from ..files.output import Output
+from ..formats.ggml_types import GGML_TYPES
 from ..model.archs import architecture
 from ..model.fused import Mixed, mixed_groups
 from ..model.sites import sites
@@ -207,8 +208,6 @@ def parameters(count: float) -> list[tuple[str, float, float]]:
 
 def _mixture_bits(recipe: str) -> float:
     """Bits per weight of a mixture on LLaMA-65B: 80 blocks of 8192 and 22016 (arXiv 2302.13971, table 2)."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
     layers, hidden, inner, vocabulary = 80, 8192, 22016, 32000
     block = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (hidden, hidden))
     block |= {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
@@ -217,6 +216,6 @@ def _mixture_bits(recipe: str) -> float:
     rows = [(name, shape, "f16") for name, shape in shapes.items()]
     nbits = 0.0
     for name, choice in choose_types(recipe, rows, Hyper("llama", layers, 64, 64)).items():
-        size, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[choice.type.upper()]]
+        _, size, nbytes = GGML_TYPES[choice.type]
         nbits += 8 * prod(shapes[name]) * nbytes / size
     return nbits / sum(map(prod, shapes.values()))

@@ -18,7 +18,8 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -51,6 +52,31 @@ def first_bytes(path: Path, count: int) -> bytes:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+@contextmanager
+def _opened(path: Path, end: int, name: str) -> Iterator[int]:
+    """A descriptor of a file that has at least `end` bytes; FileError otherwise."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise FileError(f"{path}: {name!r} cannot be read: {error.strerror}") from error
+    try:
+        size = os.fstat(descriptor).st_size
+        if end > size:
+            raise FileError(
+                f"{path}: {name!r} ends at byte {end}, the file has {size}; it changed since it "
+                "was opened: open it again, or fetch it anew"
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: Path, offset: int, nbytes: int, name: str = "range") -> bytes:
+    """Bytes `offset : offset + nbytes` of `path`, read; FileError as `map_bytes` raises it."""
+    with _opened(path, offset + nbytes, name) as descriptor:
+        return os.pread(descriptor, nbytes, offset)
+
+
 def map_bytes(path: Path, offset: int, nbytes: int, name: str = "range") -> torch.Tensor:
     """Bytes `offset : offset + nbytes` of `path` -> `(nbytes,)` u8, private and writable.
 
@@ -58,25 +84,13 @@ def map_bytes(path: Path, offset: int, nbytes: int, name: str = "range") -> torc
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
+    if nbytes < MAP_FROM:
+        return torch.frombuffer(bytearray(read_bytes(path, offset, nbytes, name)), dtype=torch.uint8)
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     length = offset + nbytes - start
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise FileError(f"{path}: {name!r} cannot be read: {error.strerror}") from error
-    try:
-        size = os.fstat(descriptor).st_size
-        if offset + nbytes > size:
-            raise FileError(
-                f"{path}: {name!r} ends at byte {offset + nbytes}, the file has {size}; it changed since it "
-                "was opened: open it again, or fetch it anew"
-            )
-        if nbytes < MAP_FROM:
-            return torch.frombuffer(bytearray(os.pread(descriptor, nbytes, offset)), dtype=torch.uint8)
+    with _opened(path, offset + nbytes, name) as descriptor:
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         address = _libc.mmap(None, length, protection, mmap.MAP_PRIVATE, descriptor, start)
-    finally:
-        os.close(descriptor)
     if address == _MAP_FAILED or address is None:
         reason = os.strerror(ctypes.get_errno())
         raise FileError(f"{path}: {name!r}: mapping {length} bytes failed: {reason}; free memory and retry")

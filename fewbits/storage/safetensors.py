@@ -13,6 +13,7 @@ Spec: github.com/huggingface/safetensors, section Format.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -24,7 +25,7 @@ from ..dtypes import DType
 from ..errors import FileError, raise_all
 from ..lazy import torch
 from .json import parse_json_object, regular_size
-from .mapped import absurd, map_bytes, view_as
+from .mapped import absurd, map_bytes, read_bytes, view_as
 
 HEADER_LIMIT = 100_000_000  # bytes, the spec's own limit
 MAX_DIMS = 64  # torch's own limit
@@ -136,6 +137,19 @@ def map_tensor(path: Path, entry: Entry) -> torch.Tensor:
     """The bytes of one tensor, mapped: `entry.shape` of `entry.dtype`; unmapped when it dies."""
     raw = map_bytes(path, entry.offset, entry.nbytes, entry.name)
     return view_as(raw, DTYPES[entry.dtype].torch, entry.shape)
+
+
+_WHOLE = {"I64": "q", "I32": "i", "I16": "h", "I8": "b", "U64": "Q", "U32": "I", "U16": "H", "U8": "B"}
+
+
+def read_integers(path: Path, entry: Entry) -> tuple[int, ...]:
+    """All numbers of an array of integers, in order; without torch, which takes a second or two to import."""
+    if entry.dtype not in _WHOLE:
+        raise FileError(f"{path}: tensor {entry.name!r} is {entry.dtype}, integers are needed; damaged file")
+    count = prod(entry.shape)
+    return struct.unpack(
+        f"<{count}{_WHOLE[entry.dtype]}", read_bytes(path, entry.offset, entry.nbytes, entry.name)
+    )
 
 
 def lay_out(

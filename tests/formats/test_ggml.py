@@ -7,6 +7,7 @@ import torch
 
 from fewbits.formats.ggml import TYPES as SCALAR_TYPES
 from fewbits.formats.ggml import Ggml, format_of
+from fewbits.formats.ggml_types import GGML_TYPES
 from fewbits.formats.iq import IQ_TYPES
 from fewbits.qtensor import QTensor
 
@@ -31,6 +32,11 @@ def test_any_bytes_decode_as_in_gguf(fmt: Ggml) -> None:
     q = QTensor(fmt, (ROWS, BLOCKS * fmt.block), {"blocks": blocks})
     assert same_bits(fmt.decode_reference(q), torch.from_numpy(wanted))
     assert same_bits(fmt.decode(q), torch.from_numpy(wanted))
+
+
+def test_all_types_are_those_of_gguf() -> None:
+    theirs = {t.name.lower(): (int(t), *sizes) for t, sizes in gguf.GGML_QUANT_SIZES.items()}
+    assert theirs == GGML_TYPES
 
 
 @pytest.mark.parametrize("fmt", TYPES, ids=lambda fmt: fmt.name)

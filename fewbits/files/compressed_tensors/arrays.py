@@ -35,7 +35,7 @@ from ..directory import Shape
 from ..integers import from_integers, integers
 from .config import BYTES, FLOAT, METHOD, MICROSCALED, PACKED, TWO_LEVELS, scale_dtype
 
-Part = tuple[str, "torch.dtype", tuple[int, ...]]
+Part = tuple[str, str, tuple[int, ...]]
 
 
 def _scales(format: Format, shape: Shape) -> tuple[int, ...]:
@@ -55,19 +55,19 @@ def _whole_groups(format: Format, shape: Shape, name: str) -> None:
 
 def _packed_arrays(format: Format, shape: Shape, name: str) -> list[Part]:
     if isinstance(format, ActOrder):
-        return [*_packed_arrays(format.plain, shape, name), ("weight_g_idx", torch.int32, (shape[1],))]
+        return [*_packed_arrays(format.plain, shape, name), ("weight_g_idx", "i32", (shape[1],))]
     assert isinstance(format, Affine)
     _whole_groups(format, shape, name)
     scale, (n, k) = _scales(format, shape), shape
     parts: list[Part] = [
-        ("weight_packed", torch.int32, (n, ceil(k * format.bits / 32))),
-        ("weight_scale", format.dtype, scale),
+        ("weight_packed", "i32", (n, ceil(k * format.bits / 32))),
+        ("weight_scale", format.scale_type, scale),
     ]
     if format.zero == "int" and format.cells.rows is None:
-        parts.append(("weight_zero_point", torch.int8, scale))
+        parts.append(("weight_zero_point", "i8", scale))
     elif format.zero == "int":
-        parts.append(("weight_zero_point", torch.int32, (ceil(n * format.bits / 32), scale[1])))
-    return [*parts, ("weight_shape", torch.int64, (2,))]
+        parts.append(("weight_zero_point", "i32", (ceil(n * format.bits / 32), scale[1])))
+    return [*parts, ("weight_shape", "i64", (2,))]
 
 
 def _pack_integers(q: QTensor) -> tuple[torch.Tensor, ...]:
@@ -100,8 +100,8 @@ def _byte_arrays(format: Format, shape: Shape, name: str) -> list[Part]:
     assert isinstance(format, Affine)
     _whole_groups(format, shape, name)
     scale = _scales(format, shape)
-    parts: list[Part] = [("weight", torch.int8, shape), ("weight_scale", format.dtype, scale)]
-    return [*parts, ("weight_zero_point", torch.int8, scale)] if format.zero == "int" else parts
+    parts: list[Part] = [("weight", "i8", shape), ("weight_scale", format.scale_type, scale)]
+    return [*parts, ("weight_zero_point", "i8", scale)] if format.zero == "int" else parts
 
 
 def _pack_bytes(q: QTensor) -> tuple[torch.Tensor, ...]:
@@ -123,7 +123,7 @@ def _unpack_bytes(format: Format, shape: Shape, arrays: Sequence[torch.Tensor]) 
 def _float_arrays(format: Format, shape: Shape, name: str) -> list[Part]:
     _whole_groups(format, shape, name)
     return [
-        ("weight", torch.float8_e4m3fn, shape),
+        ("weight", "f8_e4m3", shape),
         ("weight_scale", scale_dtype(format), _scales(format, shape)),
     ]
 
@@ -141,9 +141,9 @@ def _two_level_arrays(format: Format, shape: Shape, name: str) -> list[Part]:
     format.check_shape(*shape, name)
     n, k = shape
     return [
-        ("weight_packed", torch.uint8, (n, k // 2)),
-        ("weight_scale", torch.float8_e4m3fn, (n, k // format.block)),
-        ("weight_global_scale", torch.float32, (1,)),
+        ("weight_packed", "u8", (n, k // 2)),
+        ("weight_scale", "f8_e4m3", (n, k // format.block)),
+        ("weight_global_scale", "f32", (1,)),
     ]
 
 
@@ -169,10 +169,10 @@ def _microscaled_arrays(format: Format, shape: Shape, name: str) -> list[Part]:
     format.check_shape(*shape, name)
     n, k = shape
     bits = format.element.bits
-    codes: Part = ("weight", torch.float8_e4m3fn, shape)
+    codes: Part = ("weight", "f8_e4m3", shape)
     if bits < 8:
-        codes = ("weight_packed", torch.uint8, (n, k * bits // 8))
-    return [codes, ("weight_scale", torch.uint8, (n, k // format.block))]
+        codes = ("weight_packed", "u8", (n, k * bits // 8))
+    return [codes, ("weight_scale", "u8", (n, k // format.block))]
 
 
 def _pack_microscaled(q: QTensor) -> tuple[torch.Tensor, ...]:

@@ -26,7 +26,6 @@ from ...formats.affine import Affine
 from ...formats.base import FORMATS, SCALE_TYPES, Format
 from ...formats.floats import ELEMENTS, NVFP4, Microscaling
 from ...formats.levels import ScaledLevels
-from ...lazy import torch
 from ...model.sites import role_of
 
 METHOD = "compressed-tensors"
@@ -78,9 +77,9 @@ def is_e4m3(format: Format) -> bool:
     return isinstance(format, ScaledLevels) and format.levels is ELEMENTS["e4m3"].levels
 
 
-def scale_dtype(format: Format) -> torch.dtype:
+def scale_dtype(format: Format) -> str:
     """The type of the scales of an integer or e4m3 format."""
-    return next(plane.dtype for plane in format.planes if plane.name == "scale")
+    return next(plane.type for plane in format.planes if plane.name == "scale")
 
 
 def weights_of(format: Format) -> dict[str, Any]:

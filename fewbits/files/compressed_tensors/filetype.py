@@ -37,7 +37,7 @@ from ...lazy import torch
 from ...model.fused import fused_groups, mixed_groups
 from ...model.sites import Site, role_of, sites
 from ...qtensor import QTensor
-from ...storage.safetensors import map_tensor
+from ...storage.safetensors import read_integers
 from ..directory import (
     Array,
     Directory,
@@ -48,6 +48,7 @@ from ..directory import (
     Stored,
     module_of,
 )
+from ..integers import in_order
 from .arrays import ARRAYS, PACK, UNPACK
 from .config import (
     ACTIVATIONS,
@@ -114,11 +115,11 @@ class Compressed(Directory):
         step = step_key(module) if self.kv_cache else None
         found = ARRAYS[storage_of(format, layout.in_bytes)](format, shape, name)
         if layout.static:
-            found.append(("input_scale", torch.float32, (1,)))
+            found.append(("input_scale", "f32", (1,)))
             if not ACTIVATIONS[str(self.activations)]["symmetric"]:
-                found.append(("input_zero_point", torch.int8, (1,)))
+                found.append(("input_zero_point", "i8", (1,)))
         arrays = [Array(f"{module}.{part}", dtype, size) for part, dtype, size in found]
-        return arrays + ([] if step is None else [Array(step, torch.float32, (1,))])
+        return arrays + ([] if step is None else [Array(step, "f32", (1,))])
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         return PACK[storage_of(q.format, self.in_bytes)](q)
@@ -335,13 +336,14 @@ def _entry(
 def _moves(key: str, columns: int, k: int, places: Mapping[str, Place], faults: list[str]) -> bool:
     """Does a weight_g_idx, the group of each of k columns, put any elsewhere than its place does? Files of
     columns in order may have -1 for all of them."""
-    index = map_tensor(*places[key]).long()
-    if index.shape == (k,) and (torch.equal(index, torch.arange(k) // columns) or int(index.max()) == -1):
+    shape = places[key].entry.shape
+    index = read_integers(*places[key]) if shape == (k,) else ()
+    if index and (index == in_order(k, columns) or max(index) == -1):
         return False
-    if index.shape == (k,) and int(index.min()) >= 0 and int(index.max()) < k // columns:
+    if index and min(index) >= 0 and max(index) < k // columns:
         return True
     faults.append(
-        f"{key}: {tuple(index.shape)} does not say the group of each of {k} columns, of which there are "
+        f"{key}: {shape} does not say the group of each of {k} columns, of which there are "
         f"{k // columns}; it is damaged"
     )
     return False
@@ -357,7 +359,7 @@ def _shape(module: str, scheme: Scheme, places: Mapping[str, Place], faults: lis
         and said is not None
         and (said.entry.dtype, said.entry.shape) == ("I64", (2,))
     ):
-        n, k = map_tensor(*said).tolist()
+        n, k = read_integers(*said)
         if 0 < n < 2**31 and 0 < k < 2**31:
             return n, k
         faults.append(f"{module}: weight_shape is {n} x {k}; it is damaged")

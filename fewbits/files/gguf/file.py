@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-from gguf import GGMLQuantizationType, GGUFValueType
-
 from ...dtypes import DTYPES
 from ...errors import FileError, raise_all
+from ...formats.ggml_types import GGML_TYPES
 from ...lazy import torch
 from ...storage.mapped import map_bytes, view_as
 from .parse import (
@@ -27,6 +26,7 @@ from .parse import (
     GGUFFile,
     GGUFTensor,
     GGUFValue,
+    GGUFValueType,
     alignment_of,
     gguf_nbytes,
     read_part,
@@ -128,7 +128,7 @@ def gguf_header(
         parts += [_pack_string(key), struct.pack("<I", value.type), _pack_value(key, value)]
     offsets, end = [], 0
     for name, shape, type_name in tensors:
-        number = GGMLQuantizationType[type_name.upper()]
+        number = GGML_TYPES[type_name.lower()].number
         ne = tuple(reversed(shape))
         parts += [_pack_string(name), struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, number, end)]
         offsets.append(end)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType, size_label
+from gguf import size_label
 from gguf.constants import GGML_QUANT_VERSION, Keys
 
 from ...errors import FileError, ModelError, raise_all
@@ -31,7 +31,7 @@ from ...model.rope import original_context, rope_from_keys, rope_keys
 from ...storage.json import read_json_object
 from ..checkpoint import Checkpoint
 from ..side_files import card_fields
-from .file import GGUFValue
+from .file import GGUFValue, GGUFValueType
 from .tokenizer import strings, tokenizer_json, tokenizer_keys
 
 _TYPES = {"u32": GGUFValueType.UINT32, "f32": GGUFValueType.FLOAT32}

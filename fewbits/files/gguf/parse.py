@@ -9,7 +9,7 @@
 A string is u64 length and UTF-8. `ne` counts the fastest dimension first: a weight (out, in) is
 ne = [in, out], so shapes here, in torch's order, are ne reversed: (n, k), or (experts, n, k).
 Everything is checked against the bytes that are there before it is allocated or believed.
-Spec: github.com/ggml-org/ggml, docs/gguf.md. Block sizes and type numbers: the `gguf` package.
+Spec: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import mmap
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-
 from ...errors import FileError, raise_all
+from ...formats.ggml_types import GGML_TYPES
 from ...storage.json import regular_size
 from ...storage.mapped import absurd
 
@@ -35,6 +34,25 @@ MAX_NESTING = 2  # arrays in arrays; the spec allows them, llama.cpp reads none
 MAX_DIMS = 4
 _SMALLEST_KEY = 8 + 4 + 1  # bytes: empty name, type, one u8
 _SMALLEST_TENSOR = 8 + 4 + 4 + 8  # bytes: empty name, no dimensions, type, offset
+
+
+class GGUFValueType(IntEnum):
+    """What a value is, by the number that stands before it."""
+
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
+
 
 SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -50,8 +68,9 @@ SCALARS = {
     GGUFValueType.FLOAT64: "d",
 }
 
-BLOCK_SIZES = {kind.name.lower(): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+BLOCK_SIZES = {name: (kind.block, kind.nbytes) for name, kind in GGML_TYPES.items()}
 """ggml type name -> (weights of a block, bytes of a block)."""
+_NAMES = {kind.number: name for name, kind in GGML_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -182,9 +201,9 @@ class _Cursor:
         if item == GGUFValueType.ARRAY:
             self.expect(count, 12, f"items of {what}")
             return GGUFValue(kind, [self.value(item, what, depth + 1) for _ in range(count)], item)
-        dtype = np.dtype("<" + SCALARS[item])
-        start = self.advance(count * dtype.itemsize, what)
-        return GGUFValue(kind, np.frombuffer(self.buffer, dtype, count, start).tolist(), item)
+        start = self.advance(count * struct.calcsize("<" + SCALARS[item]), what)
+        numbers = struct.unpack_from(f"<{count}{SCALARS[item]}", self.buffer, start)
+        return GGUFValue(kind, list(numbers), item)
 
     def expect(self, count: int, smallest: int, what: str) -> None:
         """Refuse a count of items, of at least `smallest` bytes each, that cannot be there."""
@@ -252,12 +271,12 @@ def _place(path: Path, rows: list[_Row], data_start: int, alignment: int, size: 
         if not name or name in tensors:
             faults.append(f"{what} {'stands there twice' if name else 'has no name'}")
             continue
-        try:
-            type_name = GGMLQuantizationType(number).name.lower()
-            nbytes = gguf_nbytes(type_name, shape)
-        except ValueError:
-            faults.append(f"{what} has unknown ggml type {number}; a newer `gguf` package may know it")
+        type_name = _NAMES.get(number)
+        if type_name is None:
+            faults.append(f"{what} has unknown ggml type {number}; a newer fewbits may know it")
             continue
+        try:
+            nbytes = gguf_nbytes(type_name, shape)
         except FileError as error:
             faults.append(f"{what}: {error}")
             continue

@@ -21,12 +21,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFValueType, TokenType
+from gguf import TokenType
 from gguf.constants import Keys
 
 from ...errors import ModelError, raise_all
 from ...model.pretokenizers import pretokenizer_name, pretokenizer_row
-from .file import GGUFValue
+from .file import GGUFValue, GGUFValueType
 
 _SPACE = "▁"
 _PROBE = (

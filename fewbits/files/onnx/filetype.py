@@ -104,23 +104,23 @@ class Onnx(Directory):
         n, k = shape
         if format.cells.columns is None:
             parts = (n,) if format.cells.rows == 1 else ()
-            codes = torch.int8 if format.zero == "none" else torch.uint8
+            codes = "i8" if format.zero == "none" else "u8"
             sizes: list[tuple[int, ...]] = [(n, k), parts, parts]
         else:
-            group, codes = format.cells.columns, torch.uint8
+            group, codes = format.cells.columns, "u8"
             groups = -(-k // group)
             sizes = [
                 (n, groups, group * format.bits // 8),
                 (n * groups,),
                 (n * -(-groups * format.bits // 8),),
             ]
-        found = [Array(f"{name}.codes", codes, sizes[0]), Array(f"{name}.scale", format.dtype, sizes[1])]
-        return found + ([Array(f"{name}.zero", torch.uint8, sizes[2])] if format.zero == "int" else [])
+        found = [Array(f"{name}.codes", codes, sizes[0]), Array(f"{name}.scale", format.scale_type, sizes[1])]
+        return found + ([Array(f"{name}.zero", "u8", sizes[2])] if format.zero == "int" else [])
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         arrays = self.arrays("", q.format, q.shape)
         codes, scale = q.planes["codes"], q.planes["scale"]
-        if arrays[0].dtype == torch.int8:
+        if arrays[0].dtype == "i8":
             codes = (codes ^ 128).view(torch.int8)  # code - 128, in two's complement
         elif len(arrays[0].shape) == 3:
             _, groups, blob = arrays[0].shape

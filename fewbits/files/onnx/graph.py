@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...dtypes import F32, dtype_of
+from ...dtypes import F32
 from ...errors import FileError
 from ...formats.affine import Affine
 from ...formats.base import Format
@@ -105,7 +105,7 @@ class Graph:
             return self.op("MatMul", x, self.op("Transpose", self.tensor(name), perm=[1, 0]))
         format = kind
         assert isinstance(format, Affine)
-        scale = self.float(f"{name}.scale", dtype_of(format.dtype).name.upper())
+        scale = self.float(f"{name}.scale", format.scale_type.upper())
         parts = [f"{name}.codes", scale] + ([f"{name}.zero"] if format.zero == "int" else [])
         if format.cells.columns is None:
             w = self.op("DequantizeLinear", *parts, axis=0)
