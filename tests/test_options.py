@@ -31,3 +31,25 @@ def test_options_add_to_an_effort():
     assert method("--smooth").transforms == ("smooth",) and method("--distill", "7").distill == 7
     with pytest.raises(PlanError, match="give one of them"):
         method("--effort", "fast", "--method", "gptq")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "much", "1e999"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["quantize", "m", "--memory"],
+        ["quantize", "m", "--verify-memory"],
+        ["quantize", "m", "--activation-memory"],
+        ["evaluate", "m", "q", "--memory"],
+        ["verify", "m", "--memory"],
+        ["convert", "m", "--to", "gguf", "--verify-memory"],
+        ["plan", "m", "--memory"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_no_amount_of_memory_is_wrong_usage(
+    command, value, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command[:-1], f"{command[-1]}={value}"])
+    assert ended.value.code == 2 and f"{value!r} is no amount of memory" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from ..workflow.options import Options
 from ..workflow.quantize import conclude
 from ..workflow.run import convert
 from .progress import ByteProgress
-from .verify import concluded, memory_of, verify_arguments
+from .verify import concluded, verify_arguments
 
 EXAMPLES = """examples:
   fewbits convert smollm2-native smollm2.gguf
@@ -42,7 +42,7 @@ def run(given: argparse.Namespace) -> int:
     with ByteProgress("convert") as progress:
         receipt = convert(checkpoint, given.out, given.to, given.overwrite, progress, given.requantize)
     options = Options(
-        verify=not given.no_verify, verify_seconds=given.verify_seconds, verify_memory=memory_of(given)
+        verify=not given.no_verify, verify_seconds=given.verify_seconds, verify_memory=given.verify_memory
     )
     receipt, code = concluded(*conclude(receipt, checkpoint, given.out, options), given.out, given.push)
     print(receipt.to_json() if given.json else f"{receipt.table()}\n\nwrote {given.out}")

@@ -11,6 +11,7 @@ from ..adapters.hub import resolve
 from ..errors import FileError
 from ..files.open import open_checkpoint
 from .progress import StageProgress
+from .units import gib
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation, ModelScores, Simulation
@@ -49,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     _simulation_arguments(parser)
     parser.add_argument(
-        "--memory", type=float, metavar="GIB",
+        "--memory", type=gib, metavar="GIB",
         help="memory to take (default: what is free); what does not fit runs block by block, side by side",
     )  # fmt: skip
     parser.add_argument("--show", action="store_true", help="print the continuations side by side")
@@ -113,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
             max_windows=options.windows,
             prompts=options.prompts,
             simulation=_simulation(options, reference, progress),
-            memory=None if options.memory is None else int(options.memory * 2**30),
+            memory=options.memory,
         )
         if options.text is not None:
             text = read_text(reference, read_file(options.text), str(options.text))

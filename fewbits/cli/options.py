@@ -13,9 +13,9 @@ from ..errors import CalibrationError, FileError
 from ..files.open import FILE_TYPES
 from ..plan import Plan, parse_rule
 from ..plan.method import EFFORTS, METHODS
-from ..runtime.decode import faster_dtype
 from ..workflow.blockwise import Streaming
 from ..workflow.options import Options
+from .units import gib
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -103,14 +103,14 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
         "--strict-calibration", action="store_true", help="make too few tokens for a weight an error"
     )
     group.add_argument(
-        "--activation-memory", type=float, default=2.0, metavar="GIB",
+        "--activation-memory", type=gib, default="2", metavar="GIB",
         help="hidden states beyond this go to a scratch file (default 2)",
     )  # fmt: skip
     group.add_argument("--scratch", type=Path, metavar="DIR", help="where that file lies (default: system's)")
     group.add_argument("--device", default="cpu", help="cpu (default) or cuda: where the model is run")
     group.add_argument(
         "--compute", choices=("auto", *DTYPES), default="auto",
-        help="arithmetic of the model: auto takes bf16 where the device multiplies it faster (AMX, CUDA)",
+        help="arithmetic of the model: auto takes bf16 with AMX or CUDA, else f32",
     )  # fmt: skip
 
 
@@ -118,20 +118,15 @@ def options_of(given: argparse.Namespace) -> Options:
     """The command line -> Options, by the same names; PlanError and FileError for a plan that cannot be read
     or followed."""
     same = {each.name: getattr(given, each.name) for each in fields(Options) if hasattr(given, each.name)}
-    writes = hasattr(given, "no_verify")  # plan's --memory is that of the result
+    writes = hasattr(given, "no_verify")
     other = {
         "plan": read_plan(given.rule, given.plan),
         "search": not given.no_search,
         "streaming": streaming_of(given),
         "verify": not getattr(given, "no_verify", False),
-        "memory": _bytes(given.memory) if writes else None,
-        "verify_memory": _bytes(given.verify_memory) if writes else None,
+        "memory": given.memory if writes else None,  # plan's is of the result
     }
     return Options(**same | other).filled()
-
-
-def _bytes(gib: float | None) -> int | None:
-    return None if gib is None else int(gib * 2**30)
 
 
 def streaming_of(given: argparse.Namespace) -> Streaming:
@@ -139,7 +134,7 @@ def streaming_of(given: argparse.Namespace) -> Streaming:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise CalibrationError(f"--device {device}: torch finds no CUDA device here; use cpu")
     return Streaming(
-        activation_memory=int(given.activation_memory * 2**30),
+        activation_memory=given.activation_memory,
         scratch=given.scratch,
         device=device,
         dtype=_dtype(given.compute, device),
@@ -148,10 +143,12 @@ def streaming_of(given: argparse.Namespace) -> Streaming:
 
 
 def _dtype(name: str, device: str) -> torch.dtype:
-    """auto: what the device multiplies faster."""
+    """auto: bf16 on CUDA and with AMX. Elsewhere f32, though some CPUs multiply bf16 faster: the check of
+    AWQ, SmoothQuant and equalization keeps few pairs in bf16."""
     if name != "auto":
         return DTYPES[name]
-    return torch.bfloat16 if device != "cpu" else faster_dtype()
+    amx = torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device != "cpu" or amx else torch.float32
 
 
 def read_plan(rules: list[str], file: Path | None) -> Plan:

@@ -17,6 +17,7 @@ from ..preflight.cache import KINDS
 from ..table import Cell, size, table
 from ..workflow.text import stand_in, with_text, writes_text
 from .options import method_arguments, options_of, type_arguments
+from .units import gib
 
 EXAMPLES = """Reads headers, and measures this machine for a second or two. Sizes are exact, memory is a
 bound, times are rough; tokens/s are what memory bandwidth allows at most.
@@ -46,12 +47,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     result.add_argument(
         "--engine", action="append", default=[], metavar="NAME[=VERSION]", help="must load it; repeatable"
     )
-    result.add_argument("--memory", type=float, metavar="GIB", help="must suffice to run it")
+    result.add_argument("--memory", type=gib, metavar="GIB", help="must suffice to run it")
     method_arguments(parser)
     text = parser.add_argument_group("calibration")
     text.add_argument("--calibrate", metavar="SOURCE", help="as for quantize; a text is not read")
     text.add_argument("--tokens", type=int, metavar="N", help="how many (default 32768)")
-    text.add_argument("--activation-memory", type=float, default=2.0, metavar="GIB", help="(default 2)")
+    text.add_argument("--activation-memory", type=gib, default="2", metavar="GIB", help="(default 2)")
     parser.set_defaults(context=None, seed=None, scratch=None, device="cpu", compute="auto")
 
 
@@ -87,7 +88,7 @@ def engine_of(text: str) -> tuple[str, str | None]:
     return name, version or None
 
 
-def objections(found: Preflight, stated: dict[str, str | None], memory: float | None) -> list[str]:
+def objections(found: Preflight, stated: dict[str, str | None], memory: int | None) -> list[str]:
     """What speaks against it: a named engine that cannot load the result, memory that does not suffice."""
     lines = [
         f"{verdict.engine} {verdict.version or ''} cannot load this: {verdict.why}".replace("  ", " ")
@@ -95,8 +96,8 @@ def objections(found: Preflight, stated: dict[str, str | None], memory: float | 
         if verdict.engine in stated
         and (verdict.loads is False or (stated[verdict.engine] is None and not verdict.installed))
     ]
-    if memory is not None and found.run_memory > memory * 2**30:
-        lines.append(f"running the result takes {size(found.run_memory)}, more than {memory:g} GiB")
+    if memory is not None and found.run_memory > memory:
+        lines.append(f"running the result takes {size(found.run_memory)}, more than {memory / 2**30:g} GiB")
     return lines
 
 

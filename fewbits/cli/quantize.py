@@ -14,6 +14,7 @@ from ..workflow.run import run as quantize
 from ..workflow.text import with_read_text
 from .options import method_arguments, options_of, text_arguments, type_arguments
 from .progress import ByteProgress, StageProgress
+from .units import gib
 from .verify import concluded, verify_arguments
 
 EXAMPLES = """MODEL is a Hugging Face directory, a .gguf file, a hub name org/name[@revision], or
@@ -49,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
     parser.add_argument(
-        "--memory", type=float, metavar="GIB",
+        "--memory", type=gib, metavar="GIB",
         help="memory this process may take (default: what is free); what does not fit is refused at once",
     )  # fmt: skip
     method_arguments(parser)

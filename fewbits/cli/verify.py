@@ -10,6 +10,7 @@ from pathlib import Path
 from ..release.publish import push
 from ..release.receipt import Receipt
 from ..release.verify import Outcome, verify
+from .units import gib
 
 EXAMPLES = """examples:
   fewbits verify model-Q4_K_M.gguf
@@ -26,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", metavar="NAME", help="another that reads the file type: transformers, vllm, ..."
     )
     parser.add_argument(
-        "--memory", type=float, metavar="GIB",
+        "--memory", type=gib, metavar="GIB",
         help="for our own forward pass, besides the engine (default: little, block by block)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
@@ -36,7 +37,7 @@ def limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify-seconds", type=float, default=600, metavar="S", help="the engine's time limit (default 600)"
     )
-    parser.add_argument("--verify-memory", type=float, metavar="GIB", help="the engine's memory limit")
+    parser.add_argument("--verify-memory", type=gib, metavar="GIB", help="the engine's memory limit")
 
 
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,14 +50,11 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    ours = None if options.memory is None else int(options.memory * 2**30)
-    outcome = verify(options.path, options.verify_seconds, memory_of(options), options.engine, ours)
+    outcome = verify(
+        options.path, options.verify_seconds, options.verify_memory, options.engine, options.memory
+    )
     print(json.dumps(outcome.to_dict()) if options.json else outcome.line())
     return code_of(outcome)
-
-
-def memory_of(given: argparse.Namespace) -> int | None:
-    return None if given.verify_memory is None else int(given.verify_memory * 2**30)
 
 
 def code_of(outcome: Outcome) -> int:

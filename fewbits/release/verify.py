@@ -43,6 +43,7 @@ from ..blocks.rounding import engine_rounding
 from ..blocks.simulate import Change, changed_inputs
 from ..errors import FewbitsError, KernelError, ModelError, PlanError
 from ..files.checkpoint import Checkpoint
+from ..files.filetype import FileType
 from ..files.open import open_checkpoint
 from ..memory import free_memory
 from ..runtime.runner import Blockwise, Runner, Whole, choose
@@ -152,8 +153,12 @@ def outcomes(
         yield Outcome("none", "not checked", reason=f"no engine is known for {name} files")
 
 
-def verification_nbytes(checkpoint: Checkpoint) -> int:
-    """Bytes that our own forward pass over an output of this model takes, whole or block by block."""
+def verification_nbytes(checkpoint: Checkpoint, file_type: FileType) -> int:
+    """Bytes that our own forward pass over an output of this model takes, whole or block by block; 0 where
+    the engine that is asked about this file type is not installed."""
+    asked = [ENGINES[name].interpreter(getattr(file_type, "method", None)) for name in file_type.engines[:1]]
+    if not any(asked):
+        return 0
     whole, least = (runner(checkpoint).needs(1, TOKENS + NEW) for runner in (Whole, Blockwise))
     return whole if whole <= max(SMALL, least) else least
 

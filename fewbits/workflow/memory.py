@@ -1,8 +1,8 @@
 """What quantizing takes of memory: from headers alone, before a weight is read.
 
 streaming          this process + one tensor: mapped source, planes twice, a few rows in f32
-block by block     two blocks in f32 + hidden states + 1.5 GiB (the bound that bench/calibrate holds; more
-                   where three Hessians of the widest input are more)
+block by block     two blocks in f32 and one in its file + hidden states + 1.5 GiB, or the Hessians of the
+                   widest input and what is made of them
 the whole model    what writes the calibration text; or the quantized model in f32, where its scales are
                    distilled
 """
@@ -27,7 +27,7 @@ from .request import Request
 from .task import Spec, spec_of
 
 ALLOWANCE = 3 * 2**29  # 1.5 GiB: torch, transformers, Hessians and what is quantized of a block
-BESIDE = 3 * 2**28  # of which this much is not Hessians
+BESIDE = 11 * 2**26  # what is not Hessians, where these take more: torch, transformers, results
 ROWS_IN_F32 = 10  # copies of CHUNK weights in f32 that an encoder holds at most
 MARGIN = 64 * 2**20  # allocators keep what was freed; digests read their input in pieces
 LEAST_STATES = 2**26  # bytes of hidden states in memory, where there is no more
@@ -98,7 +98,7 @@ def memory_need(
     if walked:
         hidden = _hidden_nbytes(checkpoint, request)
         way, scratch = "block by block", max(0, hidden - request.streaming.activation_memory)
-        peak = max(peak, _walk_peak(walked, block_weights(checkpoint), hidden, request))
+        peak = max(peak, _walk_peak(checkpoint, walked, hidden, request))
     whole = 0
     if walked and request.method.distill:
         whole = 8 * sum(prod(tensor.shape) for tensor in checkpoint.tensors.values()) + ALLOWANCE
@@ -169,6 +169,15 @@ def block_weights(checkpoint: Checkpoint) -> list[int]:
     return list(found.values()) or [0]
 
 
+def _block_nbytes(checkpoint: Checkpoint) -> int:
+    """Bytes that the largest block takes in its file."""
+    found: dict[int, int] = {}
+    for site in sites(checkpoint):
+        if site.block is not None:
+            found[site.block] = found.get(site.block, 0) + checkpoint.tensors[site.name].nbytes
+    return max(found.values(), default=0)
+
+
 def _job_peak(checkpoint: Checkpoint) -> Any:
     """-> job -> bytes that its largest source holds while it is encoded."""
 
@@ -205,11 +214,17 @@ def _hidden_nbytes(checkpoint: Checkpoint, request: Request) -> int:
     return request.tokens.count * width * request.streaming.dtype.itemsize * streams
 
 
-def _walk_peak(walked: Sequence[Task], blocks: Sequence[int], hidden: int, request: Request) -> int:
+def _walk_peak(checkpoint: Checkpoint, walked: Sequence[Task], hidden: int, request: Request) -> int:
+    """Two blocks in f32, and as modules in the dtype of the computation; the pages of the file that they are
+    read from; hidden states; Hessians, or what else is made of a block's inputs."""
+    dtype = request.streaming.dtype
+    copies = 4 + (0 if dtype.itemsize == 4 else dtype.itemsize)
+    held = 2 * copies * max(block_weights(checkpoint)) + _block_nbytes(checkpoint)
     widest = max((t.shape[1] for t in walked if NEEDS[t.algorithm] == "hessian"), default=0)
     states = max(hidden, waiting(walked, request)) if request.method.sequential else hidden
     states = min(states, request.streaming.activation_memory)
-    return 2 * 4 * max(blocks) + states + max(ALLOWANCE, 3 * 4 * widest**2 + BESIDE)
+    squares = 4 if request.method.gptaq else 3  # the Hessian, what is made of it twice, the mismatch
+    return held + states + max(ALLOWANCE, squares * 4 * widest**2 + BESIDE)
 
 
 def waiting(walked: Sequence[Task], request: Request) -> int:

@@ -86,7 +86,7 @@ def prepared(
     output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
     _, need = fitted(checkpoint, output, decisions, request, writes_text(request, options))
     if options.verify and file_type.verified:
-        need = with_verification(need, checkpoint, request, verification_nbytes(checkpoint))
+        need = with_verification(need, checkpoint, request, verification_nbytes(checkpoint, file_type))
     return place, request, need
 
 
