@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 , = ,
 
-.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 bench bench-methods support gptqmodel mlx vllm clean
+.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 memory bench bench-methods support gptqmodel mlx vllm clean
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -84,6 +84,10 @@ aarch64: build/driver.expected
 
 engine: $(VENV)/engine
 	$(RUN) -m pytest -m engine
+
+# Memory of quantizing, verifying and evaluating a model of 7B's shape with few blocks, against its targets.
+memory: $(VENV)/engine
+	$(RUN) bench/memory --quick --only fast evaluate
 
 bench: $(VENV)/engine
 	$(RUN) bench/encode
