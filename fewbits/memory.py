@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -18,6 +19,20 @@ _GROUPS = (
         Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ),
 )
+
+
+@dataclass(frozen=True)
+class Need:
+    """What work takes. way: how it is done, in words. peak: bytes that the process has at most; here: that it
+    has already. scratch: bytes on disk beside the output, until the end."""
+
+    way: str
+    peak: int
+    here: int
+    scratch: int = 0
+
+    def line(self) -> str:
+        return f"needs {self.peak / 2**30:.2f} GiB of memory at most ({self.way})"
 
 
 def reset_peak_memory() -> None:

@@ -12,13 +12,14 @@ from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.sampling import draw
 from fewbits.dtypes import F32
 from fewbits.errors import CalibrationError, FewbitsError, FileError, ModelError
-from fewbits.evaluation import Settings, Simulation, Text, compare, evaluate, self_text
+from fewbits.evaluation import Settings, Simulation, Text, compare, evaluate, memory_need, self_text
 from fewbits.evaluation.compare import cut
 from fewbits.evaluation.generation import first_divergence, greedy, repetition_loop
 from fewbits.evaluation.scores import compare as compare_scores
 from fewbits.evaluation.scores import fidelity, mean, perplexity
 from fewbits.files.checkpoint import LazyTensor
 from fewbits.files.open import open_checkpoint
+from fewbits.memory import resident_memory
 from fewbits.runtime.runner import Blockwise, Whole
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run
@@ -290,9 +291,13 @@ def test_block_by_block_the_figures_are_the_same(tmp_path):
     short = Settings(context=40, prompts=2, prompt_tokens=4, new_tokens=4)
     whole = evaluate(source, made, tokens, short)
     # A tiny model takes less than the allowance for buffers: so much that it does not fit whole.
-    least = sum(Blockwise(open_checkpoint(path)).needs(10, 40) for path in (source, *made))
+    models = [open_checkpoint(path) for path in (source, *made)]
+    blocks = sum(Blockwise(model).needs(10, 40) for model in models)
+    least = resident_memory() + blocks + 2**26
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Whole, "needs", lambda *given: least + 1)
+        patch.setattr(Whole, "needs", lambda *given: blocks + 2**28)
+        need = memory_need(models, tokens, replace(short, memory=least))
+        assert need.way == "block by block, side by side" and need.peak - need.here == blocks
         parts = evaluate(source, made, tokens, replace(short, memory=least))
         with pytest.raises(ModelError, match=r"block by block .*; .* are free"):
             evaluate(source, made, tokens, replace(short, memory=least // 2))

@@ -1,5 +1,6 @@
 """What `quantize` says of its memory before it starts: refused in one line, or enough."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.errors import CalibrationError, ModelError
 from fewbits.files.open import open_checkpoint
+from fewbits.release.verify import Outcome
 from fewbits.workflow.memory import LEAST_STATES, fitted
 from fewbits.workflow.options import Options
 from fewbits.workflow.quantize import prepared
@@ -47,6 +49,17 @@ def test_a_machine_without_memory_refuses_before_anything_is_written(model, monk
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "needs" in error
     assert sorted(model.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "verify"])
+def test_what_runs_a_model_says_its_memory_first_or_refuses_in_one_line(model, command, capsys, monkeypatch):
+    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given: Outcome("transformers", "same"))
+    others = [str(model), "--sample", "64", "--context", "32"] if command == "evaluate" else []
+    assert main([command, str(model), *others, "--memory", "0.1"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "free" in error
+    assert main([command, str(model), *others, "--memory", "20"]) == 0
+    assert re.match(rf"fewbits {command}: needs [\d.]+ GiB of memory at most \(", capsys.readouterr().err)
 
 
 def test_memory_given_is_taken_at_its_word(model):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +12,12 @@ from typing import TYPE_CHECKING
 from ..adapters.hub import resolve
 from ..errors import FileError
 from ..files.open import open_checkpoint
+from ..memory import left_of
 from .progress import StageProgress
 from .units import gib
 
 if TYPE_CHECKING:
-    from ..evaluation import Evaluation, ModelScores, Simulation
+    from ..evaluation import Evaluation, ModelScores, Settings, Simulation, Text
     from ..files.checkpoint import Checkpoint
 
 CALIBRATION, WINDOW = 4096, 512  # tokens to calibrate activations on, and in a window
@@ -79,17 +82,25 @@ def _simulation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--observer", default="mse", metavar="RULE", help="of static ranges (default mse)")
 
 
-def _simulation(options: argparse.Namespace, reference: Checkpoint, progress: StageProgress) -> Simulation:
-    """The options of `_simulation_arguments`, their calibration text as windows of 512 tokens."""
-    from ..evaluation import Simulation, read_text, self_text
+def _simulation(options: argparse.Namespace) -> Simulation:
+    """The options of `_simulation_arguments`, without their calibration text."""
+    from ..evaluation import Simulation
 
     given = Simulation(options.activations, options.kv_cache, observer=options.observer)
-    if options.activation_limit is not None:
-        given = replace(given, limit_db=options.activation_limit)
+    return given if options.activation_limit is None else replace(given, limit_db=options.activation_limit)
+
+
+def _calibrated(
+    given: Simulation, options: argparse.Namespace, reference: Checkpoint, progress: StageProgress
+) -> Simulation:
+    """The same with its calibration text as windows of 512 tokens, if it has one."""
+    from ..evaluation import read_text, self_text
+
     if options.activation_text is None:
         return given
     if options.activation_text == "self":
-        tokens = self_text(reference, CALIBRATION, options.seed + 1, WINDOW, progress).tokens
+        memory = left_of(options.memory)
+        tokens = self_text(reference, CALIBRATION, options.seed + 1, WINDOW, progress, memory).tokens
     else:
         tokens = read_text(reference, read_file(Path(options.activation_text)), "calibration").tokens[
             :CALIBRATION
@@ -99,27 +110,46 @@ def _simulation(options: argparse.Namespace, reference: Checkpoint, progress: St
     return replace(given, calibration=windows)
 
 
+def _announce(models: Sequence[Checkpoint], text: Text, settings: Settings, writes: bool) -> None:
+    """Say what memory the evaluation needs. writes: does the reference write text first?"""
+    from ..calibrate.sampling import writer_of
+    from ..evaluation import memory_need
+
+    need = memory_need(models, text, settings)
+    if writes:
+        nbytes = writer_of(models[0], left_of(settings.memory)).nbytes
+        need = replace(need, peak=max(need.peak, need.here + nbytes))
+    print(f"fewbits evaluate: {need.line()}", file=sys.stderr)
+
+
 def run(options: argparse.Namespace) -> int:
     from ..adapters.transformers import load_tokenizer
-    from ..evaluation import Settings, evaluate, read_text, self_text
+    from ..evaluation import Settings, blank_text, evaluate, read_text, self_text
 
     reference = open_checkpoint(resolve(options.reference, options.cache_dir))
     quantized_models = [
         open_checkpoint(resolve(quantized, options.cache_dir)) for quantized in options.quantized_models
     ]
+    settings = Settings(
+        context=options.context,
+        score_from=options.score_from,
+        max_windows=options.windows,
+        prompts=options.prompts,
+        simulation=_simulation(options),
+        memory=options.memory,
+    )
+    if options.text is not None:
+        text = read_text(reference, read_file(options.text), str(options.text))
+    else:
+        text = blank_text(options.sample, options.context)
+    samples = options.text is None or options.activation_text == "self"
+    _announce([reference, *quantized_models], text, settings, samples)
     with StageProgress() as progress:
-        settings = Settings(
-            context=options.context,
-            score_from=options.score_from,
-            max_windows=options.windows,
-            prompts=options.prompts,
-            simulation=_simulation(options, reference, progress),
-            memory=options.memory,
-        )
-        if options.text is not None:
-            text = read_text(reference, read_file(options.text), str(options.text))
-        else:
-            text = self_text(reference, options.sample, options.seed, options.context, progress)
+        simulation = _calibrated(settings.simulation, options, reference, progress)
+        settings = replace(settings, simulation=simulation)
+        if options.text is None:
+            memory = left_of(options.memory)
+            text = self_text(reference, options.sample, options.seed, options.context, progress, memory)
         tokenizer = load_tokenizer(reference)
         result = evaluate(reference, quantized_models, text, settings, tokenizer.decode, progress)
     if options.record:

@@ -7,9 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+from ..memory import left_of
 from ..release.publish import push
 from ..release.receipt import Receipt
-from ..release.verify import Outcome, verify
+from ..release.verify import Outcome, verification_need, verify
 from .units import gib
 
 EXAMPLES = """examples:
@@ -28,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory", type=gib, metavar="GIB",
-        help="for our own forward pass, besides the engine (default: little, block by block)",
+        help="memory this process may take, besides the engine (default: what is free)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
@@ -50,9 +51,11 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    outcome = verify(
-        options.path, options.verify_seconds, options.verify_memory, options.engine, options.memory
-    )
+    memory = left_of(options.memory)
+    need = verification_need(options.path, options.engine, memory)
+    if need is not None:
+        print(f"fewbits verify: {need.line()}, the engine's process besides", file=sys.stderr)
+    outcome = verify(options.path, options.verify_seconds, options.verify_memory, options.engine, memory)
     print(json.dumps(outcome.to_dict()) if options.json else outcome.line())
     return code_of(outcome)
 

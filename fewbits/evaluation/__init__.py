@@ -12,10 +12,10 @@ What parity means: a quantized model equal to its reference has a KL divergence 
 perplexity ratio 1 and no divergence in any greedy continuation.
 """
 
-from .compare import evaluate
+from .compare import evaluate, memory_need
 from .results import Evaluation, ModelScores, Settings
 from .simulated import Simulation
-from .text import Text, read_text, self_text
+from .text import Text, blank_text, read_text, self_text
 
 __all__ = [
     "Evaluation",
@@ -23,7 +23,9 @@ __all__ = [
     "Settings",
     "Simulation",
     "Text",
+    "blank_text",
     "evaluate",
+    "memory_need",
     "read_text",
     "self_text",
 ]

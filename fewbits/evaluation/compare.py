@@ -18,7 +18,7 @@ from ..blocks.activations import DEFAULT_LIMIT
 from ..errors import CalibrationError, FileError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
-from ..memory import free_memory
+from ..memory import Need, free_memory, left_of, resident_memory
 from ..runtime.runner import Blockwise, Whole
 from ..table import size
 from .generation import continuation, greedy
@@ -60,7 +60,7 @@ def evaluate(
     windows = cut(text, settings, vocabulary)
     run = _Run(windows, settings, vocabulary, decode or _numbers, progress or _silent)
     missing = None
-    if fits_whole([reference, *quantized_models], windows, settings):
+    if _ways([reference, *quantized_models], windows.shape, settings)[0]:
         with tempfile.TemporaryDirectory(dir=settings.scratch, prefix="fewbits-evaluate-") as folder:
             run.open_store(Path(folder))
             reference_scores = run.reference(reference)
@@ -82,15 +82,25 @@ def evaluate(
     )
 
 
-def fits_whole(models: Sequence[Checkpoint], windows: torch.Tensor, settings: Settings) -> bool:
-    """Does each model fit the memory as a whole, in f32? ModelError, with numbers, where they do not fit
-    block by block either, or where a simulation wants them whole."""
-    free = free_memory() if settings.memory is None else settings.memory
-    whole = {_name(model): Whole(model).needs(*windows.shape) for model in models}
+def memory_need(models: Sequence[Checkpoint], text: Text, settings: Settings) -> Need:
+    """What evaluating `models`, the reference first, takes on a text of this length: from headers alone.
+    Errors: those of `evaluate`."""
+    windows = cut(text, settings, _check_models(models[0], models[1:], settings))
+    whole, nbytes = _ways(models, windows.shape, settings)
+    here = resident_memory()
+    return Need("one model after the other" if whole else "block by block, side by side", here + nbytes, here)
+
+
+def _ways(models: Sequence[Checkpoint], shape: Sequence[int], settings: Settings) -> tuple[bool, int]:
+    """Does each model fit the memory as a whole, in f32? And the bytes that they take so, or block by block.
+    ModelError, with numbers, where they do not fit either way, or where a simulation wants them whole."""
+    left = left_of(settings.memory)
+    free = free_memory() if left is None else left
+    whole = {_name(model): Whole(model).needs(*shape) for model in models}
     largest = max(whole, key=lambda name: whole[name])
     if whole[largest] <= free:
-        return True
-    blocks = sum(_blockwise(model, models, settings).needs(*windows.shape) for model in models)
+        return True, whole[largest]
+    blocks = sum(_blockwise(model, models, settings).needs(*shape) for model in models)
     if settings.simulation != Simulation():
         raise ModelError(
             f"{largest}: quantized activations and caches are simulated in a whole model, which needs "
@@ -101,7 +111,7 @@ def fits_whole(models: Sequence[Checkpoint], windows: torch.Tensor, settings: Se
             f"{largest}: needs {size(whole[largest])} of memory whole, all {len(models)} models block by "
             f"block {size(blocks)}; {size(free)} are free: evaluate fewer windows or a smaller context"
         )
-    return False
+    return False, blocks
 
 
 def _blockwise(model: Checkpoint, models: Sequence[Checkpoint], settings: Settings) -> Blockwise:

@@ -20,7 +20,7 @@ class Settings:
     context // 2). prompts: how many windows' first `prompt_tokens` are continued by `new_tokens`
     (0: none). scratch: folder for the reference's log-probabilities, f32, windows x scored x vocabulary, or
     for hidden states. simulation: quantized activations and cache, of the quantized models only. memory:
-    bytes that may be taken (default: what is free); models that do not fit run block by block, side by side.
+    bytes that this process may take (default: what is free); models that do not fit run block by block.
     """
 
     context: int = 512

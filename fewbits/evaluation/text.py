@@ -37,28 +37,36 @@ def read_text(checkpoint: Checkpoint, text: str, source: str) -> Text:
     return Text(torch.tensor(tokens, dtype=torch.int64), source, bos_of(tokenizer))
 
 
+def blank_text(n_tokens: int, context: int = 512) -> Text:
+    """What stands for `self_text` of the same length before that is written. Errors: those of `self_text`."""
+    if n_tokens < 1 or context < 2:
+        raise CalibrationError(
+            f"cannot sample {n_tokens} tokens in windows of {context}; ask for 1 and 2 at least"
+        )
+    return Text(torch.zeros(ceil(n_tokens / context) * context, dtype=torch.int64), "not written yet")
+
+
 def self_text(
     checkpoint: Checkpoint,
     n_tokens: int,
     seed: int = 0,
     context: int = 512,
     progress: Callable[[str, int, int], None] | None = None,
+    memory: int | None = None,
 ) -> Text:
-    """Sample at least `n_tokens` tokens from the model at temperature 1 -> Text.
+    """Sample at least `n_tokens` tokens from the model at temperature 1 -> Text. memory: bytes that sampling
+    may take (default: what is free).
 
     Sequences of `context` tokens lie one after the other, so that each is one window. Each begins
     with one token drawn uniformly from the vocabulary: begun with BOS, a chat model would write the
     same template every time. The same seed gives the same text on the same machine.
     """
-    if n_tokens < 1 or context < 2:
-        raise CalibrationError(
-            f"cannot sample {n_tokens} tokens in windows of {context}; ask for 1 and 2 at least"
-        )
-    writer = writer_of(checkpoint)
+    n = len(blank_text(n_tokens, context).tokens) // context
+    writer = writer_of(checkpoint, memory)
     model, notes = load_writer(checkpoint, writer.kind)
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
-    n, at_once = ceil(n_tokens / context), rows_at_once(model, context, writer.cache)
+    at_once = rows_at_once(model, context, writer.cache)
     decoder, batches = Decoder(model, context), []
     for start in range(0, n, at_once):
         rows = min(at_once, n - start)

@@ -45,7 +45,7 @@ from ..errors import FewbitsError, KernelError, ModelError, PlanError
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
 from ..files.open import open_checkpoint
-from ..memory import free_memory
+from ..memory import Need, free_memory, resident_memory
 from ..runtime.runner import Blockwise, Runner, Whole, choose
 from .engines import ENGINES, SCRIPTS, Engine
 
@@ -121,8 +121,8 @@ def verify(
     """Load an output in its engine, in a process of its own, and compare.
 
     memory: bytes the process may take (default: four times the model in f32, and 4 GiB). engine: another than
-    the first of the file type. our_memory: bytes for our forward pass (default: block by block if the model
-    is large). An engine that fails is an Outcome, not an error.
+    the first of the file type. our_memory: bytes that our forward pass may take (default: what is free). An
+    engine that fails is an Outcome, not an error.
     """
     return next(outcomes(path, seconds, memory, engine, our_memory))
 
@@ -153,19 +153,34 @@ def outcomes(
         yield Outcome("none", "not checked", reason=f"no engine is known for {name} files")
 
 
+def runner_of(checkpoint: Checkpoint, memory: int | None = None) -> Runner:
+    """What our own forward pass goes through: a large model block by block, whatever memory is free.
+    ModelError where `memory` bytes (default: what is free) do not suffice."""
+    most = max(SMALL, Blockwise(checkpoint).needs(1, TOKENS + NEW))
+    return choose(checkpoint, 1, TOKENS + NEW, min(most, free_memory() if memory is None else memory))
+
+
 def verification_nbytes(checkpoint: Checkpoint, file_type: FileType) -> int:
-    """Bytes that our own forward pass over an output of this model takes, whole or block by block; 0 where
-    the engine that is asked about this file type is not installed."""
+    """Bytes that our own forward pass over an output of this model takes; 0 where the engine that is asked
+    about this file type is not installed."""
     asked = [ENGINES[name].interpreter(getattr(file_type, "method", None)) for name in file_type.engines[:1]]
-    if not any(asked):
-        return 0
-    whole, least = (runner(checkpoint).needs(1, TOKENS + NEW) for runner in (Whole, Blockwise))
-    return whole if whole <= max(SMALL, least) else least
+    return runner_of(checkpoint, sys.maxsize).needs(1, TOKENS + NEW) if any(asked) else 0
+
+
+def verification_need(path: Path, engine: str | None = None, memory: int | None = None) -> Need | None:
+    """What `verify` will take besides the engine's own process; None where no engine runs the file.
+    ModelError where `memory` bytes (default: what is free) do not suffice."""
+    checkpoint = open_checkpoint(path)
+    method = getattr(checkpoint.file_type, "method", None)
+    if not any(each.interpreter(method) and not each.parses for each in engines_of(checkpoint, engine)[:1]):
+        return None
+    runner, here = runner_of(checkpoint, memory), resident_memory()
+    return Need(runner.kind, here + runner.needs(1, TOKENS + NEW), here)
 
 
 @dataclass
 class Decoded:
-    """A checkpoint's own forward pass: its weights decoded, in f32. memory: bytes for it; None: see above.
+    """A checkpoint's own forward pass: its weights decoded, in f32. memory: bytes that it may take.
 
     ModelError where the model cannot be run.
     """
@@ -176,11 +191,7 @@ class Decoded:
 
     @cached_property
     def runner(self) -> Runner:
-        memory = self.memory
-        if memory is None:
-            least = Blockwise(self.checkpoint).needs(1, TOKENS + NEW)
-            memory = min(free_memory(), max(SMALL, least))
-        return choose(self.checkpoint, 1, TOKENS + NEW, memory)
+        return runner_of(self.checkpoint, self.memory)
 
     @property
     def change(self) -> Change | None:

@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
 from ..files.output import Job, Output
 from ..formats.base import CHUNK, Format
-from ..memory import free_memory, left_of, resident_memory
+from ..memory import Need, free_memory, left_of, resident_memory
 from ..model.sites import Site, sites
 from ..plan.choices import Decision
 from .request import Request
@@ -66,20 +66,6 @@ def tasks_of(
             shape = (prod(tensor.shape[:-1]), tensor.shape[-1])
             found.append(Task(site, shape, kind.name, spec.algorithm, spec.options, walked))
     return found
-
-
-@dataclass(frozen=True)
-class Need:
-    """way: "streaming", "block by block" or "whole model". peak: bytes that the process has at most; here:
-    that it has already. scratch: bytes on disk beside the output, until the end."""
-
-    way: str
-    peak: int
-    here: int
-    scratch: int = 0
-
-    def line(self) -> str:
-        return f"needs {self.peak / 2**30:.2f} GiB of memory at most ({self.way})"
 
 
 def memory_need(

@@ -17,10 +17,11 @@ from ..errors import PlanError
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
 from ..files.open import file_type_at, open_checkpoint
+from ..memory import Need, left_of
 from ..release.publish import finished
 from ..release.receipt import Receipt
 from ..release.verify import Outcome, verification_nbytes, verify
-from .memory import Need, fitted, with_verification
+from .memory import fitted, with_verification
 from .options import Options
 from .request import Request
 from .resolve import resolve
@@ -98,5 +99,7 @@ def conclude(
     file_type: FileType = file_type_at(out)
     outcome = None
     if options.verify and file_type.verified:
-        outcome = verify(out, options.verify_seconds, options.verify_memory)
+        outcome = verify(
+            out, options.verify_seconds, options.verify_memory, our_memory=left_of(options.memory)
+        )
     return finished(receipt, source, out, outcome), outcome

@@ -8,6 +8,7 @@ import torch
 import fewbits.release.verify as verify_module
 from fewbits import Plan, Rule
 from fewbits.dtypes import DTYPES
+from fewbits.errors import ModelError
 from fewbits.files.open import FILE_TYPES, open_checkpoint
 from fewbits.release.engines import ENGINES
 from fewbits.release.verify import NEW, Decoded, Outcome, compared, divergence, engines_of, verify
@@ -86,7 +87,8 @@ def test_a_large_model_goes_block_by_block_whatever_is_free(model, monkeypatch):
     assert Decoded(checkpoint).runner.kind == "whole, float32"
     monkeypatch.setattr(verify_module, "SMALL", 0)
     assert Decoded(checkpoint).runner.kind == "block by block"
-    assert Decoded(checkpoint, memory=2**40).runner.kind == "whole, float32"
+    with pytest.raises(ModelError, match=r"0\.00 GiB of memory are free, running it needs .* block by block"):
+        _ = Decoded(checkpoint, memory=2**20).runner
 
 
 def test_every_file_type_names_engines_that_exist_and_their_short_names_match(model):
