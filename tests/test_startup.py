@@ -18,6 +18,8 @@ WRITTEN = {
     "awq": {"to": "int4_g32_asym", "file": "awq"},
     "mlx": {"to": "int4_g32", "file": "mlx"},
     "fp8": {"to": "fp8_e4m3_block128", "file": "fp8"},
+    "bitsandbytes": {"to": "nf4_dq", "file": "bitsandbytes"},
+    "bitsandbytes-int8": {"to": "int8_absmax", "file": "bitsandbytes"},
     "model.gguf": {"to": "q4_0"},
 }
 

@@ -25,8 +25,10 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 from ..core.pack import unpack
@@ -47,7 +49,7 @@ from ..lazy import torch
 from ..model.sites import role_of
 from ..qtensor import QTensor
 from ..storage.json import parse_json_object
-from ..storage.safetensors import DTYPES, map_tensor
+from ..storage.safetensors import DTYPES, read_floats, read_integers
 from .directory import (
     Array,
     Directory,
@@ -61,6 +63,12 @@ from .directory import (
 )
 
 LEVELS = {"nf4": NF4, "fp4": FP4}
+TABLES = {  # digests of the tables that the package writes, which our formats decode with
+    "nf4": "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a",
+    "fp4": "b830bcf8857895e5676b8e2ce608a60bb8af9b3ce6270073e9de34814196f09c",
+    "dynamic": "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c",
+}
+LARGEST = (2 - 2**-23) * 2.0**127  # of f32
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES_TOLD = ("bfloat16", "float16", "float32")
 STATE = re.compile(r"(?P<module>.+)\.weight\.quant_state\.bitsandbytes__(?P<levels>nf4|fp4)")
@@ -218,11 +226,7 @@ class BitsAndBytes(Directory):
         n, k = places[name].entry.shape
         format = FORMATS.get("int8_absmax")
         place = places.get(mark)
-        if (
-            place
-            and (place.entry.dtype, place.entry.nbytes) == ("U8", 1)
-            and int(map_tensor(*place).flatten()[0])
-        ):
+        if place and (place.entry.dtype, place.entry.nbytes) == ("U8", 1) and any(read_integers(*place)):
             faults.append(
                 f"{module}: weight_format is not 0, the rows; bitsandbytes itself stopped reading the "
                 "others: load it with a version before 0.43 and save it again"
@@ -293,7 +297,7 @@ def _checked_state(module: str, levels: str, nested: bool, place: Place, faults:
         faults.append(f"{module}: quant_state is no short u8 array; fetch the directory again")
         return {}
     try:
-        state = parse_json_object(bytes(map_tensor(*place).flatten().tolist()), f"{module}: quant_state")
+        state = parse_json_object(bytes(read_integers(*place)), f"{module}: quant_state")
     except FileError as error:
         faults.append(str(error))
         return {}
@@ -310,7 +314,7 @@ def _checked_state(module: str, levels: str, nested: bool, place: Place, faults:
         told.append(f"shape {str(shape)[:40]} is none of a weight [n, k]")
     if type(block) is not int or block not in BLOCKS:
         told.append(f"blocksize {str(block)[:20]} is none of {', '.join(map(str, BLOCKS))}")
-    number = isinstance(offset, int | float) and abs(offset) <= torch.finfo(torch.float32).max
+    number = isinstance(offset, int | float) and abs(offset) <= LARGEST
     if nested and (state.get("nested_blocksize") != NESTED_BLOCK or not number):
         told.append(
             f"nested_blocksize {str(state.get('nested_blocksize'))[:20]} and nested_offset "
@@ -361,8 +365,13 @@ def _coded(key: str, place: Place) -> bool:
 
 def _own_levels(levels: str, nested: bool, arrays: Sequence[Array], places: Mapping[str, Place]) -> bool:
     """Are the tables in the file the ones that our formats decode with?"""
-    own = torch.equal(map_tensor(*places[arrays[2].key]), LEVELS[levels].values)
-    return own and (not nested or torch.equal(map_tensor(*places[arrays[4].key]), DYNAMIC.values))
+    tables = [(levels, arrays[2])] + ([("dynamic", arrays[4])] if nested else [])
+    return all(digest(read_floats(*places[array.key])) == TABLES[name] for name, array in tables)
+
+
+def digest(values: Sequence[float]) -> str:
+    """Of a table of f32. A table is known by it without torch, which takes a second or two to import."""
+    return sha256(struct.pack(f"<{len(values)}f", *(value + 0.0 for value in values))).hexdigest()  # -0 is 0
 
 
 BITSANDBYTES = BitsAndBytes()

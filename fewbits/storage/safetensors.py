@@ -152,6 +152,14 @@ def read_integers(path: Path, entry: Entry) -> tuple[int, ...]:
     )
 
 
+def read_floats(path: Path, entry: Entry) -> tuple[float, ...]:
+    """The same of an array of f32."""
+    if entry.dtype != "F32":
+        raise FileError(f"{path}: tensor {entry.name!r} is {entry.dtype}, F32 is needed; damaged file")
+    raw = read_bytes(path, entry.offset, entry.nbytes, entry.name)
+    return struct.unpack(f"<{prod(entry.shape)}f", raw)
+
+
 def lay_out(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, list[Entry]]:
