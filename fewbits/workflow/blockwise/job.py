@@ -14,6 +14,7 @@ from ...calibrate.capture import Capture, capture
 from ...calibrate.stats import Stats
 from ...calibrate.sufficiency import shortfall
 from ...errors import CalibrationError
+from ...memory import return_freed_memory
 from ...model.sites import Site
 from ...qtensor import QTensor
 from ...train.rounding import EFFORTS, learn_block
@@ -103,6 +104,7 @@ class BlockJob:
                 self.stats[site.name] = stats
             if NEEDS[spec.algorithm] != "nothing":
                 self._check_tokens(site, stats)
+        return_freed_memory()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             q, record = task(site.name, w, spec, stats)
