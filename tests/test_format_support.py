@@ -8,9 +8,9 @@ import pytest
 
 from fewbits.cli.formats import markdown, support, support_of, verified
 from fewbits.cli.main import main
+from fewbits.engines import ENGINES
 from fewbits.files.open import FILE_TYPES
 from fewbits.formats import FORMATS
-from fewbits.release.engines import ENGINES
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 

@@ -70,11 +70,9 @@ def test_memory_given_is_taken_at_its_word(model):
 
 def test_memory_of_verification_counts_and_can_be_left_out(model, monkeypatch):
     """Rounding a tiny model takes less than the forward pass that verifies it, where its engine is there."""
-    monkeypatch.setattr("fewbits.release.engines.Engine.interpreter", lambda self, method=None: None)
+    monkeypatch.setattr("fewbits.engines.Engine.interpreter", lambda self, method=None: None)
     assert need(model, file="gguf", effort="fast", memory=need(model, effort="fast").peak + 2**24)
-    monkeypatch.setattr(
-        "fewbits.release.engines.Engine.interpreter", lambda self, method=None: sys.executable
-    )
+    monkeypatch.setattr("fewbits.engines.Engine.interpreter", lambda self, method=None: sys.executable)
     rounded = need(model, file="gguf", effort="fast", verify=False)
     verified = need(model, file="gguf", effort="fast")
     assert rounded.peak < verified.peak

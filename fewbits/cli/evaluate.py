@@ -28,6 +28,7 @@ combination.
 examples:
   fewbits evaluate ./Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --text wiki.test.raw
   fewbits evaluate demo:smollm2 smollm2-Q4_K_M.gguf smollm2-Q3_K_M.gguf --sample 4096 --json
+  fewbits evaluate ./Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --text wiki.test.raw --engine llama.cpp
   fewbits evaluate REFERENCE QUANTIZED --text wiki.test.raw --activations int8_dynamic
   fewbits evaluate REFERENCE QUANTIZED --text wiki.test.raw --context 2048 --kv-cache int4"""
 
@@ -50,6 +51,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, metavar="N", help="score at most N windows (default: all)")
     parser.add_argument(
         "--prompts", type=int, default=4, metavar="N", help="greedy continuations (default 4)"
+    )
+    parser.add_argument(
+        "--engine", metavar="NAME", help="run the quantized models in it: llama.cpp, transformers, ..."
     )
     _simulation_arguments(parser)
     parser.add_argument(
@@ -137,6 +141,7 @@ def run(options: argparse.Namespace) -> int:
         prompts=options.prompts,
         simulation=_simulation(options),
         memory=options.memory,
+        engine=options.engine,
     )
     if options.text is not None:
         text = read_text(reference, read_file(options.text), str(options.text))
@@ -169,6 +174,7 @@ def record(path: Path, result: Evaluation, quantized: ModelScores) -> None:
         return
     figures = {
         "text": result.source,
+        "ran": quantized.ran,
         "tokens": result.tokens_scored,
         "context": result.context,
         "kl": quantized.fidelity.kl.value,

@@ -5,21 +5,20 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 
-from ..adapters.transformers import load_model
 from ..blocks.activations import DEFAULT_LIMIT
 from ..errors import CalibrationError, FileError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
 from ..memory import Need, free_memory, left_of, resident_memory
-from ..runtime.runner import Blockwise, Whole
+from ..runtime.runner import Blockwise, InEngine, Runner, Whole, choose
 from ..table import size
 from .generation import continuation, greedy
 from .results import Evaluation, ModelScores, Settings
@@ -42,7 +41,8 @@ def evaluate(
     """Compare every quantized model with its reference on `text`, a string or tokens (read_text, self_text).
 
     decode: tokens -> text for the samples (default: the token numbers). Raises CalibrationError for
-    too little text, ModelError for models that cannot be compared, FileError for a full scratch disk.
+    too little text, ModelError for models that cannot be compared, FileError for a full scratch disk,
+    PlanError or KernelError for an engine that does not read a quantized model or is not there.
 
         >>> receipt = fewbits.quantize(tiny, out, to="int8_g32", effort="fast")
         >>> found = fewbits.evaluate(tiny, [out], "the quick brown fox " * 200)
@@ -59,12 +59,18 @@ def evaluate(
     settings.simulation.check(vocabulary)
     windows = cut(text, settings, vocabulary)
     run = _Run(windows, settings, vocabulary, decode or _numbers, progress or _silent)
-    missing = None
-    if _ways([reference, *quantized_models], windows.shape, settings)[0]:
-        with tempfile.TemporaryDirectory(dir=settings.scratch, prefix="fewbits-evaluate-") as folder:
+    missing, scratch = None, settings.scratch
+    engines = [InEngine(model, settings.engine, scratch) for model in quantized_models if settings.engine]
+    if engines or _ways([reference, *quantized_models], windows.shape, settings)[0]:
+        with tempfile.TemporaryDirectory(dir=scratch, prefix="fewbits-evaluate-") as folder:
             run.open_store(Path(folder))
-            reference_scores = run.reference(reference)
-            quantized_models_scores = tuple(run.quantized(quantized) for quantized in quantized_models)
+            reference_scores = run.reference(
+                _reference(reference, windows.shape, settings) if engines else Whole(reference)
+            )
+            each = engines or map(Whole, quantized_models)  # one in memory at a time
+            quantized_models_scores = tuple(run.quantized(runner) for runner in each)
+        if engines and settings.prompts:
+            missing = "No text was continued: the quantized models ran in an engine."
     else:
         reference_scores, *rest = run.side_by_side([reference, *quantized_models])
         quantized_models_scores = tuple(rest)
@@ -85,9 +91,13 @@ def evaluate(
 def memory_need(models: Sequence[Checkpoint], text: Text, settings: Settings) -> Need:
     """What evaluating `models`, the reference first, takes on a text of this length: from headers alone.
     Errors: those of `evaluate`."""
-    windows = cut(text, settings, _check_models(models[0], models[1:], settings))
+    windows, here = cut(text, settings, _check_models(models[0], models[1:], settings)), resident_memory()
+    if settings.engine:
+        ours = _reference(models[0], windows.shape, settings)
+        runners = [ours, *(InEngine(model, settings.engine) for model in models[1:])]
+        most = max(runner.needs(*windows.shape) for runner in runners)
+        return Need(f"the reference {ours.kind}, the others in {settings.engine}", here + most, here)
     whole, nbytes = _ways(models, windows.shape, settings)
-    here = resident_memory()
     return Need("one model after the other" if whole else "block by block, side by side", here + nbytes, here)
 
 
@@ -112,6 +122,11 @@ def _ways(models: Sequence[Checkpoint], shape: Sequence[int], settings: Settings
             f"block {size(blocks)}; {size(free)} are free: evaluate fewer windows or a smaller context"
         )
     return False, blocks
+
+
+def _reference(model: Checkpoint, shape: Sequence[int], settings: Settings) -> Runner:
+    """What the reference runs in beside quantized models in an engine."""
+    return choose(model, shape[0], shape[1], left_of(settings.memory), settings.scratch)
 
 
 def _blockwise(model: Checkpoint, models: Sequence[Checkpoint], settings: Settings) -> Blockwise:
@@ -152,45 +167,47 @@ class _Run:
     ) -> None:
         self.windows, self.settings, self.vocabulary = windows, settings, vocabulary
         self.decode, self.progress = decode, progress
-        self.prompts = windows[: settings.prompts, : settings.prompt_tokens]
+        prompts = 0 if settings.engine else settings.prompts
+        self.prompts = windows[:prompts, : settings.prompt_tokens]
         self.targets = windows[:, settings.first + 1 :]
         self.written: list[list[int]] = []
         self.stop: frozenset[int] = frozenset()
 
     def open_store(self, folder: Path) -> None:
-        """Map a scratch file that holds the reference's log-probabilities, (w, scored, vocabulary) f32."""
+        """Map a scratch file that holds the reference's log-probabilities, (w, scored, vocabulary) f32; an
+        engine's logits of one position more will lie beside it."""
         shape = (len(self.windows), self.settings.scored, self.vocabulary)
-        needed, free = 4 * prod(shape), shutil.disk_usage(folder).free
+        needed, free, more = 4 * prod(shape), shutil.disk_usage(folder).free, ""
+        if self.settings.engine:
+            needed, more = 2 * needed + 4 * shape[0] * shape[2], " and logits of the engine"
         if needed > free:
             raise FileError(
-                f"{folder.parent}: log-probabilities of the reference: {size(needed)}, free: {size(free)}; "
-                "evaluate fewer windows (max_windows) or set another scratch folder"
+                f"{folder.parent}: log-probabilities of the reference{more}: {size(needed)}, free: "
+                f"{size(free)}; evaluate fewer windows (max_windows) or set another scratch folder"
             )
         file = str(folder / "reference.f32")
         self.store = torch.from_file(file, shared=True, size=prod(shape), dtype=torch.float32).view(shape)
 
-    def reference(self, checkpoint: Checkpoint) -> ModelScores:
-        model, name = load_model(checkpoint, torch.float32), _name(checkpoint)
-        self.stop = _stop_tokens(checkpoint)
-        nll, seconds = [], 0.0
-        for i, (log_p, took) in enumerate(self._log_probabilities(model, name)):
+    def reference(self, runner: Runner) -> ModelScores:
+        self.stop = _stop_tokens(runner.checkpoint)
+        nll = []
+        for i, log_p in enumerate(self._log_probabilities(runner)):
             self.store[i] = log_p
             nll.append(negative_log_likelihood(log_p, self.targets[i]))
-            seconds += took
-        self.written = self._continue(model, name)
-        return self._scores(checkpoint, torch.cat(nll), seconds)
+        self.written = self._continue(runner)
+        return self._scores(runner, torch.cat(nll))
 
-    def quantized(self, checkpoint: Checkpoint) -> ModelScores:
-        model, name = load_model(checkpoint, torch.float32), _name(checkpoint)
-        parts, seconds = [], 0.0
-        with simulated(model, self.settings.simulation.of(checkpoint.metadata)) as record:
-            for i, (log_p, took) in enumerate(self._log_probabilities(model, name)):
-                parts.append(compare(self.store[i], log_p, self.targets[i]))
-                seconds += took
-            written = self._continue(model, name)
-        scores = TokenScores.join(parts)
-        found = self._scores(checkpoint, scores.nll_quantized, seconds, fidelity(scores), written)
+    def quantized(self, runner: Runner) -> ModelScores:
+        simulation = self.settings.simulation.of(runner.checkpoint.metadata)
+        with simulated(runner.model, simulation) if runner.cached else nullcontext([Simulated()]) as record:
+            scores = self._compared(runner)
+            written = self._continue(runner)
+        found = self._scores(runner, scores.nll_quantized, fidelity(scores), written)
         return replace(found, simulated=record[0]) if record[0] != Simulated() else found
+
+    def _compared(self, runner: Runner) -> TokenScores:
+        found = enumerate(self._log_probabilities(runner))
+        return TokenScores.join([compare(self.store[i], log_p, self.targets[i]) for i, log_p in found])
 
     def side_by_side(self, models: Sequence[Checkpoint]) -> list[ModelScores]:
         """The reference and its quantized models, one block of each in memory at a time."""
@@ -198,37 +215,30 @@ class _Run:
         blocks = [runner.n_blocks for runner in runners]
         if len(set(blocks)) > 1:
             raise ModelError(f"the models have {blocks} blocks: they cannot be run side by side")
-        spent = [0.0] * len(models)
         errors: list[list[float]] = [[] for _ in models]
         for runner in runners:
             runner.start(self.windows)
         for i in range(blocks[0]):
             for j, runner in enumerate(runners):
-                began = perf_counter()
                 runner.step(i)
-                spent[j] += perf_counter() - began
                 if j:
                     errors[j].append(_off(runner, runners[0], self.settings.first))
             self.progress("blocks", i + 1, blocks[0])
-        nll, parts = self._outputs(runners, spent)
+        nll, parts = self._outputs(runners)
         self.prompts = self.prompts[:0]
-        found = [self._scores(models[0], nll, spent[0])]
-        for j, model in enumerate(models[1:], 1):
-            figures = self._scores(model, parts[j].nll_quantized, spent[j], fidelity(parts[j]))
+        found = [self._scores(runners[0], nll)]
+        for j, runner in enumerate(runners[1:], 1):
+            figures = self._scores(runner, parts[j].nll_quantized, fidelity(parts[j]))
             found.append(replace(figures, block_errors=tuple(errors[j])))
-        return [replace(each, ran=Blockwise.kind) for each in found]
+        return found
 
-    def _outputs(
-        self, runners: Sequence[Blockwise], spent: list[float]
-    ) -> tuple[torch.Tensor, dict[int, TokenScores]]:
+    def _outputs(self, runners: Sequence[Blockwise]) -> tuple[torch.Tensor, dict[int, TokenScores]]:
         """After the last block: the reference's losses, and each quantized model's scores by its number."""
         nll: list[torch.Tensor] = []
         parts: dict[int, list[TokenScores]] = {}
         for i, target in enumerate(self.targets):
             for j, runner in enumerate(runners):
-                began = perf_counter()
                 log_p = runner.logits_of(i, self.settings.first)[:-1].log_softmax(-1)
-                spent[j] += perf_counter() - began
                 if j == 0:
                     expected = log_p
                     nll.append(negative_log_likelihood(log_p, target))
@@ -237,30 +247,23 @@ class _Run:
             self.progress("logits", i + 1, len(self.targets))
         return torch.cat(nll), {j: TokenScores.join(each) for j, each in parts.items()}
 
-    def _log_probabilities(self, model: Any, name: str) -> Iterator[tuple[torch.Tensor, float]]:
-        """For each window: (scored, vocabulary) f32, and the seconds that the model took."""
-        keep = self.settings.scored + 1
-        for i, window in enumerate(self.windows):
-            began = perf_counter()
-            with torch.inference_mode():
-                logits = model(input_ids=window[None], use_cache=False, logits_to_keep=keep).logits
-            took = perf_counter() - began
+    def _log_probabilities(self, runner: Runner) -> Iterator[torch.Tensor]:
+        """For each window: (scored, vocabulary) f32."""
+        name = _name(runner.checkpoint)
+        for i, logits in enumerate(runner.logits(self.windows, self.settings.first)):
             if logits.shape[-1] != self.vocabulary:
                 raise ModelError(
                     f"{name}: gives {logits.shape[-1]} logits, not {self.vocabulary} as configured"
                 )
-            log_p = logits[0, :-1].float().log_softmax(-1)
-            if bool(log_p.isnan().any()):
-                raise ModelError(f"{name}: the output of window {i} is not finite; its weights are damaged")
-            yield log_p, took
+            yield logits[:-1].log_softmax(-1)
             self.progress(f"{name}: windows", i + 1, len(self.windows))
 
-    def _continue(self, model: Any, name: str) -> list[list[int]]:
+    def _continue(self, runner: Runner) -> list[list[int]]:
         if not len(self.prompts):
             return []
-        stage = f"{name}: generating"
+        stage = f"{_name(runner.checkpoint)}: generating"
         return greedy(
-            model,
+            runner.model,
             self.prompts,
             self.settings.new_tokens,
             self.stop,
@@ -269,25 +272,24 @@ class _Run:
 
     def _scores(
         self,
-        checkpoint: Checkpoint,
+        runner: Runner,
         nll: torch.Tensor,
-        seconds: float,
         measured: Fidelity | None = None,
         written: list[list[int]] | None = None,
     ) -> ModelScores:
         pairs = zip(self.prompts.tolist(), self.written, written or self.written, strict=True)
-        nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-        weights = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        tensors = runner.checkpoint.tensors.values()
+        nbytes = sum(tensor.nbytes for tensor in tensors)
         return ModelScores(
-            name=_name(checkpoint),
+            name=_name(runner.checkpoint),
             nbytes=nbytes,
-            bits_per_weight=8 * nbytes / weights,
+            bits_per_weight=8 * nbytes / sum(prod(tensor.shape) for tensor in tensors),
             perplexity=perplexity(nll),
-            seconds=seconds,
-            tokens_per_second=self.windows.numel() / seconds,
+            seconds=runner.seconds,
+            tokens_per_second=self.windows.numel() / runner.seconds,
             fidelity=measured,
             continuations=tuple(continuation(*pair, self.decode) for pair in pairs),
-            ran="whole, float32",
+            ran=runner.kind,
         )
 
 

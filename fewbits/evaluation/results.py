@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..errors import PlanError
 from ..table import Cell, size, table
 from .generation import Continuation
 from .scores import Fidelity, Measured
@@ -21,6 +22,7 @@ class Settings:
     (0: none). scratch: folder for the reference's log-probabilities, f32, windows x scored x vocabulary, or
     for hidden states. simulation: quantized activations and cache, of the quantized models only. memory:
     bytes that this process may take (default: what is free); models that do not fit run block by block.
+    engine: the quantized models run in it, as it computes them (default: decoded, in our own forward pass).
     """
 
     context: int = 512
@@ -32,6 +34,14 @@ class Settings:
     scratch: Path | None = None
     simulation: Simulation = field(default_factory=Simulation)
     memory: int | None = None
+    engine: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine is not None and self.simulation != Simulation():
+            raise PlanError(
+                f"--engine {self.engine} computes activations and cache in its own way; --activations and "
+                "--kv-cache are simulated in our own forward pass: give the one or the others"
+            )
 
     @property
     def first(self) -> int:
@@ -119,6 +129,11 @@ class Evaluation:
             f" most at block {max(enumerate(quantized.block_errors), key=lambda each: each[1])[0]}."
             for quantized in self.quantized_models
             if quantized.block_errors
+        ]
+        notes += [
+            f"\n{quantized.name} ran {quantized.ran}."
+            for quantized in self.quantized_models
+            if quantized.ran.startswith("in ")
         ]
         notes += [f"\n{self.not_generated}"] if self.not_generated else []
         text = f"{self.tokens_scored} tokens scored ({scored}). Text: {self.source}."

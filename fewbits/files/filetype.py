@@ -75,7 +75,7 @@ def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any] | None
 
 class FileType(ABC):
     """name: as `--to` and `--file` take it. where: how a message calls one. suffix: of a file type that is
-    one file, else "". engines: names in release/engines, of which the first is asked about each output. run:
+    one file, else "". engines: names in engines/, of which the first is asked about each output. run:
     how people run it, for the card. library: library_name of the card. tables: may embeddings be
     quantized?"""
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters import transformers as hf
+from ..engines import ENGINES, installed
 from ..errors import PlanError
 from ..formats.affine import Affine
 from ..formats.base import Format, Kind
 from ..model.fused import Mixed
-from ..release.engines import ENGINES, installed
 
 # An architecture or type -> the last build of llama.cpp that is known to lack it and the first that is known
 # to have it, and the same of llama-cpp-python; between them it is not known. From reports of loading:

@@ -75,9 +75,10 @@ def _measured(found: Mapping[str, Any]) -> list[str]:
         return [f"- quality against the reference: not measured (`{how}`)"]
     # Receipts of 0.1.0 have the second name.
     reference = found.get("reference_perplexity", found.get("parent_perplexity"))
+    ran = f" {found['ran']}" if found.get("ran", "").startswith("in ") else ""  # an engine
     return [
-        f"- KL divergence to the reference {found['kl']:.4f} +- {found['kl_error']:.4f}, top-1 agreement "
-        f"{100 * found['agreement']:.1f} %",
+        f"- KL divergence to the reference{ran} {found['kl']:.4f} +- {found['kl_error']:.4f}, top-1 "
+        f"agreement {100 * found['agreement']:.1f} %",
         f"- perplexity {found['perplexity']:.3f}, the reference's {reference:.3f} "
         f"({found['text']}, {found['tokens']} tokens scored)",
     ]

@@ -22,11 +22,7 @@ vLLM needs a GPU to run; its reader of configs does not, and names the scheme th
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -35,19 +31,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..adapters.transformers import load_tokenizer
 from ..blocks.rounding import engine_rounding
 from ..blocks.simulate import Change, changed_inputs
-from ..errors import FewbitsError, KernelError, ModelError, PlanError
+from ..engines import ENGINES, engines_of
+from ..engines.process import Process
+from ..errors import FewbitsError, KernelError, ModelError
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
 from ..files.open import open_checkpoint
 from ..memory import Need, free_memory, resident_memory
 from ..runtime.runner import Blockwise, Runner, Whole, choose
-from .engines import ENGINES, SCRIPTS, Engine
 
 TEXT = "The capital of France is Paris, and the first ten prime numbers are 2, 3, 5, 7, 11, 13, 17, 19 and"
 TOKENS, NEW = 32, 8
@@ -95,22 +91,6 @@ def file_type_of(checkpoint: Checkpoint) -> str:
     return checkpoint.file_type.name
 
 
-def engines_of(checkpoint: Checkpoint, name: str | None = None) -> list[Engine]:
-    """The engines of a checkpoint's file type, or the one of this name: all of it, or what stands before +.
-    PlanError where that engine does not read the file type."""
-    file_type = checkpoint.file_type
-    wanted = None if name is None else name.lower()
-    chosen = [
-        ENGINES[each]
-        for each in file_type.engines
-        if wanted in (None, each.lower(), each.lower().partition("+")[0])
-    ]
-    if name is not None and not chosen:
-        known = ", ".join(file_type.engines) or "none is known"
-        raise PlanError(f"{name!r} is no engine that {file_type.name} files are tried in: {known}")
-    return chosen
-
-
 def verify(
     path: str | Path,
     seconds: float = 600,
@@ -137,16 +117,13 @@ def outcomes(
     """An Outcome for each engine of the file type, in its order; at least one."""
     checkpoint = open_checkpoint(Path(path))
     chosen = engines_of(checkpoint, engine)
-    weights = sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
-    method = getattr(checkpoint.file_type, "method", None)
     ours = Decoded(checkpoint, our_memory)
     for each in chosen:
-        python = each.interpreter(method)
-        if python is None:
-            missing = " and ".join(each.needs(method))
-            yield Outcome(each.name, "not checked", reason=f"{missing} is not installed ({each.install})")
+        try:
+            process = Process(each, checkpoint, seconds, memory)
+        except KernelError as error:
+            yield Outcome(each.name, "not checked", reason=str(error))
             continue
-        process = _Process(each, python, Path(path), seconds, memory or 16 * weights + 4 * 2**30)
         yield _parsed(process) if each.parses else _compared(process, ours)
     if not chosen:
         name = file_type_of(checkpoint)
@@ -235,14 +212,15 @@ def _block_by_block(runner: Blockwise, window: torch.Tensor, change: Change | No
     return runner.logits_of(0)
 
 
-def _compared(process: _Process, ours: Decoded) -> Outcome:
+def _compared(process: Process, ours: Decoded) -> Outcome:
     """Run the engine, then our pass over the prompt and the tokens that the engine chose."""
     engine, tokens, start = process.engine, prompt(ours.checkpoint), time.monotonic()
     try:
-        found = process.run(tokens)
+        [theirs] = process.logits([tokens], new=NEW)
     except KernelError as error:
         return Outcome(engine.name, "failed", reason=str(error), seconds=time.monotonic() - start)
-    took, ids = time.monotonic() - start, tokens + found["new"].tolist()
+    found = process.said | {"logits": theirs, "new": process.said["new"][0]}
+    took, ids = time.monotonic() - start, tokens + found["new"]
     try:
         logits = ours.logits(ids)
     except ModelError as error:
@@ -264,12 +242,13 @@ def _compared(process: _Process, ours: Decoded) -> Outcome:
     return replace(outcome, verdict=verdict, reason="; ".join(filter(None, (text, wrong))))
 
 
-def _parsed(process: _Process) -> Outcome:
+def _parsed(process: Process) -> Outcome:
     start, name = time.monotonic(), process.engine.name
     try:
-        found = process.run([])
+        list(process.logits([]))
     except KernelError as error:
         return Outcome(name, "failed", reason=str(error), seconds=time.monotonic() - start)
+    found = process.said
     verdict = "read" if "read" in found else "refused"
     took = time.monotonic() - start
     return Outcome(name, verdict, found["version"], seconds=took, reason=found[verdict])
@@ -325,68 +304,3 @@ def wrong_token(ours: torch.Tensor, new: Sequence[int], largest: float) -> tuple
                 f"{largest:.3g}"
             )
     return greedy, None
-
-
-@dataclass(frozen=True)
-class _Process:
-    """An engine's script on a file, within limits."""
-
-    engine: Engine
-    python: str
-    path: Path
-    seconds: float
-    memory: int
-
-    def run(self, tokens: list[int]) -> dict[str, Any]:
-        """-> logits, new, version, or a parser's last line; KernelError if it fails or takes too much."""
-        with tempfile.TemporaryDirectory() as name:
-            task, result, output = (Path(name) / part for part in ("task.json", "result.npz", "output.txt"))
-            settings = {"threads": torch.get_num_threads(), "imports": self.engine.imports}
-            task.write_text(json.dumps({"tokens": tokens, "new": NEW} | settings), encoding="utf-8")
-            script = str(SCRIPTS / self.engine.script)
-            command = [self.python, script, str(self.path.resolve()), str(task), str(result)]
-            with output.open("wb") as out:
-                process = subprocess.Popen(command, stdout=out, stderr=out, env=self.environment(), cwd=name)
-                _watch(process, self.seconds, self.memory)
-            lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            if process.returncode != 0 or not (result.exists() or self.engine.parses):
-                why = " | ".join(lines[-3:]) or "no output"
-                raise KernelError(f"exit code {process.returncode}: {why}")
-            last: dict[str, Any] = json.loads(lines[-1])
-            if self.engine.parses:
-                return last
-            with np.load(result) as arrays:
-                return {
-                    **{key: arrays[key] for key in arrays},
-                    "version": last["version"],
-                    "note": last.get("note"),
-                }
-
-    def environment(self) -> dict[str, str]:
-        variables = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
-        if self.python != sys.executable:
-            variables.pop("PYTHONPATH", None)
-        elif self.engine.imports:  # this very package, wherever it was imported from
-            here = [str(Path(__file__).parents[2]), *variables.get("PYTHONPATH", "").split(os.pathsep)]
-            variables["PYTHONPATH"] = os.pathsep.join(filter(None, here))
-        return variables
-
-
-def _watch(process: subprocess.Popen[bytes], seconds: float, memory: int) -> None:
-    """Wait for the process; kill it, with KernelError, beyond its time or resident bytes."""
-    start, status = time.monotonic(), Path(f"/proc/{process.pid}/status")
-    try:
-        while process.poll() is None:
-            if time.monotonic() - start > seconds:
-                raise KernelError(f"it took more than {seconds:.0f} s")
-            lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-            resident = next((int(li.split()[1]) * 1024 for li in lines if li.startswith("VmRSS")), 0)
-            if resident > memory:
-                raise KernelError(f"it took more than {memory / 2**30:.1f} GiB of memory")
-            time.sleep(0.05)
-    except (FileNotFoundError, ProcessLookupError):
-        process.wait()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()

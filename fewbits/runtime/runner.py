@@ -2,6 +2,7 @@
 
     Whole        a transformers model in memory, float or with its quantized weights packed; has a cache
     Blockwise    one block in memory at a time, read from the mapped file; all windows pass a block together
+    InEngine     an engine that users run the file in, in a process of its own
 
 Each says what memory it needs before it starts, from headers alone; `choose` takes the first that fits.
 """
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,7 +24,9 @@ from ..adapters.transformers import load_model
 from ..blocks.activations import DEFAULT_LIMIT, Activations
 from ..blocks.block import Block
 from ..blocks.model import BlockModel
-from ..errors import ModelError
+from ..engines import engines_of
+from ..engines.process import Process
+from ..errors import KernelError, ModelError, PlanError
 from ..files.checkpoint import Checkpoint
 from ..formats.base import Format
 from ..memory import free_memory
@@ -33,13 +38,20 @@ SPARE = 256 * 2**20  # what a forward pass takes besides: activations, buffers o
 
 
 class Runner(ABC):
-    """kind: for people. cached: can it continue a text, with a cache of keys and values?"""
+    """kind: for people. cached: can it continue a text, with a cache of keys and values? seconds: what its
+    forward passes have taken."""
 
     kind: str
     cached = False
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-        self.checkpoint, self.dtype = checkpoint, dtype
+        self.checkpoint, self.dtype, self.seconds = checkpoint, dtype, 0.0
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = perf_counter()
+        yield
+        self.seconds += perf_counter() - began
 
     @abstractmethod
     def needs(self, windows: int, context: int) -> int:
@@ -82,11 +94,10 @@ class Whole(Runner):
         return (load_packed if self.packed else load_model)(self.checkpoint, self.dtype)
 
     def logits(self, windows: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
+        model, kept = self.model, windows.shape[1] - first
         for i, window in enumerate(windows):
-            with torch.inference_mode():
-                out = self.model(
-                    input_ids=window[None], use_cache=False, logits_to_keep=windows.shape[1] - first
-                )
+            with torch.inference_mode(), self._timed():
+                out = model(input_ids=window[None], use_cache=False, logits_to_keep=kept)
             yield _checked(self.checkpoint, i, out.logits[0].float())
 
 
@@ -143,15 +154,17 @@ class Blockwise(Runner):
     @torch.inference_mode()
     def step(self, i: int) -> None:
         """All windows through block i."""
-        block: Block = self.blocks.block(i, self.blocks.weights(i))
-        for j in range(len(self.hidden)):
-            self.hidden[j] = block(self.hidden[j])
+        with self._timed():
+            block: Block = self.blocks.block(i, self.blocks.weights(i))
+            for j in range(len(self.hidden)):
+                self.hidden[j] = block(self.hidden[j])
 
     @torch.inference_mode()
     def logits_of(self, window: int, first: int = 0) -> torch.Tensor:
         """After the last block -> `(t - first, vocabulary)` f32 of one window."""
-        hidden = self.hidden[window][:, first:]
-        parts = [self.blocks.head(part)[0].float() for part in hidden.split(SLICE, 1)]
+        with self._timed():
+            hidden = self.hidden[window][:, first:]
+            parts = [self.blocks.head(part)[0].float() for part in hidden.split(SLICE, 1)]
         return _checked(self.checkpoint, window, torch.cat(parts))
 
     def logits(self, windows: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
@@ -161,6 +174,38 @@ class Blockwise(Runner):
         for j in range(len(windows)):
             yield self.logits_of(j, first)
         self.hidden.close()
+
+
+class InEngine(Runner):
+    """The file as it is, loaded once by an engine that users run it in; logits come as files in `scratch`.
+
+    PlanError where no engine of this name reads the file type, KernelError where it is not installed, or
+    fails. kind names its version, and seconds are known, after the last window.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, scratch: Path | None = None) -> None:
+        super().__init__(checkpoint)
+        engine = engines_of(checkpoint, name)[0]
+        if engine.parses:
+            raise PlanError(
+                f"{checkpoint.path}: {engine.name} is only asked whether it reads the config; it runs nothing"
+            )
+        self.process, self.scratch = Process(engine, checkpoint, seconds=3600), scratch
+        self.kind = f"in {engine.name}"
+
+    def needs(self, windows: int, context: int) -> int:
+        """Of this process, for a window's logits; the engine's own has another limit."""
+        return context * widest(self.checkpoint) * 8 + SPARE
+
+    def logits(self, windows: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
+        try:
+            for i, found in enumerate(self.process.logits(windows.tolist(), first, scratch=self.scratch)):
+                yield _checked(self.checkpoint, i, torch.from_numpy(found))
+        except KernelError as error:
+            raise KernelError(f"{self.checkpoint.path}, {self.kind}: {error}") from error
+        said = self.process.said
+        note = f"; {said['note']}" if said.get("note") else ""
+        self.kind, self.seconds = f"{self.kind} ({said['engine']} {said['version']}{note})", said["seconds"]
 
 
 def choose(
@@ -194,7 +239,7 @@ def widest(checkpoint: Checkpoint) -> int:
 
 
 def _checked(checkpoint: Checkpoint, window: int, logits: torch.Tensor) -> torch.Tensor:
-    if bool(logits.isnan().any()):
+    if not bool((logits < torch.inf).all()):  # NaN is not less either
         raise ModelError(
             f"{checkpoint.path}: the output of window {window} is not finite; its weights are damaged"
         )

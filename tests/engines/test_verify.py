@@ -8,9 +8,9 @@ import torch
 import fewbits.release.verify as verify_module
 from fewbits import Plan, Rule
 from fewbits.dtypes import DTYPES
+from fewbits.engines import ENGINES
 from fewbits.errors import ModelError
 from fewbits.files.open import FILE_TYPES, open_checkpoint
-from fewbits.release.engines import ENGINES
 from fewbits.release.verify import NEW, Decoded, Outcome, compared, divergence, engines_of, verify
 from fewbits.runtime.runner import Blockwise, Whole
 from fewbits.workflow.request import Request
@@ -137,7 +137,7 @@ def test_an_engine_that_is_not_there_is_named(model, tmp_path, monkeypatch):
     out = tmp_path / "m"
     quantize(model, out, Request(plan=blocks("int4_g32"), file="gptq"))
     monkeypatch.setenv("FEWBITS_GPTQMODEL", str(tmp_path / "nowhere"))
-    monkeypatch.setattr("fewbits.release.engines.installed", lambda name: None)
+    monkeypatch.setattr("fewbits.engines.installed", lambda name: None)
     outcome = verify(out)
     assert outcome.verdict == "not checked" and "make gptqmodel" in outcome.line()
 

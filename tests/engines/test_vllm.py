@@ -10,11 +10,11 @@ import subprocess
 import pytest
 
 from fewbits.dtypes import BF16
+from fewbits.engines import ENGINES, SCRIPTS
 from fewbits.errors import FormatError, PlanError
 from fewbits.files.open import FILE_TYPES
 from fewbits.formats import FORMATS
 from fewbits.preflight.engines import Seen, verdicts
-from fewbits.release.engines import ENGINES, SCRIPTS
 from fewbits.release.verify import verify
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run as quantize

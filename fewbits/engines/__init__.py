@@ -1,10 +1,12 @@
 """The engines that read a file type, and what runs inside an engine's own process.
 
-    python run_<engine>.py MODEL TASK.json RESULT.npz
+    python run_<engine>.py MODEL TASK.json RESULT
 
-    TASK      {"tokens": [ids], "new": 8, "threads": 2, "imports": [modules]}
-    RESULT    logits f32 (t, vocabulary) of the tokens, and the `new` greedy ids after them
-    stdout    last line: {"engine": name, "version": ...}
+    TASK      {"windows": [[ids], ...], "first": 0, "new": 8, "threads": 2, "imports": [modules]}
+    RESULT    a folder: i.npy has window i's logits f32 (t - first, vocabulary), of the positions from `first`
+              on. A file is whole when the next is there
+    stdout    last line: {"engine": name, "version": ..., "new": the `new` greedy ids after each window,
+              "seconds": that all windows took}
 
 A script imports nothing of fewbits and is run by its path, so an engine whose packages cannot share our
 environment has its own. A new engine is a script here, whose ENGINES has a row of fields of `Engine`; file
@@ -27,8 +29,9 @@ from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
 
-from ...files.checkpoint import Checkpoint
-from ...storage.cache import cache_folder
+from ..errors import PlanError
+from ..files.checkpoint import Checkpoint
+from ..storage.cache import cache_folder
 
 SCRIPTS = Path(__file__).parent
 SUMS = 1e-5
@@ -71,6 +74,10 @@ class Engine:
                 return str(apart)
         return sys.executable if all(map(installed, self.needs(method))) else None
 
+    def missing(self, method: str | None = None) -> str:
+        """What to say where there is no interpreter."""
+        return f"{' and '.join(self.needs(method))} is not installed ({self.install})"
+
     def tolerance_for(self, names: Iterable[str]) -> float:
         """The widest that a file type and formats, by name, allow."""
         found = [nats for start, nats in self.wider.items() if any(name.startswith(start) for name in names)]
@@ -97,3 +104,21 @@ def _described() -> Iterator[Engine]:
 
 
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in _described()}
+
+
+def engines_of(checkpoint: Checkpoint, name: str | None = None) -> list[Engine]:
+    """The engines of a checkpoint's file type, or the one of this name: all of it, or what stands before +.
+    PlanError where that engine does not read the file type."""
+    file_type = checkpoint.file_type
+    wanted = None if name is None else name.lower()
+    chosen = [
+        ENGINES[each]
+        for each in file_type.engines
+        if wanted in (None, each.lower(), each.lower().partition("+")[0])
+    ]
+    if name is not None and not chosen:
+        known = ", ".join(file_type.engines) or "none is known"
+        raise PlanError(
+            f"{checkpoint.path}: {name!r} is no engine that {file_type.name} files are tried in: {known}"
+        )
+    return chosen

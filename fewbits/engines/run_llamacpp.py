@@ -3,6 +3,7 @@
 import ctypes
 import json
 import sys
+from time import perf_counter
 
 import numpy as np
 
@@ -14,7 +15,7 @@ ENGINES = [
 ]  # fmt: skip
 
 
-def main(model_path: str, task_path: str, result_path: str) -> None:
+def main(model_path: str, task_path: str, result: str) -> None:
     import llama_cpp
     from llama_cpp import llama_cpp as api
 
@@ -26,9 +27,10 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     model = api.llama_model_load_from_file(model_path.encode(), params)
     if not model:
         sys.exit("llama.cpp cannot load the file")
-    ids, total = list(task["tokens"]), len(task["tokens"]) + task["new"]
+    total = max(map(len, task["windows"])) + task["new"]
     params = api.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = total
+    params.n_ctx = params.n_batch = total
+    params.n_ubatch = min(total, params.n_ubatch)
     params.n_threads = params.n_threads_batch = task["threads"]
     params.type_k = params.type_v = 0  # GGML_TYPE_F32
     params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -36,28 +38,37 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     if not context:
         sys.exit(f"llama.cpp cannot make a context of {total} tokens")
     vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-    logits = decode(api, context, ids, 0, vocabulary)
-    last = logits[-1]
-    for _ in range(task["new"]):
-        ids.append(int(last.argmax()))
-        last = decode(api, context, ids[-1:], len(ids) - 1, vocabulary)[-1]
-    np.savez(result_path, logits=logits, new=np.array(ids[len(task["tokens"]) :]))
-    print(json.dumps({"engine": "llama-cpp-python", "version": llama_cpp.__version__}))
+    new, start = [], perf_counter()
+    for i, window in enumerate(task["windows"]):
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        ids = list(window)
+        logits = decode(api, context, ids, 0, vocabulary, task["first"])
+        last = logits[-1]
+        for _ in range(task["new"]):
+            ids.append(int(last.argmax()))
+            last = decode(api, context, ids[-1:], len(ids) - 1, vocabulary)[-1]
+        new.append(ids[len(window) :])
+        np.save(f"{result}/{i}.npy", logits)
+    about = {"engine": "llama-cpp-python", "version": llama_cpp.__version__}
+    print(json.dumps({**about, "new": new, "seconds": perf_counter() - start}))
 
 
-def decode(api, context, ids: list[int], start: int, vocabulary: int) -> np.ndarray:  # type: ignore[no-untyped-def]
-    """Logits `(t, vocabulary)` of the tokens at positions start, start + 1, ..."""
+def decode(  # type: ignore[no-untyped-def]
+    api, context, ids: list[int], start: int, vocabulary: int, first: int = 0
+) -> np.ndarray:
+    """Tokens at positions start, start + 1, ... -> logits `(t - first, vocabulary)`, of all but the first."""
     batch = api.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for place, token in enumerate(ids):
         batch.token[place], batch.pos[place] = token, start + place
-        batch.n_seq_id[place], batch.seq_id[place][0], batch.logits[place] = 1, 0, True
+        batch.n_seq_id[place], batch.seq_id[place][0], batch.logits[place] = 1, 0, place >= first
     if api.llama_decode(context, batch) != 0:
         sys.exit(f"llama.cpp failed to decode {len(ids)} tokens")
     flat = np.ctypeslib.as_array(
-        ctypes.cast(api.llama_get_logits(context), ctypes.POINTER(ctypes.c_float)), (len(ids) * vocabulary,)
+        ctypes.cast(api.llama_get_logits(context), ctypes.POINTER(ctypes.c_float)),
+        ((len(ids) - first) * vocabulary,),
     )
-    found = flat.reshape(len(ids), vocabulary).copy()
+    found = flat.reshape(-1, vocabulary).copy()
     api.llama_batch_free(batch)
     return found
 

@@ -7,6 +7,7 @@ greedy continuation. Each pass makes at least one more token right.
 
 import json
 import sys
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ ENGINES = [
 ]  # fmt: skip
 
 
-def main(model_path: str, task_path: str, result_path: str) -> None:
+def main(model_path: str, task_path: str, result: str) -> None:
     import gptqmodel
     from gptqmodel import BACKEND, GPTQModel
 
@@ -30,16 +31,20 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     model = GPTQModel.load(model_path, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model.eval()
     if not awq:  # loaded in f32 it is refused; its AWQ kernel takes f16 only
         model = model.float()
-    prompt, new = len(task["tokens"]), [0] * task["new"]
-    for _ in range(task["new"] + 1):
-        guess = new
-        with torch.no_grad():
-            logits = model(torch.tensor([task["tokens"] + guess])).logits[0].float()
-        new = logits[prompt - 1 : -1].argmax(-1).tolist()
-        if new == guess:
-            break
-    np.savez(result_path, logits=logits[:prompt].numpy(), new=np.array(new))
-    print(json.dumps({"engine": "gptqmodel", "version": gptqmodel.__version__}))
+    chosen, start = [], perf_counter()
+    for i, window in enumerate(task["windows"]):
+        prompt, new = len(window), [0] * task["new"]
+        for _ in range(task["new"] + 1):
+            guess = new
+            with torch.no_grad():
+                logits = model(torch.tensor([window + guess])).logits[0].float()
+            new = logits[prompt - 1 : -1].argmax(-1).tolist()
+            if new == guess:
+                break
+        chosen.append(new)
+        np.save(f"{result}/{i}.npy", logits[task["first"] : prompt].numpy())
+    about = {"engine": "gptqmodel", "version": gptqmodel.__version__}
+    print(json.dumps({**about, "new": chosen, "seconds": perf_counter() - start}))
 
 
 if __name__ == "__main__":

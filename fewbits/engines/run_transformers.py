@@ -2,6 +2,7 @@
 
 import json
 import sys
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ ENGINES = [
 ]  # fmt: skip
 
 
-def main(model_path: str, task_path: str, result_path: str) -> None:
+def main(model_path: str, task_path: str, result: str) -> None:
     import transformers
 
     with open(task_path, encoding="utf-8") as file:
@@ -37,13 +38,12 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
     torch.set_num_threads(task["threads"])
     for name in task.get("imports", []):
         __import__(name)
-    (logits, new), note = tried(model_path, task)
-    np.savez(result_path, logits=logits.numpy(), new=np.array(new))
-    print(json.dumps({"engine": "transformers", "version": transformers.__version__, "note": note}))
+    said = {"engine": "transformers", "version": transformers.__version__, **tried(model_path, task, result)}
+    print(json.dumps(said))
 
 
-def tried(model_path: str, task: dict) -> tuple[tuple[torch.Tensor, list[int]], str | None]:
-    """The result of `run` by the first arguments that work, and a note on those arguments."""
+def tried(model_path: str, task: dict, result: str) -> dict[str, Any]:
+    """What `run` says by the first arguments that work, and a note on those arguments."""
     settings = settings_of(model_path)
     ways: list[tuple[torch.dtype | str, dict, str | None]] = [(torch.float32, {}, None)]
     if settings.get("quant_method") == "compressed-tensors":
@@ -65,18 +65,18 @@ def tried(model_path: str, task: dict) -> tuple[tuple[torch.Tensor, list[int]], 
         ways.append((torch.float32, given, f'loaded with {config.__name__}(backend="{backend}")'))
     for dtype, given, note in ways[:-1]:
         try:
-            return run(model_path, task, dtype, **given), note
+            return {**run(model_path, task, result, dtype, **given), "note": note}
         except RuntimeError:
             continue
     dtype, given, note = ways[-1]
-    return run(model_path, task, dtype, **given), note
+    return {**run(model_path, task, result, dtype, **given), "note": note}
 
 
 @torch.no_grad()
 def run(
-    model_path: str, task: dict, dtype: torch.dtype | str, **given: object
-) -> tuple[torch.Tensor, list[int]]:
-    """Logits `(t, vocabulary)` f32 of the tokens, and the greedy tokens after them."""
+    model_path: str, task: dict, result: str, dtype: torch.dtype | str, **given: object
+) -> dict[str, Any]:
+    """Write the logits of all windows; the greedy tokens after each, and the time it took."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -84,14 +84,18 @@ def run(
     ).eval()
     if settings_of(model_path).get("quant_method") == "bitsandbytes":
         compute_in_f32(model)
-    prompt, new = len(task["tokens"]), [0] * task["new"]
-    for _ in range(task["new"] + 1):  # as in run_gptqmodel.py, whose kernels may run here too
-        guess = new
-        logits = model(torch.tensor([task["tokens"] + guess])).logits[0].float()
-        new = logits[prompt - 1 : -1].argmax(-1).tolist()
-        if new == guess:
-            break
-    return logits[:prompt], new
+    chosen, start = [], perf_counter()
+    for i, window in enumerate(task["windows"]):
+        prompt, new = len(window), [0] * task["new"]
+        for _ in range(task["new"] + 1):  # as in run_gptqmodel.py, whose kernels may run here too
+            guess = new
+            logits = model(torch.tensor([window + guess])).logits[0].float()
+            new = logits[prompt - 1 : -1].argmax(-1).tolist()
+            if new == guess:
+                break
+        chosen.append(new)
+        np.save(f"{result}/{i}.npy", logits[task["first"] : prompt].numpy())
+    return {"new": chosen, "seconds": perf_counter() - start}
 
 
 def compute_in_f32(model: torch.nn.Module) -> None:

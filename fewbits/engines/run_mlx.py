@@ -3,6 +3,8 @@
 import json
 import sys
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ ENGINES = [
 ]  # fmt: skip
 
 
-def main(model_path: str, task_path: str, result_path: str) -> None:
+def main(model_path: str, task_path: str, result: str) -> None:
     import mlx.core as mx
     import mlx_lm
     from mlx_lm.models.cache import make_prompt_cache
@@ -23,19 +25,23 @@ def main(model_path: str, task_path: str, result_path: str) -> None:
         task = json.load(file)
     mx.set_default_device(mx.cpu)
     model, _ = load_model(Path(model_path))
-    cache = make_prompt_cache(model)
 
-    def run(ids: list[int]) -> np.ndarray:
+    def run(ids: list[int], cache: Any) -> np.ndarray:
         """Tokens after those of the cache -> logits `(t, vocabulary)`."""
         return np.array(model(mx.array([ids]), cache=cache)[0].astype(mx.float32))
 
-    logits = last = run(task["tokens"])
-    new: list[int] = []
-    for _ in range(task["new"]):
-        new.append(int(last[-1].argmax()))
-        last = run(new[-1:])
-    np.savez(result_path, logits=logits, new=np.array(new))
-    print(json.dumps({"engine": "mlx-lm", "version": mlx_lm.__version__}))
+    chosen, start = [], perf_counter()
+    for i, window in enumerate(task["windows"]):
+        cache = make_prompt_cache(model)
+        logits = last = run(window, cache)
+        new: list[int] = []
+        for _ in range(task["new"]):
+            new.append(int(last[-1].argmax()))
+            last = run(new[-1:], cache)
+        chosen.append(new)
+        np.save(f"{result}/{i}.npy", logits[task["first"] :])
+    about = {"engine": "mlx-lm", "version": mlx_lm.__version__}
+    print(json.dumps({**about, "new": chosen, "seconds": perf_counter() - start}))
 
 
 if __name__ == "__main__":
