@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -231,17 +232,20 @@ class Format(ABC):
         return QTensor(self, (n, k), planes)
 
     def distortion(self, w: torch.Tensor, q: QTensor) -> Distortion:
-        """The distortion of `q` against `w`. It is decoded a few rows at a time if rows are independent."""
+        """The distortion of `q` against `w`."""
+        total = Distortion(0.0, 0.0, 0.0)
+        for rows, value in self.decoded_rows(q):
+            total = total + Distortion.between(w[rows].float(), value)
+        return total
+
+    def decoded_rows(self, q: QTensor, count: int = CHUNK) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`(n, k)` -> rows and their values, f32: about `count` at once if rows are independent."""
         n, k = q.shape
         independent = all(plane.flat is None and plane.rows in (1, None) for plane in self.planes)
-        step = max(1, CHUNK // k) if independent else n
-        total = Distortion(0.0, 0.0, 0.0)
+        step = max(1, count // k) if independent else n
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
-            part = q if step >= n else q.take_rows(torch.arange(rows.start, rows.stop))
-            x = w[rows].float()
-            total = total + Distortion.between(x, part.decode())
-        return total
+            yield rows, (q if step >= n else q.take_rows(torch.arange(rows.start, rows.stop))).decode()
 
     def check(self, w: torch.Tensor, name: str = "tensor") -> None:
         """Raise FormatError unless this format can represent a weight of w's shape and values."""

@@ -29,7 +29,7 @@ from ..plan.rules import Rule
 from ..qtensor import QTensor
 from ..storage.stream import StreamFile
 
-ROWS = 1024  # whose output error is taken at once
+PIECE = 2**22  # weights whose output error is taken at once
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,9 @@ def measured(w: torch.Tensor, q: QTensor, spec: Spec, stats: Stats | None) -> We
 def output_error(w: torch.Tensor, q: QTensor, stats: Stats) -> tuple[float, float]:
     """-> mean square of the output's error (q - w) x, and of the output itself."""
     error = energy = 0.0
-    value = q.decode()
-    for rows in torch.arange(w.shape[0]).split(ROWS):
+    for rows, value in q.format.decoded_rows(q, PIECE):
         x = w[rows].float()
-        error += _mean_square(value[rows] - x, stats)
+        error += _mean_square(value - x, stats)
         energy += _mean_square(x, stats)
     return max(error, 0.0), energy
 
