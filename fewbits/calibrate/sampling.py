@@ -272,11 +272,11 @@ def writer_of(checkpoint: Checkpoint, memory: int | None = None) -> Writer:
     memory = free_memory() if memory is None else memory
     most = ROWS_AT_ONCE * _row_nbytes(model_config(checkpoint).get_text_config(), 4, ROW)
     kinds = ("bf16" if faster_dtype() == torch.bfloat16 else "f32", "bf16", *COPIES)
-    found = [
-        Writer(kind, cache, weight_nbytes(checkpoint, kind) + cache + WORKING)
-        for kind in dict.fromkeys(kinds)
-        for cache in (min(most, CACHE_BYTES), min(most, LEAST_CACHE))
-    ]
+    found = []
+    for kind in dict.fromkeys(kinds):
+        weights, loading = weight_nbytes(checkpoint, kind)
+        for cache in (min(most, CACHE_BYTES), min(most, LEAST_CACHE)):
+            found.append(Writer(kind, cache, weights + max(loading, cache + WORKING)))
     for writer in found:
         if writer.nbytes <= memory:
             return writer
@@ -288,16 +288,14 @@ def writer_of(checkpoint: Checkpoint, memory: int | None = None) -> Writer:
     )
 
 
-def weight_nbytes(checkpoint: Checkpoint, kind: str) -> int:
-    """Bytes that a writer's weights take at most, while they are loaded: twice what they take later."""
-    every = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+def weight_nbytes(checkpoint: Checkpoint, kind: str) -> tuple[int, int]:
+    """Bytes that a writer's weights take, and that loading the largest of them takes besides."""
+    counts = {name: prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    every, besides = sum(counts.values()), 4 * max(counts.values(), default=0)
     if kind not in COPIES:
-        return 2 * every * (4 if kind == "f32" else 2)
-    copied = _copied(checkpoint)
-    largest = 6 * max(copied.values(), default=0)  # decoded at each use, in f32 and bf16
-    packed = sum(copied.values())
-    bits = 16 * (every - packed) + packed * float(FORMATS.get(kind).bits_per_weight())
-    return int(2 * bits / 8) + largest
+        return every * (4 if kind == "f32" else 2), besides
+    packed = sum(_copied(checkpoint).values())
+    return int(2 * (every - packed) + packed * float(FORMATS.get(kind).bits_per_weight()) / 8), besides
 
 
 def load_writer(checkpoint: Checkpoint, kind: str) -> tuple[Any, list[str]]:
@@ -314,8 +312,7 @@ def quantized_copy(checkpoint: Checkpoint, kind: str) -> Checkpoint:
     """The same checkpoint with linear maps and embeddings rounded to `kind` when they are loaded."""
 
     def load(tensor: LazyTensor) -> QTensor:
-        value = tensor.load()
-        return FORMATS.get(kind).encode(value.float(), search=False)  # type: ignore[union-attr]
+        return FORMATS.get(kind).encode(tensor.load(), search=False)  # type: ignore[arg-type]
 
     tensors = dict(checkpoint.tensors)
     for name in _copied(checkpoint):

@@ -166,7 +166,9 @@ def grouped_attention(
 def _reorder_weights(model: nn.Module) -> None:
     """Plain linear maps in bf16 on the CPU -> the same with weights as oneDNN wants them."""
     mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    for parent in list(model.modules()) if mkldnn else []:
+    # No list of the linear maps themselves: each is freed when its copy is there.
+    parents = [module for module in model.modules() if type(module) is not nn.Linear]
+    for parent in parents if mkldnn else []:
         for name, child in list(parent.named_children()):
             weight = child._parameters.get("weight")
             if type(child) is nn.Linear and weight is not None and weight.dtype == torch.bfloat16:

@@ -8,9 +8,9 @@
 So the keys of a state dict are those of a native directory: `<module>.weight.<plane>`. A module is changed in
 place and keeps its class's own forward (embeddings that scale do it themselves).
 
-There is no fast kernel here yet: every forward pass decodes the whole weight, uses it and forgets it. It
-takes the memory of the packed model and one decoded weight, and more time than a float model. A backward
-pass decodes once more rather than keep floats. Under torch.compile the graph breaks at each of these modules.
+There is no fast kernel here yet: every forward pass decodes a weight, uses it and forgets it. It takes the
+memory of the packed model and of AT_ONCE weights decoded, and more time than a float model. A backward pass
+decodes once more rather than keep floats. Under torch.compile the graph breaks at each of these modules.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..qtensor import QTensor
+
+AT_ONCE = 2**24  # weights that a product decodes at once: a table of the vocabulary comes in pieces
 
 
 class PackedWeight(nn.Module):
@@ -81,7 +83,10 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.decode(x.dtype))
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        for rows, part in weight.format.decoded_rows(weight.q, AT_ONCE):
+            out[..., rows] = F.linear(x, part.to(x.dtype))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

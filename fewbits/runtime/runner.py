@@ -32,6 +32,7 @@ from ..formats.base import Format
 from ..memory import free_memory
 from ..model.sites import sites
 from .load import load_packed
+from .packed import AT_ONCE
 
 SLICE = 128  # positions whose logits are computed at once
 SPARE = 256 * 2**20  # what a forward pass takes besides: activations, buffers of products
@@ -87,7 +88,8 @@ class Whole(Runner):
             for tensor in tensors
         )
         largest = max((prod(tensor.shape) for tensor in tensors), default=0)
-        return held + 2 * 4 * largest + context * widest(self.checkpoint) * 8 + SPARE
+        decoded = min(largest, AT_ONCE) if self.packed else largest
+        return held + 2 * 4 * decoded + context * widest(self.checkpoint) * 8 + SPARE
 
     @cached_property
     def model(self) -> Any:
