@@ -15,7 +15,7 @@ from fewbits.adapters.transformers import load_model
 from fewbits.errors import FileError, PlanError
 from fewbits.files.open import open_checkpoint
 from fewbits.release.verify import verify
-from fewbits.runtime.packed import PackedWeight, QEmbedding, QLinear, packed_modules
+from fewbits.runtime.packed import PackedWeight, QEmbedding, QLinear, multiply, packed_modules
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run
 from tests.packed_models import IDS, auto, logits, planes, quantized
@@ -301,3 +301,13 @@ def test_verify_loads_a_native_directory_in_transformers(llama):
     outcome = verify(llama)
     assert (outcome.engine, outcome.verdict) == ("transformers+fewbits", "same")
     assert outcome.greedy == 8
+
+
+@pytest.mark.parametrize("name", ["q4_k", "int4_g32", "nf4_dq", "fp8_e4m3_block128"])
+def test_a_product_in_pieces_is_the_product(name, monkeypatch):
+    """Of formats whose rows stand alone; the others are decoded whole."""
+    q = fewbits.FORMATS.get(name).encode(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("fewbits.runtime.packed.AT_ONCE", 256 * 100)
+    found = multiply(x, PackedWeight(q, torch.float32))
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, q.decode()), rtol=1e-5, atol=1e-4)
