@@ -23,9 +23,9 @@ INLINE void sums(const F* first, const F* second, F* out) {
 
 // Costs of each level of each coordinate.
 template <class T, class SHIFT>
-INLINE void level_costs(const F* wx, const F* w, F step, SHIFT shift, F (*cost)[T::levels]) {
+INLINE void level_costs(const F* wx, const F* w, F scale, SHIFT shift, F (*cost)[T::levels]) {
     for (int i = 0; i < T::dim; ++i) {
-        F ws = w[i] * step, wx2 = 2.0f * wx[i];
+        F ws = w[i] * scale, wx2 = 2.0f * wx[i];
         for (int l = 0; l < T::levels; ++l) {
             SHIFT level = shift + Known<T>::lattice.level[l];
             cost[i][l] = level * (level * ws - wx2);
@@ -35,13 +35,13 @@ INLINE void level_costs(const F* wx, const F* w, F step, SHIFT shift, F (*cost)[
 
 // Costs of each quarter of a point: sums over its coordinates.
 template <class T, class SHIFT>
-INLINE void quarter_costs(const F* wx, const F* w, F step, SHIFT shift, F (*quarter)[T::quarter]) {
+INLINE void quarter_costs(const F* wx, const F* w, F scale, SHIFT shift, F (*quarter)[T::quarter]) {
     constexpr int L = T::levels;
     if constexpr (T::dim == 4) {
-        level_costs<T>(wx, w, step, shift, quarter);
+        level_costs<T>(wx, w, scale, shift, quarter);
     } else {
         F cost[T::dim][L];
-        level_costs<T>(wx, w, step, shift, cost);
+        level_costs<T>(wx, w, scale, shift, cost);
         for (int q = 0; q < 4; ++q) sums<L, L>(cost[2 * q], cost[2 * q + 1], quarter[q]);
     }
 }
@@ -157,9 +157,9 @@ INLINE void search_rows(const F (*quarter)[T::quarter], F* place, F* cost) {
 
 // The first of the cheapest points, by lane, and its cost.
 template <class T, class SHIFT>
-INLINE void search_points(const F* wx, const F* w, F step, SHIFT shift, F* place, F* cost) {
+INLINE void search_points(const F* wx, const F* w, F scale, SHIFT shift, F* place, F* cost) {
     F quarter[4][T::quarter];
-    quarter_costs<T>(wx, w, step, shift, quarter);
+    quarter_costs<T>(wx, w, scale, shift, quarter);
     if constexpr (T::dense) search_rows<T>(quarter, place, cost);
     else search_each<T>(quarter, place, cost);
 }

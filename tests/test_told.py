@@ -62,12 +62,12 @@ def test_what_is_stored_is_the_nearest_e4m3():
 
 def test_every_block_reads_its_own_steps():
     cache, x = CACHES.get("fp8"), torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(1))
-    steps = [(0.01, 0.02), (0.5, 1.0)]
-    attend = attention(cache, steps)
-    for of_keys, of_values in steps + steps:
+    scales = [(0.01, 0.02), (0.5, 1.0)]
+    attend = attention(cache, scales)
+    for of_keys, of_values in scales + scales:
         expected = scaled_dot_product_attention(x, to_e4m3(x, of_keys), to_e4m3(x, of_values), is_causal=True)
         assert torch.equal(attend(x, x, x, is_causal=True), expected)
-    with pytest.raises(CalibrationError, match="fixed step for each block"):
+    with pytest.raises(CalibrationError, match="fixed scale for each block"):
         attention(cache)
 
 
@@ -154,9 +154,9 @@ def test_it_is_refused_where_it_cannot_be_said(source, tmp_path):
         written(source, tmp_path / "a.gguf", kv_cache="fp8")
     with pytest.raises(PlanError, match="a cache of keys and values in int4; it can say fp8"):
         written(source, tmp_path / "a", file="compressed-tensors", kv_cache="int4")
-    with pytest.raises(PlanError, match="nothing is to be told of it; told is fp8"):
+    with pytest.raises(PlanError, match="no file records it; use fp8"):
         written(source, tmp_path / "a", file="native", kv_cache="int4")
-    with pytest.raises(CalibrationError, match="steps from a text"):
+    with pytest.raises(CalibrationError, match="scales measured on calibration text"):
         request = Request(to="int8_channel", file="compressed-tensors", kv_cache="fp8")
         quantize(source, tmp_path / "b", request)
     plan = [

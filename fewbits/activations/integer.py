@@ -2,7 +2,7 @@
 
     acc = sum_k (w - zero_w) (x - zero_x) + bias                   int32
         = sum w x - zero_x sum w - zero_w sum x + k zero_w zero_x + bias
-    y   = clamp(zero_y + round(acc * M))          M = step_w step_x / step_y, one for each row of w
+    y   = clamp(zero_y + round(acc * M))          M = scale_w scale_x / scale_y, one for each row of w
 
 M is a fixed-point number, M = M0 / 2^31 * 2^-n with M0 in [2^30, 2^31). acc * M is a *saturating rounding
 doubling high multiply* by M0 (the high half of 2 acc M0), then a *rounding right shift* by n:
@@ -35,7 +35,7 @@ EXACT = 1024
 
 @dataclass(frozen=True)
 class IntegerLinear:
-    """weight `(n, k)` int8; bias `(n,)` int32 of step step_w step_x; multiplier `(n,)` int32 and shift
+    """weight `(n, k)` int8; bias `(n,)` int32 with scale scale_w * scale_x; multiplier `(n,)` int32 and shift
     `(n,)` int64: M of each row. Zero points lie in int8.
 
     Raises KernelError for a row whose accumulator could leave int32, and parts that do not fit together.
@@ -80,18 +80,18 @@ class IntegerLinear:
 
     @staticmethod
     def of(
-        weight: torch.Tensor, step_w: torch.Tensor, bias: torch.Tensor | None, x: Affine, y: Affine
+        weight: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None, x: Affine, y: Affine
     ) -> IntegerLinear:
-        """Codes `(n, k)` int8 and steps `(n,)` of a symmetric weight, bias `(n,)` float, ranges of in- and
-        output (scalars, as observers give them) -> the layer. The bias is rounded to step_w step_x."""
-        step = step_w.double() * x.step.double()
-        whole = (torch.zeros_like(step) if bias is None else bias.double() / step).round()
+        """Codes `(n, k)` int8 and scales `(n,)` of a symmetric weight, bias `(n,)` float, ranges of in- and
+        output (scalars, as observers give them) -> the layer. The bias is rounded to scale_w scale_x."""
+        scale = scale_w.double() * x.scale.double()
+        whole = (torch.zeros_like(scale) if bias is None else bias.double() / scale).round()
         if not bool((whole.abs() <= HIGH).all()):
             raise KernelError(
-                f"integer linear: a bias of {float(whole.abs().max()):g} steps does not fit int32 ({HIGH}); "
-                "its row's weights or inputs are too small beside it: keep this layer in float"
+                f"integer linear: the bias code {float(whole.abs().max()):g} does not fit int32 ({HIGH}); "
+                "the scales of its weights and inputs are too small for it; keep this layer in float"
             )
-        fixed = [fixed_point(float(real)) for real in step / y.step.double()]
+        fixed = [fixed_point(float(real)) for real in scale / y.scale.double()]
         return IntegerLinear(
             weight,
             whole.to(torch.int32),
@@ -127,7 +127,9 @@ def fixed_point(real: float) -> tuple[int, int]:
     and from 2^31 on.
     """
     if not 0 < real < 2.0**31:
-        raise KernelError(f"a multiplier of {real:g} is no step of a layer; it lies above 0 and below 2^31")
+        raise KernelError(
+            f"the multiplier {real:g} of a layer is out of range; it must lie above 0 and below 2^31"
+        )
     fraction, exponent = frexp(real)
     multiplier = round(fraction * 2**31)
     if multiplier == 2**31:  # the fraction rounded up to 1

@@ -105,7 +105,7 @@ class Histogram:
         return choose(self, scheme)
 
     def affine(self, scheme: Scheme, rule: str) -> Affine:
-        """The step and zero point for that range, scalars f32."""
+        """The scale and zero point for that range, scalars f32."""
         return _affine(scheme, *self.range(scheme, rule))
 
 
@@ -164,7 +164,7 @@ def squared_error(seen: Histogram, scheme: Scheme, low: float, high: float) -> f
     """Mean squared error of the histogram's values under that range."""
     full = seen.bins > 0
     centres, affine = seen.centres[full], _affine(scheme, low, high)
-    values = (quantize(centres, scheme, affine) - affine.zero).double() * affine.step.double()
+    values = (quantize(centres, scheme, affine) - affine.zero).double() * affine.scale.double()
     return float(((centres - values).square() * seen.bins[full]).sum() / seen.count)
 
 

@@ -67,11 +67,13 @@ class Affine(Format):
     def grid(self, parameters: tuple[torch.Tensor, ...], k: int) -> AffineGrid:
         """parameters: (scale,), (scale, zero) or (scale, minimum), f32 of the scale plane's shape."""
         zero: torch.Tensor | int = 0
-        base = parameters[1] if self.zero == "float" else None
+        offset = parameters[1] if self.zero == "float" else None
         if self.zero != "float":
             zero = parameters[1] if self.zero == "int" else 1 << (self.bits - 1)
         signed = self.zero != "int"
-        return AffineGrid(parameters[0], base, zero, self.top, self.cells.columns or k, k, self.dtype, signed)
+        return AffineGrid(
+            parameters[0], offset, zero, self.top, self.cells.columns or k, k, self.dtype, signed
+        )
 
     def stored(self, parameter: torch.Tensor) -> torch.Tensor:
         """The parameter rounded to the type of its plane, as f32."""
@@ -79,10 +81,10 @@ class Affine(Format):
 
     def nearest(self, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         """Lanes x `(G, N)` -> x rounded to the grid of the `(N,)` parameters of each group."""
-        step, base = parameters[0], parameters[1] if self.zero == "float" else None
+        scale, offset = parameters[0], parameters[1] if self.zero == "float" else None
         low = 0 if self.zero == "float" else -(1 << (self.bits - 1))
-        level = (x if base is None else x - base).mul(inverse(step)).round_().clamp_(low, low + self.top)
-        return level.mul_(step) if base is None else level.mul_(step).add_(base)
+        level = (x if offset is None else x - offset).mul(inverse(scale)).round_().clamp_(low, low + self.top)
+        return level.mul_(scale) if offset is None else level.mul_(scale).add_(offset)
 
     def fit_symmetric(
         self, x: torch.Tensor, weight: torch.Tensor | None, search: bool
@@ -106,36 +108,36 @@ class Affine(Format):
         choice = Choice(lanes(x), None if weight is None else lanes(weight))
         choice.offer(plain, self.levels(choice.x, *plain).mul_(plain[0]))
         if search:
-            for step, zero in (plain, self.with_zero(*map(torch.flatten, fit_affine(x, weight, self.top)))):
+            for scale, zero in (plain, self.with_zero(*map(torch.flatten, fit_affine(x, weight, self.top)))):
                 for move in (-1, 0, 1):
-                    self.alternate(choice, step, (zero + move).clamp(0, self.top))
+                    self.alternate(choice, scale, (zero + move).clamp(0, self.top))
             half = 1 << (self.bits - 1)
             for middle in (half, half - 1):
-                step = fit_symmetric(x, weight, -middle, self.top - middle, signed=False).flatten()
-                option = self.stored(step), torch.full_like(step, middle)
+                scale = fit_symmetric(x, weight, -middle, self.top - middle, signed=False).flatten()
+                option = self.stored(scale), torch.full_like(scale, middle)
                 choice.offer(option, self.levels(choice.x, *option).mul_(option[0]))
         return tuple(part.reshape(x.shape[:-1]) for part in choice.best)
 
-    def with_zero(self, step: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        step = self.stored(step)
-        return step, torch.round(-base * inverse(step)).clamp(0, self.top)
+    def with_zero(self, scale: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = self.stored(scale)
+        return scale, torch.round(-offset * inverse(scale)).clamp(0, self.top)
 
-    def levels(self, x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    def levels(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Lanes x `(G, N)` -> code - zero of each weight."""
-        return (x * inverse(step)).round_().add_(zero).clamp_(0, self.top).sub_(zero)
+        return (x * inverse(scale)).round_().add_(zero).clamp_(0, self.top).sub_(zero)
 
-    def alternate(self, choice: Choice, step: torch.Tensor, zero: torch.Tensor) -> None:
-        """Offer the least-squares scale of the codes that (step, zero) gives, and that of its own codes."""
+    def alternate(self, choice: Choice, scale: torch.Tensor, zero: torch.Tensor) -> None:
+        """Offer the least-squares scale of the codes that (scale, zero) gives, and that of its own codes."""
         x, weight = choice.x, choice.weight
-        q, terms = self.levels(x, step, zero), x.new_empty(x.shape[0], 2, x.shape[1])
+        q, terms = self.levels(x, scale, zero), x.new_empty(x.shape[0], 2, x.shape[1])
         for _ in range(2):
             wq = q if weight is None else torch.mul(q, weight, out=terms[:, 1])
             torch.mul(wq, x, out=terms[:, 0])
             torch.mul(wq, q, out=terms[:, 1])
             cross, square = ordered_sum(terms)
-            step = self.stored(torch.where(square > 0, cross / square, step))
-            q = self.levels(x, step, zero)
-            choice.offer((step, zero), q * step)
+            scale = self.stored(torch.where(square > 0, cross / square, scale))
+            q = self.levels(x, scale, zero)
+            choice.offer((scale, zero), q * scale)
 
     def fit_minimum(
         self, x: torch.Tensor, weight: torch.Tensor | None, search: bool
@@ -147,11 +149,11 @@ class Affine(Format):
         return choose(x, weight, options, self.nearest)
 
     def pack(self, grid: AffineGrid, codes: torch.Tensor) -> QTensor:
-        planes = {"codes": pack(codes, self.bits), "scale": saturate(grid.step, self.dtype)}
+        planes = {"codes": pack(codes, self.bits), "scale": saturate(grid.scale, self.dtype)}
         if isinstance(grid.zero, torch.Tensor):
             planes["zero"] = pack(grid.zero.to(torch.uint8), self.zero_bits)
-        if grid.base is not None:
-            planes["minimum"] = saturate(grid.base, self.dtype)
+        if grid.offset is not None:
+            planes["minimum"] = saturate(grid.offset, self.dtype)
         return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
     def unpack(self, q: QTensor) -> tuple[AffineGrid, torch.Tensor]:

@@ -34,7 +34,7 @@ class Grid(ABC):
 
     Every grid is linear in the parameters of its groups of columns:
 
-        value = step * level(code) + base        step, base (n, g): one for each row and group
+        value = scale * level(code) + offset     scale, offset (n, g): one for each row and group
 
     (an integer zero point is part of the level). Refitting in closed form relies on this. `value` is this
     expression bit for bit, evaluated in f32 in this order.
@@ -86,24 +86,24 @@ class Grid(ABC):
 
     @abstractmethod
     def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        """`(n, c)` codes -> `(n, c)` f32: the value before step and base."""
+        """`(n, c)` codes -> `(n, c)` f32: the value before scale and offset."""
 
     @abstractmethod
     def groups(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """-> step `(n, g)` and base `(n, g)` or None, f32."""
+        """-> scale `(n, g)` and offset `(n, g)` or None, f32."""
 
     @abstractmethod
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> Grid:
-        """The grid of the same kind whose stored groups come nearest to step and base `(n, g)`.
+        """The grid of the same kind whose stored groups come nearest to scale and offset `(n, g)`.
 
-        base is None if `groups` returns None. weight `(n, g)`: weights the error of each group if several
+        offset is None if `groups` returns None. weight `(n, g)`: weights the error of each group if several
         groups share a parameter. A plain float type has no parameters and returns itself."""
 
     @abstractmethod
     def parameters(self) -> dict[str, torch.Tensor]:
-        """The continuous parameters that steps and bases derive from (f16 scales; d and dmin of a K block).
+        """The continuous parameters behind scales and offsets: f16 scales, or d and dmin of a K block.
 
         Each is `(rows, entries)` f32. The table is empty if scales are powers of two or if there are none."""
 

@@ -98,16 +98,16 @@ class NestedGrid(LevelGrid):
         return replace(self, scale=scale, absmax_codes=codes, nested_absmax=nested, offset=offset)
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> NestedGrid:
         """The better of two: new codes with the old nested absmax and offset, or all three new."""
-        weight = torch.ones_like(step) if weight is None else weight
+        weight = torch.ones_like(scale) if weight is None else weight
 
         def error(grid: NestedGrid) -> torch.Tensor:
-            return (grid.scale - step).square() * weight
+            return (grid.scale - scale).square() * weight
 
-        fresh = self.coded(*nest(step))
-        codes = nested_codes(step, self.nested_absmax, self.offset)
+        fresh = self.coded(*nest(scale))
+        codes = nested_codes(scale, self.nested_absmax, self.offset)
         moved = self.coded(codes, self.nested_absmax, self.offset)
         codes = torch.where(error(moved) < error(self), codes, self.absmax_codes)
         moved = self.coded(codes, self.nested_absmax, self.offset)
@@ -213,10 +213,10 @@ class LearnedGrid(Grid):
         return torch.ones(n, 1), None
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> LearnedGrid:
-        rows = 1 if self.table.shape[0] == step.shape[0] else None
-        table = self.table * mean_over_rows(step.clamp(min=0), rows, weight)
+        rows = 1 if self.table.shape[0] == scale.shape[0] else None
+        table = self.table * mean_over_rows(scale.clamp(min=0), rows, weight)
         return replace(self, table=saturate(table, torch.float16).float())
 
     def parameters(self) -> dict[str, torch.Tensor]:

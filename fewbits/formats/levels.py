@@ -100,9 +100,9 @@ class LevelGrid(Grid):
         return over_rows(self.scale, self.rows, n).expand(n, -1), None
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> LevelGrid:
-        scale = mean_over_rows(step.clamp(min=0), self.rows, weight)
+        scale = mean_over_rows(scale.clamp(min=0), self.rows, weight)
         return replace(self, scale=saturate(scale, self.dtype).float())
 
     def parameters(self) -> dict[str, torch.Tensor]:

@@ -2,8 +2,8 @@
 
     s = rms(x)^a / rms(w)^b          a, b in [0, 1]; a = b = 0 leaves the weight as it is
 
-Rounding moves a weight by about half a step whatever its size; after W s the same step is s times
-smaller where it matters, at the price of a larger step for the group. The paper searches a alone;
+Rounding moves a weight by about half the scale whatever its size; after W s the same scale is s times
+smaller where it matters, at the price of a larger scale for the group. The paper searches a alone;
 columns of small weights have room to grow before they widen a group's range, which is b. Each is
 searched with the other held, from a = b = 0 on, until neither moves: on the output error of all the
 pair's consumers, as their own formats round them. The paper's search for a clipped range: clip.py.

@@ -37,9 +37,9 @@ def equalize(
             now |= apply(now, pair, total[pair])
         for pair in pairs:
             producer, consumer = ranges(now, pair)
-            step = ratio(producer, 0.5, consumer, 0.5)
+            change = ratio(producer, 0.5, consumer, 0.5)
             before = total[pair]
-            total[pair] = settled(weights, pair, before * step)
+            total[pair] = settled(weights, pair, before * change)
             now |= apply(now, pair, total[pair] / before)
             moved = max(moved, float((total[pair] / before).log().abs().amax()))
         if moved < CHANGE:

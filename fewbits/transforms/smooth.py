@@ -94,6 +94,6 @@ def _modelled(reader: Reader, pair: Pair, scale: torch.Tensor, scheme: Scheme) -
             f"{pair.name}: the error of {scheme.name} is not modelled from statistics; give samples or alpha"
         )
     s = pair.spread(scale)
-    step = float((absmax_of(reader) / s).amax()) / scheme.largest
-    activation = step**2 / 12 * float((reader.w * s).square().sum(dtype=torch.float64))
+    activation_scale = float((absmax_of(reader) / s).amax()) / scheme.largest
+    activation = activation_scale**2 / 12 * float((reader.w * s).square().sum(dtype=torch.float64))
     return activation * reader.share + weight_loss(reader, pair, scale)

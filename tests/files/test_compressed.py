@@ -287,6 +287,6 @@ def test_columns_in_another_order_are_in_act_order(tmp_path):
     moved = open_checkpoint(changed(tmp_path / "z", {f"{name}_g_idx": index})).tensors[name].load()
     assert moved.format.name == "int4_g32_asym_actorder" and torch.equal(moved.planes["g_idx"][0], index)
     group = index.long()
-    assert torch.equal(moved.decode(), grid.step[:, group] * (codes.float() - grid.zero[:, group]))
+    assert torch.equal(moved.decode(), grid.scale[:, group] * (codes.float() - grid.zero[:, group]))
     with pytest.raises(FileError, match="weight_g_idx"):
         open_checkpoint(changed(tmp_path / "bad", {key: groups + 1}))

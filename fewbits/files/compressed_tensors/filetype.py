@@ -64,7 +64,7 @@ from .config import (
     storage_of,
     weights_of,
 )
-from .runtime import cached_by, read_runtime, step_key
+from .runtime import cached_by, read_runtime, scale_key
 
 NEVER = 9  # no integer of ours has so many bits
 INPUTS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
@@ -112,14 +112,14 @@ class Compressed(Directory):
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         module, layout = module_of(name), self.layout_of(name) if self.activations else self
-        step = step_key(module) if self.kv_cache else None
+        cache_scale = scale_key(module) if self.kv_cache else None
         found = ARRAYS[storage_of(format, layout.in_bytes)](format, shape, name)
         if layout.static:
             found.append(("input_scale", "f32", (1,)))
             if not ACTIVATIONS[str(self.activations)]["symmetric"]:
                 found.append(("input_zero_point", "i8", (1,)))
         arrays = [Array(f"{module}.{part}", dtype, size) for part, dtype, size in found]
-        return arrays + ([] if step is None else [Array(step, "f32", (1,))])
+        return arrays + ([] if cache_scale is None else [Array(cache_scale, "f32", (1,))])
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         return PACK[storage_of(q.format, self.in_bytes)](q)
@@ -130,14 +130,14 @@ class Compressed(Directory):
     def packer(self, name: str, about: Mapping[str, Any]) -> Callable[[QTensor], tuple[torch.Tensor, ...]]:
         layout, more = self.layout_of(name), []
         if layout.static:
-            step, zero = _pair(about, "activations", "ranges", name)
-            more.append(torch.tensor([step], dtype=torch.float32))
+            scale, zero = _pair(about, "activations", "ranges", name)
+            more.append(torch.tensor([scale], dtype=torch.float32))
             if not ACTIVATIONS[str(self.activations)]["symmetric"]:
                 more.append(torch.tensor([zero], dtype=torch.int8))
         cached = cached_by(module_of(name)) if self.kv_cache else None
         if cached is not None:
-            step = _pair(about, "kv_cache", "steps", cached[0])[cached[1]]
-            more.append(torch.tensor([step], dtype=torch.float32))
+            scale = _pair(about, "kv_cache", "steps", cached[0])[cached[1]]
+            more.append(torch.tensor([scale], dtype=torch.float32))
         return (lambda q: (*layout.pack(q), *more)) if more else layout.pack
 
     def settings(
@@ -157,7 +157,7 @@ class Compressed(Directory):
             if role_of(name) in ("embed", "position")
         ]
         if self.kv_cache is not None:
-            faults += _without_steps(rows, quantized)
+            faults += _without_scales(rows, quantized)
         if self.static:
             faults += [
                 f"{site.name}: the inputs of experts have no range of their own; use a dynamic scheme"
@@ -227,13 +227,13 @@ def _pair(about: Mapping[str, Any], kind: str, part: str, name: str) -> Sequence
     return found
 
 
-def _without_steps(rows: Mapping[str, Stored], quantized: Mapping[str, Format]) -> list[str]:
-    """Where the steps of a cache have no place: they lie beside quantized k_proj and v_proj."""
-    beside = [name for name in rows if step_key(module_of(name)) is not None]
+def _without_scales(rows: Mapping[str, Stored], quantized: Mapping[str, Format]) -> list[str]:
+    """Faults of a model without a place for cache scales, which lie beside quantized k_proj and v_proj."""
+    beside = [name for name in rows if scale_key(module_of(name)) is not None]
     if not beside:
-        return ["the steps of a cache lie beside k_proj and v_proj, which this model has not"]
+        return ["the scales of a KV cache lie beside k_proj and v_proj, which this model does not have"]
     return [
-        f"{name}: stays in float, and the steps of a cache lie beside quantized k_proj and v_proj; give it a "
+        f"{name}: stays in float, but scales of a KV cache lie beside quantized k_proj and v_proj; give it a "
         "format or leave the cache in float"
         for name in beside
         if name not in quantized

@@ -19,7 +19,7 @@ from ...storage.safetensors import map_tensor
 from ..directory import Place
 from .config import ACTIVATIONS, CACHES, Schemes, said_as
 
-CACHED = ("k_proj", "v_proj")  # modules beside which the step of a cache lies, as k_scale and v_scale
+CACHED = ("k_proj", "v_proj")  # modules beside which the scale of a KV cache lies, as k_scale and v_scale
 
 
 def cached_by(module: str) -> tuple[str, int] | None:
@@ -28,8 +28,8 @@ def cached_by(module: str) -> tuple[str, int] | None:
     return (parent, CACHED.index(last)) if last in CACHED else None
 
 
-def step_key(module: str) -> str | None:
-    """The key of the cache's step that lies beside a module, if it is one of CACHED."""
+def scale_key(module: str) -> str | None:
+    """The key of the cache scale that lies beside a module, if it is one of CACHED."""
     found = cached_by(module)
     return None if found is None else f"{found[0]}.{'kv'[found[1]]}_scale"
 
@@ -67,22 +67,22 @@ def _activations(
         return None
     ranges = {}
     for module in (module for module, scheme in inputs.items() if scheme is not None):
-        step = _number(places, f"{module}.input_scale")
+        scale = _number(places, f"{module}.input_scale")
         zero = 0.0 if ACTIVATIONS[name]["symmetric"] else _number(places, f"{module}.input_zero_point")
-        if step is None or zero is None:
+        if scale is None or zero is None:
             return None
-        ranges[f"{module}.weight"] = [step, int(zero)]
+        ranges[f"{module}.weight"] = [scale, int(zero)]
     return {"scheme": name, "left": left, "ranges": ranges}
 
 
 def _cache(name: str, modules: Iterable[str], places: Mapping[str, Place]) -> dict[str, Any] | None:
-    """None unless every attention has both steps."""
+    """None unless every attention has both scales."""
     steps: dict[str, list[float]] = {}
     for attention in dict.fromkeys(found[0] for module in modules if (found := cached_by(module))):
         pair = [_number(places, f"{attention}.{part}_scale") for part in "kv"]
         if None in pair:
             return None
-        steps[attention] = [float(step) for step in pair if step is not None]
+        steps[attention] = [float(scale) for scale in pair if scale is not None]
     return {"scheme": name, "steps": steps} if steps else None
 
 
