@@ -26,8 +26,8 @@ class DType:
     def torch(self) -> torch.dtype:
         import torch
 
-        found: torch.dtype = getattr(torch, self.torch_name)
-        return found
+        dtype: torch.dtype = getattr(torch, self.torch_name)
+        return dtype
 
     @property
     def weight(self) -> bool:

@@ -28,17 +28,17 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> int:
     """Largest resident set in bytes since the last reset."""
-    found = _status("VmHWM")
-    if found is not None:
-        return found
+    resident = _status("VmHWM")
+    if resident is not None:
+        return resident
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_memory() -> int:
     """Bytes that this process has now; where the system does not say, the most that it had."""
-    found = _status("VmRSS")
-    return peak_memory() if found is None else found
+    resident = _status("VmRSS")
+    return peak_memory() if resident is None else resident
 
 
 def left_of(limit: int | None) -> int | None:

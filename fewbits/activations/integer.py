@@ -127,9 +127,7 @@ def fixed_point(real: float) -> tuple[int, int]:
     and from 2^31 on.
     """
     if not 0 < real < 2.0**31:
-        raise KernelError(
-            f"the multiplier {real:g} of a layer is out of range; it must lie above 0 and below 2^31"
-        )
+        raise KernelError(f"the multiplier {real:g} of a layer must lie above 0 and below 2^31")
     fraction, exponent = frexp(real)
     multiplier = round(fraction * 2**31)
     if multiplier == 2**31:  # the fraction rounded up to 1

@@ -89,8 +89,8 @@ def observe(model: Any, windows: torch.Tensor) -> dict[str, Histogram]:
 
     def record(site: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if bears(site):
-            found = Histogram.of(x)
-            seen[site] = seen[site] + found if site in seen else found
+            histogram = Histogram.of(x)
+            seen[site] = seen[site] + histogram if site in seen else histogram
         return x
 
     _forward(model, windows, record)

@@ -187,8 +187,8 @@ def divergence(seen: Histogram, scheme: Scheme, low: float, high: float) -> floa
     mass = torch.zeros(int(code.max()) + 1, dtype=torch.float64).index_add_(0, code, inside)
     bins = torch.zeros_like(mass).index_add_(0, code, full.double())
     q = torch.where(full, (mass / bins.clamp(min=1))[code], 0.0)
-    held = p > 0
-    p, q = p[held] / p.sum(), (q[held] / max(float(q.sum()), 1.0)).clamp(min=0.5 / seen.count)
+    present = p > 0
+    p, q = p[present] / p.sum(), (q[present] / max(float(q.sum()), 1.0)).clamp(min=0.5 / seen.count)
     return float((p * (p / q).log()).sum())
 
 

@@ -53,7 +53,7 @@ def _download(name: str, revision: str | None, cache_dir: Path) -> Path:
     )
 
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             name, revision=revision, cache_dir=cache_dir / "hub", allow_patterns=list(_PATTERNS)
         )
     except RevisionNotFoundError as error:
@@ -71,7 +71,7 @@ def _download(name: str, revision: str | None, cache_dir: Path) -> Path:
             f"{name}: not a local path, and the hub cannot be reached ({type(error).__name__}: {reason}); go "
             "online once, or give a local directory"
         ) from error
-    return Path(found)
+    return Path(folder)
 
 
 def upload(repo: str, files: Mapping[str, Path], private: bool) -> str:

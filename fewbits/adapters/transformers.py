@@ -218,8 +218,8 @@ def known_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     with _quiet():
         full = CONFIG_MAPPING[given["model_type"]].from_dict(given)
-    found: dict[str, Any] = full.get_text_config().to_dict()
-    return found
+    fields: dict[str, Any] = full.get_text_config().to_dict()
+    return fields
 
 
 def causal_models() -> set[str]:

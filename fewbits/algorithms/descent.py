@@ -87,10 +87,10 @@ def recode(
 
     def quantize(start: int, stop: int) -> None:
         here = slice(start, stop)
-        found, new[here], moves[here] = quantize_columns(
+        unit_codes, new[here], moves[here] = quantize_columns(
             grid, best[here], coupling[here, here], columns[here], old=old[here]
         )
-        chosen.append(found)
+        chosen.append(unit_codes)
 
     blocked_update(best, coupling, moves, quantize, UNIT)
     return torch.cat(chosen).T.contiguous(), new.T.contiguous()
@@ -133,9 +133,9 @@ def solve_scales(
     # A group whose levels are all zero has no say: its scale stays. The ridge is a few ulps of f32.
     diagonal = square.diagonal(dim1=1, dim2=2)
     diagonal.copy_(torch.where(diagonal > 0, diagonal * (1 + 1e-6), 1.0))
-    found, _ = torch.linalg.solve_ex(square, -slope)
-    found = torch.where(found.isfinite(), found, 0.0)
-    return found[:, :g], found[:, g:]
+    solution, _ = torch.linalg.solve_ex(square, -slope)
+    solution = torch.where(solution.isfinite(), solution, 0.0)
+    return solution[:, :g], solution[:, g:]
 
 
 def rows_alone(format: Format) -> bool:

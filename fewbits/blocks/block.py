@@ -139,10 +139,10 @@ class Block:
             whole = get_tensor(self.module, key)
             if whole.ndim < 2:
                 continue
-            found = ranges.setdefault(whole.untyped_storage().data_ptr(), [])
+            spans = ranges.setdefault(whole.untyped_storage().data_ptr(), [])
             for name, place in made_of.items():
                 start = int(whole[place].storage_offset())
-                found.append((start, start + whole[place].numel(), name))
+                spans.append((start, start + whole[place].numel(), name))
         return ranges
 
 
@@ -170,13 +170,13 @@ class _LinearWatch(TorchFunctionMode):
         start = weight.storage_offset()
         stop = start + weight.numel()
         near = self._ranges.get(weight.untyped_storage().data_ptr(), ())
-        found = [name for first, last, name in near if start <= first and last <= stop]
-        if not found or x.numel() == 0:
+        names = [name for first, last, name in near if start <= first and last <= stop]
+        if not names or x.numel() == 0:
             return
         if x not in self._rows:
             # A new tensor, so that the dictionary does not keep its own key alive.
             self._rows[x] = x.detach().reshape(-1, x.shape[-1])
-        for name in found:
+        for name in names:
             self._watch(name, self._rows[x])
 
 

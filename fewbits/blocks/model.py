@@ -267,13 +267,13 @@ def _find_blocks(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[str, t
     """The list of modules that holds all weights with a block number, each under its number."""
     numbered = {site.name: site.block for site in sites(checkpoint) if site.block is not None}
     lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
-    found = [
+    candidates = [
         name
         for name in lists
         if numbered and all(weight.startswith(f"{name}.{i}.") for weight, i in numbered.items())
     ]
-    if len(found) == 1:
-        return found[0], lists[found[0]]
+    if len(candidates) == 1:
+        return candidates[0], lists[candidates[0]]
     shown = ", ".join(f"{name} ({len(modules)})" for name, modules in list(lists.items())[:5]) or "none"
     example = next(iter(numbered), "none")
     raise ModelError(

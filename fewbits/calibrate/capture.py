@@ -129,16 +129,16 @@ def _inputs(
     block: Block, i: int, hidden: torch.Tensor, sites: set[str], outputs: Sink | None
 ) -> dict[str, torch.Tensor]:
     """What reaches each of `sites` in one batch, by site."""
-    found: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
 
     def watch(name: str, x: torch.Tensor) -> None:
         if name in sites:
-            found[name] = x
-        if outputs is None and found.keys() == sites:
+            inputs[name] = x
+        if outputs is None and inputs.keys() == sites:
             raise _Enough
 
     _run(block, i, hidden, watch, outputs)
-    return found
+    return inputs
 
 
 def check_output(block: Block, i: int, hidden: torch.Tensor, output: torch.Tensor) -> None:
@@ -218,23 +218,23 @@ class _Collector:
             if not sums.finite
         ]
         raise_all(CalibrationError, block, faults)
-        found = {leader: sums.stats() for leader, sums in self._sums.items()}
-        stats = {name: found[self._leader[name]] for name in self._wanted if name in self._leader}
+        statistics = {leader: sums.stats() for leader, sums in self._sums.items()}
+        stats = {name: statistics[self._leader[name]] for name in self._wanted if name in self._leader}
         unseen = tuple(name for name in self._wanted if name not in self._leader)
         return Capture(stats, unseen, tuple(self._notes()))
 
     def _notes(self) -> list[str]:
         """Where observation and names disagree about who shares an input."""
         read: dict[str, list[str]] = {}
-        said: dict[str, list[str]] = {}
+        weights_of: dict[str, list[str]] = {}
         for name, leader in self._leader.items():
             read.setdefault(leader, []).append(name)
-            said.setdefault(self._wanted[name].group, []).append(name)
+            weights_of.setdefault(self._wanted[name].group, []).append(name)
         notes = []
         for names in read.values():
             if len({self._wanted[name].group for name in names}) > 1:
                 notes.append(f"{', '.join(names)} read one input, their names say otherwise")
-        for group, names in said.items():
+        for group, names in weights_of.items():
             if len({self._leader[name] for name in names}) > 1:
                 notes.append(f"{', '.join(names)} read different inputs, their names say one: {group}")
         return notes

@@ -62,8 +62,8 @@ def open_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
     """Statistics of this checkpoint in any file that is read: our own, GGUF imatrix, or .dat; by content."""
     path = Path(path)
     ours = first_bytes(path, 9)[8:] == b"{"  # a .dat file has the first letter of a tensor's name there
-    found = load_statistics(path, checkpoint) if ours else read_imatrix(path, checkpoint)
-    return replace(found, digest=file_digest(path))
+    statistics = load_statistics(path, checkpoint) if ours else read_imatrix(path, checkpoint)
+    return replace(statistics, digest=file_digest(path))
 
 
 def read_imatrix(path: Path, checkpoint: Checkpoint, chunk: int = CHUNK) -> Statistics:
@@ -84,12 +84,12 @@ def read_imatrix(path: Path, checkpoint: Checkpoint, chunk: int = CHUNK) -> Stat
     model = identify(checkpoint)
     faults = [f"{name!r} is not a weight of {model}" for name in matrix.means if name not in names]
     columns = {site.name: site.shape[1] for site in sites(checkpoint)}
-    found: dict[str, Stats] = {}
+    statistics: dict[str, Stats] = {}
     for name, means in matrix.means.items():
         if name in names:
-            found |= _rows(name, names[name], columns, means, matrix.counts[name], faults)
+            statistics |= _rows(name, names[name], columns, means, matrix.counts[name], faults)
     raise_all(CalibrationError, f"{path}: importance matrix of another model, or damaged", faults)
-    missing = {s.name for s in sites(checkpoint) if s.block is not None} - set(found)
+    missing = {s.name for s in sites(checkpoint) if s.block is not None} - set(statistics)
     notes = [f"importance matrix {path.name}: no max |x|, no Hessians"]
     if missing:
         notes.append(f"{path.name} has no entry for {len(missing)} weights: {', '.join(sorted(missing)[:4])}"
@@ -99,7 +99,7 @@ def read_imatrix(path: Path, checkpoint: Checkpoint, chunk: int = CHUNK) -> Stat
             f"{path.name} counts chunks, taken as {chunk} tokens each; an expert's count is an upper bound"
         )
     source = ", ".join(matrix.datasets) or path.name
-    shared = _share({site.name: site.group for site in sites(checkpoint)}, found)
+    shared = _share({site.name: site.group for site in sites(checkpoint)}, statistics)
     return gather(model, source, matrix.tokens, shared, missing, notes)
 
 
@@ -137,11 +137,11 @@ def _rows(
     return {site: Stats(int(counts[e]), None, rows[e]) for e, site in enumerate(names)}
 
 
-def _share(groups: Mapping[str, str], found: Mapping[str, Stats]) -> dict[str, Stats]:
+def _share(groups: Mapping[str, str], statistics: Mapping[str, Stats]) -> dict[str, Stats]:
     """The same, but sites of a group whose values agree have one object."""
     first: dict[str, Stats] = {}
     shared = {}
-    for site, stats in found.items():
+    for site, stats in statistics.items():
         other = first.setdefault(groups[site], stats)
         same = other.count == stats.count and torch.equal(other.mean_square, stats.mean_square)
         shared[site] = other if same else stats
@@ -155,9 +155,9 @@ def _read_gguf(path: Path) -> _Matrix:
     file = read_gguf(path)
     keys, matrix = file.metadata, _Matrix()
     if keys.get(Keys.General.TYPE) != GGUFType.IMATRIX:
-        said = str(keys.get(Keys.General.TYPE))[:40]
+        kind = str(keys.get(Keys.General.TYPE))[:40]
         raise FileError(
-            f"{path}: {Keys.General.TYPE} is {said!r}, an importance matrix has {GGUFType.IMATRIX!r}; "
+            f"{path}: {Keys.General.TYPE} is {kind!r}, an importance matrix has {GGUFType.IMATRIX!r}; "
             "is this a model?"
         )
     for key in (Keys.IMatrix.CHUNK_COUNT, Keys.IMatrix.CHUNK_SIZE):
@@ -316,15 +316,15 @@ def _gguf_rows(
     statistics: Statistics, checkpoint: Checkpoint
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """GGUF name -> means `(rows, k)` f32 and counts `(rows,)` i64; zeros for an expert that saw nothing."""
-    found = {}
+    rows = {}
     for name, parts in _gguf_names(checkpoint).items():
         seen = [statistics.of(site, hessian=False) for site in parts]
         k = next((stats.columns for stats in seen if stats is not None), 0)
         if k:
             means = [torch.zeros(k) if stats is None else stats.mean_square.float().cpu() for stats in seen]
             counts = torch.tensor([0 if stats is None else stats.count for stats in seen])
-            found[name] = torch.stack(means), counts
-    return found
+            rows[name] = torch.stack(means), counts
+    return rows
 
 
 def _pack_gguf(

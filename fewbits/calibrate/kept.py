@@ -30,17 +30,17 @@ Rows = list[list[int]]
 
 def text_file(checkpoint: Checkpoint, settings: dict[str, object]) -> Path:
     """Where the text lies that this model writes with these settings, if it was kept."""
-    asked = json.dumps([WRITER, VERSION, torch.__version__, settings], sort_keys=True)
-    key = hashlib.sha256(f"{model_digest(checkpoint)} {asked}".encode()).hexdigest()
+    settings_json = json.dumps([WRITER, VERSION, torch.__version__, settings], sort_keys=True)
+    key = hashlib.sha256(f"{model_digest(checkpoint)} {settings_json}".encode()).hexdigest()
     return cache_folder() / "text" / f"{key[:40]}.json"
 
 
 def read_kept(path: Path) -> tuple[Rows, list[str]] | None:
     """The rows and notes of a kept text; None where there is none, or it is damaged."""
-    found = kept_object(path)
-    if found is None or found.get("sha256") != _digest(found.get("rows"), found.get("notes")):
+    kept = kept_object(path)
+    if kept is None or kept.get("sha256") != _digest(kept.get("rows"), kept.get("notes")):
         return None
-    return found["rows"], found["notes"]  # type: ignore[return-value]
+    return kept["rows"], kept["notes"]  # type: ignore[return-value]
 
 
 def keep(path: Path, rows: Rows, notes: list[str]) -> bool:

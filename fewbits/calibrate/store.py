@@ -111,16 +111,16 @@ def load_statistics(path: Path, checkpoint: Checkpoint | None = None) -> Statist
     for key in (name.removesuffix(".count") for name in entries if name.endswith(".count")):
         given = entries.get(f"{key}.mean_square")
         columns = given.shape[0] if given is not None and len(given.shape) == 1 else 0
-        found = {}
+        fields = {}
         for field, shape in _shapes(columns, frozenset(about["knows"])).items():
             entry = entries.get(f"{key}.{field}")
             if columns < 1 or entry is None or (entry.dtype, entry.shape) != (_DTYPES[field], shape):
                 is_ = f"{entry.dtype} {entry.shape}" if entry else "missing"
                 faults.append(f"{key}.{field} is {is_}, {_DTYPES[field]} {shape} is needed")
             else:
-                found[field] = entry
+                fields[field] = entry
             expected.add(f"{key}.{field}")
-        arrays[key], groups[key] = found, LazyStats(columns, partial(read, key))
+        arrays[key], groups[key] = fields, LazyStats(columns, partial(read, key))
     faults += [f"tensor {name!r} belongs to no group" for name in entries if name not in expected]
     faults += [f"site {site!r} has no group {key!r}" for site, key in about["sites"].items()
                if key not in groups]  # fmt: skip
@@ -136,11 +136,11 @@ def load_statistics(path: Path, checkpoint: Checkpoint | None = None) -> Statist
 
 
 def _read(path: Path, key: str, entries: Mapping[str, Entry], hessian: bool) -> Stats:
-    found = {name: map_tensor(path, e) for name, e in entries.items() if hessian or name != "hessian"}
-    mean_square, upper = found["mean_square"], found.get("hessian")
+    arrays = {name: map_tensor(path, e) for name, e in entries.items() if hessian or name != "hessian"}
+    mean_square, upper = arrays["mean_square"], arrays.get("hessian")
     stats = Stats(
-        int(found["count"]),
-        found.get("absmax"),
+        int(arrays["count"]),
+        arrays.get("absmax"),
         mean_square,
         None if upper is None else _square(upper, mean_square.shape[0]),
     )

@@ -184,16 +184,16 @@ def _from_documents(
 
 def _shuffled(documents: Iterator[Document], characters: int, seed: int) -> Iterator[Document]:
     """Documents in the order of the seed, among as many as hold `characters`; then among the next so many."""
-    order, held, size = random.Random(seed), [], 0
+    order, buffer, size = random.Random(seed), [], 0
     for document in documents:
-        held.append(document)
+        buffer.append(document)
         size += len(document if isinstance(document, str) else repr(document))
         if size >= characters:
-            order.shuffle(held)
-            yield from held
-            held, size = [], 0
-    order.shuffle(held)
-    yield from held
+            order.shuffle(buffer)
+            yield from buffer
+            buffer, size = [], 0
+    order.shuffle(buffer)
+    yield from buffer
 
 
 class _Writer:

@@ -66,21 +66,21 @@ def run(options: argparse.Namespace) -> int:
         saved = [open_statistics(path, checkpoint) for path in options.merge]
         hessian = out.suffix == ".safetensors" and not options.no_hessian
         streaming = streaming_of(options)
-        asked = Options(tokens=options.tokens, context=options.context, seed=options.seed)
-        tokens = reader(checkpoint, asked, progress)(options.calibrate or "self")
-        found = collect(checkpoint, tokens, streaming, parts, hessian, progress)
+        settings = Options(tokens=options.tokens, context=options.context, seed=options.seed)
+        tokens = reader(checkpoint, settings, progress)(options.calibrate or "self")
+        statistics = collect(checkpoint, tokens, streaming, parts, hessian, progress)
         for other in saved:
-            found = merge(found, other)
-        rows = _rows(found)
+            statistics = merge(statistics, other)
+        rows = _rows(statistics)
         if options.strict_calibration:
             _check_enough(rows)
         if out.suffix == ".safetensors":
-            save_statistics(found, out, overwrite=True)
+            save_statistics(statistics, out, overwrite=True)
         else:
-            write_imatrix(found, checkpoint, out)
-    told = _summary(found, rows, out)
+            write_imatrix(statistics, checkpoint, out)
+    summary = _summary(statistics, rows, out)
     progress.close()
-    print(json.dumps(told, indent=1, ensure_ascii=False) if options.json else _text(told))
+    print(json.dumps(summary, indent=1, ensure_ascii=False) if options.json else _text(summary))
     return 0
 
 
@@ -159,18 +159,18 @@ def _summary(statistics: Statistics, rows: list[_Row], out: Path) -> dict[str, A
     }
 
 
-def _text(told: dict[str, Any]) -> str:
+def _text(summary: dict[str, Any]) -> str:
     head = ["input of", "columns", "inputs", "fewest tokens", "needed", "too few"]
-    lines: list[list[Cell]] = [list(row.values()) for row in told["inputs"]]
-    parts = [f"{told['tokens']} tokens of {told['source']}", table(head, lines)]
-    short = sum(row["short"] for row in told["inputs"])
+    lines: list[list[Cell]] = [list(row.values()) for row in summary["inputs"]]
+    parts = [f"{summary['tokens']} tokens of {summary['source']}", table(head, lines)]
+    short = sum(row["short"] for row in summary["inputs"])
     if short:
         parts.append(
-            f"note: {short} of {sum(row['groups'] for row in told['inputs'])} inputs saw fewer tokens than a "
-            "sound estimate needs; give more --tokens"
+            f"note: {short} of {sum(row['groups'] for row in summary['inputs'])} inputs saw fewer tokens "
+            "than a sound estimate needs; give more --tokens"
         )
-    if unseen := told["unseen"]:
+    if unseen := summary["unseen"]:
         more = f" (and {len(unseen) - 1} more)" if unseen[1:] else ""
         parts.append(f"note: no token reached {unseen[0]}{more}")
-    parts += [f"note: {note}" for note in told["notes"]]
-    return "\n\n".join([*parts, f"wrote {told['out']}, {size(told['nbytes'])}"])
+    parts += [f"note: {note}" for note in summary["notes"]]
+    return "\n\n".join([*parts, f"wrote {summary['out']}, {size(summary['nbytes'])}"])

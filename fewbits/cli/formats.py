@@ -81,10 +81,10 @@ def support_of(format: Format) -> dict[str, str]:
     return {name: how for name, how in ways.items() if how is not None}
 
 
-def markdown(found: Mapping[str, Mapping[str, str]]) -> str:
+def markdown(support: Mapping[str, Mapping[str, str]]) -> str:
     files = [name for name, file_type in FILE_TYPES.items() if file_type.carries_formats]
     lines = [f"| format | {' | '.join(files)} |", "|---" * (len(files) + 1) + "|"]
-    for format, ways in found.items():
+    for format, ways in support.items():
         lines.append(f"| {format} | {' | '.join(ways.get(file, '') for file in files)} |")
     return "\n".join(lines)
 

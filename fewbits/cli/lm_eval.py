@@ -46,16 +46,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     tasks = tuple(name.strip() for name in options.tasks.split(",") if name.strip())
-    asked = HarnessRun(
+    harness_run = HarnessRun(
         tasks, tuple(options.include_path), options.shots, options.limit, options.batch, options.chat
     )
     checkpoint = open_checkpoint(resolve(options.path, options.cache_dir))
     tokenizer = load_tokenizer(checkpoint)
     with torch.no_grad():
-        scores = score(load(checkpoint, DTYPES[options.dtype].torch), tokenizer, asked)
+        scores = score(load(checkpoint, DTYPES[options.dtype].torch), tokenizer, harness_run)
     if options.json:
-        print(json.dumps([asdict(found) for found in scores]))
+        print(json.dumps([asdict(row) for row in scores]))
     else:
-        rows = [(found.task, found.metric, found.filter, found.value, found.error) for found in scores]
+        rows = [(row.task, row.metric, row.filter, row.value, row.error) for row in scores]
         print(table(("task", "metric", "filter", "value", "+-"), rows))
     return 0

@@ -127,8 +127,8 @@ class AWQ(Directory):
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
-        said = _normal(config)
-        bits, group, version = said["bits"], said["group_size"], said["version"]
+        settings = _normal(config)
+        bits, group, version = settings["bits"], settings["group_size"], settings["version"]
         if bits != BITS or version != "gemm" or type(group) is not int or group == 0 or group < -1:
             faults.append(
                 f"AWQ of {str(bits)[:20]} bits, group_size {str(group)[:20]}, version {str(version)[:20]!r}; "
@@ -136,7 +136,7 @@ class AWQ(Directory):
                 "that wrote it"
             )
             return {}
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         for key, place in places.items():
             module, shape = key.removesuffix(".qweight"), place.entry.shape
             if module == key:
@@ -147,9 +147,9 @@ class AWQ(Directory):
                 faults.append(f"{module}: qweight {shape} has no whole groups of {columns} columns")
                 continue
             dtype = scale_dtype(places, f"{module}.scales")
-            name = integer_name(BITS, columns, said["zero_point"], dtype)
-            found[f"{module}.weight"] = QuantizedEntry(FORMATS.get(name), (n, k))
-        return found
+            name = integer_name(BITS, columns, settings["zero_point"], dtype)
+            entries[f"{module}.weight"] = QuantizedEntry(FORMATS.get(name), (n, k))
+        return entries
 
 
 def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,11 +184,11 @@ def _swallowed(left: Sequence[str], quantized: Sequence[str]) -> list[str]:
     """Modules left in float whose names lie within those of quantized ones."""
     names = "\n".join(quantized)
     return [
-        f"{module} stays in float, and readers would leave {found} in float too, whose name contains it; "
+        f"{module} stays in float, and readers would leave {longer} in float too, whose name contains it; "
         "quantize it, or use gptq_v2 or native"
         for module in left
         if module in names
-        for found in [next(name for name in quantized if module in name)]
+        for longer in [next(name for name in quantized if module in name)]
     ]
 
 

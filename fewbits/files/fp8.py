@@ -108,7 +108,7 @@ class Fp8(Directory):
                 "experts: use an engine that has these, or the float model"
             )
             return {}
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         for key, place in places.items():
             module = module_of(key)
             if module == key or place.entry.dtype != "F8_E4M3":
@@ -122,10 +122,10 @@ class Fp8(Directory):
             size = shape[0], shape[1]
             extra = [f"{module}.{part}" for part in ("activation_scale", "input_scale")]
             extra = [key for key in extra if key in places]
-            found[key] = QuantizedEntry(
+            entries[key] = QuantizedEntry(
                 format, size, tuple(extra), arrays=tuple(self._arrays(key, format, size))
             )
-        return found
+        return entries
 
     def read_runtime(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
         scheme = str(config.get("activation_scheme", "dynamic"))[:20]

@@ -81,7 +81,7 @@ class GPTQ(Directory):
         return "gptq" if self.version == 1 else "gptq_v2"
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
-        return settings.get("quant_method") == "gptq" and (_said_format(settings) == "gptq_v2") == (
+        return settings.get("quant_method") == "gptq" and (_format_name(settings) == "gptq_v2") == (
             self.version == 2
         )
 
@@ -165,29 +165,29 @@ class GPTQ(Directory):
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
-        said, other = _said_format(config), config.get("format", _said_format(config))
-        if said not in FORMATS_READ or other != said or config.get("pack_dtype", "int32") != "int32":
+        version, other = _format_name(config), config.get("format", _format_name(config))
+        if version not in FORMATS_READ or other != version or config.get("pack_dtype", "int32") != "int32":
             faults.append(
-                f"checkpoint_format {str(said)[:20]!r}, format {str(other)[:20]!r}, pack_dtype "
+                f"checkpoint_format {str(version)[:20]!r}, format {str(other)[:20]!r}, pack_dtype "
                 f"{str(config.get('pack_dtype', 'int32'))[:20]!r}; read are gptq and gptq_v2 in int32: save "
                 "it as one of them with the tool that wrote it"
             )
             return {}
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         changes = _patterns(config.get("dynamic"), faults)
         for key in places:
             module = key.removesuffix(".qweight")
             if module != key:
-                held = self._find(module, _settings_of(config, changes, module), places, faults)
-                if held is not None:
-                    found[f"{module}.weight"] = held
-        return found
+                entry = self._find(module, _settings_of(config, changes, module), places, faults)
+                if entry is not None:
+                    entries[f"{module}.weight"] = entry
+        return entries
 
     def _find(
-        self, module: str, said: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
+        self, module: str, settings: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> QuantizedEntry | None:
-        bits, group = said.get("bits", 4), said.get("group_size", GROUP_SIZE)
-        sym = bool(said.get("sym", True))
+        bits, group = settings.get("bits", 4), settings.get("group_size", GROUP_SIZE)
+        sym = bool(settings.get("sym", True))
         shape = places[f"{module}.qweight"].entry.shape
         whole = len(shape) == 2 and bits in BITS and shape[0] % bits == 0 and shape[1] % WORD == 0
         if not whole or type(group) is not int or group == 0 or group < -1 or 0 in shape:
@@ -240,22 +240,22 @@ def _left_in_float(rows: Mapping[str, Stored], kinds: Mapping[str, Any]) -> list
     ]
 
 
-def _said_format(config: Mapping[str, Any]) -> Any:
+def _format_name(config: Mapping[str, Any]) -> Any:
     return config.get("checkpoint_format", config.get("format", "gptq"))
 
 
 def _patterns(dynamic: Any, faults: list[str]) -> list[tuple[re.Pattern[str], Mapping[str, Any]]]:
     """`dynamic` -> what each module's name is matched with, and the settings that it changes."""
-    found: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
+    patterns: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
     for pattern, changes in dynamic.items() if isinstance(dynamic, dict) else ():
         try:
             if isinstance(changes, dict):
-                found.append((re.compile(re.sub(r"^[+-]:", "", pattern)), changes))
+                patterns.append((re.compile(re.sub(r"^[+-]:", "", pattern)), changes))
                 continue
             faults.append(f"dynamic {pattern[:60]!r} changes {str(changes)[:20]}; it holds settings")
         except re.error as error:
             faults.append(f"dynamic {pattern[:60]!r} is no regular expression: {error}")
-    return found
+    return patterns
 
 
 def _settings_of(

@@ -148,14 +148,14 @@ class MLX(Directory):
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         for key in places:
             module = key.removesuffix(".scales")
             if module != key and f"{module}.weight" in places:
-                held = _find(module, config, places, faults)
-                if held is not None:
-                    found[f"{module}.weight"] = held
-        return found
+                entry = _find(module, config, places, faults)
+                if entry is not None:
+                    entries[f"{module}.weight"] = entry
+        return entries
 
 
 def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,10 +164,10 @@ def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or "rope_theta" not in rope:
         return {}
-    found: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    fields: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return found
+        fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return fields
 
 
 def _bias(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -184,8 +184,8 @@ def _find(
     module: str, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
 ) -> QuantizedEntry | None:
     """One module's weight as its settings have it; or None and `faults`."""
-    said = {**DEFAULT, **(config[module] if isinstance(config.get(module), dict) else config)}
-    bits, group, mode = said["bits"], said["group_size"], said["mode"]
+    settings = {**DEFAULT, **(config[module] if isinstance(config.get(module), dict) else config)}
+    bits, group, mode = settings["bits"], settings["group_size"], settings["mode"]
     shape = places[f"{module}.weight"].entry.shape
     if mode != "affine" or bits not in BITS or group not in GROUPS:
         faults.append(
@@ -203,11 +203,11 @@ def _find(
     name = integer_name(bits, group, False, "f16") + "_asym_float"
     dtype = scale_dtype(places, f"{module}.scales")
     floats = FORMATS.get(name if dtype == "f16" else f"{name}_{dtype}")
-    return QuantizedEntry(_meant(module, config, said, faults) or floats, (shape[0], k))
+    return QuantizedEntry(_meant(module, config, settings, faults) or floats, (shape[0], k))
 
 
 def _meant(
-    module: str, config: Mapping[str, Any], said: Mapping[str, Any], faults: list[str]
+    module: str, config: Mapping[str, Any], settings: Mapping[str, Any], faults: list[str]
 ) -> Affine | None:
     """The format that `fewbits` names for a module, if any; a fault where the settings say another."""
     ours = config.get("fewbits")
@@ -220,14 +220,14 @@ def _meant(
     except FormatError:
         format = None
     if isinstance(format, Affine) and (format.bits, format.cells.columns, format.cells.rows) == (
-        said["bits"],
-        said["group_size"],
+        settings["bits"],
+        settings["group_size"],
         1,
     ):
         return format
     faults.append(
-        f"{module}: `fewbits` says {str(name)[:40]}, the settings {said['bits']} bits in groups of "
-        f"{said['group_size']}; remove `fewbits` from config.json to open it as floats"
+        f"{module}: `fewbits` says {str(name)[:40]}, the settings {settings['bits']} bits in groups of "
+        f"{settings['group_size']}; remove `fewbits` from config.json to open it as floats"
     )
     return None
 

@@ -93,8 +93,8 @@ class Native(Directory):
     ) -> dict[str, QuantizedEntry | FloatEntry]:
         """config: {"tensors": the rows of fewbits.json}, or the quantization_config of config.json."""
         rows = config["tensors"] if "tensors" in config else _rows(config, faults)
-        found = {name: _entry(name, row, faults) for name, row in rows.items()}
-        return {name: held for name, held in found.items() if held is not None}
+        entries = {name: _entry(name, row, faults) for name, row in rows.items()}
+        return {name: entry for name, entry in entries.items() if entry is not None}
 
 
 NATIVE = Native()
@@ -177,9 +177,9 @@ def _entry(name: str, row: Any, faults: list[str]) -> QuantizedEntry | None:
         faults.append(f"tensor {name!r}: {str(row)[:80]} is not a format and a shape [n, k]")
         return None
     try:
-        found = FORMATS.get(form)
-        found.check_shape(shape[0], shape[1], name)
+        format = FORMATS.get(form)
+        format.check_shape(shape[0], shape[1], name)
     except FormatError as error:
         faults.append(f"tensor {name!r}: {error}")
         return None
-    return QuantizedEntry(found, (shape[0], shape[1]))
+    return QuantizedEntry(format, (shape[0], shape[1]))

@@ -48,9 +48,9 @@ def file_type_at(path: str | Path) -> FileType:
     known = [file_type for _, file_type in FILE_TYPES.items()]
     # What marks a directory by a file of its own goes before what its config.json says.
     known.sort(key=lambda file_type: not getattr(file_type, "marks", ()))
-    found = next((file_type for file_type in known if file_type.recognizes(probe)), None)
-    if found is not None:
-        return found
+    match = next((file_type for file_type in known if file_type.recognizes(probe)), None)
+    if match is not None:
+        return match
     if probe.has("config.json"):
         methods = sorted({t.method for t in known if isinstance(t, Directory) and t.method})
         method = str((probe.quantization or {}).get("quant_method"))[:40]

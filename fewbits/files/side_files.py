@@ -30,8 +30,8 @@ SIDE_FILES = (
 
 def find_side_files(path: Path) -> dict[str, Path]:
     """Tokenizer, templates, generation settings and licenses of a model directory: name -> path."""
-    found = {file.name: file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
-    return dict(sorted(found.items()))
+    files = {file.name: file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
+    return dict(sorted(files.items()))
 
 
 def card_fields(readme: Path | None) -> dict[str, str | list[str]]:
@@ -44,12 +44,12 @@ def card_fields(readme: Path | None) -> dict[str, str | list[str]]:
     try:
         if readme is None or regular_size(readme) > CARD_LIMIT:
             return {}
-        found = metadata_load(readme) or {}
+        fields = metadata_load(readme) or {}
     except (FileError, OSError, ValueError, YAMLError, RecursionError):
         return {}
     lists = {key: [part for part in value if isinstance(part, str)]
-             for key, value in found.items() if isinstance(value, list)}  # fmt: skip
-    texts = {key: value for key, value in found.items() if isinstance(value, str)}
+             for key, value in fields.items() if isinstance(value, list)}  # fmt: skip
+    texts = {key: value for key, value in fields.items() if isinstance(value, str)}
     return {key: value for key, value in (texts | lists).items() if value}
 
 

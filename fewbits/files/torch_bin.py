@@ -115,9 +115,9 @@ class _Stack:
     def since_mark(self) -> list[Any]:
         for i in range(len(self.values) - 1, -1, -1):
             if self.values[i] is _MARK:
-                found = self.values[i + 1 :]
+                values = self.values[i + 1 :]
                 del self.values[i:]
-                return found
+                return values
         raise ValueError("has no mark where it goes back to one")
 
     def push_tuple(self, count: int) -> None:
@@ -170,10 +170,10 @@ class _Stack:
             raise ValueError("sets attributes, which no state dict of plain tensors needs")
 
     def persistent(self) -> None:
-        said = self.pop()
-        if type(said) is not tuple or len(said) != 5 or said[0] != "storage" or type(said[2]) is not str:
+        entry = self.pop()
+        if type(entry) is not tuple or len(entry) != 5 or entry[0] != "storage" or type(entry[2]) is not str:
             raise ValueError("refers to something outside that is no storage")
-        _, kind, key, _, count = said
+        _, kind, key, _, count = entry
         if not isinstance(kind, Name) or kind.attribute not in STORAGES or not _is_size(count):
             raise ValueError(f"has a storage {key[:20]!r} of no known type and size")
         self.values.append(Storage(key, STORAGES[kind.attribute], count))
@@ -314,11 +314,11 @@ def _entry(name: str, value: Any, members: dict[str, Member], faults: list[str])
 
 def contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of numbers in a row; where a size is 1 the stride is never used, and stays as it is."""
-    found, step = [], 1
+    in_order, stride_here = [], 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        found.append(stride if size == 1 else step)
-        step *= size
-    return tuple(reversed(found))
+        in_order.append(stride if size == 1 else stride_here)
+        stride_here *= size
+    return tuple(reversed(in_order))
 
 
 def _open(path: Path) -> tuple[dict[str, Member], bytes]:
@@ -335,19 +335,19 @@ def _open(path: Path) -> tuple[dict[str, Member], bytes]:
             rows = archive.infolist()
             if len(rows) > MEMBER_LIMIT:
                 raise FileError(f"{path}: {len(rows)} members, the limit is {MEMBER_LIMIT}; wrong file?")
-            found, faults = _members(rows, file, min(archive.start_dir, size))
+            members, faults = _members(rows, file, min(archive.start_dir, size))
             raise_all(FileError, str(path), faults)
-            order = found.get("byteorder")
+            order = members.get("byteorder")
             if order is not None and _read(file, order, 16) != b"little":
                 raise FileError(f"{path}: its byte order is not little; save it on a common machine")
-            if "data.pkl" not in found:
+            if "data.pkl" not in members:
                 raise FileError(f"{path}: has no data.pkl; it is no state dict of torch's")
-            if found["data.pkl"].nbytes > PICKLE_LIMIT:
+            if members["data.pkl"].nbytes > PICKLE_LIMIT:
                 raise FileError(
-                    f"{path}: a pickle of {found['data.pkl'].nbytes} bytes, the limit is {PICKLE_LIMIT}; "
+                    f"{path}: a pickle of {members['data.pkl'].nbytes} bytes, the limit is {PICKLE_LIMIT}; "
                     "wrong file?"
                 )
-            return found, _read(file, found["data.pkl"], PICKLE_LIMIT)
+            return members, _read(file, members["data.pkl"], PICKLE_LIMIT)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
@@ -358,7 +358,7 @@ def _members(
     rows: list[zipfile.ZipInfo], file: io.BufferedReader, end: int
 ) -> tuple[dict[str, Member], list[str]]:
     """Where the bytes of each member lie, all before `end` and none twice; and what is wrong."""
-    found: dict[str, Member] = {}
+    members: dict[str, Member] = {}
     faults, before, last = [], 0, ""
     for row in sorted(rows, key=lambda row: row.header_offset):
         name = row.filename
@@ -381,12 +381,12 @@ def _members(
             )
         elif row.header_offset < before:
             faults.append(f"member {name[:60]!r}: overlaps {last[:60]!r}")
-        elif key in found:
+        elif key in members:
             faults.append(f"member {name[:60]!r}: stands there twice")
         else:
-            found[key] = Member(begin, row.file_size)
+            members[key] = Member(begin, row.file_size)
         before, last = max(before, begin + row.file_size), name
-    return found, faults
+    return members, faults
 
 
 def _read(file: io.BufferedReader, member: Member, limit: int) -> bytes:

@@ -70,10 +70,8 @@ class Affine(Format):
         offset = parameters[1] if self.zero == "float" else None
         if self.zero != "float":
             zero = parameters[1] if self.zero == "int" else 1 << (self.bits - 1)
-        signed = self.zero != "int"
-        return AffineGrid(
-            parameters[0], offset, zero, self.top, self.cells.columns or k, k, self.dtype, signed
-        )
+        group = self.cells.columns or k
+        return AffineGrid(parameters[0], offset, zero, self.top, group, k, self.dtype, self.zero != "int")
 
     def stored(self, parameter: torch.Tensor) -> torch.Tensor:
         """The parameter rounded to the type of its plane, as f32."""

@@ -47,13 +47,13 @@ class Words:
     name: str = "words"
 
     def pack(self, values: Values) -> torch.Tensor:
-        taken, at, words = Counter[str](), 0, None
+        used, at, words = Counter[str](), 0, None
         count = Counter(piece[0] for piece in self.pieces)
         for name, bits, shift in self.pieces:
-            every = values[name].long()[:, taken[name] :: count[name]]
+            every = values[name].long()[:, used[name] :: count[name]]
             part = ((every >> shift) & (2**bits - 1)) << at
             words = part if words is None else words | part
-            taken[name] += 1
+            used[name] += 1
             at += bits
         assert words is not None
         places = torch.arange(0, self.bits, 8, device=words.device)
@@ -63,15 +63,15 @@ class Words:
         per = self.bits // 8
         places = torch.arange(0, self.bits, 8, device=data.device)
         words = (data.long().reshape(len(data), -1, per) << places).sum(-1)
-        taken, at = Counter[str](), 0
+        used, at = Counter[str](), 0
         count = Counter(piece[0] for piece in self.pieces)
         for name, bits, shift in self.pieces:
             if name not in values:
                 shape = len(data), words.shape[1] * count[name]
                 values[name] = torch.zeros(shape, dtype=torch.int32, device=data.device)
             part = ((words >> at) & (2**bits - 1)) << shift
-            values[name][:, taken[name] :: count[name]] |= part.to(torch.int32)
-            taken[name] += 1
+            values[name][:, used[name] :: count[name]] |= part.to(torch.int32)
+            used[name] += 1
             at += bits
 
     def nbytes(self, counts: dict[str, int]) -> int:

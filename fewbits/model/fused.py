@@ -51,11 +51,11 @@ def fused_groups(sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:
 
 def mixed_groups(sites: Iterable[Site], formats: Mapping[str, str]) -> list[Mixed]:
     """The fused groups whose weights are not all in one format. formats: of each weight, by name."""
-    found = []
+    mixed = []
     for group, names in fused_groups(sites).items():
         by_format: dict[str, list[str]] = {}
         for name in names:
             by_format.setdefault(formats[name], []).append(name)
         if len(by_format) > 1:
-            found.append(Mixed(group, {kind: tuple(rows) for kind, rows in by_format.items()}))
-    return found
+            mixed.append(Mixed(group, {kind: tuple(rows) for kind, rows in by_format.items()}))
+    return mixed

@@ -38,7 +38,7 @@ def carried(
     No weight is read: where the same values may fit another format, `Decision.lossless` has what is to be
     tried. PlanError names the tables that are to be quantized and may not.
     """
-    found, faults = dict(decisions), []
+    result, faults = dict(decisions), []
     tables = {site.name for site in sites(checkpoint) if site.role in ("embed", "position")}
     decode = requantize or not file_type.carries_formats
     for entry in entries:
@@ -48,7 +48,7 @@ def carried(
             continue
         if not file_type.tables and tables & set(entry.sources):
             if decode:
-                found[entry.name] = _decoded(checkpoint, kind)
+                result[entry.name] = _decoded(checkpoint, kind)
             else:
                 faults.append(
                     f"{entry.sources[0]} is {kind.name}, this file type has quantized linear weights only: "
@@ -69,15 +69,15 @@ def carried(
         again = decode
         if again:
             near = file_type.nearest(kind, shape)
-            found[entry.name] = (
+            result[entry.name] = (
                 _decoded(checkpoint, kind)
                 if isinstance(near, DType)
                 else Decision(near, near, f"quantized again, from {kind.name}")
             )
         if same:
-            found[entry.name] = replace(found[entry.name], lossless=same)
+            result[entry.name] = replace(result[entry.name], lossless=same)
     raise_all(PlanError, str(checkpoint.path), faults)
-    return found
+    return result
 
 
 def settled(
@@ -85,19 +85,19 @@ def settled(
 ) -> dict[str, Decision]:
     """Decisions with `lossless` formats tried on the weights themselves: the first that holds every value,
     else what was decided without."""
-    found = dict(decisions)
+    result = dict(decisions)
     for entry in entries:
         decision = decisions[entry.name]
         if not decision.lossless:
             continue
         source = checkpoint.tensors[entry.sources[0]].kind.name
         exact = next((to for to in decision.lossless if _exact(checkpoint, entry, to)), None)
-        found[entry.name] = (
+        result[entry.name] = (
             replace(decision, lossless=())
             if exact is None
             else Decision(exact, exact, f"the same values as {source}", lossless=(exact,))
         )
-    return found
+    return result
 
 
 def carries_as(file_type: FileType, format: Format) -> str | None:

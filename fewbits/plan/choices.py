@@ -77,9 +77,9 @@ def hyper_of(checkpoint: Checkpoint, arch: Architecture | None) -> Hyper:
         keys = {name: value.value for name, value in checkpoint.gguf_keys.items()}
         name = str(keys.get("general.architecture"))
         pairs = ("block_count", "attention.head_count", "attention.head_count_kv", "expert_count")
-        found = (keys.get(f"{name}.{pair}", 0) for pair in pairs)
+        values = (keys.get(f"{name}.{pair}", 0) for pair in pairs)
         # Where layers differ the value is a list of one for each; llama.cpp's mixtures ask the first.
-        n_layer, head, n_kv, experts = (v[0] if isinstance(v, list) and v else v for v in found)
+        n_layer, head, n_kv, experts = (v[0] if isinstance(v, list) and v else v for v in values)
         return Hyper(name, n_layer, head, n_kv or head, experts)
     text = config.get("text_config", config)
     fields = complete(text) if arch else text

@@ -97,8 +97,8 @@ def kept_reason(name: str, shape: Sequence[int]) -> str | None:
 @cache
 def stream_order(name: str) -> tuple[int, str]:
     """Sort key: tensors outside the blocks first, then block by block, by name inside each."""
-    found = re.match(r"blk\.(\d+)\.", name)
-    return (int(found[1]) if found else -1, name)
+    match = re.match(r"blk\.(\d+)\.", name)
+    return (int(match[1]) if match else -1, name)
 
 
 def choose_types(
@@ -126,11 +126,11 @@ def choose_types(
     choices = {}
     for name, shape, dtype in sorted(tensors, key=lambda tensor: stream_order(tensor[0])):
         kept = kept_reason(name, shape)
-        asked = overrides(name) if overrides and not kept else None
+        override = overrides(name) if overrides and not kept else None
         if kept:
             choices[name] = Choice(dtype, dtype, kept, True)
-        elif asked is not None:
-            choices[name] = _fit(asked, asked, shape[-1])
+        elif override is not None:
+            choices[name] = _fit(override, override, shape[-1])
         elif block_size(chosen.default) == 1:
             choices[name] = Choice(chosen.default, chosen.default)
         else:

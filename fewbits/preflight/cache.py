@@ -90,15 +90,15 @@ def fields_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def kv_cache(config: Mapping[str, Any], windows: bool = True) -> KVCache:
     """From a config's fields. windows: does the engine honour sliding windows? ModelError for a config that
     does not say how many layers and heads there are."""
-    found = {name: _first(config, names) for name, names in _SPELLINGS.items()}
-    count, heads = found["layers"], found["heads"]
+    fields = {name: _first(config, names) for name, names in _SPELLINGS.items()}
+    count, heads = fields["layers"], fields["heads"]
     heads = max(heads) if isinstance(heads, list) else heads
-    head = config.get("head_dim") or (found["hidden"] // heads if found["hidden"] and heads else None)
+    head = config.get("head_dim") or (fields["hidden"] // heads if fields["hidden"] and heads else None)
     if not count or not heads or not head:
         raise ModelError(
             "the config does not say how many layers and heads there are and how wide: no key-value cache"
         )
-    kv = found["kv_heads"] or (1 if config.get("multi_query") else heads)
+    kv = fields["kv_heads"] or (1 if config.get("multi_query") else heads)
     kv_heads = list(kv) if isinstance(kv, list) else [kv] * count
     if config.get("kv_lora_rank"):
         numbers = [config["kv_lora_rank"] + (config.get("qk_rope_head_dim") or 0)] * count
@@ -123,10 +123,10 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 def _kinds(config: Mapping[str, Any], count: int) -> list[str]:
     """ "full", "window" or "state" of each layer."""
-    told = config.get("layer_types")
-    if told:
+    layer_types = config.get("layer_types")
+    if layer_types:
         words = {"sliding": "window", "chunked": "window", "full": "full", "attention": "full"}
-        return [words.get(str(kind).split("_")[0], "state") for kind in told]
+        return [words.get(str(kind).split("_")[0], "state") for kind in layer_types]
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
         return ["full"] * count
     pattern, first = config.get("sliding_window_pattern"), 0

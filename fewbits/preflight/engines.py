@@ -85,11 +85,11 @@ def verdicts(output: Seen, stated: Mapping[str, str | None]) -> list[Verdict]:
 
 def _verdict(name: str, output: Seen, stated: str | None) -> Verdict:
     package = ENGINES[name].packages[0]
-    found = installed(package)
-    loads, why = ANSWERS[name](output, stated, stated or found)
-    if stated is None and found is None and loads is not False:
+    version = installed(package)
+    loads, why = ANSWERS[name](output, stated, stated or version)
+    if stated is None and version is None and loads is not False:
         loads, why = None, f"not installed (pip install {package}); {why}"
-    return Verdict(name, stated or found, found is not None, loads, why)
+    return Verdict(name, stated or version, version is not None, loads, why)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -72,12 +72,12 @@ class Preflight:
 
     def speeds(self) -> list[tuple[str, float, float | None, bool | None]]:
         """(machine, GB/s, tokens/s at most or None, does it fit in its memory)."""
-        found = []
+        rows = []
         for machine in machines():
             fits = None if machine.gib is None else self.run_memory <= machine.gib * 2**30
             bound = tokens_per_second(machine, self.read, self.cache, self.batch)
-            found.append((machine.name, machine.gb_per_s, None if fits is False else bound, fits))
-        return found
+            rows.append((machine.name, machine.gb_per_s, None if fits is False else bound, fits))
+        return rows
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; bytes, seconds, bits."""
@@ -186,10 +186,10 @@ def _cache(
     ignored = arch is not None and {"sliding_window", "use_sliding_window"} & arch.ignored.keys()
     try:
         full = hf.known_config(checkpoint.config) if checkpoint.config else None
-        found = kv_cache(full or config, windows=not ("llama.cpp" in file_type.engines and ignored))
+        kv = kv_cache(full or config, windows=not ("llama.cpp" in file_type.engines and ignored))
     except ModelError as error:
         return None, (str(error),)
-    return found, found.notes
+    return kv, kv.notes
 
 
 def _overhead(checkpoint: Checkpoint, config: Mapping[str, Any], tokens: int) -> int:

@@ -126,18 +126,18 @@ def _model_seconds(
     assert request.tokens is not None
     method, tokens = request.method, request.tokens
     shape, context = max((task.shape for task in walked), key=prod), tokens.windows.shape[1]
-    rate, found = multiplying(shape, 1024), {}
+    rate, seconds = multiplying(shape, 1024), {}
     if writes_text:
-        found["writing the text"] = (
+        seconds["writing the text"] = (
             2 * model * tokens.count / multiplying(shape, ROWS_AT_ONCE, faster_dtype())
         )
     if method.learn:
         settings = EFFORTS[method.learn]
         seen = settings.steps * settings.batch * request.streaming.batch * context * BACKWARD
-        found["learned rounding"] = 2 * weights * (seen + settings.checks * tokens.count) / rate
+        seconds["learned rounding"] = 2 * weights * (seen + settings.checks * tokens.count) / rate
     if method.distill:
         distill = DistillSettings(steps=method.distill)
         judged = (1 + ceil(distill.steps / distill.every)) * distill.held_out * context
         seen = distill.steps * distill.batch * context * BACKWARD + judged + tokens.count
-        found["distill"] = 2 * model * seen / rate
-    return found
+        seconds["distill"] = 2 * model * seen / rate
+    return seconds

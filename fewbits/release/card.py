@@ -58,28 +58,28 @@ def _method(receipt: Receipt) -> str:
     return f"- method: {how}" + (f"; {text.get('tokens')} tokens of {text.get('source')}" if text else "")
 
 
-def _verified(found: Mapping[str, Any]) -> str:
-    if found.get("kl") is None:
-        reason = f" ({found['reason']})" if found.get("reason") else ""
-        return f"- in its engine: {found.get('verdict', 'not checked')}{reason}"
+def _verified(check: Mapping[str, Any]) -> str:
+    if check.get("kl") is None:
+        reason = f" ({check['reason']})" if check.get("reason") else ""
+        return f"- in its engine: {check.get('verdict', 'not checked')}{reason}"
     return (
-        f"- in {found['engine']} {found['version']}: {found['verdict']}, KL divergence {found['kl']:.2g} "
-        f"from the decoded weights, largest logit difference {found['largest']:.3g}"
+        f"- in {check['engine']} {check['version']}: {check['verdict']}, KL divergence {check['kl']:.2g} "
+        f"from the decoded weights, largest logit difference {check['largest']:.3g}"
     )
 
 
-def _measured(found: Mapping[str, Any]) -> list[str]:
+def _measured(scores: Mapping[str, Any]) -> list[str]:
     """KL divergence and perplexity, if the receipt has them."""
-    if not found:
+    if not scores:
         how = "fewbits evaluate REFERENCE THIS --text FILE --record"
         return [f"- quality against the reference: not measured (`{how}`)"]
     # Receipts of 0.1.0 have the second name.
-    reference = found.get("reference_perplexity", found.get("parent_perplexity"))
+    reference = scores.get("reference_perplexity", scores.get("parent_perplexity"))
     return [
-        f"- KL divergence to the reference {found['kl']:.4f} +- {found['kl_error']:.4f}, top-1 agreement "
-        f"{100 * found['agreement']:.1f} %",
-        f"- perplexity {found['perplexity']:.3f}, the reference's {reference:.3f} "
-        f"({found['text']}, {found['tokens']} tokens scored)",
+        f"- KL divergence to the reference {scores['kl']:.4f} +- {scores['kl_error']:.4f}, top-1 agreement "
+        f"{100 * scores['agreement']:.1f} %",
+        f"- perplexity {scores['perplexity']:.3f}, the reference's {reference:.3f} "
+        f"({scores['text']}, {scores['tokens']} tokens scored)",
     ]
 
 

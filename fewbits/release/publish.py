@@ -109,15 +109,15 @@ def push(out: Path, repo: str, private: bool = False) -> str:
 
 def _about(reference: Checkpoint) -> dict[str, Any]:
     """What the reference's card says of itself, and its name on the hub where the path shows it."""
-    found = card_fields(reference.side_files.get("README.md"))
-    kept: dict[str, Any] = {key: found[key] for key in INHERITED if key in found}
+    fields = card_fields(reference.side_files.get("README.md"))
+    kept: dict[str, Any] = {key: fields[key] for key in INHERITED if key in fields}
     hub = _HUB_FOLDER.search(str(reference.path))
     named = str(reference.config.get("_name_or_path") or "")
     if hub is not None:
         kept["reference"] = f"{hub[1]}/{hub[2]}"
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not Path(named).exists():
         kept["reference"] = named
-    elif "base_model" in found:
-        base = found["base_model"]
+    elif "base_model" in fields:
+        base = fields["base_model"]
         kept["reference"] = base if isinstance(base, str) else base[0]
     return kept

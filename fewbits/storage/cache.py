@@ -33,9 +33,9 @@ def file_digest(path: Path) -> str:
     status = path.stat()
     state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     kept = cache_folder() / "digests" / f"{hashlib.sha256(bytes(path)).hexdigest()[:32]}.json"
-    found = kept_object(kept)
-    if found is not None and found.get("state") == state and isinstance(found.get("sha256"), str):
-        return str(found["sha256"])
+    cached = kept_object(kept)
+    if cached is not None and cached.get("state") == state and isinstance(cached.get("sha256"), str):
+        return str(cached["sha256"])
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -41,10 +41,10 @@ _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has fsync only
 Fingerprint: TypeAlias = "str | Mapping[str, str]"
 
 
-def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """What tells two runs apart, by the names in their fingerprints; values where they are short."""
     before, now = (
-        side if isinstance(side, dict) else {"input": side} for side in (found.get("input"), wanted["input"])
+        side if isinstance(side, dict) else {"input": side} for side in (stored.get("input"), wanted["input"])
     )
     names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
     parts = [
@@ -127,19 +127,19 @@ class StreamFile:
         """Lock, then find the output complete, resume, or begin, as what lies there demands."""
         self._log = _lock(self.journal)
         self._first = _line(identity)
-        found, rows = _read_journal(self.journal)
-        same = found == identity
+        stored, rows = _read_journal(self.journal)
+        same = stored == identity
         if same and not self.partial.exists() and self._is_complete(rows):
             self.renamed = True
             return
         if self.path.exists() and not overwrite:
             raise FileError(f"{self.path}: exists; choose another output or pass overwrite")
-        if found and not same and not overwrite:
+        if stored and not same and not overwrite:
             raise FileError(
-                f"{self.partial}: is the unfinished output of another run; {difference(found, identity)}: "
+                f"{self.partial}: is the unfinished output of another run; {difference(stored, identity)}: "
                 f"run as it was run, delete it and {self.journal.name}, or pass overwrite"
             )
-        if not found and not self._begins_ours(self.partial):
+        if not stored and not self._begins_ours(self.partial):
             raise FileError(
                 f"{self.partial}: is in the way: an unfinished output has this name, and fewbits did not "
                 "write this file; move it, or choose another output"

@@ -198,8 +198,8 @@ class _Run:
         """The KL divergence, held out, of the model as it would be packed; keeps the best."""
         self.student.write(self.student.rounded(self.start + self.unit * self.a))
         judges = range(self.train, len(self.tokens))
-        found = [self.student.divergence(self.tokens[i], self.teacher.log_p(i)) for i in judges]
-        held_out = sum(found) / len(found)
+        divergences = [self.student.divergence(self.tokens[i], self.teacher.log_p(i)) for i in judges]
+        held_out = sum(divergences) / len(divergences)
         self.check(held_out, f"the KL divergence held out, after {self.step} steps,")
         learned = sum(self.losses) / len(self.losses) if self.losses else None
         if self.history and held_out < min(judgement.held_out for judgement in self.history):
@@ -219,11 +219,11 @@ class _Run:
         packed, start = (self.student.pack(self.start + self.unit * a) for a in (self.best, 0 * self.best))
         changed = {name: value for name, value in packed.items() if not _same(value, start[name])}
         first, best = self.history[0].held_out, min(judgement.held_out for judgement in self.history)
-        held = f"on {self.settings.held_out} windows held out"
-        notes = [f"distill: KL divergence {first:.4g} -> {best:.4g} {held}"]
+        judged_on = f"on {self.settings.held_out} windows held out"
+        notes = [f"distill: KL divergence {first:.4g} -> {best:.4g} {judged_on}"]
         if not changed:
             notes = [
-                f"distill: nothing beat the start, a KL divergence of {first:.4g} {held}: nothing is changed"
+                f"distill: no step improved the KL divergence of {first:.4g} {judged_on}; nothing is changed"
             ]
         if self.student.fixed:
             names = self.student.fixed
@@ -237,8 +237,8 @@ class _Run:
 
     def fingerprint(self) -> str:
         """Of all that decides the result: settings, tokens, the student's start, the teacher's answers."""
-        said = {key: value for key, value in asdict(self.settings).items() if key != "state"}
-        digest = sha256(repr(sorted(said.items())).encode())
+        settings = {key: value for key, value in asdict(self.settings).items() if key != "state"}
+        digest = sha256(repr(sorted(settings.items())).encode())
         for part in (self.tokens, self.start, self.teacher.hidden(len(self.tokens) - 1)):
             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -247,8 +247,8 @@ class _Run:
         """Write the state, atomically."""
         from safetensors.torch import save
 
-        said = {"step": self.step, "history": [asdict(judgement) for judgement in self.history]}
-        about = {"distill": json.dumps(said), "fingerprint": self.fingerprint()}
+        record = {"step": self.step, "history": [asdict(judgement) for judgement in self.history]}
+        about = {"distill": json.dumps(record), "fingerprint": self.fingerprint()}
         state = {name: getattr(self, name) for name in STATE}
         write_atomic(path, save(state, about))
 
@@ -263,8 +263,8 @@ class _Run:
             raise FileError(f"{path}: not a distill state ({error}); delete it to start anew") from error
         if about.get("fingerprint") != self.fingerprint():
             raise FileError(f"{path}: of a run with another model, text or settings; delete it to start anew")
-        said = json.loads(about["distill"])
-        self.step, self.history = said["step"], [Judgement(**row) for row in said["history"]]
+        record = json.loads(about["distill"])
+        self.step, self.history = record["step"], [Judgement(**row) for row in record["history"]]
         for name in STATE:
             getattr(self, name).copy_(state[name])
 

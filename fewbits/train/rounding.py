@@ -181,10 +181,10 @@ class _Descent:
             self.advance(step)
             if (step + 1) % every and step + 1 < settings.steps:
                 continue
-            found = {name: offset.pack() for name, offset in self.offsets.items()}
-            error = self.measure(found)
+            packed = {name: offset.pack() for name, offset in self.offsets.items()}
+            error = self.measure(packed)
             if error < self.error:
-                self.best, self.error, worse = found, error, 0
+                self.best, self.error, worse = packed, error, 0
             else:
                 worse += 1
             if worse == settings.patience:
@@ -224,9 +224,9 @@ class _Descent:
         places = range(step * batch, (step + 1) * batch)
         return [shuffled(n, self.settings.seed, place // n)[place % n] for place in places]
 
-    def measure(self, found: Mapping[str, QTensor]) -> float:
+    def measure(self, packed: Mapping[str, QTensor]) -> float:
         """The mean squared error of the block's output over all inputs."""
-        weights = {name: q.decode() for name, q in found.items()}
+        weights = {name: q.decode() for name, q in packed.items()}
         with torch.no_grad():
             errors = [float(self.loss(i, weights)) for i in range(len(self.inputs))]
         return sum(errors) / len(errors)

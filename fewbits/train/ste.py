@@ -75,8 +75,8 @@ class _Multiply(torch.autograd.Function):
         to_w = (rows.T @ x.flatten(0, -2).to(rows.dtype)).float()
         if not groups[0].requires_grad:  # the levels themselves are the parameters
             with torch.enable_grad():
-                found = torch.autograd.grad(grid.value(codes), leaves, to_w)
-            return (to_x, None, None, None, *found)
+                to_leaves = torch.autograd.grad(grid.value(codes), leaves, to_w)
+            return (to_x, None, None, None, *to_leaves)
         sums = [grid.sums(to_w * level)]
         if len(groups) == 2:
             sums.append(grid.sums(to_w))

@@ -89,10 +89,10 @@ class Student:
 
     def gradient(self) -> torch.Tensor:
         """-> `(p,)`: what `learn` summed since the last call."""
-        found = [torch.zeros_like(p.value) if p.value.grad is None else p.value.grad for p in self.parts]
+        gradients = [torch.zeros_like(p.value) if p.value.grad is None else p.value.grad for p in self.parts]
         for part in self.parts:
             part.value.grad = None
-        return torch.cat([value.flatten() for value in found])
+        return torch.cat([value.flatten() for value in gradients])
 
     def units(self) -> torch.Tensor:
         """-> `(p,)`: the size of each number, at least FLOOR of its row's mean."""
@@ -124,13 +124,13 @@ class Student:
 
     def rounded(self, flat: torch.Tensor) -> torch.Tensor:
         """`(p,)` -> `(p,)`: the same numbers as `pack` stores them."""
-        packed, found = self.pack(flat), []
+        packed, values = self.pack(flat), []
         for part in self.parts:
             value = packed[part.name]
             if isinstance(value, QTensor):
                 value = value.format.unpack(value)[0].parameters()[part.key]
-            found.append(value.float().flatten())
-        return torch.cat(found)
+            values.append(value.float().flatten())
+        return torch.cat(values)
 
     # ---- running it
 

@@ -108,12 +108,12 @@ def _own(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _sylvester_factors(k: int) -> tuple[torch.Tensor, ...]:
     """Orthonormal Sylvester factors whose orders, at most 64 each, multiply to the power of two k."""
-    found = []
+    factors = []
     while k > 1:
         order = min(k, _LARGEST_SYLVESTER)
         matrix = torch.ones(1, 1)
         while matrix.shape[0] < order:
             matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
-        found.append(matrix / order**0.5)
+        factors.append(matrix / order**0.5)
         k //= order
-    return tuple(found)
+    return tuple(factors)

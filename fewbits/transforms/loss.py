@@ -63,14 +63,14 @@ def readers_of(
             f"{pair.name}: no statistics of the input of {', '.join(missing)}; capture them first"
         )
     names = [name for name in names if stats[name].count > 0]
-    found = []
+    readers = []
     for name in names:
         w, format = weights[name], formats[name]
         assert format is not None
         take = min(w.shape[0], max(LEAST_ROWS, rows // len(names)))
         sample = torch.linspace(0, w.shape[0] - 1, take).long()
-        found.append(Reader(name, w[sample].float(), w.shape[0], format, stats[name]))
-    return found
+        readers.append(Reader(name, w[sample].float(), w.shape[0], format, stats[name]))
+    return readers
 
 
 def weight_loss(reader: Reader, pair: Pair, scale: torch.Tensor, quantize: Quantizer = weighted) -> float:

@@ -87,13 +87,13 @@ def find_pairs(checkpoint: Checkpoint, block: int | None = None) -> list[Pair]:
     Left out: a LayerNorm with a bias (two stored vectors cannot both be divided exactly), attention or
     experts with a norm or a matrix of unknown use inside, feed-forwards without a gate.
     """
-    found = []
+    pairs = []
     for each in blocks_of(checkpoint.tensors):
         if block is None or each.index == block:
-            found += _norm_pairs(checkpoint, each)
-            found += _value_pairs(checkpoint, each)
-            found += _up_pairs(checkpoint, each.mlp)
-    return found
+            pairs += _norm_pairs(checkpoint, each)
+            pairs += _value_pairs(checkpoint, each)
+            pairs += _up_pairs(checkpoint, each.mlp)
+    return pairs
 
 
 def settled(weights: Mapping[str, torch.Tensor], pair: Pair, scale: torch.Tensor) -> torch.Tensor:
@@ -140,7 +140,7 @@ def scaled(checkpoint: Checkpoint, chosen: Sequence[Choice]) -> Checkpoint:
 
 def changes(pair: Pair, scale: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """name -> what a settled scale does to that tensor, f32 -> f32."""
-    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     vector, rows = pair.vector, pair.rows
 
     def divide_vector(w: torch.Tensor) -> torch.Tensor:
@@ -156,11 +156,11 @@ def changes(pair: Pair, scale: torch.Tensor) -> dict[str, Callable[[torch.Tensor
         return w
 
     if vector is not None:
-        found[vector.name] = divide_vector
+        functions[vector.name] = divide_vector
     if rows is not None:
-        found[rows.name] = divide_rows
+        functions[rows.name] = divide_rows
     columns = pair.spread(scale)
-    return found | {name: lambda w: w * columns for name in pair.consumers}
+    return functions | {name: lambda w: w * columns for name in pair.consumers}
 
 
 def rescaled(stats: Stats, pair: Pair, scale: torch.Tensor) -> Stats:
@@ -191,7 +191,7 @@ def _stored(effective: torch.Tensor, vector: Vector) -> torch.Tensor:
 
 def _norm_pairs(checkpoint: Checkpoint, block: Block) -> list[Pair]:
     tensors, offset = checkpoint.tensors, norm_offset(checkpoint)
-    found = []
+    pairs = []
     for norm in dict.fromkeys([block.attention.norm, block.mlp.norm]):
         if norm is None:
             continue
@@ -203,8 +203,8 @@ def _norm_pairs(checkpoint: Checkpoint, block: Block) -> list[Pair]:
         if bias or not same or not readers or any(part.strange for part in parts):
             continue
         vector = Vector(norm, _dtype(tensors[norm]), 0, offset)
-        found.append(Pair(norm.removesuffix(".weight"), size, readers, vector=vector))
-    return found
+        pairs.append(Pair(norm.removesuffix(".weight"), size, readers, vector=vector))
+    return pairs
 
 
 def _value_pairs(checkpoint: Checkpoint, block: Block) -> list[Pair]:
@@ -251,7 +251,7 @@ def value_rows(checkpoint: Checkpoint, part: Part) -> tuple[str, int, int, int] 
 def _up_pairs(checkpoint: Checkpoint, part: Part) -> list[Pair]:
     """up -> down of every expert whose two are there with their gate."""
     tensors = checkpoint.tensors
-    found = []
+    pairs = []
     for down in part.writers:
         parent = parent_of(down)
         beside = {role_of(name): name for name in part.readers if parent_of(name) == parent}
@@ -266,8 +266,8 @@ def _up_pairs(checkpoint: Checkpoint, part: Part) -> list[Pair]:
         if between or tensors[name].shape[0] != rows:
             continue
         pair = Pair(f"{parent}.up > down", size, (down,), _bias(tensors, name, start), Rows(name, start))
-        found.append(pair)
-    return found
+        pairs.append(pair)
+    return pairs
 
 
 def _bias(tensors: Mapping[str, LazyTensor], weight: str, start: int) -> Vector | None:

@@ -53,13 +53,13 @@ class Block:
 
 def blocks_of(tensors: Mapping[str, LazyTensor]) -> list[Block]:
     """Every block of a checkpoint, in order."""
-    found: dict[tuple[int, str], dict[str, tuple[int, ...]]] = {}
+    blocks: dict[tuple[int, str], dict[str, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         match = _BLOCK.match(name)
         if match:
             key = (int(match["index"]), match["prefix"])
-            found.setdefault(key, {})[name] = tensor.shape
-    return [_block(prefix, index, shapes) for (index, prefix), shapes in sorted(found.items())]
+            blocks.setdefault(key, {})[name] = tensor.shape
+    return [_block(prefix, index, shapes) for (index, prefix), shapes in sorted(blocks.items())]
 
 
 def norm_offset(checkpoint: Checkpoint) -> float:

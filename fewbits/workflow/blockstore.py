@@ -80,10 +80,10 @@ class BlockStore:
 
     def _claim(self, identity: dict[str, Any], overwrite: bool) -> None:
         run = self.folder / "run.json"
-        found = read_json_object(run) if run.exists() else None
-        if found is not None and found != identity:
+        stored = read_json_object(run) if run.exists() else None
+        if stored is not None and stored != identity:
             if not overwrite:
-                other = difference(found, identity)
+                other = difference(stored, identity)
                 raise FileError(
                     f"{self.folder}: holds the finished blocks of another run; {other}: run as it was run, "
                     "delete the folder, or pass overwrite"

@@ -44,14 +44,14 @@ def quantize_model(
     names, checkpoint = model_checkpoint(model)
     plan = to if isinstance(to, Plan) else plan or Plan()
     decisions = _decisions(checkpoint, None if isinstance(to, Plan) else to, plan)
-    found: dict[str, tuple[str, QTensor]] = {}
+    weights: dict[str, tuple[str, QTensor]] = {}
     for name, decision in decisions.items():
         if isinstance(decision.kind, Format):
             weight = checkpoint.tensors[name].load()
             assert isinstance(weight, torch.Tensor)
             q, _ = task(name, weight.cpu().float(), _spec(decision.kind, decision.rule, method))
             planes = {plane: value.to(weight.device) for plane, value in q.planes.items()}
-            found[name] = (names[name], QTensor(q.format, q.shape, planes))
+            weights[name] = (names[name], QTensor(q.format, q.shape, planes))
     fused = sorted(name for name, tensor in checkpoint.tensors.items() if len(tensor.shape) == 3)
     if fused:
         warnings.warn(
@@ -59,7 +59,7 @@ def quantize_model(
             "checkpoint instead (fewbits.quantize), which has the experts one by one",
             stacklevel=2,
         )
-    return pack_weights(model, found)
+    return pack_weights(model, weights)
 
 
 def _decisions(checkpoint: Checkpoint, to: str | None, plan: Plan) -> dict[str, Decision]:

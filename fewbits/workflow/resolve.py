@@ -46,9 +46,9 @@ class Resolved:
         """Decisions by the names that the output has: its entries, or every tensor of the checkpoint."""
         if self.file_type.writes_gguf_names:
             return dict(self.decisions)
-        found = {source: self.decisions[e.name] for e in self.entries for source in e.sources}
+        decisions = {source: self.decisions[e.name] for e in self.entries for source in e.sources}
         return {
-            name: found.get(name) or Decision(tensor.kind, tensor.kind, "kept: not part of the model")
+            name: decisions.get(name) or Decision(tensor.kind, tensor.kind, "kept: not part of the model")
             for name, tensor in checkpoint.tensors.items()
         }
 

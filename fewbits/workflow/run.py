@@ -165,17 +165,17 @@ def _measured(
     """What the runtime is told besides the weights, as records, and the same as notes."""
     windows = None if request.tokens is None else request.tokens.windows
     measure = {"activations": record, "kv_cache": record_cache}
-    found = {
+    records = {
         kind: measure[kind](checkpoint, known, windows) if isinstance(known, str) else known
         for kind, known in runtime.items()
     }
     notes = []
-    for kind, each in found.items():
+    for kind, each in records.items():
         left = each.get("left", [])
         some = ", ".join(left[:3]) + (" ..." if left[3:] else "")
         kept = f"; {len(left)} inputs stay in float: {some}" if left else ""
         notes.append(f"{kind.replace('kv_', '')}: {each['scheme']}{kept}")
-    return found, tuple(notes)
+    return records, tuple(notes)
 
 
 def _receipt(

@@ -59,9 +59,9 @@ LIES = {
         f"claims {2**61} items",
     ),
     "arrays nested": (gguf([key("k", ARRAY, (u32(ARRAY) + u64(1)) * 5000)], []), "nests arrays"),
-    "alignment 24": (gguf([key("general.alignment", UINT32, u32(24))], []), "24, not a power of two"),
-    "alignment 0": (gguf([key("general.alignment", UINT32, u32(0))], []), "0, not a power of two"),
-    "alignment a string": (gguf([key("general.alignment", STRING, string("32"))], []), "not a power of two"),
+    "alignment 24": (gguf([key("general.alignment", UINT32, u32(24))], []), "24, no power of two"),
+    "alignment 0": (gguf([key("general.alignment", UINT32, u32(0))], []), "0, no power of two"),
+    "alignment a string": (gguf([key("general.alignment", STRING, string("32"))], []), "no power of two"),
     "alignment absurd": (
         gguf([key("general.alignment", UINT32, u32(2**31))], [A, B], DATA),
         "ends at byte",

@@ -77,7 +77,7 @@ def same_planes(format: Format, a, b) -> bool:
 def closed_form(
     w: torch.Tensor, grid: Grid, codes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The least-squares scale and offset of each group for these codes, and the cost of an error of the scale."""
+    """The least-squares scale and offset of each group for these codes, and the cost of scale errors."""
     x, v, scale = w.double(), grid.level(codes).double(), grid.groups(ROWS)[0]
     index = grid.group_of(torch.arange(w.shape[1]))
 

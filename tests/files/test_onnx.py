@@ -159,7 +159,7 @@ def change_rows(change):
 
 
 HOSTILE = [
-    (change_initializer("location", "../../etc/passwd"), r"lies in '\.\./\.\./etc/passwd'; read is"),
+    (change_initializer("location", "../../etc/passwd"), r"lies in '\.\./\.\./etc/passwd', not in"),
     (change_initializer("location", ""), "lies in ''"),
     (change_initializer("offset", "-4096"), "are no bytes"),
     (change_initializer("offset", "9" * 30), "are no bytes"),

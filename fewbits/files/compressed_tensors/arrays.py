@@ -40,8 +40,8 @@ Part = tuple[str, str, tuple[int, ...]]
 
 def _scales(format: Format, shape: Shape) -> tuple[int, ...]:
     """The shape of weight_scale: our plane's, or (1,) for the whole tensor."""
-    found = next(plane.shape(*shape) for plane in format.planes if plane.name == "scale")
-    return (1,) if format.cells.rows is None else found  # type: ignore[attr-defined]
+    size = next(plane.shape(*shape) for plane in format.planes if plane.name == "scale")
+    return (1,) if format.cells.rows is None else size  # type: ignore[attr-defined]
 
 
 def _whole_groups(format: Format, shape: Shape, name: str) -> None:

@@ -62,13 +62,13 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 
 
-def said_as(known: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any]) -> str | None:
+def scheme_name(known: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any]) -> str | None:
     """The name of the scheme that these quantization args say; None for one that we have not."""
     default = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
-    said = {**default, **{key: value for key, value in args.items() if value is not None}}
-    if "strategy" not in said:
-        said["strategy"] = "tensor" if "group_size" not in said else "group"
-    names = (name for name, row in known.items() if all(said[key] == value for key, value in row.items()))
+    settings = {**default, **{key: value for key, value in args.items() if value is not None}}
+    if "strategy" not in settings:
+        settings["strategy"] = "tensor" if "group_size" not in settings else "group"
+    names = (name for name, row in known.items() if all(settings[key] == value for key, value in row.items()))
     return next(names, None)
 
 
@@ -84,28 +84,28 @@ def scale_dtype(format: Format) -> str:
 
 def weights_of(format: Format) -> dict[str, Any]:
     """A format that the file type carries, as the `weights` of a scheme."""
-    said: dict[str, Any] = {"type": "float", "symmetric": True, "dynamic": False}
+    args: dict[str, Any] = {"type": "float", "symmetric": True, "dynamic": False}
     if isinstance(format, NVFP4):
         of_scale = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
-        return said | {"num_bits": 4, "strategy": "tensor_group", "group_size": format.block, **of_scale}
+        return args | {"num_bits": 4, "strategy": "tensor_group", "group_size": format.block, **of_scale}
     if isinstance(format, Microscaling):
         of_scale = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
-        return said | {
+        return args | {
             "num_bits": format.element.bits,
             "strategy": "group",
             "group_size": format.block,
             **of_scale,
         }
     assert isinstance(format, Affine | ScaledLevels)
-    said["num_bits"] = format.bits
+    args["num_bits"] = format.bits
     if isinstance(format, Affine):
-        said |= {"type": "int", "symmetric": format.zero == "none"}
+        args |= {"type": "int", "symmetric": format.zero == "none"}
     rows, columns = format.cells.rows, format.cells.columns
     if rows == BLOCK:
-        return said | {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
+        return args | {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
     if columns is not None:
-        return said | {"strategy": "group", "group_size": columns}
-    return said | {"strategy": "tensor" if rows is None else "channel"}
+        return args | {"strategy": "group", "group_size": columns}
+    return args | {"strategy": "tensor" if rows is None else "channel"}
 
 
 def storage_of(format: Format, in_bytes: int) -> str:
@@ -199,15 +199,15 @@ def read_schemes(config: Mapping[str, Any], faults: list[str]) -> Schemes:
         )
         groups = {}
     for key, what in (("transform_config", "rotates activations"), ("sparsity_config", "has sparse weights")):
-        said = config.get(key)
-        if said and not (isinstance(said, dict) and said.get("format") in ("dense",)):
+        settings = config.get(key)
+        if settings and not (isinstance(settings, dict) and settings.get("format") in ("dense",)):
             faults.append(
                 f"{key}: this model {what} when it runs, which fewbits does not read; use its engine"
             )
-    found = [_scheme(name, group, config, faults) for name, group in groups.items()]
+    schemes = [_scheme(name, group, config, faults) for name, group in groups.items()]
     ignore = config.get("ignore") or []
     named = tuple(str(target) for target in ignore) if isinstance(ignore, list) else ()
-    return Schemes(tuple(scheme for scheme in found if scheme is not None), named)
+    return Schemes(tuple(scheme for scheme in schemes if scheme is not None), named)
 
 
 def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str]) -> Scheme | None:
@@ -221,8 +221,8 @@ def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str])
     integer, strategy = weights.get("type", "int") == "int", weights.get("strategy")
     if strategy is None and (columns is None or type(columns) is int):
         strategy = "tensor" if columns is None else "channel" if columns == -1 else "group"
-    said = group.get("format") or config.get("format")
-    storage = {NAIVE: BYTES if integer else FLOAT}.get(said, said) if isinstance(said, str) else None
+    named = group.get("format") or config.get("format")
+    storage = {NAIVE: BYTES if integer else FLOAT}.get(named, named) if isinstance(named, str) else None
     of_block = weights.get("block_structure") in ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}")
     known = _KNOWN.get("int" if integer else storage, ())
     fits = type(bits) is int and (storage in (PACKED, BYTES)) == integer and (bits, str(strategy)) in known
@@ -231,7 +231,7 @@ def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str])
     if not fits or (strategy == "block" and not of_block):
         what = {"num_bits": bits, "type": weights.get("type"), "strategy": strategy, "group_size": columns}
         faults.append(
-            f"config_groups: {name} has weights {str(what)[:120]} and format {str(said)[:40]!r}, which "
+            f"config_groups: {name} has weights {str(what)[:120]} and format {str(named)[:40]!r}, which "
             "fewbits does not read; load it with the tool that wrote it, or quantize the float model"
         )
         return None
@@ -245,5 +245,5 @@ def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str])
         str(strategy),
         columns or None,
         str(storage),
-        (said_as(ACTIVATIONS, given) or "") if isinstance(given, dict) else None,
+        (scheme_name(ACTIVATIONS, given) or "") if isinstance(given, dict) else None,
     )

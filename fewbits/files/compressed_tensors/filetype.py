@@ -113,12 +113,12 @@ class Compressed(Directory):
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         module, layout = module_of(name), self.layout_of(name) if self.activations else self
         cache_scale = scale_key(module) if self.kv_cache else None
-        found = ARRAYS[storage_of(format, layout.in_bytes)](format, shape, name)
+        parts = ARRAYS[storage_of(format, layout.in_bytes)](format, shape, name)
         if layout.static:
-            found.append(("input_scale", "f32", (1,)))
+            parts.append(("input_scale", "f32", (1,)))
             if not ACTIVATIONS[str(self.activations)]["symmetric"]:
-                found.append(("input_zero_point", "i8", (1,)))
-        arrays = [Array(f"{module}.{part}", dtype, size) for part, dtype, size in found]
+                parts.append(("input_zero_point", "i8", (1,)))
+        arrays = [Array(f"{module}.{part}", dtype, size) for part, dtype, size in parts]
         return arrays + ([] if cache_scale is None else [Array(cache_scale, "f32", (1,))])
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
@@ -146,10 +146,10 @@ class Compressed(Directory):
         quantized = {name: kind for name, (kind, _) in rows.items() if isinstance(kind, Format)}
         formats = {name: quantized[name].name if name in quantized else "float" for name in rows}
         shapes = {name: SimpleNamespace(shape=shape) for name, (_, shape) in rows.items()}
-        found = sites(SimpleNamespace(tensors=shapes, config=config))
+        all_sites = sites(SimpleNamespace(tensors=shapes, config=config))
         faults = [
             f"{mixed}: they are one matrix in vLLM; give all of them one format"
-            for mixed in mixed_groups(found, formats)
+            for mixed in mixed_groups(all_sites, formats)
         ]
         faults += [
             f"{name}: embeddings in {quantized[name].name} are not loaded; leave them in float with a rule"
@@ -161,10 +161,10 @@ class Compressed(Directory):
         if self.static:
             faults += [
                 f"{site.name}: the inputs of experts have no range of their own; use a dynamic scheme"
-                for site in found
+                for site in all_sites
                 if site.expert is not None and site.name in quantized
             ]
-        left = _left(found, (about.get("activations") or {}).get("left", ()))
+        left = _left(all_sites, (about.get("activations") or {}).get("left", ()))
         groups: dict[str, list[str]] = {}
         for name, format in quantized.items():
             scheme = self.layout_of(name)._scheme(name, format, name in left, faults)
@@ -172,8 +172,8 @@ class Compressed(Directory):
         raise_all(PlanError, METHOD, faults)
         if not groups:
             return {"config.json": config}
-        said = {**_settings(groups, rows), "kv_cache_scheme": self.kv_cache and CACHES[self.kv_cache]}
-        return {"config.json": {**config, "quantization_config": said}}
+        written = {**_settings(groups, rows), "kv_cache_scheme": self.kv_cache and CACHES[self.kv_cache]}
+        return {"config.json": {**config, "quantization_config": written}}
 
     def _scheme(self, name: str, format: Format, left: bool, faults: list[str]) -> dict[str, Any]:
         """weights, input_activations and format, as a config group has them."""
@@ -200,17 +200,17 @@ class Compressed(Directory):
         schemes = read_schemes(config, faults)
         if faults:
             return {}
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         for module in _modules(places):
             scheme = schemes.of(module)
             if scheme is None or schemes.ignores(module):
                 why = "ignore leaves it in float" if scheme else "no config group has it as a target"
                 faults.append(f"{module}: is quantized, and {why}; the config is of another model")
                 continue
-            held = _entry(module, scheme, places, faults)
-            if held is not None:
-                found[f"{module}.weight"] = held
-        return found
+            entry = _entry(module, scheme, places, faults)
+            if entry is not None:
+                entries[f"{module}.weight"] = entry
+        return entries
 
     def read_runtime(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
         return read_runtime(config, read_schemes(config, []), _modules(places), places)
@@ -221,10 +221,10 @@ class Compressed(Directory):
 
 def _pair(about: Mapping[str, Any], kind: str, part: str, name: str) -> Sequence[float]:
     """The two numbers that a record has for a weight or an attention."""
-    found: Sequence[float] | None = about[kind].get(part, {}).get(name)
-    if found is None:
+    pair: Sequence[float] | None = about[kind].get(part, {}).get(name)
+    if pair is None:
         raise PlanError(f"{name}: the record of {kind} has no {part} for it; quantize the model again")
-    return found
+    return pair
 
 
 def _without_scales(rows: Mapping[str, Stored], quantized: Mapping[str, Format]) -> list[str]:
@@ -240,13 +240,13 @@ def _without_scales(rows: Mapping[str, Stored], quantized: Mapping[str, Format])
     ]
 
 
-def _left(found: Sequence[Site], said: Sequence[str]) -> set[str]:
-    """The weights whose inputs stay in float: those said, and all of a group that an engine fuses. Experts
-    may be said as one, as in `layers.0.mlp.experts.down_proj`."""
-    left = set(said)
-    experts = {name.split(".experts.")[0] for name in said if ".experts." in name}
-    left |= {site.name for site in found if site.name.split(".experts.")[0] in experts}
-    for group in fused_groups(found).values():
+def _left(all_sites: Sequence[Site], named: Sequence[str]) -> set[str]:
+    """The weights whose inputs stay in float: those named, and all of a group that an engine fuses. Experts
+    may be named as one, as in `layers.0.mlp.experts.down_proj`."""
+    left = set(named)
+    experts = {name.split(".experts.")[0] for name in named if ".experts." in name}
+    left |= {site.name for site in all_sites if site.name.split(".experts.")[0] in experts}
+    for group in fused_groups(all_sites).values():
         left |= set(group) if left & set(group) else set()
     return left
 
@@ -264,30 +264,30 @@ def _settings(groups: Mapping[str, Sequence[str]], rows: Mapping[str, Stored]) -
     ]
     if not any(role_of(name) == "output" for name in rows):
         left.append("lm_head")  # a linear layer that shares the weight of the embeddings
-    found = {}
+    config_groups = {}
     for i, (scheme, modules) in enumerate(groups.items()):
         others = {*left, *quantized} - {*modules}
         targets = ["Linear"] if len(groups) == 1 else _targets(modules, others)
-        found[f"group_{i}"] = {"targets": targets, **json.loads(scheme)}
-    storages = {group["format"] for group in found.values()}
+        config_groups[f"group_{i}"] = {"targets": targets, **json.loads(scheme)}
+    storages = {group["format"] for group in config_groups.values()}
     return {
         "quant_method": METHOD,
         "format": storages.pop() if len(storages) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": found,
+        "config_groups": config_groups,
         "ignore": _targets(left, quantized),
     }
 
 
 def _targets(modules: Sequence[str], others: Set[str]) -> list[str]:
     """Modules by name, or those that differ in numbers alone by one regex, where it fits none of `others`."""
-    taken = {_NUMBER.sub(".*", module) for module in others}
-    found = []
+    other_patterns = {_NUMBER.sub(".*", module) for module in others}
+    patterns = []
     for module in modules:
         pattern = _NUMBER.sub(".*", module)
         regex = r"\.\d+".join(map(re.escape, pattern.split(".*")))
-        found.append(module if pattern == module or pattern in taken else f"re:{regex}$")
-    return list(dict.fromkeys(found))
+        patterns.append(module if pattern == module or pattern in other_patterns else f"re:{regex}$")
+    return list(dict.fromkeys(patterns))
 
 
 # ---- the weights that are found ----------------------------------------------------------------------
@@ -353,13 +353,13 @@ def _shape(module: str, scheme: Scheme, places: Mapping[str, Place], faults: lis
     """(n, k) of a weight, or None and a fault."""
     plain = scheme.storage in (BYTES, FLOAT, MICROSCALED["e4m3"])
     key = f"{module}.weight" if plain else f"{module}.weight_packed"
-    said = places.get(f"{module}.weight_shape")
+    stored = places.get(f"{module}.weight_shape")
     if (
         scheme.storage == PACKED
-        and said is not None
-        and (said.entry.dtype, said.entry.shape) == ("I64", (2,))
+        and stored is not None
+        and (stored.entry.dtype, stored.entry.shape) == ("I64", (2,))
     ):
-        n, k = read_integers(*said)
+        n, k = read_integers(*stored)
         if 0 < n < 2**31 and 0 < k < 2**31:
             return n, k
         faults.append(f"{module}: weight_shape is {n} x {k}; it is damaged")

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...storage.safetensors import map_tensor
 from ..directory import Place
-from .config import ACTIVATIONS, CACHES, Schemes, said_as
+from .config import ACTIVATIONS, CACHES, Schemes, scheme_name
 
 CACHED = ("k_proj", "v_proj")  # modules beside which the scale of a KV cache lies, as k_scale and v_scale
 
@@ -30,31 +30,31 @@ def cached_by(module: str) -> tuple[str, int] | None:
 
 def scale_key(module: str) -> str | None:
     """The key of the cache scale that lies beside a module, if it is one of CACHED."""
-    found = cached_by(module)
-    return None if found is None else f"{found[0]}.{'kv'[found[1]]}_scale"
+    cached = cached_by(module)
+    return None if cached is None else f"{cached[0]}.{'kv'[cached[1]]}_scale"
 
 
 def read_runtime(
     config: Mapping[str, Any], schemes: Schemes, modules: Iterable[str], places: Mapping[str, Place]
 ) -> dict[str, Any]:
     """modules: those whose weights are quantized."""
-    found: dict[str, Any] = {}
+    records: dict[str, Any] = {}
     unread = []
     inputs = {module: scheme.inputs for module in modules if (scheme := schemes.of(module)) is not None}
     names = {name for name in inputs.values() if name is not None}
     if len(names) == 1 and "" not in names:
         record = _activations(names.pop(), inputs, places)
-        found |= {} if record is None else {"activations": record}
+        records |= {} if record is None else {"activations": record}
         unread += [] if record else ["the inputs of some weights have no static range of their own: not kept"]
     elif names:
-        said = " and ".join(sorted(names - {""})) or "a scheme that fewbits has not"
-        unread.append(f"the inputs of weights are quantized in {said}: not kept")
+        found_schemes = " and ".join(sorted(names - {""})) or "a scheme that fewbits has not"
+        unread.append(f"the inputs of weights are quantized in {found_schemes}: not kept")
     if isinstance(given := config.get("kv_cache_scheme"), dict):
-        name = said_as(CACHES, given)
+        name = scheme_name(CACHES, given)
         record = _cache(name, inputs, places) if name is not None else None
-        found |= {} if record is None else {"kv_cache": record}
+        records |= {} if record is None else {"kv_cache": record}
         unread += [] if record else [f"the cache of keys and values is in {str(given)[:200]}: not kept"]
-    return found | ({"unread": unread} if unread else {})
+    return records | ({"unread": unread} if unread else {})
 
 
 def _activations(
@@ -78,7 +78,7 @@ def _activations(
 def _cache(name: str, modules: Iterable[str], places: Mapping[str, Place]) -> dict[str, Any] | None:
     """None unless every attention has both scales."""
     steps: dict[str, list[float]] = {}
-    for attention in dict.fromkeys(found[0] for module in modules if (found := cached_by(module))):
+    for attention in dict.fromkeys(cached[0] for module in modules if (cached := cached_by(module))):
         pair = [_number(places, f"{attention}.{part}_scale") for part in "kv"]
         if None in pair:
             return None

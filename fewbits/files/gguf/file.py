@@ -105,11 +105,11 @@ def map_gguf_tensor(tensor: GGUFTensor, rows: slice | None = None) -> torch.Tens
     start, stop, step = (rows or slice(None)).indices(height)
     if step != 1:
         raise FileError(f"{tensor.file}: {tensor.name!r}: rows are mapped with step 1, not {step}")
-    taken = max(stop - start, 0)
-    raw = map_bytes(tensor.file, tensor.offset + start * row_bytes, taken * row_bytes, tensor.name)
+    n_rows = max(stop - start, 0)
+    raw = map_bytes(tensor.file, tensor.offset + start * row_bytes, n_rows * row_bytes, tensor.name)
     if tensor.type_name not in PLAIN_TYPES:
-        return raw.view(taken, row_bytes)
-    shape = tensor.shape if rows is None else (taken, row_length)
+        return raw.view(n_rows, row_bytes)
+    shape = tensor.shape if rows is None else (n_rows, row_length)
     return view_as(raw, PLAIN_TYPES[tensor.type_name].torch, shape)
 
 

@@ -130,8 +130,8 @@ def _size_label(checkpoint: Checkpoint, experts: int) -> str:
 def _card(readme: Path | None) -> dict[str, str]:
     """`license` and `base_model` of a model card; the first where there are more."""
     known = card_fields(readme)
-    found = {field: known[field] for field in ("license", "base_model") if field in known}
-    return {field: value if isinstance(value, str) else value[0] for field, value in found.items()}
+    fields = {field: known[field] for field in ("license", "base_model") if field in known}
+    return {field: value if isinstance(value, str) else value[0] for field, value in fields.items()}
 
 
 def hyperparameter_keys(config: Mapping[str, Any], arch: Architecture) -> dict[str, GGUFValue]:
@@ -200,15 +200,15 @@ def _tokenizer(checkpoint: Checkpoint, pre: str | None) -> dict[str, GGUFValue]:
 def _special_ids(settings: Mapping[str, Any], config: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
     """bos, eos ... -> id: the tokenizer's own word first, then the config's."""
     index = {token: i for i, token in enumerate(tokens)}
-    found = {}
+    ids = {}
     for name in _SPECIAL:
         token = settings.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         number = index.get(token) if token is not None else config.get(f"{name}_token_id")
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and 0 <= number < len(tokens):
-            found[name] = number
-    return found
+            ids[name] = number
+    return ids
 
 
 def _adds_special(spec: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, bool]:

@@ -77,7 +77,7 @@ def _tensors(file: GGUFFile, arch: Architecture, config: Mapping[str, Any]) -> d
     """Every tensor of the file under its Hugging Face name; ModelError lists what does not fit."""
     loose = {**config, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default"}}
     entries = {entry.name: entry for entry in gguf_entries(arch, loose, every_name(arch, config))}
-    found: dict[str, LazyTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     faults = []
     for name, tensor in file.tensors.items():
         if name in _FACTORS:
@@ -88,9 +88,9 @@ def _tensors(file: GGUFFile, arch: Architecture, config: Mapping[str, Any]) -> d
         elif len(entry.sources) > 1 and (len(tensor.shape) != 3 or tensor.shape[0] != len(entry.sources)):
             faults.append(f"tensor {name!r} is {tensor.shape}, ({len(entry.sources)}, n, k) is needed")
         else:
-            found |= _sources(tensor, entry)
+            tensors |= _sources(tensor, entry)
     raise_all(ModelError, str(file.path), faults)
-    return found
+    return tensors
 
 
 def _sources(tensor: GGUFTensor, entry: GGUFEntry) -> dict[str, LazyTensor]:

@@ -243,10 +243,10 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFFile:
 def alignment_of(path: Path, values: Mapping[str, GGUFValue]) -> int:
     if "general.alignment" not in values:
         return DEFAULT_ALIGNMENT
-    found = values["general.alignment"].value
-    if type(found) is not int or found <= 0 or found & (found - 1):
-        raise FileError(f"{path}: general.alignment is {str(found)[:40]}, not a power of two; damaged file")
-    return found
+    alignment = values["general.alignment"].value
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise FileError(f"{path}: general.alignment is {str(alignment)[:40]}, no power of two; damaged file")
+    return alignment
 
 
 _Row = tuple[str, tuple[int, ...], int, int]  # name, shape, ggml type number, offset in the data

@@ -229,8 +229,8 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if len(types) != len(tokens):
         raise ModelError(f"{Keys.Tokenizer.TOKEN_TYPE} has {len(types)} entries for {len(tokens)} tokens")
     spec: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None}
-    found = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-    spec["added_tokens"] = [_added(i, tokens[i], types[i]) for i in range(len(tokens)) if types[i] in found]
+    special = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    spec["added_tokens"] = [_added(i, tokens[i], types[i]) for i in range(len(tokens)) if types[i] in special]
     spec |= builders[model](metadata, tokens, types)
     spec["post_processor"] = _post_processor(metadata, tokens, model)
     return spec

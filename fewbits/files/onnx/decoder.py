@@ -196,10 +196,10 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     """Those that config.json has (null and -1 are none); padding is an end of text where it has no own."""
     ends = config.get("eos_token_id")
     ends = [token for token in (ends if isinstance(ends, list) else [ends]) if _is_token(token)]
-    found = {key: config[key] for key in ("bos_token_id", "pad_token_id") if _is_token(config.get(key))}
+    tokens = {key: config[key] for key in ("bos_token_id", "pad_token_id") if _is_token(config.get(key))}
     if not ends:
-        return found
-    return {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": ends[0], **found}
+        return tokens
+    return {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": ends[0], **tokens}
 
 
 def _is_token(value: Any) -> bool:

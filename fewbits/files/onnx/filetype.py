@@ -103,19 +103,19 @@ class Onnx(Directory):
         assert isinstance(format, Affine)
         n, k = shape
         if format.cells.columns is None:
-            parts = (n,) if format.cells.rows == 1 else ()
+            cells = (n,) if format.cells.rows == 1 else ()
             codes = "i8" if format.zero == "none" else "u8"
-            sizes: list[tuple[int, ...]] = [(n, k), parts, parts]
+            sizes: list[tuple[int, ...]] = [(n, k), cells, cells]
         else:
             group, codes = format.cells.columns, "u8"
             groups = -(-k // group)
-            sizes = [
-                (n, groups, group * format.bits // 8),
-                (n * groups,),
-                (n * -(-groups * format.bits // 8),),
-            ]
-        found = [Array(f"{name}.codes", codes, sizes[0]), Array(f"{name}.scale", format.scale_type, sizes[1])]
-        return found + ([Array(f"{name}.zero", "u8", sizes[2])] if format.zero == "int" else [])
+            zeros = n * -(-groups * format.bits // 8)
+            sizes = [(n, groups, group * format.bits // 8), (n * groups,), (zeros,)]
+        parts = [("codes", codes), ("scale", format.scale_type), ("zero", "u8")]
+        parts = parts if format.zero == "int" else parts[:2]
+        return [
+            Array(f"{name}.{part}", dtype, size) for (part, dtype), size in zip(parts, sizes, strict=False)
+        ]
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         arrays = self.arrays("", q.format, q.shape)
@@ -154,22 +154,22 @@ class Onnx(Directory):
             for name, (kind, shape) in rows.items()
             if isinstance(kind, Format)
         }
-        said = json.dumps({"version": VERSION, "tensors": quantized})
-        graph = decoder_graph(config, rows, self.container(arrays)[1], DATA, said)
+        metadata = json.dumps({"version": VERSION, "tensors": quantized})
+        graph = decoder_graph(config, rows, self.container(arrays)[1], DATA, metadata)
         return {"config.json": config, GENAI: genai_config(config, rows, GRAPH), GRAPH: graph}
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
         """config: {"tensors": the rows of the metadata "fewbits"}."""
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
-        for name, held in NATIVE.find(config, places, faults).items():
-            fault = self.refusal(held.format, held.shape) if isinstance(held, QuantizedEntry) else None
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
+        for name, entry in NATIVE.find(config, places, faults).items():
+            fault = self.refusal(entry.format, entry.shape) if isinstance(entry, QuantizedEntry) else None
             if fault is None:
-                found[name] = held
+                entries[name] = entry
             else:
                 faults.append(f"tensor {name!r}: {fault}")
-        return found
+        return entries
 
 
 ONNX = Onnx()
@@ -180,13 +180,13 @@ def open_onnx(path: Path) -> Checkpoint:
     path = Path(path)
     config = read_json_object(path / "config.json")
     model = _parsed(path / GRAPH)
-    said = [prop.value for prop in model.metadata_props if prop.key == "fewbits"]
-    if len(said) != 1:
+    records = [prop.value for prop in model.metadata_props if prop.key == "fewbits"]
+    if len(records) != 1:
         raise FileError(
             f"{path / GRAPH}: was not written by fewbits; of other ONNX models the weights cannot be told "
             "apart from what the graph does with them: give the model directory that it was made of"
         )
-    index = parse_json_object(said[0].encode(), f"{path / GRAPH}: metadata 'fewbits'")
+    index = parse_json_object(records[0].encode(), f"{path / GRAPH}: metadata 'fewbits'")
     if index.get("version") != VERSION or not isinstance(index.get("tensors"), dict):
         raise FileError(
             f"{path / GRAPH}: version {str(index.get('version'))[:40]}, this program reads {VERSION}; use "
@@ -246,17 +246,17 @@ def _places(tensors: Iterable[Any], path: Path) -> dict[str, Place]:
 
 def _entry(tensor: Any, kinds: Mapping[int, str], faults: list[str]) -> Entry | None:
     """An initializer -> where it lies; or None, with what is wrong appended to `faults`."""
-    said, before = {entry.key: entry.value for entry in tensor.external_data}, len(faults)
+    fields, before = {entry.key: entry.value for entry in tensor.external_data}, len(faults)
     dtype, shape = kinds.get(tensor.data_type), tuple(tensor.dims)
     if dtype is None:
         faults.append(
             f"tensor {tensor.name!r}: type {tensor.data_type}; read are {', '.join(TYPES.values())}"
         )
-    if said.get("location") != DATA:
-        faults.append(f"tensor {tensor.name!r}: lies in {said.get('location', '')[:80]!r}; read is {DATA!r}")
+    if fields.get("location") != DATA:
+        faults.append(f"tensor {tensor.name!r}: lies in {fields.get('location', '')[:80]!r}, not in {DATA!r}")
     if len(shape) > MAX_DIMS or any(size < 0 for size in shape):
         faults.append(f"tensor {tensor.name!r}: shape {str(shape)[:80]} is not a list of sizes")
-    where = [said.get(key, "") for key in ("offset", "length")]
+    where = [fields.get(key, "") for key in ("offset", "length")]
     if not all(value.isascii() and value.isdecimal() and len(value) < 20 for value in where):
         faults.append(f"tensor {tensor.name!r}: offset and length {str(where)[:80]} are no bytes")
     if dtype is None or len(faults) > before:

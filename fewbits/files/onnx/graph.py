@@ -191,11 +191,11 @@ def _mlp(g: Graph, x: str, block: str) -> str:
 
 
 def decoder_graph(
-    config: Mapping[str, Any], rows: Mapping[str, Stored], entries: Sequence[Entry], data: str, said: str
+    config: Mapping[str, Any], rows: Mapping[str, Stored], entries: Sequence[Entry], data: str, metadata: str
 ) -> bytes:
     """The model.onnx of these tensors, whose arrays lie in the file `data` as `entries` say.
 
-    said: JSON, kept as metadata under "fewbits". PlanError for what the graph cannot say.
+    metadata: JSON, stored in the model's metadata as "fewbits". PlanError for what the graph cannot express.
     """
     decoder = decoder_of(config)
     check_rows(decoder, rows)
@@ -219,7 +219,7 @@ def decoder_graph(
     opsets = [g.helper.make_opsetid("", OPSET), g.helper.make_opsetid("com.microsoft", 1)]
     model = g.helper.make_model(graph, opset_imports=opsets, ir_version=IR)
     model.producer_name, model.producer_version = "fewbits", VERSION
-    g.helper.set_model_props(model, {"fewbits": said})
+    g.helper.set_model_props(model, {"fewbits": metadata})
     return bytes(model.SerializeToString(deterministic=True))
 
 
