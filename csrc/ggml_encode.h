@@ -1,4 +1,4 @@
-// Encoding blocks of one type: fit sixteen groups at a time, code their scales, round, pack.
+// Encodes blocks of one type: fits sixteen groups at a time, codes their scales, rounds, packs.
 // Reference: fit_values and below in fewbits/formats/ggml_fit.py.
 #pragma once
 
@@ -16,7 +16,7 @@ inline float exponent_scale(int e) {
     return f;
 }
 
-// A one-level type gets the brief scan unless importances say that the squared error matters much.
+// A one-level type gets the brief scan unless there are importances.
 template <class T, bool WEIGHTED>
 using EvenOf = Even<-T::zero, T::top - T::zero, T::two_level || WEIGHTED ? SCALE_CANDIDATES : BATCH>;
 
@@ -148,7 +148,7 @@ void code_scales_affine(const Tile<T::group>& t, bool search, Groups& g, float* 
     }
 }
 
-// floor(log2(amax)) - 2 as the MX specification has it, and its neighbours where they do better.
+// floor(log2(amax)) - 2 as in the MX specification, or a better neighbour.
 template <class T, bool WEIGHTED>
 void fit_exponent(const Tile<T::group>& t, bool search, uint8_t* exponent) {
     F best = splat(-INFINITY), amax = {};
@@ -176,7 +176,7 @@ void fit_exponent(const Tile<T::group>& t, bool search, uint8_t* exponent) {
     }
 }
 
-// Codes are small integers held in floats until here.
+// Up to here codes are small integers stored as floats.
 INLINE void store_bytes(F q, uint8_t* out) {
     typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
     for (int p = 0; p < PARTS; ++p) {

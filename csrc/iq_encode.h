@@ -1,4 +1,4 @@
-// Encoding IQ blocks, sixteen groups at a time. Reference: fewbits/formats/iq_fit.py, which says how.
+// Encodes IQ blocks, sixteen groups at a time. Reference: fewbits/formats/iq_fit.py.
 #pragma once
 
 #include "iq_search.h"
@@ -8,7 +8,7 @@ namespace FEWBITS_ISA {
 constexpr int IQ_ROUNDS = 2;
 constexpr float IQ_DELTA = 0.125f;
 
-// Sixteen groups: weights with their signs taken off, importances, their products; sign masks of vectors.
+// Sixteen groups: weights without their signs, importances, their products; sign masks of vectors.
 template <class T>
 struct IqTile {
     F x[T::group], w[T::group], wx[T::group];
@@ -17,7 +17,7 @@ struct IqTile {
 
 // The best points under a scale: by lane their places, levels and shifts.
 template <class T>
-struct IqFound {
+struct IqPoints {
     float place[T::group / T::dim][LANES], shift[T::group / 8][LANES];
     F level[T::group], cross, square;
 };
@@ -52,10 +52,10 @@ void take_signs(IqTile<T>& t) {
 
 // -1/8 or 1/8 of the vector, by lane.
 template <class T>
-INLINE F lift(const IqFound<T>& f, int vector) { return (1.0f - 2.0f * load(f.shift[vector])) * IQ_DELTA; }
+INLINE F lift(const IqPoints<T>& f, int vector) { return (1.0f - 2.0f * load(f.shift[vector])) * IQ_DELTA; }
 
 template <class T>
-void points_of_shifts(const IqTile<T>& t, F scale, IqFound<T>& f) {
+void points_of_shifts(const IqTile<T>& t, F scale, IqPoints<T>& f) {
     constexpr int EACH = T::shift / 8;
     F place[2][EACH], cost[2][EACH];
     for (int first = 0; first < T::group / 8; first += EACH) {
@@ -78,7 +78,7 @@ void points_of_shifts(const IqTile<T>& t, F scale, IqFound<T>& f) {
 
 // The points under a scale; and the shifts, unless the earlier ones are kept.
 template <class T>
-void points_of(const IqTile<T>& t, F scale, IqFound<T>& f, bool shifts) {
+void points_of(const IqTile<T>& t, F scale, IqPoints<T>& f, bool shifts) {
     if (T::shift != 0 && shifts) {
         if constexpr (T::shift != 0) points_of_shifts<T>(t, scale, f);
     } else {
@@ -110,7 +110,7 @@ void points_of(const IqTile<T>& t, F scale, IqFound<T>& f, bool shifts) {
 }
 
 template <class T>
-F fit_scales(const IqTile<T>& t, bool search, IqFound<T>& f) {
+F fit_scales(const IqTile<T>& t, bool search, IqPoints<T>& f) {
     F edge = vmax(t.x[0], -t.x[0]);
     for (int i = 1; i < T::group; ++i) edge = vmax(vmax(t.x[i], -t.x[i]), edge);
     F scale = edge / splat(Known<T>::last), best = {};
@@ -129,9 +129,9 @@ inline float nearest_odd(float scale, float unit, int hi) {
     return clamp(half, 0.0f, float((hi - 1) / 2)) * 2.0f + 1.0f;
 }
 
-// Codes the scales by lane -> d of each block and the odd integer of each group.
+// Scales by lane -> d of each block and the odd integer of each group.
 template <class T>
-void code_scales(const IqTile<T>& t, F fitted, bool search, IqFound<T>& f, float* d, float* odd) {
+void code_scales(const IqTile<T>& t, F fitted, bool search, IqPoints<T>& f, float* d, float* odd) {
     constexpr int N = T::groups, BLOCKS = LANES / N, HI = T::scale_hi;
     for (int b = 0; b < BLOCKS; ++b) {
         float most = fitted[b * N];
@@ -157,7 +157,7 @@ void code_scales(const IqTile<T>& t, F fitted, bool search, IqFound<T>& f, float
 }
 
 template <class T>
-void fill_block(const IqTile<T>& t, const IqFound<T>& f, const float* odd, int at, IqBlock& b) {
+void fill_block(const IqTile<T>& t, const IqPoints<T>& f, const float* odd, int at, IqBlock& b) {
     for (int j = 0; j < T::groups; ++j) {
         int lane = at * T::groups + j;
         b.scale[j] = uint8_t((int(odd[lane]) - 1) / 2);
@@ -171,11 +171,11 @@ void fill_block(const IqTile<T>& t, const IqFound<T>& f, const float* odd, int a
     }
 }
 
-// LANES groups of x -> blocks. w: importances, or null where all count alike.
+// LANES groups of x -> blocks. w: importances, or null if all are equal.
 template <class T>
 void encode_lattice(const float* x, const float* w, bool search, int blocks, uint8_t* out) {
     IqTile<T> t;
-    IqFound<T> f;
+    IqPoints<T> f;
     transpose<T::group>(x, t.x);
     if (w) transpose<T::group>(w, t.w);
     else for (int i = 0; i < T::group; ++i) t.w[i] = splat(1.0f);

@@ -1,5 +1,5 @@
 // The IQ types as rows, the same as IQ_TYPES in fewbits/formats/iq.py, which explains them. Their lattices
-// come from there at run time (`register_table`), so that no table is written twice.
+// come from there at run time (`register_table`), so that each table exists once.
 #pragma once
 
 #include "lanes.h"

@@ -1,5 +1,5 @@
-// The search of block parameters for sixteen groups at a time: fewbits/formats/search.py says what it
-// does and is its reference, bit for bit. Sums run from the first weight of a group to its last.
+// The search of scales and offsets for sixteen groups at a time. Reference, equal to it bit for bit:
+// fewbits/formats/search.py. Sums run from the first weight of a group to its last.
 #pragma once
 
 #include "lanes.h"
@@ -13,14 +13,14 @@ constexpr double COARSE_MARGINS[SCALE_CANDIDATES] = {0.4, 1.2, 1.8, 0.0, 0.8, 2.
 constexpr double AFFINE_MARGINS[AFFINE_CANDIDATES] = {0.0, -1.8, -1.5, -1.2, -0.9, -0.6, -0.3, 0.3, 0.6};
 constexpr double TABLE_MARGINS[SCALE_CANDIDATES] = {0.0, -0.12, -0.08, -0.04, 0.04, 0.08};
 
-// Sixteen groups: weights, and importances where WEIGHTED.
+// Sixteen groups: weights, and importances if WEIGHTED.
 template <int GROUP>
 struct Tile {
     F x[GROUP];
     F w[GROUP];
 };
 
-// Levels of an evenly spaced grid; the first SCANNED candidates are tried, in a brief scan that is all.
+// Levels of an evenly spaced grid; the first SCANNED candidates are tried, in a brief scan no others.
 template <int LO, int HI, int SCANNED>
 struct Even {
     static constexpr int scanned = SCANNED, rounds = SCANNED < SCALE_CANDIDATES ? 0 : SCALE_ROUNDS;

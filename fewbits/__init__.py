@@ -1,5 +1,5 @@
-"""fewbits makes large language models small: it reads a checkpoint, quantizes it, measures what that
-cost, writes the file that the user's runtime loads, and runs it.
+"""fewbits quantizes large language models: it reads a checkpoint, quantizes it, measures the loss, writes the
+file that the user's runtime loads, and runs it.
 
     import fewbits
 

@@ -28,7 +28,8 @@ def read_table() -> dict[str, tuple[set[str], set[str]]]:
     rows = text.split("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {
-        top_module(package.strip("`")): (set(ours.split()), set(others.split())) for package, _, ours, others in cells
+        top_module(package.strip("`")): (set(ours.split()), set(others.split()))
+        for package, _, ours, others in cells
     }
 
 

@@ -206,7 +206,7 @@ def test_rows_written_twice_are_dropped_and_it_ends(plain, monkeypatch):
     assert rows == [list(range(32))]
     assert "rows of 32 tokens dropped as duplicates" in notes[0]
     found = read_tokens(plain, "self", 128, context=32)
-    assert found.windows.shape == (1, 32) and "holds 32 tokens, 128 were asked for" in found.notes[-1]
+    assert found.windows.shape == (1, 32) and "holds 32 tokens, 128 were requested" in found.notes[-1]
 
 
 def test_heads_are_ordinary_tokens(model):

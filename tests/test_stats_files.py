@@ -82,7 +82,7 @@ def test_a_merge_says_what_only_one_side_knew():
     for both in (merge(full, diagonal), merge(diagonal, full)):
         assert both.knows == {"absmax", "mean_square"}
         (note,) = both.notes
-        assert note == "hessian is known of only one of the merged statistics, so it is unknown of the merge"
+        assert note == "hessian is in only one of the merged statistics, so the result does not have it"
         assert all(both.of(site).hessian is None for site in both.sites)
 
 

@@ -1,4 +1,4 @@
-"""A linear layer in integers only: int8 in, int8 out, no float in between.
+"""A linear layer in integer arithmetic: int8 in, int8 out, no floats.
 
     acc = sum_k (w - zero_w) (x - zero_x) + bias                   int32
         = sum w x - zero_x sum w - zero_w sum x + k zero_w zero_x + bias
@@ -11,7 +11,7 @@ doubling high multiply* by M0 (the high half of 2 acc M0), then a *rounding righ
                                                   a = b = -2^31 would give 2^31: it gives 2^31 - 1
     shift(a, n) = a / 2^n to nearest, ties away from zero
 
-Where M >= 1, n is negative: acc is shifted left first, saturating at int32.
+If M >= 1, n is negative: acc is shifted left first, saturating at int32.
 
 Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
 Inference (arXiv 1712.05877), sections 2.2 to 2.4; the two roundings are those of its gemmlowp.
@@ -29,7 +29,7 @@ from .quantizers import Affine
 
 LOW, HIGH = -(2**31), 2**31 - 1  # int32
 # Columns: each |w x| <= 2^14, and f32 adds integers exactly up to 2^24. An int8 is exact in bf16 and TF32
-# too, so torch's faster modes of f32 products change nothing.
+# too, so torch's faster modes of f32 products give the same result.
 EXACT = 1024
 
 
@@ -38,7 +38,7 @@ class IntegerLinear:
     """weight `(n, k)` int8; bias `(n,)` int32 with scale scale_w * scale_x; multiplier `(n,)` int32 and shift
     `(n,)` int64: M of each row. Zero points lie in int8.
 
-    Raises KernelError for a row whose accumulator could leave int32, and parts that do not fit together.
+    Raises KernelError for a row whose accumulator could overflow int32, and for parts that do not match.
     """
 
     weight: torch.Tensor
@@ -107,7 +107,7 @@ class IntegerLinear:
         return (scaled + self.zero_y).clamp(-128, 127).to(torch.int8)
 
     def accumulate(self, x: torch.Tensor) -> torch.Tensor:
-        """`(t, k)` int8 -> `(t, n)` int32, zero points taken off and bias added."""
+        """`(t, k)` int8 -> `(t, n)` int32, zero points subtracted and bias added."""
         if x.ndim != 2 or x.shape[1] != self.weight.shape[1] or x.dtype != torch.int8:
             raise KernelError(
                 f"integer linear: input is {tuple(x.shape)} {x.dtype}, "
@@ -123,8 +123,8 @@ class IntegerLinear:
 def fixed_point(real: float) -> tuple[int, int]:
     """A positive number -> M0 in [2^30, 2^31) and n, with M0 / 2^31 * 2^-n nearest to it.
 
-    Below 2^-32, where every int32 comes to 0, -> (0, 0). Raises KernelError for what is not positive,
-    and from 2^31 on.
+    Below 2^-32, where every int32 becomes 0, -> (0, 0). Raises KernelError for numbers that are not
+    positive, and from 2^31 on.
     """
     if not 0 < real < 2.0**31:
         raise KernelError(f"the multiplier {real:g} of a layer must lie above 0 and below 2^31")
@@ -157,7 +157,7 @@ def right_shift(a: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`(t, k)` int8, `(n, k)` int8 -> x weight^T `(t, n)` int32, exact.
 
-    On CUDA torch's own int8 product where its shapes allow it (more than 16 rows, multiples of 8);
+    On CUDA torch's own int8 product if the shapes allow it (more than 16 rows, multiples of 8);
     else f32 products of 1024 columns, which f32 adds exactly in any order, summed as int32.
     """
     t, k = x.shape

@@ -1,4 +1,4 @@
-"""A quantized key-value cache, simulated exactly: every token reads what a decoder would read.
+"""A quantized KV cache, simulated exactly: every token reads the same values as in a decoder.
 
 A cached key or value (b, heads, t, d) is cut into groups. Each group stores a scale and an offset (its
 smallest value), both f16, and codes of few bits:
@@ -15,19 +15,18 @@ smallest value), both f16, and codes of few bits:
     fp8    the whole tensor        the whole tensor        0                        8
 
 int2 is KIVI (arXiv 2402.02750). A few channels of the keys are large in every token, so each channel has
-its own scale. A group of keys is stored once its last token has come. The newest tokens are read the most
+its own scale. A group of keys is quantized once its last token is there. The newest tokens are read the most
 and stay in float.
 
 fp8 is the scheme of vLLM: e4m3 with one scale for all keys of a block and one for all values. Both are
 fixed before the model runs (`ranges`): value = e4m3(x / scale) * scale, scale = largest |x| / 448.
 
-With n tokens in the cache (its own included), a query reads tokens 0 ... n - residual - 1 quantized,
-for keys only as far as their groups are complete, and the rest in float. That depends on the query, so
-scores are computed from both versions of the keys and each query picks its own. A whole window through
-`attention` thus equals its tokens one by one, each reading a cache with all before it. (A real engine
-computes a prompt in float and then stores it; its prompt is better, its continuation the same.) Tokens
-are counted from the first that a layer holds: where a sliding window has dropped some, groups of keys
-start at the oldest one left.
+With n tokens in the cache (including its own), a query reads tokens 0 ... n - residual - 1 quantized, keys
+only in complete groups, and the rest in float. This depends on the query, so scores are computed from both
+versions of the keys and each query selects its own. A whole window through `attention` therefore equals its
+tokens one by one. (A real engine computes a prompt in float and then stores it; its prompt is better, its
+continuation the same.) Tokens are counted from the first in a layer's cache: after a sliding window has
+dropped some, groups of keys start at the oldest remaining one.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from ..blocks.simulate import changed_attention
 from ..errors import CalibrationError, ModelError, PlanError
 from ..registry import Registry
 
-QUERIES_AT_ONCE = 256  # bounds the scores held: heads x 256 x tokens
+QUERIES_AT_ONCE = 256  # limits the scores in memory: heads x 256 x tokens
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 Steps = tuple[float, float]  # of keys, of values
 
@@ -71,7 +70,7 @@ class Cache:
         return (self.bits + 32 / self.group + per_token) / 2 if self.keys_per_channel else per_token
 
     def quantized(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens in the cache, int64 -> how many of their keys and of their values are read quantized."""
+        """Tokens in the cache, int64 -> how many of their keys and values are read quantized."""
         old = (tokens - self.residual).clamp(min=0)
         return old - old % self.group if self.keys_per_channel else old, old
 
@@ -117,7 +116,7 @@ def per_channel(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
 
 
 def attention(cache: Cache, scales: Sequence[Steps] = ()) -> Callable[..., torch.Tensor]:
-    """-> a function with the arguments of torch's scaled_dot_product_attention that reads such a cache.
+    """-> a function with the arguments of torch's scaled_dot_product_attention that uses such a cache.
 
     scales: one pair for each attention, in the order in which they run; for a `fixed` cache only.
     """
@@ -209,7 +208,7 @@ def _read(
     bias: torch.Tensor,
     present: torch.Tensor,
 ) -> torch.Tensor:
-    """Some queries, scaled, against keys and values in float and as stored."""
+    """Some queries, scaled, against keys and values in float and quantized."""
     key, stored_key, value, stored_value = both
     index = torch.arange(key.shape[-2], device=key.device)
     old_keys, old_values = (index < edge[:, None] for edge in cache.quantized(present))
@@ -221,7 +220,7 @@ def _read(
 def _bias(
     mask: torch.Tensor | None, causal: bool, rows: torch.Tensor, tokens: int, query: torch.Tensor
 ) -> torch.Tensor:
-    """What to add to the scores: `(..., queries, tokens)` in the query's type."""
+    """The mask as a term of the scores: `(..., queries, tokens)` in the query's type."""
     if causal:
         mask = torch.arange(tokens, device=rows.device) <= rows[:, None]
     if mask is None:

@@ -1,20 +1,20 @@
-"""Quantized activations: what the bits of a linear layer's input mean.
+"""Quantized activations: the schemes for the input of a linear layer.
 
     x (t, k)  the inputs of one weight (n, k), one row a token
 
-    dynamic   each row has its own scale, from the row itself: nothing to calibrate, costs a pass over x
-    static    one scale for the whole tensor, fixed beforehand from an observer's range
+    dynamic   each row has its own scale, computed from the row: no calibration, but a pass over x
+    static    one scale for the whole tensor, fixed by calibration (observers.py)
 
     symmetric    code = round(x / scale)            -127 ... 127        scale = largest |x| / 127
     asymmetric   code = round(x / scale) + zero     -128 ... 127        scale = (high - low) / 255
     fp8          code = e4m3(x / scale)             largest 448         scale = largest |x| / 448
 
-An asymmetric range always contains 0, so that 0 has a code. Rounding is to nearest, ties to even; what
-lies outside a static range is clipped. int4: -7 ... 7 and -8 ... 7.
+An asymmetric range always contains 0, so that 0 has a code. Rounding is to nearest, ties to even; values
+outside a static range are clipped. int4: -7 ... 7 and -8 ... 7.
 
 Sources: Nagel et al., A White Paper on Neural Network Quantization (arXiv 2106.08295), section 2; FP8
-Formats for Deep Learning (arXiv 2209.05433). Codes are simulated: they are computed exactly, but held
-as floats, so that an input that is not finite stays visible instead of becoming some integer.
+Formats for Deep Learning (arXiv 2209.05433). Codes are simulated: they are exact, but stored as
+floats, so that an input that is not finite remains visible.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A scheme and, for a static one, its scale and zero point. Called, it quantizes and goes back."""
+    """A scheme and, for a static one, its scale and zero point. A call quantizes and dequantizes."""
 
     scheme: Scheme
     affine: Affine | None = None
@@ -85,7 +85,7 @@ def parse(name: str) -> Scheme:
 
 
 def fit(x: torch.Tensor, scheme: Scheme) -> Affine:
-    """`(..., k)` -> scale and zero point `(..., 1)` of each row: what `dynamic` means."""
+    """`(..., k)` -> scale and zero point `(..., 1)` of each row (a dynamic scheme)."""
     low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
     return scheme.affine(low, high)
 
@@ -99,9 +99,9 @@ def quantize(x: torch.Tensor, scheme: Scheme, affine: Affine) -> torch.Tensor:
 
 
 def quantize_dequantize(x: torch.Tensor, scheme: Scheme, affine: Affine | None = None) -> torch.Tensor:
-    """`(..., k)` float -> the same shape and type, as the codes can hold it.
+    """`(..., k)` float -> quantized and dequantized, in the same shape and type.
 
-    affine: the fixed scale of a static scheme. Raises CalibrationError where that is missing.
+    affine: the fixed scale of a static scheme. Raises CalibrationError if that is missing.
     """
     if affine is None:
         if not scheme.dynamic:

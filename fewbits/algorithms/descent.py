@@ -5,12 +5,12 @@ For the loss tr((q - t) H (q - t)^T) (see hessian.py) let G = (q - t) H, half it
     codes      with all other columns fixed, column j is best at q_j - G_j / H_jj; rounding that to the
                grid is the exact minimum, since the loss is a parabola in q_j
     scales     with the codes fixed, q = D s is linear in the scales and offsets s of a row's groups, so the
-               best change of s solves (D^T H D) ds = -D^T G: some numbers a row, solved for all rows
+               best change of s solves (D^T H D) ds = -D^T G: a small system per row, solved for all rows
 
-One round goes through the column blocks of the format (the columns whose bytes can be packed alone) from
-left to right: refit the scales of a block, then recode its columns. A refit is kept for the rows whose loss
-it lowers once the parameters are stored in their few bits. Rounds go on until one gains less than
-LEAST_GAIN. The loss never rises, so this may follow any algorithm on any format.
+One round goes through the column blocks of the format (the columns whose bytes can be packed alone) from left
+to right: refit the scales of a block, then recode its columns. A refit is kept for the rows whose loss it
+lowers with the parameters as stored. Rounds continue until one gains less than LEAST_GAIN. The loss never
+rises, so this may follow any algorithm on any format.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def solve_scales(
             rows.append(torch.cat([grid.sums(reach * right) for right in kinds], 1))
     square = torch.stack(rows, 1)
     slope = torch.cat([grid.sums(gradient * kind) for kind in kinds], 1)
-    # A group whose levels are all zero has no say: its scale stays. The ridge is a few ulps of f32.
+    # A group whose levels are all zero keeps its scale. The ridge is a few ulps of f32.
     diagonal = square.diagonal(dim1=1, dim2=2)
     diagonal.copy_(torch.where(diagonal > 0, diagonal * (1 + 1e-6), 1.0))
     solution, _ = torch.linalg.solve_ex(square, -slope)
@@ -139,12 +139,13 @@ def solve_scales(
 
 
 def rows_alone(format: Format) -> bool:
-    """Whether every plane belongs to one row, so that a row may be exchanged for another."""
+    """Whether every plane belongs to one row, so that rows can be exchanged."""
     return all(plane.rows == 1 and plane.flat is None for plane in format.planes)
 
 
 def exchangeable(a: QTensor, b: QTensor) -> bool:
-    """Whether rows of a may stand in b: what all rows share, such as the groups of columns, is the same."""
+    """Whether rows of a can replace rows of b: data shared by all rows, such as the groups of columns, is
+    equal."""
     if any(plane.flat is not None or plane.rows not in (1, None) for plane in a.format.planes):
         return False
     shared = [plane.name for plane in a.format.planes if plane.rows is None]
@@ -170,7 +171,7 @@ def where_rows(first: torch.Tensor, a: QTensor, b: QTensor) -> QTensor:
 
 
 def join_rows(parts: list[QTensor]) -> QTensor:
-    """Parts of a weight, some rows each; what all rows share is the same in all parts."""
+    """Parts of a weight by rows -> the weight; data shared by all rows is equal in all parts."""
     if len(parts) == 1:
         return parts[0]
     planes = {

@@ -1,7 +1,7 @@
 """HQQ: half-quadratic quantization, robust to outliers without data.
 
-Instead of squared errors, sum |w - q|^p with p < 1 is minimized: most weights near their values, a few
-outliers left alone. Half-quadratic splitting gives the errors their own variable e and alternates
+Instead of squared errors, sum |w - q|^p with p < 1 is minimized: most weights end near their values, a few
+outliers do not. Half-quadratic splitting gives the errors their own variable e and alternates
 
     e <- shrink(w - q) = sign(w - q) max(0, |w - q| - |w - q|^(p-1) / beta)     the outliers' share
     offset <- mean of (w - e) - scale * level over each group                     in closed form
@@ -74,7 +74,7 @@ Groups = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def refit_robust(x: torch.Tensor, grid: Grid, norm: float, beta: float) -> Grid:
-    """One alternation: -> the grid refitted to x `(n, k)` less its outlying errors."""
+    """One alternation: -> the grid refitted to x `(n, k)` without its outlier errors."""
     n, k = x.shape
     codes = grid.round(x)
     scale, offset = grid.groups(n)

@@ -1,4 +1,4 @@
-"""`fewbits calibrate`: run a text through the float model, keep what its weights read."""
+"""`fewbits calibrate`: run a text through the float model and save activation statistics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..workflow.text import reader
 from .options import streaming_of, text_arguments
 from .progress import StageProgress
 
-EXAMPLES = """Runs the model block by block over the text and writes what error-aware methods need:
+EXAMPLES = """Runs the model block by block over the text and saves statistics of the inputs of its weights:
 
   .safetensors    magnitudes, mean squares and Hessians, for --method gptq or weighted
   .gguf, .dat     mean squares, llama.cpp's importance matrix, for --method weighted or llama-quantize
@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FILE", required=True, help="stats.safetensors, imatrix.gguf or .dat"
     )
     parser.add_argument(
-        "--no-hessian", action="store_true", help="mean squares only: a small file (.gguf and .dat: always)"
+        "--no-hessian", action="store_true", help="save mean squares only (.gguf and .dat always do)"
     )
     parser.add_argument(
         "--merge", action="append", default=[], type=Path, metavar="FILE",
@@ -86,9 +86,9 @@ def run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _prepared(out: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Path]:
-    """All that can be refused before the work -> an empty folder beside the output, removed afterwards."""
+    """Check the output path -> an empty folder beside it, which is removed afterwards."""
     if out.suffix not in SUFFIXES:
-        raise PlanError(f"--out {out}: its suffix says what is written; use {', '.join(SUFFIXES)}")
+        raise PlanError(f"--out {out}: unknown suffix; use {', '.join(SUFFIXES)}")
     if out.is_dir():
         raise FileError(f"{out}: is a directory; name a file")
     if out.exists() and not overwrite:
@@ -108,8 +108,8 @@ def _prepared(out: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Pa
 
 @dataclass(frozen=True)
 class _Row:
-    """Inputs that stand at the same place of their blocks. tokens: the fewest that one of them saw.
-    short: how many saw fewer than `needed`."""
+    """Inputs at the same place of their blocks. tokens: the smallest count of one input. short: the number
+    of inputs with fewer tokens than `needed`."""
 
     place: str
     columns: int

@@ -1,4 +1,4 @@
-"""`fewbits inspect`: what is in this file."""
+"""`fewbits inspect`: the tensors, types and metadata of a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST = 60
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--json", action="store_true", help="print as JSON")
-    parser.add_argument("--no-tensors", action="store_true", help="leave the list of tensors out")
+    parser.add_argument("--no-tensors", action="store_true", help="do not list the tensors")
 
 
 def run(options: argparse.Namespace) -> int:

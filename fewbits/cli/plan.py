@@ -1,4 +1,4 @@
-"""`fewbits plan`: what a quantization will give and take, before any work."""
+"""`fewbits plan`: size, memory, time and engines of a quantization before it runs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..workflow.text import stand_in, with_text, writes_text
 from .options import method_arguments, options_of, type_arguments
 from .units import gib
 
-EXAMPLES = """Reads headers, and measures this machine for a second or two. Sizes are exact, memory is a
-bound, times are rough; tokens/s are what memory bandwidth allows at most.
+EXAMPLES = """Reads headers and measures this machine for a second or two. Sizes are exact, memory is an
+upper bound, times are rough, tokens/s are the limit set by memory bandwidth.
 
---engine NAME[=VERSION] makes an engine that cannot load the result exit code 3 (llama.cpp=b4000: that build,
-installed or not); so does --memory N, if running the result needs more.
+The exit code is 3 if --engine NAME[=VERSION] cannot load the result (llama.cpp=b4000: that build, installed
+or not), or if running the result needs more than --memory.
 
 examples:
   fewbits plan ./Llama-3.2-1B --to q4_k_m --context 8192 --batch 4
@@ -36,7 +36,7 @@ NOT = 3
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?")
     type_arguments(parser)
-    parser.add_argument("--params", type=float, metavar="N", help="no model: bytes of N parameters by format")
+    parser.add_argument("--params", type=float, metavar="N", help="without MODEL: bytes of N parameters")
     parser.add_argument("--json", action="store_true", help="print as JSON")
     result = parser.add_argument_group("running the result")
     result.add_argument(
@@ -47,11 +47,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     result.add_argument(
         "--engine", action="append", default=[], metavar="NAME[=VERSION]", help="must load it; repeatable"
     )
-    result.add_argument("--memory", type=gib, metavar="GIB", help="must suffice to run it")
+    result.add_argument("--memory", type=gib, metavar="GIB", help="memory limit for running the result")
     method_arguments(parser)
     text = parser.add_argument_group("calibration")
-    text.add_argument("--calibrate", metavar="SOURCE", help="as for quantize; a text is not read")
-    text.add_argument("--tokens", type=int, metavar="N", help="how many (default 32768)")
+    text.add_argument("--calibrate", metavar="SOURCE", help="as in quantize; text is not read")
+    text.add_argument("--tokens", type=int, metavar="N", help="number of tokens (default 32768)")
     text.add_argument("--activation-memory", type=gib, default="2", metavar="GIB", help="(default 2)")
     parser.set_defaults(context=None, seed=None, scratch=None, device="cpu", compute="auto")
 
@@ -169,7 +169,7 @@ def engine_table(report: Preflight) -> str:
 def show_parameters(options: argparse.Namespace) -> int:
     """--params: bytes by format, of a number alone."""
     if options.model is not None or options.to is not None:
-        raise PlanError("--params speaks of no model; leave MODEL and --to out")
+        raise PlanError("--params needs no model; leave out MODEL and --to")
     if not isfinite(options.params) or options.params < 1:
         raise PlanError(f"--params {options.params:g}: at least 1 parameter")
     sizes = parameters(options.params)

@@ -5,17 +5,17 @@
     <module>.weight.quant_map        f32 (16,)            the levels
     <module>.weight.quant_state.bitsandbytes__nf4         u8: JSON with quant_type, blocksize, dtype, shape
 
-    double quantization: absmax is u8 and there are besides
+    double quantization: absmax is u8, with two more arrays
     <module>.weight.nested_absmax    f32 (blocks / 256,)
     <module>.weight.nested_quant_map f32 (256,)           and nested_offset in the JSON
 
     <module>.weight                  i8 (n, k)            w = weight * SCB / 127
     <module>.SCB                     f32 (n,)
-    <module>.weight_format           u8 ()                0: by rows, the only one that is still read
+    <module>.weight_format           u8 ()                0: by rows, the only one that is supported
 
-The JSON may end in spaces: the offset is known only with the weight, so room is left for its digits. dtype is
-what the package decodes to; ours is the model's. Blocks that run over the end of a row, and levels that are
-not the package's own, open as floats.
+The JSON may end in spaces, which reserve the digits of the offset, because it is known only with the weight.
+dtype is the type that the package decodes to; fewbits uses the model's. Blocks that continue in the next row,
+and levels that are not the package's own, open as floats.
 
 Source: bitsandbytes 0.50.2, functional.py (QuantState) and nn/modules.py; transformers 5.23, quantizers/ and
 integrations/bitsandbytes.py.
@@ -65,12 +65,12 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 STATE = re.compile(r"(?P<module>.+)\.weight\.quant_state\.bitsandbytes__(?P<levels>nf4|fp4)")
 STATE_LIMIT = 65536  # bytes of JSON
-DIGITS = 24  # the longest a number is written
+DIGITS = 24  # longest decimal number
 
 
 @dataclass(frozen=True)
 class BitsAndBytes(Directory):
-    """dtype: what the package is told to decode to, and to compute in."""
+    """dtype: the type in which the package decodes and computes."""
 
     dtype: str = "float32"
     name = "bitsandbytes"
@@ -123,7 +123,7 @@ class BitsAndBytes(Directory):
         return *arrays, torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
     def _state(self, format: Format, shape: Shape, offset: float | None) -> bytes:
-        """quant_state as JSON, as long for any offset."""
+        """quant_state as JSON, of the same length for any offset."""
         state: dict[str, Any] = {"quant_type": _levels(format), "blocksize": format.block}
         state |= {"dtype": self.dtype, "shape": list(shape)}
         if not isinstance(format, DoubleQuantized):
@@ -166,7 +166,7 @@ class BitsAndBytes(Directory):
         matrices = [name for name, (_, shape) in rows.items() if len(shape) == 2 and module_of(name) != name]
         left = [module_of(name) for name in matrices if name not in quantized]
         if not any(role_of(name) == "output" for name in matrices):
-            left.append("lm_head")  # tied to the embeddings, so no tensor of its own
+            left.append("lm_head")  # tied to the embeddings, so not a separate tensor
         settings = {
             "quant_method": self.method,
             "load_in_4bit": four,
@@ -238,7 +238,7 @@ class BitsAndBytes(Directory):
         places: Mapping[str, Place],
         faults: list[str],
     ) -> QuantizedEntry | FloatEntry | None:
-        """One NF4 or FP4 weight, as its quant_state says it is."""
+        """One NF4 or FP4 weight, described by its quant_state."""
         name, before = f"{module}.weight", len(faults)
         key = f"{name}.quant_state.bitsandbytes__{levels}"
         nested = f"{name}.nested_absmax" in places
@@ -270,7 +270,7 @@ class BitsAndBytes(Directory):
         entry = QuantizedEntry(format, (n, k), arrays=tuple(arrays))
         whole = all(stands(array, places) for array in arrays)
         if not whole or (k % block == 0 and _own_levels(levels, nested, arrays, places)):
-            return entry  # what is not whole is told when it is opened
+            return entry  # what is not whole is reported when it is opened
         keys = tuple(array.key for array in arrays)
         return FloatEntry((n, k), keys, lambda parts: _decode((n, k), block, state, parts))
 
@@ -278,7 +278,7 @@ class BitsAndBytes(Directory):
 def _decode(
     shape: Shape, block: int, state: Mapping[str, Any], parts: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Any levels, blocks over the ends of rows: what the package does."""
+    """Decodes any levels, with blocks across rows, as the package does."""
     count = shape[0] * shape[1]
     codes, absmax = unpack(_bytes(parts[0]), 4, count, (1, 0)), parts[1]
     if len(parts) == 6:
@@ -288,7 +288,7 @@ def _decode(
 
 
 def _checked_state(module: str, levels: str, nested: bool, place: Place, faults: list[str]) -> dict[str, Any]:
-    """The JSON of quant_state; what is wrong with it in `faults`."""
+    """The JSON of quant_state; faults in `faults`."""
     if place.entry.dtype != "U8" or place.entry.nbytes > STATE_LIMIT:
         faults.append(f"{module}: quant_state is no short u8 array; fetch the directory again")
         return {}
@@ -317,13 +317,13 @@ def _checked_state(module: str, levels: str, nested: bool, place: Place, faults:
             f"{str(offset)[:30]} are not {NESTED_BLOCK} and a number"
         )
     if not nested and "nested_blocksize" in state:
-        problems.append("it speaks of double quantization, nested_absmax is missing")
+        problems.append("it describes double quantization, but nested_absmax is missing")
     faults += [f"{module}: quant_state: {fault}; the file is damaged" for fault in problems]
     return state
 
 
 def _mixture(by_format: Mapping[Format, Sequence[str]]) -> list[str]:
-    """What the config cannot say, or transformers not load."""
+    """Faults that the config cannot express or transformers cannot load."""
     faults = []
     if len(by_format) > 1:
         counts = (f"{kind.name} ({names[0]} and {len(names) - 1} more)" for kind, names in by_format.items())
@@ -354,13 +354,13 @@ def _bytes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _coded(key: str, place: Place) -> bool:
-    """Does a weight look like one of bitsandbytes?"""
+    """Whether a weight has the layout of bitsandbytes."""
     dtype, shape = place.entry.dtype, place.entry.shape
     return key.endswith(".weight") and (dtype == "I8" or (dtype == "U8" and shape[1:] == (1,)))
 
 
 def _own_levels(levels: str, nested: bool, arrays: Sequence[Array], places: Mapping[str, Place]) -> bool:
-    """Are the tables in the file the ones that our formats decode with?"""
+    """Whether the tables in the file equal those of our formats."""
     own = torch.equal(map_tensor(*places[arrays[2].key]), LEVELS[levels].values)
     return own and (not nested or torch.equal(map_tensor(*places[arrays[4].key]), DYNAMIC.values))
 

@@ -104,7 +104,7 @@ class Fp8(Directory):
         if block != [BLOCK, BLOCK] or scales != "float" or experts != "fp8":
             faults.append(
                 f"fp8 with weight_block_size {str(block)[:40]}, scale_fmt {str(scales)[:20]!r}, expert_dtype "
-                f"{str(experts)[:20]!r}; read are blocks of [{BLOCK}, {BLOCK}], float scales and fp8 "
+                f"{str(experts)[:20]!r}; supported: blocks of [{BLOCK}, {BLOCK}], float scales and fp8 "
                 "experts: use an engine that has these, or the float model"
             )
             return {}

@@ -1,4 +1,4 @@
-"""The files beside the weights: tokenizer, templates, generation settings, licenses."""
+"""Side files: tokenizer, templates, generation settings, licenses."""
 
 from __future__ import annotations
 
@@ -54,6 +54,6 @@ def card_fields(readme: Path | None) -> dict[str, str | list[str]]:
 
 
 def describe_files(path: Path, kind: str, files: list[Path]) -> dict[str, Any]:
-    """What a receipt says of an input: where it lay, of which type, its files and their sizes."""
+    """An input for the receipt: path, type, files and their sizes."""
     sizes = [{"name": file.name, "nbytes": file.stat().st_size} for file in files]
     return {"reference": str(path), "type": kind, "files": sizes}

@@ -4,20 +4,21 @@
            archive/byteorder     "little" (absent in older files)
            archive/data/0 ...    the bytes of each storage, not compressed
 
-A pickle is a program for a stack machine, and any function may be its instruction. Here the program is read
-by an interpreter of the few instructions that a state dict needs; the only things it may name are
+A pickle is a program for a stack machine that may call any function. Here an interpreter supports only the
+few instructions that a state dict needs. The only allowed names are
 
     collections.OrderedDict   torch._utils._rebuild_tensor_v2   torch.{Float, Half, BFloat16 ...}Storage
 
-none of which is ever called: they stand for the tables below. What comes out are entries as safetensors has
-them, mapped when they are loaded. Spec: pickletools of Python's library for the instructions;
+none of which is ever called: they are replaced by the tables below. The result is entries as in safetensors,
+mapped when they are loaded. Spec: pickletools of Python's library for the instructions;
 torch/serialization.py (2.13) for the archive, which torch writes since 1.6.
 
-Why not torch.load(weights_only=True, mmap=True) of torch 2.13: it runs nothing either, and maps as lazily (a
-file of 2 GiB: opened in 5 ms, here in 2; peak with one tensor read: 610 MB, as here). But of 118 forgeries in
-tests/attacks/test_hostile_torch.py, all refused here, it takes 22. From four it reads wrong numbers and says
-nothing: compressed members, members that overlap, another byte order, storages of another width. A zip of
-0.8 MB that unpacks to a pickle of 800 MB costs it 1.8 GB; a pickle that asks for a bytearray of 3 GB gets it.
+Comparison with torch.load(weights_only=True, mmap=True) of torch 2.13: it executes nothing either, and is as
+lazy (a file of 2 GiB: opened in 5 ms, here in 2; peak with one tensor read: 610 MB, as here). But it accepts
+22 of 118 forgeries in tests/attacks/test_hostile_torch.py, all refused here. From four it silently reads
+wrong numbers: compressed members, overlapping members, another byte order, storages of another width. A zip
+of 0.8 MB that unpacks to a pickle of 800 MB costs it 1.8 GB; a pickle that requests a bytearray of 3 GB gets
+it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Name:
-    """A module's attribute that the pickle names, of those that it may."""
+    """An allowed attribute of a module that the pickle names."""
 
     module: str
     attribute: str
@@ -163,7 +164,7 @@ class _Stack:
             raise ValueError(f"calls {what} in a way that no state dict does")
 
     def build(self) -> None:
-        """OrderedDict's attributes: `_metadata`, the versions of modules; not needed."""
+        """OrderedDict's attributes: `_metadata`, the versions of modules; ignored."""
         state = self.pop()
         self.top(dict)
         if type(state) is not dict or set(state) - {"_metadata"}:
@@ -209,7 +210,7 @@ _INSTRUCTIONS: dict[str, Callable[[_Stack, Any], None]] = {
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda stack, index: stack.put(index)),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda stack, index: stack.get(index)),
     "MEMOIZE": lambda stack, _: stack.put(len(stack.memo)),
-    "GLOBAL": lambda stack, said: stack.find(*said.split(" ", 1)),
+    "GLOBAL": lambda stack, argument: stack.find(*argument.split(" ", 1)),
     "STACK_GLOBAL": lambda stack, _: stack.find(*[stack.pop(), stack.pop()][::-1]),
     "REDUCE": lambda stack, _: stack.reduce(),
     "BUILD": lambda stack, _: stack.build(),
@@ -243,7 +244,7 @@ def run_pickle(raw: bytes) -> Any:
     """
     stack = _Stack()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a name with a strange escape: refused anyway
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a name with an unknown escape: refused later
         for opcode, argument, _ in pickletools.genops(io.BytesIO(raw)):
             if opcode.name == "STOP":
                 return stack.pop()
@@ -279,7 +280,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
 
 
 def _entry(name: str, value: Any, members: dict[str, Member], faults: list[str]) -> Entry | None:
-    """One tensor -> its bytes in the file; or None, and what is wrong in `faults`."""
+    """One tensor -> its bytes in the file; or None, and the fault in `faults`."""
     if not isinstance(value, Stored):
         faults.append(
             f"{name!r} is a {type(value).__name__}, no tensor; remove it, or save the model's state_dict"
@@ -300,7 +301,7 @@ def _entry(name: str, value: Any, members: dict[str, Member], faults: list[str])
             f"storage of {storage.count}"
         )
     elif not prod(value.shape) and absurd(value.shape):
-        faults.append(f"tensor {name!r} is empty, and {str(value.shape)[:60]}, which nothing holds")
+        faults.append(f"tensor {name!r} is empty, and {str(value.shape)[:60]}, which no tensor can have")
     elif prod(value.shape) and value.strides != contiguous(value.shape, value.strides):
         faults.append(
             f"tensor {name!r}: strides {str(value.strides)[:60]} of {str(value.shape)[:60]} are not those of "
@@ -313,7 +314,7 @@ def _entry(name: str, value: Any, members: dict[str, Member], faults: list[str])
 
 
 def contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of numbers in a row; where a size is 1 the stride is never used, and stays as it is."""
+    """The strides of a contiguous tensor; if a size is 1, its stride is unused and unchanged."""
     in_order, stride_here = [], 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         in_order.append(stride if size == 1 else stride_here)
@@ -322,7 +323,7 @@ def contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, .
 
 
 def _open(path: Path) -> tuple[dict[str, Member], bytes]:
-    """The members of the archive, named without its folder, and the pickle; each fault a FileError."""
+    """The members of the archive, by name without its folder, and the pickle; FileError for each fault."""
     size = regular_size(path)
     magic = first_bytes(path, 4)
     if magic != b"PK\3\4":
@@ -357,7 +358,7 @@ def _open(path: Path) -> tuple[dict[str, Member], bytes]:
 def _members(
     rows: list[zipfile.ZipInfo], file: io.BufferedReader, end: int
 ) -> tuple[dict[str, Member], list[str]]:
-    """Where the bytes of each member lie, all before `end` and none twice; and what is wrong."""
+    """The place of each member, before `end` and without overlap; and the faults."""
     members: dict[str, Member] = {}
     faults, before, last = [], 0, ""
     for row in sorted(rows, key=lambda row: row.header_offset):
@@ -382,7 +383,7 @@ def _members(
         elif row.header_offset < before:
             faults.append(f"member {name[:60]!r}: overlaps {last[:60]!r}")
         elif key in members:
-            faults.append(f"member {name[:60]!r}: stands there twice")
+            faults.append(f"member {name[:60]!r}: appears twice")
         else:
             members[key] = Member(begin, row.file_size)
         before, last = max(before, begin + row.file_size), name

@@ -1,23 +1,23 @@
-"""Affine integers: value = scale * (code - zero), or scale * code + minimum; 2 to 8 bits.
+"""Affine integers: value = scale * (code - zero), or scale * code + offset; 2 to 8 bits.
 
-One family, whose variation is the name:
+The name of a format states its variation:
 
     int{bits}[_g{columns} | _channel | _tensor][_asym | _asym_float][_f16 | _bf16 | _f32]
 
     int4_g128             symmetric, one scale per 128 columns     zero = 2^(bits-1), not stored
     int8_channel          one scale per row; also what `int8` means
     int4_g32_asym         an integer zero in [0, 2^bits - 1] per group
-    int4_g64_asym_float   a float minimum per group, in the scale's type
+    int4_g64_asym_float   a float offset (plane `minimum`) per group, in the scale's type
     int3_g64_bf16         scales in bf16; f16 is the default
 
 Codes are unsigned and packed by `pack`, the first in the low bits, each row on its own. A symmetric
 code q in [-2^(bits-1), 2^(bits-1) - 1] is stored as q + 2^(bits-1), as GPTQ files do; a scale may be
-negative, so that the extreme weight of a group meets the longer end of the range.
+negative, so that the extreme weight of a group gets the longer end of the range.
 
     codes    u8    8 codes in `bits` bytes (4 bits: 2 codes in a byte)
     scale    f16   one per group
     zero     u8    integer zeros of a row, packed like the codes; a byte each per channel or tensor
-    minimum  f16   instead of zero
+    minimum  f16   the offset, instead of zero
 
 Weights are rounded with the scale as stored. The last group of a row may be shorter. Formats whose groups
 consist of columns that are not neighbours are in actorder.py.
@@ -42,7 +42,7 @@ from .search import fit_affine, fit_symmetric, inverse, lanes, ordered_sum
 
 @dataclass(frozen=True)
 class Affine(Format):
-    """zero: "none" (symmetric), "int" or "float". scale_type: of scales and minima, a name of DTYPES.
+    """zero: "none" (symmetric), "int" or "float". scale_type: of scales and offsets, a name of DTYPES.
     zero_bits: of a stored integer zero."""
 
     bits: int
@@ -65,7 +65,7 @@ class Affine(Format):
         return self.grid(fit(x, weight, search), w.shape[1])
 
     def grid(self, parameters: tuple[torch.Tensor, ...], k: int) -> AffineGrid:
-        """parameters: (scale,), (scale, zero) or (scale, minimum), f32 of the scale plane's shape."""
+        """parameters: (scale,), (scale, zero) or (scale, offset), f32 of the scale plane's shape."""
         zero: torch.Tensor | int = 0
         offset = parameters[1] if self.zero == "float" else None
         if self.zero != "float":
@@ -96,7 +96,7 @@ class Affine(Format):
     def fit_zero(
         self, x: torch.Tensor, weight: torch.Tensor | None, search: bool
     ) -> tuple[torch.Tensor, ...]:
-        """Integer zero: the range is stretched to include 0, which always is one of the values.
+        """Integer zero point: the range is extended to include 0, which always is one of the values.
 
         The search takes the affine fit and its neighbouring zeros, each refitted, and the two zeros
         in the middle; on normal weights it comes within 0.3 % of the error of trying every zero.

@@ -1,13 +1,13 @@
 """Fitting IQ blocks: signs, the scale of each group, and the few bits that a block has for them.
 
-    signs     the sign of each weight; if only an even number may be minus, the cheapest flip makes it so
+    signs     the sign of each weight; if the number of minus signs must be even, the cheapest flip
     scale     from several starts, each refitted by least squares to its nearest points
     shift     (IQ1) chosen at the first start and kept, then chosen again for the first coded scales
     block     d in f16 and odd integers that code the groups' scales, refitted to the nearest points
     points    searched again for the scales as stored
 
-Reference of csrc/iq_encode.h, equal to it bit for bit: the same operations in the same order. Weights lie
-group by group, `(group, G)`; vectors are runs of `dim` of them.
+Reference of csrc/iq_encode.h, equal to it bit for bit: the same operations in the same order. Weights are
+stored group by group, `(group, G)`; vectors are runs of `dim` of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lattices: the tables of points that the IQ types choose from, eight or four weights at a time.
+"""Lattices: the tables of points of the IQ types, for eight or four weights at a time.
 
 A point is a vector of level indices. Its cost for weights x under importances w and a scale s is a sum
 over coordinates, so it splits into two halves, and all costs of a half are few numbers:
@@ -43,7 +43,7 @@ class Lattice:
         return self.points.shape[1]
 
     def on(self, device: torch.device) -> Lattice:
-        """The same where the tensors are that it is used with."""
+        """The same on another device."""
         if device == self.levels.device:
             return self
         if device not in self._elsewhere:

@@ -22,7 +22,7 @@ from .search import fit_table, inverse
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """table: makes `values`. ties: between two levels lies the one of even code, or the one "below"."""
+    """table: makes `values`. ties: a tie goes to the even code, or to the level "below"."""
 
     table: Callable[[], torch.Tensor]
     ties: str = "even"
@@ -50,7 +50,7 @@ class Levels:
     def boundaries(self) -> torch.Tensor:
         """`(L - 1,)`: from boundary i on, the level above it is the nearest.
 
-        The midpoint is a tie. Where it belongs to the level below, the boundary is the next f32.
+        The midpoint is a tie. If it belongs to the level below, the boundary is the next f32.
         """
         middle = (self.sorted[1:] + self.sorted[:-1]) * 0.5
         down = torch.ones(len(middle), dtype=torch.bool) if self.ties == "below" else self.codes[:-1] % 2 == 0

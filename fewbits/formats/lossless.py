@@ -7,11 +7,11 @@
 
 A group may be cut into smaller groups that repeat its parameters. A symmetric code may get a zero point
 that is the same everywhere. An integer zero may become an offset, if -zero * scale can be stored exactly.
-`convert_lossless` decides by trying: it decodes the result and compares it with the source bit for bit.
+`convert_lossless` tries a conversion: it decodes the result and compares it with the source bit for bit.
 
-`lossless_equivalents` lists by name which formats are worth trying, the nearest first. Some pairs always
-work (q4_0 and int4_g32); for others it depends on the numbers (q4_1 fits into int4_g32_asym only if every
-minimum is a multiple of its scale).
+`lossless_equivalents` lists by name the formats to try, the nearest first. Some pairs always work
+(q4_0 and int4_g32); for others it depends on the values (q4_1 becomes int4_g32_asym only if every offset is a
+multiple of its scale).
 """
 
 from __future__ import annotations

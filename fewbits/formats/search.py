@@ -1,4 +1,4 @@
-"""The search of block parameters: which scale (and minimum) represents a group of weights best.
+"""The search of the scale (and offset) that represents a group of weights best.
 
 A group is G weights x with importances w >= 0. Its representable values are
 
@@ -13,9 +13,9 @@ candidate that explains most of the energy sum(w x^2) wins:
     symmetric, table   (sum w x v)^2 / sum w v^2                          v = q or table[i]
     affine             2 (scale sum w x q + offset sum w x) - sum w (scale q + offset)^2
 
-The candidates place the group's extreme value a little beyond or inside the last code.
+The candidates map the group's extreme value a little beyond or inside the last code.
 llama.cpp scans the same family (make_qx_quants, make_qkx2_quants); here rounds of Lloyd's
-alternation follow, each of which starts from the refitted winner and cannot make it worse.
+alternation follow, which start from the best candidate and cannot make it worse.
 
 This is the reference in plain torch of csrc/search.h, equal to it bit for bit: the same operations in
 the same order, and sums that run from the first weight of a group to its last (`ordered_sum`). All
@@ -32,9 +32,9 @@ from .intervals import pick
 # In codes beyond the last one. On the weights of SmolLM2-135M a scan four times as fine lowers the
 # error of 4-bit groups by less than 1 %.
 SYMMETRIC_MARGINS = (0.0, -0.6, 0.4, -1.5, -1.0, -0.3)
-BRIEF = 3  # a brief scan tries so many of them and stops there: 0.9 % more squared error in 4 bits
+BRIEF = 3  # number of margins in a brief scan: 0.9 % more squared error in 4 bits
 AFFINE_MARGINS = (0.0, -1.8, -1.5, -1.2, -0.9, -0.6, -0.3, 0.3, 0.6)
-# With two magnitudes at most the best scale lies far inside the extreme value.
+# With at most two magnitudes the best scale is far inside the extreme value.
 COARSE_MARGINS = (0.4, 1.2, 1.8, 0.0, 0.8, 2.5)
 # In shares of the table's last level.
 TABLE_MARGINS = (0.0, -0.12, -0.08, -0.04, 0.04, 0.08)
@@ -66,7 +66,7 @@ def ordered_sum_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def inverse(x: torch.Tensor) -> torch.Tensor:
-    """1 / x, and 0 where that is not finite (x zero or too small to invert)."""
+    """1 / x, or 0 if that is not finite (x zero or too small to invert)."""
     y = 1.0 / x
     return torch.where(y.abs() <= torch.finfo(torch.float32).max, y, 0.0)
 
@@ -103,7 +103,7 @@ def fit_symmetric(
 ) -> torch.Tensor:
     """Best scale of value = scale * q, q in [lo, hi].
 
-    Where lo = -hi - 1 the scale takes the sign that gives the extreme value the code lo. signed=False
+    If lo = -hi - 1, the scale takes the sign that gives the extreme value the code lo. signed=False
     keeps it positive, for file types whose scales must be.
     """
     shape, x = x.shape[:-1], lanes(x)
@@ -159,8 +159,8 @@ def scan_scale(
 ) -> torch.Tensor:
     """The scan shared by symmetric grids and tables: propose, refit, keep the best, alternate.
 
-    levels(inv, out) writes the level nearest to each x * inv. Buffers are made once: fresh memory costs
-    more than the arithmetic.
+    levels(inv, out) writes the level nearest to each x * inv. Buffers are allocated once, because fresh
+    memory costs more than the arithmetic.
     """
     w = None if weight is None else lanes(weight)
     best, v = torch.zeros_like(scale), torch.empty_like(x)

@@ -1,10 +1,10 @@
-"""What quantizing itself will take: memory (workflow/memory.py), disk, time.
+"""Requirements of quantizing: memory (workflow/memory.py), disk, time.
 
     time = codes (measured, by format) + passes x 2 x weights x tokens / rate + Hessians + digests
-    passes: one to measure, one through the quantized block (one for both where all batches can wait inside
-    it), and the same again for the float model beside it
+    passes: one to measure, one through the quantized block (one for both if all batches fit inside it), and
+    the same again for the float model
 
-Times are rough: attention, norms and the disk are left out, and the machine is measured for a moment only.
+Times are rough: they exclude attention, norms and the disk, and the machine is measured only briefly.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ BACKWARD = 3  # a forward and a backward pass cost three forward passes
 
 @dataclass(frozen=True)
 class Work:
-    """way: "streaming", "block by block" or "whole model". seconds: by what is done. All else in bytes.
-
-    here: what this process takes already, in peak_memory. scratch: beside the output until the end.
-    """
+    """way: "streaming", "block by block" or "whole model". seconds: by task. The rest in bytes. here: what
+    this process already uses, part of peak_memory. scratch: on disk until the end."""
 
     way: str
     peak_memory: int
@@ -59,8 +57,8 @@ def work_of(
     request: Request,
     writes_text: bool = False,
 ) -> Work:
-    """writes_text: does the model write its calibration text itself? Measures for a second or two."""
-    need = memory_need(checkpoint, target, decisions, request, writes_text)  # before anything is measured
+    """writes_text: whether the model generates its calibration text. Measures for a second or two."""
+    need = memory_need(checkpoint, target, decisions, request, writes_text)  # before any measurement
     tasks = tasks_of(checkpoint, target, decisions, request)
     walked = [task for task in tasks if task.walked]
     blocks = block_weights(checkpoint) if walked else [0]
@@ -99,7 +97,7 @@ def _seconds(
 def _walk_seconds(
     walked: Sequence[Task], weights: int, rates: Mapping[tuple[str, str], Encoding], request: Request
 ) -> dict[str, float]:
-    """The passes over the text, and the Hessians of what its weights read."""
+    """The passes over the text, and the Hessians."""
     assert request.tokens is not None
     method, streaming = request.method, request.streaming
     shape = max((task.shape for task in walked), key=prod)
@@ -122,7 +120,7 @@ def _walk_seconds(
 def _model_seconds(
     walked: Sequence[Task], weights: int, model: int, request: Request, writes_text: bool
 ) -> dict[str, float]:
-    """What runs besides: writing the text, learned rounding, distill."""
+    """The other tasks: generating text, learned rounding, distillation."""
     assert request.tokens is not None
     method, tokens = request.method, request.tokens
     shape, context = max((task.shape for task in walked), key=prod), tokens.windows.shape[1]

@@ -1,8 +1,7 @@
-"""audit(): is what lies beside the weights still the reference's? Tokens, template, settings, license.
+"""audit(): compares the side files with the reference: tokenizer, template, settings, license.
 
-A quantized model that answers in another format than its reference has usually lost one of these on the way,
-not its weights. Both sides are loaded as a runtime would: a GGUF file by the tokenizer that its keys
-describe.
+A quantized model that answers in another style than its reference has usually lost one of these. Both sides
+are loaded as in a runtime: for a GGUF file, the tokenizer that its keys describe.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ KEPT = ("LICENSE", "NOTICE", "USE_POLICY", "generation_config.json")
 
 
 def audit(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
-    """Every difference between the side files of both, one line each; empty where all is kept."""
+    """Every difference between the side files, one line each; empty if there is none."""
     findings = _tokenizers(reference, quantized) + _vocabularies(reference, quantized)
-    if not quantized.gguf_keys:  # a file alone has no files beside it
+    if not quantized.gguf_keys:  # a single file has no side files
         missing = [
             name
             for name in reference.side_files
@@ -72,7 +71,7 @@ def _tokenizers(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
 
 
 def _vocabularies(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
-    """Rows of the table of embeddings, padding included, and what the configs say."""
+    """Rows of the embedding, including padding, and vocab_size of the configs."""
     sizes = [c.config.get("text_config", c.config).get("vocab_size") for c in (reference, quantized)]
     rows = [
         {t.shape[0] for name, t in c.tensors.items() if name.endswith("embed_tokens.weight")}

@@ -1,10 +1,10 @@
-"""The model card: README.md with the hub's YAML, made of the receipt and of the reference's own card.
+"""The model card: README.md with the hub's YAML, from the receipt and the reference's own card.
 
     ---
     base_model: org/name            base_model_relation: quantized      license: the reference's
-    library_name, tags              what the hub filters by
+    library_name, tags              filters of the hub
     ---
-    what it is, its size, what it cost, how to run it, the receipt's digest
+    the model, its size, its error, how to run it, the receipt's digest
 
 Source of the fields: the Hugging Face Hub's documentation of model cards.
 """
@@ -20,11 +20,11 @@ from ..table import Cell, size, table
 from .receipt import Receipt
 
 INHERITED = ("license", "license_name", "license_link", "language")
-QUANTIZED_BY = "fewbits"  # by which a card is known as one of ours
+QUANTIZED_BY = "fewbits"  # marks a card that fewbits wrote
 
 
 def model_card(receipt: Receipt, file_type: FileType, name: str, reference: Mapping[str, Any]) -> str:
-    """name: of the output. reference: what its own card says, and its `reference` if known."""
+    """name: of the output. reference: fields of its own card, and its `reference` if known."""
     from huggingface_hub import ModelCardData
 
     base = reference.get("reference")

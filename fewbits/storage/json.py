@@ -1,4 +1,4 @@
-"""JSON from untrusted files: a regular file, bounded in size, an object at the top, no key twice."""
+"""JSON from untrusted files: a regular file of limited size, with an object without duplicate keys."""
 
 import json
 import stat
@@ -15,7 +15,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {twice!r} stands there twice")
+        raise ValueError(f"key {twice!r} appears twice")
     return table
 
 
@@ -45,7 +45,7 @@ def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
 
 def regular_size(path: Path) -> int:
-    """Size in bytes; FileError for what is missing, or a pipe or device that would be read forever."""
+    """Size in bytes; FileError for a missing file, or a pipe or device that could be read forever."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:

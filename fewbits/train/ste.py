@@ -1,14 +1,14 @@
-"""Gradients through a grid: to its block parameters exactly, to the weights it rounds straight through.
+"""Gradients through a grid: exact for its block parameters, straight-through for the rounded weights.
 
 A weight on a grid is value = scale(p) * level(code) + offset(p), smooth in the block parameters p (scales,
-minima) and a staircase in whatever chose the codes. So
+offsets) and piecewise constant in the weights that chose the codes. So
 
     dL/dp     the chain rule with codes fixed: sums over a group of dL/dvalue * level, and of dL/dvalue,
               then from scale and offset to what is stored                                  GridLinear
-    dL/dw     that of the identity wherever w is rounded                               straight_through
+    dL/dw     that of the identity if w is rounded                                     straight_through
 
 (the straight-through estimator: Bengio et al., arXiv 1308.3432). Neither keeps a dense weight for the
-backward pass: it is computed again from codes and parameters, a byte a weight, when it is needed.
+backward pass: it is recomputed from codes (a byte per weight) and parameters.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def _spread(
 
 
 def straight_through(grid: Grid, w: torch.Tensor) -> torch.Tensor:
-    """`(n, k)` f32 -> the same on the grid; the gradient of w is that of the identity, that of the grid's
-    block parameters is exact where they require one."""
+    """`(n, k)` f32 -> the same on the grid. The gradient of w is that of the identity; that of the grid's
+    block parameters is exact, if they require one."""
     with torch.no_grad():
         codes = grid.round(w)
     value = grid.value(codes)

@@ -35,7 +35,7 @@ def uneven(k: int) -> torch.Tensor:
 
 
 def rounding_codes(grid: Grid) -> torch.Tensor | None:
-    """The codes that rounding may give, `(L,)`; None where they are too many to list."""
+    """The codes that rounding may give, `(L,)`; None if they are too many to list."""
     grid = getattr(grid, "meaning", grid)
     if isinstance(grid, AffineGrid):
         return torch.arange(grid.top + 1, dtype=torch.uint8)

@@ -213,7 +213,7 @@ def group(**weights):
         ({"model.int3_asym.weight_shape": None}, {}, ["int3_asym.*'weight_shape' is missing"]),
         ({"model.int4_g32.weight_shape": torch.tensor([20, -1])}, {}, ["weight_shape is 20 x -1"]),
         ({"model.int4_g32.weight_shape": torch.tensor([20, 192])}, {}, ["'weight_packed' is I32 .*needs"]),
-        ({"model.int4_g32.weight_shape": torch.tensor([20, 150])}, {}, ["no whole groups of 32"]),
+        ({"model.int4_g32.weight_shape": torch.tensor([20, 150])}, {}, ["not whole groups of 32"]),
         ({"model.fp8.weight": None, "model.int8.weight": None}, {}, ["fp8: plane 'weight'", "int8: plane"]),
         ({}, {"ignore": ["model.int8", "re:.*fp4$"]}, ["int8: .*ignore leaves", "nvfp4", "mxfp4"]),
         ({}, {"config_groups": {}}, ["int8: .*no config group"]),

@@ -58,7 +58,7 @@ def test_other_settings_of_a_module(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "mxfp4"}, f"{A}: mode 'mxfp4', 4 bits, group_size 32; read are affine"),
+        ({"mode": "mxfp4"}, f"{A}: mode 'mxfp4', 4 bits, group_size 32; supported: affine"),
         ({"bits": 7}, "7 bits"),
         ({"group_size": 16}, "group_size 16"),
         ({"group_size": 64}, r"plane 'scales' is F16 \(8, 2\), .* needs F16 \(8, 1\)"),

@@ -1,4 +1,4 @@
-"""The words of compressed-tensors: what its quantization_config says of a weight, and our formats in them.
+"""quantization_config of compressed-tensors: its schemes of weights, and our formats as schemes.
 
     weights    {"num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 128}
     strategy   tensor, channel (a row), group, block ([128, 128]), tensor_group (groups and one for all)
@@ -8,8 +8,8 @@
                nvfp4-pack-quantized  e2m1            mxfp4-, mxfp6-pack-...   e2m1, e2m3, scales E8M0
                naive-quantized       either of int-quantized and float-quantized
 
-Groups of modules have schemes; a module takes the first that names it, then the first whose regex ("re:",
-matched from the start) fits, then the one of its class. Source: compressed-tensors 0.20, quantization/
+Groups of modules have schemes. A module uses the first that names it, else the first whose regex ("re:",
+matched from the start) matches, else the one of its class. Source: compressed-tensors 0.20, quantization/
 quant_args.py and quant_scheme.py (defaults), utils/match.py (order), compressors/format.py (formats).
 """
 
@@ -42,7 +42,7 @@ _KNOWN: dict[str | None, set[tuple[int, str]]] = {
 }
 """bits and strategies that we have formats for, of integers and by format"""
 
-# Input activations by the name of our scheme. Those of a dynamic one are quantized token by token.
+# Input activations by the name of our scheme; dynamic ones are quantized token by token.
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     name: {
         "num_bits": 4 if name.startswith("int4") else 8,
@@ -56,14 +56,14 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# Of keys and values, by the name of our scheme: what vLLM 0.33 takes (validate_kv_cache_scheme).
+# Of keys and values, by the name of our scheme: accepted by vLLM 0.33 (validate_kv_cache_scheme).
 CACHES: dict[str, dict[str, Any]] = {
     "fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 }
 
 
 def scheme_name(known: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any]) -> str | None:
-    """The name of the scheme that these quantization args say; None for one that we have not."""
+    """The name of the scheme with these quantization args; None for an unknown one."""
     default = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
     settings = {**default, **{key: value for key, value in args.items() if value is not None}}
     if "strategy" not in settings:
@@ -83,7 +83,7 @@ def scale_dtype(format: Format) -> str:
 
 
 def weights_of(format: Format) -> dict[str, Any]:
-    """A format that the file type carries, as the `weights` of a scheme."""
+    """A supported format as the `weights` of a scheme."""
     args: dict[str, Any] = {"type": "float", "symmetric": True, "dynamic": False}
     if isinstance(format, NVFP4):
         of_scale = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
@@ -109,7 +109,7 @@ def weights_of(format: Format) -> dict[str, Any]:
 
 
 def storage_of(format: Format, in_bytes: int) -> str:
-    """Which format of the package holds ours; integers of `in_bytes` bits or more lie in bytes."""
+    """The package's format for ours; integers of `in_bytes` bits or more are stored in bytes."""
     if isinstance(format, NVFP4):
         return TWO_LEVELS
     if isinstance(format, Microscaling):
@@ -123,8 +123,8 @@ def storage_of(format: Format, in_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a group of modules has: args of the weights, with defaults, and the format that holds them.
-    inputs: our scheme of their inputs, None where they are float, "" for one that we have not."""
+    """The scheme of a group of modules: args of the weights, with defaults, and their storage format. inputs:
+    our scheme of their inputs, None if they are float, "" for an unknown one."""
 
     group: str
     targets: tuple[str, ...]
@@ -137,7 +137,7 @@ class Scheme:
     inputs: str | None = None
 
     def format(self, dtype: str, ordered: bool = False) -> Format:
-        """Of weights whose scales are `dtype` (f16 ...), in act order or not; FormatError where we have
+        """Of weights whose scales are `dtype` (f16 ...), in act order or not; FormatError if we have
         none."""
         if self.storage in (PACKED, BYTES, FLOAT) and dtype not in SCALE_TYPES:
             raise FormatError(
@@ -157,7 +157,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Schemes:
-    """The groups of a quantization_config, and what it leaves in float."""
+    """The groups of a quantization_config, and the modules in float."""
 
     schemes: tuple[Scheme, ...]
     ignore: tuple[str, ...]
@@ -181,7 +181,7 @@ class Schemes:
 
 
 def matches(module: str, target: str) -> bool:
-    """Does a target name this module, or fit it?"""
+    """Whether a target matches this module."""
     if not target.startswith("re:"):
         return target == module
     try:
@@ -191,12 +191,10 @@ def matches(module: str, target: str) -> bool:
 
 
 def read_schemes(config: Mapping[str, Any], faults: list[str]) -> Schemes:
-    """A quantization_config -> its schemes; what is wrong with it is appended to `faults`."""
+    """A quantization_config -> its schemes; faults are appended to `faults`."""
     groups = config.get("config_groups")
     if not isinstance(groups, dict):
-        faults.append(
-            "quantization_config has no config_groups; they say what the weights are: write it anew"
-        )
+        faults.append("quantization_config has no config_groups, which describe the weights; write it again")
         groups = {}
     for key, what in (("transform_config", "rotates activations"), ("sparsity_config", "has sparse weights")):
         settings = config.get(key)
@@ -215,8 +213,8 @@ def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str])
     targets = group.get("targets") if isinstance(group, dict) else None
     if not isinstance(weights, dict) or not isinstance(targets, list):
         if not isinstance(group, dict) or weights is not None:
-            faults.append(f"config_groups: {name} is {str(group)[:60]}; it has to say targets and weights")
-        return None  # a group of activations alone says nothing of weights
+            faults.append(f"config_groups: {name} is {str(group)[:60]}; it needs targets and weights")
+        return None  # a group of activations only has no weights
     bits, columns = weights.get("num_bits", 8), weights.get("group_size")
     integer, strategy = weights.get("type", "int") == "int", weights.get("strategy")
     if strategy is None and (columns is None or type(columns) is int):

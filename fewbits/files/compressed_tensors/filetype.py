@@ -4,18 +4,17 @@
                    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {...}, ...}},
                    "ignore": ["lm_head"], ...}}
 
-What the config's words mean is in compressed_config.py, the arrays are in compressed_arrays.py. Integers
-lie packed unless integer activations meet them (W8A8): then those of 8 bits lie in bytes, which is what
-the engines have kernels for. A static scheme adds input_scale f32 (1,) to each weight, and
-input_zero_point i8 where it is asymmetric. Engines hold the scales of integers in the model's type: those
-of a bf16 model are rounded to it unless the format has them so (int4_g128_bf16).
+The fields of the config are in config.py, the arrays in arrays.py. Integers are packed, except for those of 8
+bits with integer activations (W8A8): these are stored in bytes, for which engines have kernels. A static
+scheme adds input_scale f32 (1,) to each weight, and input_zero_point i8 if it is asymmetric. Engines convert
+the scales of integers to the model's type: those of a bf16 model are rounded to bf16 unless the format has
+bf16 scales (int4_g128_bf16).
 
-One scheme has the target "Linear"; of several, each names its modules, for vLLM looks at the class before
-it takes q, k, v apart (find_matched_target). vLLM holds those three in one matrix, gate and up too, and
-all experts of a block: they must have one scheme. A cache of keys and values in fp8 adds k_scale and
-v_scale f32 (1,) to each attention and a kv_cache_scheme to the config. Weights in act order (weight_g_idx,
-actorder "group") are read and not written: the package has taken them out in 0.20, and refuses a config that
-says so.
+A single scheme has the target "Linear". Several schemes list their modules, because vLLM checks the class
+before it splits q, k, v (find_matched_target). vLLM fuses q, k and v into one matrix, gate and up too, and
+all experts of a block: these must have one scheme. A KV cache in fp8 adds k_scale and v_scale f32 (1,) to
+each attention and a kv_cache_scheme to the config. Weights in act order (weight_g_idx, actorder "group") are
+read but not written: the package removed them in 0.20 and refuses such a config.
 
 Source: compressed-tensors 0.20, quantization/lifecycle/; vLLM, quantization/compressed_tensors/utils.py.
 """
@@ -66,7 +65,7 @@ from .config import (
 )
 from .runtime import cached_by, read_runtime, scale_key
 
-NEVER = 9  # no integer of ours has so many bits
+NEVER = 9  # more bits than any of our integers
 INPUTS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 _STEPS = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 _NUMBER = re.compile(r"\.\d+")
@@ -74,8 +73,8 @@ _NUMBER = re.compile(r"\.\d+")
 
 @dataclass(frozen=True)
 class Compressed(Directory):
-    """in_bytes: integers of so many bits or more lie in bytes. activations: the scheme they meet, by name.
-    kv_cache: that of keys and values."""
+    """in_bytes: integers with at least this many bits are stored in bytes. activations, kv_cache: names of
+    schemes."""
 
     in_bytes: int = NEVER
     activations: str | None = None
@@ -107,7 +106,7 @@ class Compressed(Directory):
         return "it holds integers with whole zero points, e4m3, MX and NVFP4, columns in order"
 
     def layout_of(self, name: str) -> Compressed:
-        """The layout of one weight: what is outside the blocks, and a router, meets activations in float."""
+        """The layout of one weight. Weights outside the blocks and routers have float activations."""
         return self if _NUMBER.search(name) and role_of(name) != "router" else Compressed()
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
@@ -176,7 +175,7 @@ class Compressed(Directory):
         return {"config.json": {**config, "quantization_config": written}}
 
     def _scheme(self, name: str, format: Format, left: bool, faults: list[str]) -> dict[str, Any]:
-        """weights, input_activations and format, as a config group has them."""
+        """weights, input_activations and format of a config group."""
         weights, inputs = weights_of(format), None
         if self.activations is not None and not left:
             inputs = dict(ACTIVATIONS[self.activations])
@@ -280,7 +279,7 @@ def _settings(groups: Mapping[str, Sequence[str]], rows: Mapping[str, Stored]) -
 
 
 def _targets(modules: Sequence[str], others: Set[str]) -> list[str]:
-    """Modules by name, or those that differ in numbers alone by one regex, where it fits none of `others`."""
+    """Modules by name; those that differ only in numbers by one regex, if it matches none of `others`."""
     other_patterns = {_NUMBER.sub(".*", module) for module in others}
     patterns = []
     for module in modules:
@@ -290,7 +289,7 @@ def _targets(modules: Sequence[str], others: Set[str]) -> list[str]:
     return list(dict.fromkeys(patterns))
 
 
-# ---- the weights that are found ----------------------------------------------------------------------
+# ---- reading quantized weights ----------------------------------------------------------------------
 
 
 def _modules(places: Mapping[str, Place]) -> list[str]:
@@ -299,7 +298,7 @@ def _modules(places: Mapping[str, Place]) -> list[str]:
 
 
 def _marks(key: str, place: Place) -> bool:
-    """Does this array belong to a quantized weight?"""
+    """Whether this array belongs to a quantized weight."""
     tail = key.rpartition(".")[2]
     return tail in ("weight_packed", "weight_scale") or (
         tail == "weight" and place.entry.dtype in ("I8", "F8_E4M3")
@@ -334,8 +333,8 @@ def _entry(
 
 
 def _moves(key: str, columns: int, k: int, places: Mapping[str, Place], faults: list[str]) -> bool:
-    """Does a weight_g_idx, the group of each of k columns, put any elsewhere than its place does? Files of
-    columns in order may have -1 for all of them."""
+    """Whether weight_g_idx, the group of each of k columns, differs from columns in order. Files in order may
+    have -1 for all columns."""
     shape = places[key].entry.shape
     index = read_integers(*places[key]) if shape == (k,) else ()
     if index and (index == in_order(k, columns) or max(index) == -1):

@@ -1,12 +1,12 @@
-"""What a compressed-tensors directory tells a runtime besides its weights: inputs and cache in few bits.
+"""The activation and KV cache schemes of a compressed-tensors directory.
 
     input_activations of a scheme    inputs          dynamic; or static, with <module>.input_scale f32 (1,)
                                                      and input_zero_point i8 (1,)
     kv_cache_scheme                  keys, values    <attention>.k_scale and v_scale f32 (1,)
 
-Both become the records of activations/record.py, so that a conversion keeps them where the other file type
-can say them. What no record says (inputs in nvfp4, several schemes at once) is listed under "unread".
-Source: compressed-tensors 0.20, quantization/lifecycle/initialize.py; vLLM 0.33, class
+Both become the records of activations/record.py, so that a conversion keeps them if the other file type
+supports them. Other schemes (inputs in nvfp4, several schemes at once) are listed under "unread". Source:
+compressed-tensors 0.20, quantization/lifecycle/initialize.py; vLLM 0.33, class
 CompressedTensorsKVCacheMethod.
 """
 
@@ -47,7 +47,7 @@ def read_runtime(
         records |= {} if record is None else {"activations": record}
         unread += [] if record else ["the inputs of some weights have no static range of their own: not kept"]
     elif names:
-        found_schemes = " and ".join(sorted(names - {""})) or "a scheme that fewbits has not"
+        found_schemes = " and ".join(sorted(names - {""})) or "a scheme unknown to fewbits"
         unread.append(f"the inputs of weights are quantized in {found_schemes}: not kept")
     if isinstance(given := config.get("kv_cache_scheme"), dict):
         name = scheme_name(CACHES, given)
@@ -87,7 +87,7 @@ def _cache(name: str, modules: Iterable[str], places: Mapping[str, Place]) -> di
 
 
 def _number(places: Mapping[str, Place], key: str) -> float | None:
-    """The one number of an array; None where it is not there, or has more."""
+    """The one number of an array; None if it is not there, or has more."""
     if key not in places or map_tensor(*places[key]).numel() != 1:
         return None
     return float(map_tensor(*places[key]).reshape(()))

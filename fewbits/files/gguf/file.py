@@ -1,7 +1,7 @@
 """GGUF: models in one file or in parts, maps by range, and the header for writing.
 
-The layout is drawn in `gguf_parse`. A model may be split into `name-00001-of-00003.gguf` ...: the
-first part holds the metadata, and each part says `split.no` (from 0), `split.count` and
+The layout is described in parse.py. A model may be split into `name-00001-of-00003.gguf` ...: the
+first part holds the metadata, and each part has `split.no` (from 0), `split.count` and
 `split.tensors.count`. Written files are v3.
 Spec: github.com/ggml-org/ggml, docs/gguf.md; parts: llama.cpp, tools/gguf-split.
 """
@@ -62,7 +62,7 @@ def read_gguf(path: Path) -> GGUFFile:
     name = _SPLIT_NAME.fullmatch(path.name)
     if not name or int(name[3]) != count:
         raise FileError(
-            f"{path}: says it is one of {count} parts, so it must be called like "
+            f"{path}: is one of {count} parts, so it must be named like "
             f"NAME-00001-of-{count:05d}.gguf for the others to be found; restore the names"
         )
     paths = [path.with_name(f"{name[1]}-{number:05d}-of-{name[3]}.gguf") for number in range(1, count + 1)]

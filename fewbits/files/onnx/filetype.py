@@ -1,8 +1,8 @@
-"""ONNX: the graph of a decoder, and its weights in a file beside it, as onnxruntime reads them.
+"""ONNX: the graph of a decoder, and its weights in a separate file, for onnxruntime.
 
     model.onnx          the graph (onnx_graph.py); metadata "fewbits": {"version": 1, "tensors": {name:
                         {"format": "int4_g32", "shape": [n, k]}, ...}}
-    model.onnx.data     arrays, each at a multiple of 4096 bytes, where a system can map it
+    model.onnx.data     arrays, each at a multiple of 4096 bytes, so that it can be mapped
     genai_config.json   for onnxruntime-genai: the graph's inputs, special tokens (onnx_decoder.py)
 
     int4, int8 in groups      <tensor>.codes  u8 (n, groups, group * bits / 8)   first code in the low bits
@@ -13,13 +13,13 @@
                               <tensor>.zero   u8, of the scales' shape
     float                     <tensor>        as it is
 
-onnxruntime makes its own MatMulNBits of a DequantizeLinear with zeros, and rounds the inputs to 8 bits there,
-unless the session's qdq_matmulnbits_accuracy_level is 0; all else is multiplied in f32.
+onnxruntime replaces a DequantizeLinear with zeros by its own MatMulNBits and rounds the inputs to 8 bits
+there, unless the session's qdq_matmulnbits_accuracy_level is 0. All other products are in f32.
 
-Only directories that fewbits wrote are read: in another graph a weight has no name that tells what it is.
-Of those the arrays and the metadata count, not the nodes: one whose graph has no cache, as fewbits wrote it
-first, opens as well. MatMulNBits has 4 bits since onnxruntime 1.17 and 8 since 1.22 (pull requests 17890,
-24491); both tried with 1.32. Source: onnxruntime, docs/ContribOperators.md; onnx, docs/ExternalData.md.
+Only directories that fewbits wrote are read, because weights in other graphs have no known names. The arrays
+and the metadata are used, not the nodes: a graph without a cache, from an older fewbits, opens as well.
+MatMulNBits has 4 bits since onnxruntime 1.17 and 8 since 1.22 (pull requests 17890, 24491); both tried with
+1.32. Source: onnxruntime, docs/ContribOperators.md; onnx, docs/ExternalData.md.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ ONNX = Onnx()
 
 
 def open_onnx(path: Path) -> Checkpoint:
-    """A directory of ours with model.onnx -> Checkpoint; all that disagrees in one FileError."""
+    """A directory of ours with model.onnx -> Checkpoint; FileError with every disagreement."""
     path = Path(path)
     config = read_json_object(path / "config.json")
     model = _parsed(path / GRAPH)
@@ -204,8 +204,8 @@ def open_onnx(path: Path) -> Checkpoint:
 
 
 def _parsed(path: Path) -> Any:
-    """A ModelProto without the data outside it."""
-    onnx_helper()  # says how to install the package
+    """A ModelProto without external data."""
+    onnx_helper()  # its error has the pip command
     from google.protobuf.message import DecodeError
     from onnx import ModelProto
 
@@ -223,8 +223,8 @@ def _parsed(path: Path) -> Any:
 
 
 def _places(tensors: Iterable[Any], path: Path) -> dict[str, Place]:
-    """The initializers that lie outside, each within the data file and apart from the others; a constant of
-    the graph lies in it."""
+    """The external initializers, each inside the data file and without overlap; constants are in the
+    graph."""
     from onnx import TensorProto
 
     kinds = {getattr(TensorProto, name): dtype for dtype, name in TYPES.items()}
@@ -239,18 +239,18 @@ def _places(tensors: Iterable[Any], path: Path) -> dict[str, Place]:
         if end > size:
             faults.append(f"tensor {entry.name!r}: ends at byte {end}, {DATA} has {size}; fetch it again")
     names = [entry.name for entry in entries]
-    faults += [f"tensor {name!r} stands there twice" for name in sorted(set(names)) if names.count(name) > 1]
+    faults += [f"tensor {name!r} appears twice" for name in sorted(set(names)) if names.count(name) > 1]
     raise_all(FileError, str(path / GRAPH), faults)
     return {entry.name: Place(path / DATA, entry) for entry in entries}
 
 
 def _entry(tensor: Any, kinds: Mapping[int, str], faults: list[str]) -> Entry | None:
-    """An initializer -> where it lies; or None, with what is wrong appended to `faults`."""
+    """An initializer -> its place; or None, with the fault appended to `faults`."""
     fields, before = {entry.key: entry.value for entry in tensor.external_data}, len(faults)
     dtype, shape = kinds.get(tensor.data_type), tuple(tensor.dims)
     if dtype is None:
         faults.append(
-            f"tensor {tensor.name!r}: type {tensor.data_type}; read are {', '.join(TYPES.values())}"
+            f"tensor {tensor.name!r}: type {tensor.data_type}; supported: {', '.join(TYPES.values())}"
         )
     if fields.get("location") != DATA:
         faults.append(f"tensor {tensor.name!r}: lies in {fields.get('location', '')[:80]!r}, not in {DATA!r}")
@@ -263,7 +263,7 @@ def _entry(tensor: Any, kinds: Mapping[int, str], faults: list[str]) -> Entry | 
         return None
     nbytes, length = prod(shape) * DTYPES[dtype].itemsize, int(where[1])
     if not nbytes and absurd(shape):
-        faults.append(f"tensor {tensor.name!r} is empty, and {shape}, which nothing holds; damaged file")
+        faults.append(f"tensor {tensor.name!r} is empty, and {shape}, which no tensor can have; damaged file")
         return None
     if nbytes != length:
         faults.append(f"tensor {tensor.name!r}: {dtype} {shape} needs {nbytes} bytes, its length is {length}")

@@ -1,4 +1,4 @@
-"""What a runtime is told besides weights, activations and caches in few bits, and what becomes of it."""
+"""Schemes for activations and the KV cache in files: written, read, converted, evaluated."""
 
 import json
 
@@ -28,7 +28,7 @@ ATTENTION = "model.layers.{}.self_attn"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("told") / "m")
+    return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("recorded") / "m")
 
 
 def written(source, out, **asked):
@@ -36,7 +36,7 @@ def written(source, out, **asked):
     return out
 
 
-def said(path):
+def metadata_of(path):
     return open_checkpoint(path).metadata
 
 
@@ -74,7 +74,7 @@ def test_every_block_reads_its_own_steps():
 @pytest.mark.parametrize("file", ["compressed-tensors", "native"])
 def test_a_cache_is_told_and_read_again(source, tmp_path, file):
     out = written(source, tmp_path / "out", file=file, kv_cache="fp8")
-    found = said(out)["kv_cache"]
+    found = metadata_of(out)["kv_cache"]
     assert found["scheme"] == "fp8" and list(found["steps"]) == [ATTENTION.format(i) for i in range(2)]
     expected = ranges(load_model(open_checkpoint(out)), WINDOWS)
     for module, steps in found["steps"].items():
@@ -94,8 +94,11 @@ def test_a_conversion_keeps_what_it_can_say(source, tmp_path, scheme):
     first = written(source, tmp_path / "a", file="compressed-tensors", activations=scheme, kv_cache="fp8")
     convert(first, tmp_path / "b", "native")
     convert(tmp_path / "b", tmp_path / "c", "compressed-tensors")
-    told = [{key: said(path)[key] for key in ("activations", "kv_cache")} for path in (first, tmp_path / "b")]
-    assert told[0] == told[1] and told[0]["activations"]["scheme"] == scheme
+    recorded = [
+        {key: metadata_of(path)[key] for key in ("activations", "kv_cache")}
+        for path in (first, tmp_path / "b")
+    ]
+    assert recorded[0] == recorded[1] and recorded[0]["activations"]["scheme"] == scheme
     assert load_file(first / "model.safetensors").keys() == load_file(tmp_path / "c/model.safetensors").keys()
     for key, value in load_file(tmp_path / "c" / "model.safetensors").items():
         assert torch.equal(value, load_file(first / "model.safetensors")[key]), key
@@ -110,9 +113,9 @@ def test_what_is_not_kept_is_a_note(source, tmp_path):
     assert any("activations in int8_dynamic: not kept" in note for note in notes)
     assert any("kv_cache in fp8: not kept" in note for note in notes)
     notes = convert(first, tmp_path / "c.gguf").notes
-    assert sum("a GGUF file cannot say anything of" in note for note in notes) == 2
+    assert sum("a GGUF file cannot record" in note for note in notes) == 2
     request = Request(to="int4_g32", requantize=True)
-    assert sum("quantized anew" in note for note in quantize(first, tmp_path / "d", request).notes) == 2
+    assert sum("quantized again" in note for note in quantize(first, tmp_path / "d", request).notes) == 2
 
 
 @pytest.mark.parametrize(
@@ -141,16 +144,16 @@ def test_what_no_record_says_is_told(source, tmp_path):
     group["input_activations"] |= {"strategy": "group", "group_size": 16}
     config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "int", "symmetric": True}
     (out / "config.json").write_text(json.dumps(config))
-    unread = said(out)["unread"]
+    unread = metadata_of(out)["unread"]
     assert len(unread) == 2 and "inputs of weights" in unread[0] and "cache of keys" in unread[1]
     notes = convert(out, tmp_path / "b", "native").notes
     assert [note for note in notes if note.startswith("the input: ")] == [f"the input: {x}" for x in unread]
 
 
 def test_it_is_refused_where_it_cannot_be_said(source, tmp_path):
-    with pytest.raises(PlanError, match="gptq directory cannot say anything of a cache"):
+    with pytest.raises(PlanError, match="gptq directory cannot record a scheme of the KV cache"):
         written(source, tmp_path / "a", file="gptq", kv_cache="fp8")
-    with pytest.raises(PlanError, match="GGUF file cannot say anything"):
+    with pytest.raises(PlanError, match="GGUF file cannot record"):
         written(source, tmp_path / "a.gguf", kv_cache="fp8")
     with pytest.raises(PlanError, match="a cache of keys and values in int4; it can say fp8"):
         written(source, tmp_path / "a", file="compressed-tensors", kv_cache="int4")
@@ -177,10 +180,10 @@ def test_evaluate_runs_a_quantized_as_its_directory_says(source, tmp_path):
     found = evaluate(
         open_checkpoint(source), [open_checkpoint(p) for p in (out, tmp_path / "plain")], text, settings
     )
-    told, plain = found.quantized_models
-    assert told.simulated.activations == "int8_static" and told.simulated.cache == "fp8"
-    assert told.simulated.sites == 14 and plain.simulated is None
-    assert told.fidelity.kl.value > plain.fidelity.kl.value
+    recorded, plain = found.quantized_models
+    assert recorded.simulated.activations == "int8_static" and recorded.simulated.cache == "fp8"
+    assert recorded.simulated.sites == 14 and plain.simulated is None
+    assert recorded.fidelity.kl.value > plain.fidelity.kl.value
     asked = Simulation(cache="fp8", calibration=WINDOWS)
     again = evaluate(open_checkpoint(source), [open_checkpoint(tmp_path / "plain")], text,
                      Settings(context=32, prompts=0, simulation=asked))  # fmt: skip
@@ -207,6 +210,6 @@ def test_a_text_is_read_where_only_the_runtime_is_told_of_it(source, tmp_path):
         == 0
     )
     assert main([*command, "--activations", "int8_dynamic", "--out", str(tmp_path / "b")]) == 0
-    told = said(tmp_path / "a")
-    assert len(told["kv_cache"]["steps"]) == 2 and len(told["activations"]["ranges"]) == 14
-    assert said(tmp_path / "b")["activations"]["scheme"] == "int8_dynamic"
+    recorded = metadata_of(tmp_path / "a")
+    assert len(recorded["kv_cache"]["steps"]) == 2 and len(recorded["activations"]["ranges"]) == 14
+    assert metadata_of(tmp_path / "b")["activations"]["scheme"] == "int8_dynamic"
