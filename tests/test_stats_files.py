@@ -100,7 +100,7 @@ def test_parts_of_one_run_are_joined():
     joined = join(parts)
     assert set(joined.sites) == set(whole.sites) and joined.tokens == whole.tokens
     assert all(agree(joined.of(site), whole.of(site)) for site in whole.sites)
-    with pytest.raises(CalibrationError, match="stands in 2 parts"):
+    with pytest.raises(CalibrationError, match="is in 2 parts"):
         join([*parts, parts[0]])
     with pytest.raises(CalibrationError, match="saw 20 tokens of text 1, another 20 of text 0"):
         join([parts[0], replace(parts[1], source="text 1")])

@@ -59,7 +59,7 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Harne
     if unknown:
         where = ", ".join(str(path) for path in run.include) or "no directory of yours (--include-path)"
         raise PlanError(
-            f"lm-eval has no task {', '.join(unknown)}; it looked among its own and in {where}; `lm-eval ls "
+            f"lm-eval has no task {', '.join(unknown)}; searched: its own and {where}; `lm-eval ls "
             "tasks` lists its own"
         )
     results = lm_eval.simple_evaluate(

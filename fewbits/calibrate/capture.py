@@ -291,7 +291,7 @@ class Sums:
 
 
 def add_outer(h: torch.Tensor, x: torch.Tensor) -> None:
-    """h `(k, k)` += x^T x of x `(t, k)`, in place; below the diagonal panels h is left as it is."""
+    """h `(k, k)` += x^T x of x `(t, k)`, in place; below the diagonal panels h is unchanged."""
     for start in range(0, h.shape[0], PANEL):
         h[start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
 

@@ -218,7 +218,7 @@ def join(parts: Sequence[Statistics]) -> Statistics:
             faults.append(f"one part saw {part.tokens} tokens of {part.source}, another {first.tokens} "
                           f"of {first.source}")  # fmt: skip
     places = Counter(site for part in parts for site in part.sites)
-    faults += [f"site {site!r} stands in {count} parts" for site, count in places.items() if count > 1]
+    faults += [f"site {site!r} is in {count} parts" for site, count in places.items() if count > 1]
     raise_all(CalibrationError, "statistics in parts", faults)
     return replace(
         first,

@@ -79,7 +79,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def verdict(receipt: Receipt, strict: bool) -> int:
-    """0, or 3 if a tensor with a rule (with `strict`: any tensor) has not the requested format."""
+    """0, or 3 if a tensor with a rule (with `strict`: any tensor) did not get its requested format."""
     changed = receipt.changed()
     named = [row for row in changed if row.rule is not None]
     if changed:

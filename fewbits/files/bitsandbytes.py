@@ -270,7 +270,7 @@ class BitsAndBytes(Directory):
         entry = QuantizedEntry(format, (n, k), arrays=tuple(arrays))
         whole = all(stands(array, places) for array in arrays)
         if not whole or (k % block == 0 and _own_levels(levels, nested, arrays, places)):
-            return entry  # what is not whole is reported when it is opened
+            return entry  # incomplete arrays are reported when it is opened
         keys = tuple(array.key for array in arrays)
         return FloatEntry((n, k), keys, lambda parts: _decode((n, k), block, state, parts))
 
@@ -307,7 +307,7 @@ def _checked_state(module: str, levels: str, nested: bool, place: Place, faults:
         or not all(type(size) is int and 0 < size < 2**31 for size in shape)
         or shape[0] * shape[1] % 2
     ):
-        problems.append(f"shape {str(shape)[:40]} is none of a weight [n, k]")
+        problems.append(f"shape {str(shape)[:40]} is not that of a weight [n, k]")
     if type(block) is not int or block not in BLOCKS:
         problems.append(f"blocksize {str(block)[:20]} is none of {', '.join(map(str, BLOCKS))}")
     number = isinstance(offset, int | float) and abs(offset) <= torch.finfo(torch.float32).max

@@ -133,13 +133,14 @@ class FileType(ABC):
         return min(fits, key=lambda other: _distance(format, other), default=BF16)
 
     def refusal(self, format: Format, shape: Shape = USUAL) -> str | None:
-        """None if the format is supported; else one sentence with the reason and the nearest supported
-        format."""
+        """None if the format is supported; else a sentence with the reason and the nearest format."""
         reason = self.reason(format)
         if reason is None:
             return None
         where, near = self.where.format(name=self.name), self.nearest(format, shape)
-        return f"{where} cannot carry {format.name} ({reason}); the nearest it can is {near.name}"
+        return (
+            f"{where} does not support {format.name} ({reason}); the nearest supported format is {near.name}"
+        )
 
     # ---- writing -------------------------------------------------------------------------------------
 

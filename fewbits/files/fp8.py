@@ -8,11 +8,11 @@
     config.json   {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic",
                    "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", ...]}}
 
-Engines quantize the inputs too, each token in groups of 128 columns, which no scheme of ours says: it is told
-as unread. transformers takes the rows of a block from rows / scales when it decodes, which is 128 only where
-128 divides them: so what is written has whole blocks, and what is read may end in part of one. Scales of
-powers of two (`scale_fmt: ue8m0`) and experts in fp4 are refused.
-Source: transformers 5.24, FineGrainedFP8Config and integrations/finegrained_fp8.py; vLLM 0.33, fp8.py.
+Engines also quantize the inputs, each token in groups of 128 columns. No scheme of ours matches that, so it
+is listed as unread. transformers derives the rows of a block from rows / scales when it decodes, which is 128
+only if 128 divides the rows. So written weights have whole blocks, while weights that are read may end in a
+partial block. Scales of powers of two (`scale_fmt: ue8m0`) and experts in fp4 are refused. Source:
+transformers 5.24, FineGrainedFP8Config and integrations/finegrained_fp8.py; vLLM 0.33, fp8.py.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     if pickles:
         raise FileError(
             f"{path}: holds only pickles ({', '.join(pickles[:3])}), which are never loaded: they can run "
-            "code; where you trust them, load the model with transformers and save it: "
+            "code; if you trust them, load the model with transformers and save it: "
             "save_pretrained(DIR) writes safetensors"
         )
     raise FileError(f"{path}: has neither {SINGLE} nor {INDEX}; is this a model directory?")
@@ -146,7 +146,7 @@ def _places(path: Path, files: list[Path], weight_map: dict[str, str]) -> dict[s
             if weight_map.get(name, file.name) != file.name:
                 continue
             if name in tensors:
-                faults.append(f"tensor {name!r} stands in {tensors[name].file.name} and in {file.name}")
+                faults.append(f"tensor {name!r} is in {tensors[name].file.name} and in {file.name}")
             tensors[name] = Place(file, entry)
     faults += [f"tensor {name!r} is not in {weight_map[name]}" for name in weight_map if name not in tensors]
     raise_all(FileError, str(path), faults)

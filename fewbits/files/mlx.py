@@ -108,7 +108,7 @@ class MLX(Directory):
             if lost:
                 raise FormatError(
                     f"{format.name}: {lost} scales times their zeros are past the range of {bias.dtype}, so "
-                    "MLX's biases cannot hold them; use a format with float minima"
+                    "MLX's biases cannot hold them; use a format with float offsets"
                 )
         return pack(codes, format.bits, torch.int32).view(torch.uint32), scale, bias
 
@@ -129,7 +129,7 @@ class MLX(Directory):
         wrong = ~(_bias(scale, zero) == bias) | (stored.to(scale.dtype) != scale)
         if wrong.any():
             raise FormatError(
-                f"{int(wrong.sum())} of {bias.numel()} biases are no whole multiple of their {format.dtype} "
+                f"{int(wrong.sum())} of {bias.numel()} biases are no multiples of their {format.dtype} "
                 f"scales, where `fewbits` in the config says {format.name}; without it they open as floats"
             )
         return from_integers(format, shape, codes, stored, zero)
@@ -193,8 +193,8 @@ def _find(
     shape = places[f"{module}.weight"].entry.shape
     if mode != "affine" or bits not in BITS or group not in GROUPS:
         faults.append(
-            f"{module}: mode {str(mode)[:20]!r}, {str(bits)[:20]} bits, group_size {str(group)[:20]}; supported: "
-            f"affine, bits {', '.join(map(str, BITS))}, groups of {', '.join(map(str, GROUPS))}"
+            f"{module}: mode {str(mode)[:20]!r}, {str(bits)[:20]} bits, group_size {str(group)[:20]}; "
+            f"supported: affine, bits {', '.join(map(str, BITS))}, groups of {', '.join(map(str, GROUPS))}"
         )
         return None
     k = shape[1] * WORD // bits if len(shape) == 2 else 0

@@ -43,7 +43,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def file_type_at(path: str | Path) -> FileType:
-    """The type of what lies at `path`, by its content; FileError for anything else."""
+    """The type of the file or directory at `path`, by its content; FileError for anything else."""
     probe = Probe(Path(path))
     known = [file_type for _, file_type in FILE_TYPES.items()]
     # Types that are marked by a separate file precede those in config.json.

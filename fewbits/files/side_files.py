@@ -37,7 +37,7 @@ def find_side_files(path: Path) -> dict[str, Path]:
 def card_fields(readme: Path | None) -> dict[str, str | list[str]]:
     """The texts and lists of texts in a model card's YAML (its front matter), as the hub reads it.
 
-    Empty where there is no card, and where its YAML is damaged, which `audit` tells."""
+    Empty if there is no card or its YAML is damaged, which `audit` reports."""
     from huggingface_hub.repocard import metadata_load
     from yaml import YAMLError
 

@@ -103,7 +103,7 @@ class _Stack:
 
     def pop(self) -> Any:
         if not self.values or self.values[-1] is _MARK:
-            raise ValueError("takes more from its stack than it put there")
+            raise ValueError("takes more from its stack than is there")
         return self.values.pop()
 
     def top(self, kind: type) -> Any:
@@ -119,7 +119,7 @@ class _Stack:
                 values = self.values[i + 1 :]
                 del self.values[i:]
                 return values
-        raise ValueError("has no mark where it goes back to one")
+        raise ValueError("has no mark to return to")
 
     def push_tuple(self, count: int) -> None:
         self.values.append(tuple(reversed([self.pop() for _ in range(count)])))
@@ -145,7 +145,7 @@ class _Stack:
 
     def find(self, module: Any, attribute: Any) -> None:
         if type(module) is not str or type(attribute) is not str:
-            raise ValueError("names something by what is no string")
+            raise ValueError("names something by a value that is no string")
         name = Name(module[:60], attribute[:60])
         if name not in ALLOWED:
             raise ValueError(
@@ -173,7 +173,7 @@ class _Stack:
     def persistent(self) -> None:
         entry = self.pop()
         if type(entry) is not tuple or len(entry) != 5 or entry[0] != "storage" or type(entry[2]) is not str:
-            raise ValueError("refers to something outside that is no storage")
+            raise ValueError("refers to external data that is no storage")
         _, kind, key, _, count = entry
         if not isinstance(kind, Name) or kind.attribute not in STORAGES or not _is_size(count):
             raise ValueError(f"has a storage {key[:20]!r} of no known type and size")
@@ -228,7 +228,7 @@ def _sizes(value: Any) -> bool:
 
 def _rebuilt(arguments: tuple[Any, ...]) -> Stored:
     if len(arguments) not in (6, 7) or not isinstance(arguments[0], Storage):
-        raise ValueError("rebuilds a tensor of something that is no storage")
+        raise ValueError("rebuilds a tensor from a value that is no storage")
     storage, offset, shape, strides = arguments[:4]
     if not _is_size(offset) or not _sizes(shape) or not _sizes(strides) or len(shape) != len(strides):
         raise ValueError(
@@ -266,7 +266,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
         state = run_pickle(raw)
     except ValueError as error:
         raise FileError(
-            f"{path}: its pickle {error}; where you trust the file, load the model with transformers and "
+            f"{path}: its pickle {error}; if you trust the file, load the model with transformers and "
             "save it: save_pretrained(DIR) writes safetensors"
         ) from error
     if type(state) is not dict:
@@ -329,7 +329,7 @@ def _open(path: Path) -> tuple[dict[str, Member], bytes]:
     if magic != b"PK\3\4":
         raise FileError(
             f"{path}: begins {magic!r}, no zip: torch before 1.6 wrote so, or it is no file of torch's; load "
-            "it with torch where you trust it, and save it again, best as safetensors"
+            "it with torch if you trust it, and save it again, best as safetensors"
         )
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -342,7 +342,7 @@ def _open(path: Path) -> tuple[dict[str, Member], bytes]:
             if order is not None and _read(file, order, 16) != b"little":
                 raise FileError(f"{path}: its byte order is not little; save it on a common machine")
             if "data.pkl" not in members:
-                raise FileError(f"{path}: has no data.pkl; it is no state dict of torch's")
+                raise FileError(f"{path}: has no data.pkl; it is not a state dict of torch")
             if members["data.pkl"].nbytes > PICKLE_LIMIT:
                 raise FileError(
                     f"{path}: a pickle of {members['data.pkl'].nbytes} bytes, the limit is {PICKLE_LIMIT}; "

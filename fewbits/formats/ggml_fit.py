@@ -34,7 +34,7 @@ def exponent_scale(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:
-    """f32 rounded to float16, the largest finite one where it would overflow; minus zero becomes zero."""
+    """f32 rounded to float16, the largest finite one on overflow; minus zero becomes zero."""
     return (x.clamp(-HALF_MAX, HALF_MAX) + 0.0).to(torch.float16).float()
 
 
@@ -235,7 +235,7 @@ def recode_lines(old: Values, line: Pair, weight: torch.Tensor, hi: int, top: in
     """Scales and offsets -> d, dmin and integers whose lines lie nearest over codes spread about top / 2.
 
     The codes of a group are taken to have mean top / 2 and deviation top / 4, as those of a normal
-    weight have; so the minimum makes good at the middle what the rounded scale missed.
+    weight have, so the minimum compensates the error of the rounded scale at the middle.
     """
     group_scale, group_offset = line
     mean, square = top / 2, (top / 2) ** 2 + (top / 4) ** 2

@@ -1,4 +1,4 @@
-"""The two kinds of grid: evenly spaced values, and a table of levels under a scale.
+"""The two kinds of grid: evenly spaced values, and a table of levels times a scale.
 
 Parameters are per row and per group of columns, `(n, g)`; group j covers columns j*group to
 (j+1)*group - 1. Where cells span several rows there is one row of parameters for each of them.

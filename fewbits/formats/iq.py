@@ -244,7 +244,7 @@ class Iq(Ggml):
         odd = self.signs == "even" and bool((minus.sum(-1) % 2).any())
         if odd or bool((index < 0).any()):
             raise FormatError(
-                f"{self.name}: some codes are no points of its lattice; round {self.vector} columns together"
+                f"{self.name}: some codes are not points of its lattice; round {self.vector} columns together"
             )
         values = {**grid.values, "index": index, "sign": sign}
         d = values["d"].clamp(-65504, 65504).to(torch.float16).view(torch.int16).int()

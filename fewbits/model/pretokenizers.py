@@ -56,7 +56,7 @@ def pretokenizer_row(name: str | None) -> Pretokenizer:
             return row
     known = ", ".join(name for row in pretokenizers() for name in row.names)
     raise ModelError(
-        f"tokenizer.ggml.pre = {name!r} is not known here; known: {known}; give a Hugging Face tokenizer"
+        f"tokenizer.ggml.pre = {name!r} is unknown; known: {known}; give a Hugging Face tokenizer"
     )
 
 

@@ -89,7 +89,7 @@ def _kind(rope: Rope, allowed: Sequence[str]) -> str:
     if kind != "default" and kind not in allowed:
         raise ModelError(
             f"rotary scaling {kind!r}: llama.cpp applies {', '.join(['default', *allowed])} to this "
-            "architecture and has nothing for it; the native directory holds the model as it is"
+            "architecture, not this kind; the native directory supports it"
         )
     return str(kind)
 

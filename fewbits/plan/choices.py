@@ -164,7 +164,7 @@ def _from_rules(
     if format is None:
         return Decision(stored, stored, "kept: no rule names it")
     if site.role in STAY:
-        return Decision(stored, stored, f"kept: {site.role} stays as it is unless a rule names it")
+        return Decision(stored, stored, f"kept: {site.role} is unchanged unless a rule names it")
     return Decision(format, format)
 
 

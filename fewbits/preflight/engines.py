@@ -146,7 +146,7 @@ def _transformers(output: Seen, stated: str | None, version: str | None) -> Answ
 
 def _vllm(output: Seen, stated: str | None, version: str | None) -> Answer:
     if "llama.cpp" in output.engines:
-        return None, "reads GGUF through a plug-in of its own only"
+        return None, "reads GGUF only through its plug-in"
     if output.quantized and output.method not in FUSING:
         return False, f"does not read {output.file}; it reads {', '.join(FUSING)}"
     if output.mixed:

@@ -204,4 +204,4 @@ def _reasons(rows: tuple[TensorRow, ...]) -> str:
     for row in rows:
         key = (row.asked, row.format, row.reason or "no reason given")
         groups[key] = groups.get(key, 0) + 1
-    return table(["tensors", "asked", "got", "because"], [[count, *key] for key, count in groups.items()])
+    return table(["tensors", "requested", "got", "reason"], [[count, *key] for key, count in groups.items()])

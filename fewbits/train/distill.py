@@ -228,7 +228,7 @@ class _Run:
         if self.student.fixed:
             names = self.student.fixed
             notes.append(
-                f"distill: {len(names)} quantized tensors stay as they are, no linear layer with free "
+                f"distill: {len(names)} quantized tensors are unchanged, no linear layer with free "
                 f"parameters of its own: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
             )
         return Distilled(changed, tuple(self.history), tuple(notes))

@@ -84,7 +84,7 @@ def rotate(
 def _obstacles(checkpoint: Checkpoint, arch: Architecture | None, blocks: list[Block]) -> Iterator[str]:
     if arch is None:
         yield (
-            f"architecture {checkpoint.config.get('architectures')} is not known here, so which weights read "
+            f"architecture {checkpoint.config.get('architectures')} is unknown, so which weights read "
             "and write the residual stream is not certain; use pair transforms instead"
         )
         return
@@ -103,7 +103,7 @@ def _obstacles(checkpoint: Checkpoint, arch: Architecture | None, blocks: list[B
         for part in (block.attention, block.mlp):
             if part.norm is None:
                 yield f"{block.name}: the norm before {', '.join(part.readers[:1])} is not found"
-            yield from (f"{name}: how it meets the residual stream is not known" for name in part.strange)
+            yield from (f"{name}: its relation to the residual stream is unknown" for name in part.strange)
     if not blocks:
         yield "no blocks are found"
 

@@ -52,8 +52,8 @@ def check_ours(folder: Path) -> None:
         ours = not folder.is_dir() or all(path.match(".run.json.*.tmp") for path in folder.iterdir())
     if not ours:
         raise FileError(
-            f"{folder}: is in the way: a calibrated run keeps its finished blocks under this name, but what "
-            "lies there was not made by one; move it, or choose another output"
+            f"{folder}: is in the way: a calibrated run keeps its finished blocks under this name, but "
+            "no run made this folder; move it, or choose another output"
         )
 
 

@@ -145,7 +145,7 @@ def test_missing_parts_are_listed(tmp_path):
     [
         (split(0, 2, 2, [B], DATA), "says it is part 0 of 2"),
         (split(1, 3, 2, [B], DATA), "says it is part 1 of 3"),
-        (split(1, 2, 2, [A], DATA), "'a' stands in two parts"),
+        (split(1, 2, 2, [A], DATA), "'a' is in two parts"),
         (split(1, 2, 2, [], b""), "hold 1 tensors, split.tensors.count says 2"),
         (gguf([ARCH], [B], DATA), "says it is part None of None"),
     ],

@@ -63,7 +63,7 @@ def test_an_odd_number_of_signs_is_refused_and_never_chosen(fmt: Iq) -> None:
     minus = (codes >> fmt.level_bits).long().unflatten(1, (-1, 8)).sum(2)
     assert not bool((minus % 2).any())
     codes[0, 0] ^= 1 << fmt.level_bits
-    with pytest.raises(FormatError, match="no points"):
+    with pytest.raises(FormatError, match="not points"):
         fmt.pack(grid, codes)
 
 

@@ -184,7 +184,9 @@ class Compressed(Directory):
             ):
                 faults.append(f"{name}: no engine multiplies {format.name} with {self.activations}")
             if weights["type"] == "float" and not is_e4m3(format):
-                faults.append(f"{name}: {format.name} cannot meet {self.activations}; leave activations out")
+                faults.append(
+                    f"{name}: {format.name} does not support {self.activations}; leave activations out"
+                )
         storage = storage_of(format, self.in_bytes)
         return {
             "weights": weights,

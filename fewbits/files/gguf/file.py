@@ -82,7 +82,7 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
                 f"{part.path.name}: says it is part {says.get('split.no')} of {says.get('split.count')} "
                 f"(counted from 0), its name says {number} of {len(parts)}"
             )
-        faults += [f"tensor {name!r} stands in two parts" for name in part.tensors if name in tensors]
+        faults += [f"tensor {name!r} is in two parts" for name in part.tensors if name in tensors]
         tensors |= part.tensors
     total = first.metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):

@@ -219,7 +219,9 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFFile:
     """Walk the header."""
     version = cursor.number("I", "version")
     if version & 0xFFFF == 0:
-        raise FileError(f"{path}: big-endian GGUF (version reads {version}); convert it on its own machine")
+        raise FileError(
+            f"{path}: big-endian GGUF (version reads {version}); convert it on a big-endian machine"
+        )
     if version not in (2, 3):
         raise FileError(f"{path}: GGUF version {version}; 2 and 3 are read: convert the model again")
     tensor_count = cursor.number("Q", "tensor count")

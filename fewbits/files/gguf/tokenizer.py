@@ -216,7 +216,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """GGUF keys with plain values -> a tokenizer.json that splits text like llama.cpp.
 
     Unlike other converters it keeps every split of the pre-tokenizer (the single digits of `smollm`).
-    Raises ModelError for a tokenizer model or pre-tokenizer that is not known here.
+    Raises ModelError for a tokenizer model or pre-tokenizer that is unknown.
     """
     model = metadata.get(Keys.Tokenizer.MODEL)
     builders = {"gpt2": _bpe_json, "llama": _spm_json}

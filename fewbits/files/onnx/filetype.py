@@ -8,10 +8,10 @@
     int4, int8 in groups      <tensor>.codes  u8 (n, groups, group * bits / 8)   first code in the low bits
       of 16 to 256 columns    <tensor>.scale  (n * groups)                       f16, bf16 or f32
       (MatMulNBits)           <tensor>.zero   u8 (n * ceil(groups * bits / 8))   without it: 2^(bits-1)
-    int8 by row or tensor     <tensor>.codes  (n, k)     i8, code - 128; u8, the code, where it has a zero
+    int8 by row or tensor     <tensor>.codes  (n, k)     i8, code - 128; u8, the code, if it has a zero
       (DequantizeLinear)      <tensor>.scale  (n) or ()
                               <tensor>.zero   u8, of the scales' shape
-    float                     <tensor>        as it is
+    float                     <tensor>        unchanged
 
 onnxruntime replaces a DequantizeLinear with zeros by its own MatMulNBits and rounds the inputs to 8 bits
 there, unless the session's qdq_matmulnbits_accuracy_level is 0. All other products are in f32.
@@ -183,8 +183,8 @@ def open_onnx(path: Path) -> Checkpoint:
     records = [prop.value for prop in model.metadata_props if prop.key == "fewbits"]
     if len(records) != 1:
         raise FileError(
-            f"{path / GRAPH}: was not written by fewbits; of other ONNX models the weights cannot be told "
-            "apart from what the graph does with them: give the model directory that it was made of"
+            f"{path / GRAPH}: was not written by fewbits; fewbits opens only its own ONNX "
+            "files; give the model directory that it was made from"
         )
     index = parse_json_object(records[0].encode(), f"{path / GRAPH}: metadata 'fewbits'")
     if index.get("version") != VERSION or not isinstance(index.get("tensors"), dict):
