@@ -10,7 +10,7 @@ A format's *column block* is the columns whose bytes can be packed alone: 64 of 
 
     fit="dynamic"   the parameters of a block are fitted when its first column is reached, to the weights
                     as feedback has left them; the error of column j weighs 1 / U_jj^2, as in the loss
-    fit="searched"  the same, and the fitted scales are tried a little smaller and larger: each row keeps
+    fit="searched"  the same, and the fitted steps are tried a little smaller and larger: each row keeps
                     what leaves it the least loss once the columns of the block have been fed back
     fit="static"    the parameters of the whole weight are fitted first
 
@@ -39,7 +39,7 @@ from .descent import descended, join_parts, join_rows, rows_alone
 from .hessian import DAMP, GPTAQ, HessianFactor, require_stats
 
 FITS = ("searched", "dynamic", "static")
-# Of a fitted scale; the first is the fit itself, and wins ties.
+# Of a fitted step; the first is the fit itself, and wins ties.
 SCALINGS = (1.0, 0.9, 0.95, 1.05)
 # Two rounds gain three quarters of what eight do: 5 % of the loss in 4 bits, 12 % in q2_k.
 DESCENT = 2
@@ -125,13 +125,13 @@ def feed_searched(
 ) -> tuple[QTensor, torch.Tensor]:
     """The same for several scalings of the grid at once, as so many rows; each row keeps its best."""
     n, tried = state.shape[1], len(SCALINGS)
-    scale, offset = grid.groups(n)
+    step, base = grid.groups(n)
     fitted = format.pack(grid, grid.round(state[columns.argsort()].T))
     every = torch.arange(n, device=state.device)
     rows = every.repeat(tried)
     wide, _ = format.unpack(fitted.take_rows(rows))
     scaling = torch.tensor(SCALINGS, device=state.device).repeat_interleave(n)[:, None]
-    wide = wide.refitted(scale[rows] * scaling, None if offset is None else offset[rows] * scaling)
+    wide = wide.refitted(step[rows] * scaling, None if base is None else base[rows] * scaling)
     q, errors = feed_back(format, wide, state.repeat(1, tried), factor, columns)
     best = errors.square().sum(0).reshape(tried, n).argmin(0) * n + every
     return q.take_rows(best), errors[:, best]
