@@ -1,4 +1,4 @@
-"""Floating point formats: plain casts, scaled few-bit floats, and the block-scaled MX and NVFP4.
+"""Floating point formats: plain casts, scaled low-bit floats, and the block-scaled MX and NVFP4.
 
 An element of E exponent and M mantissa bits is stored as its bit pattern, sign first:
 

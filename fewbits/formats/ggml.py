@@ -1,19 +1,19 @@
-"""The GGML block types: what llama.cpp reads, as table rows.
+"""The GGML block types of llama.cpp, as table rows.
 
 A block is 32 or 256 weights of one row with their parameters, a few dozen bytes side by side. A
-type is one row of TYPES: which kind of grid its groups use, how their scales are coded, and the
-fields of its struct (`ggml_layout.py`). Three kinds of scale:
+type is one row of TYPES: the kind of grid, the coding of scales, and the fields of its struct
+(`ggml_layout.py`). Three kinds of scale:
 
     one level     Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL TQ1_0 TQ2_0    d (and m) in f16 for each block
     two levels    Q2_K .. Q6_K IQ4_XS     group scale = d * scale, group offset = -(dmin * minimum),
-                                          d and dmin f16 a block, scale and minimum small integers
+                                          d and dmin f16 per block, scale and minimum small integers
     power of two  MXFP4                   2^(e - 128), e one byte
 
 Two-level types are fitted group by group (`search.py`), then the group parameters are coded, then
-d (and dmin) are refitted by least squares against the codes they led to (`ggml_fit.py`).
+d (and dmin) are refitted by least squares to the resulting codes (`ggml_fit.py`).
 
-The only plane is `blocks`, the struct's bytes: what a GGUF file stores is what the format is.
-The other IQ types choose lattice points, eight or four weights at a time: `iq.py` has their rows.
+The only plane is `blocks`, the struct's bytes as in a GGUF file. The other IQ types use lattice points for
+eight or four weights at a time; `iq.py` has their rows.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Ggml(Format):
     def fit_reference(
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> GgmlGrid:
-        """`fit` in plain torch, whether or not the C++ core is there."""
+        """`fit` in plain torch, with or without the C++ core."""
         self.check(w)
         n, k = w.shape
         x = w.float().reshape(-1, self.block // self.group, self.group)
@@ -163,12 +163,12 @@ class Ggml(Format):
     def encode_reference(
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> QTensor:
-        """`encode` in plain torch, whether or not the C++ core is there."""
+        """`encode` in plain torch, with or without the C++ core."""
         grid = self.fit_reference(w, importance, search)
         return self.pack(grid, grid.round(w.float()))
 
     def decode_reference(self, q: QTensor) -> torch.Tensor:
-        """`decode` in plain torch, whether or not the C++ core is there."""
+        """`decode` in plain torch, with or without the C++ core."""
         return super().decode(q)
 
     def unpack(self, q: QTensor) -> tuple[GgmlGrid, torch.Tensor]:

@@ -1,10 +1,10 @@
-"""Fitting the parameters of GGML blocks, and coding them in the few bits that a block has for them.
+"""Fits the parameters of GGML blocks, and codes them in the bits of a block.
 
     x (blocks, groups, group)  ->  search.py: scale, offset of each group
                                ->  d, dmin in f16, scale and minimum in small integers
-                               ->  d, dmin, scale, minimum again, for the codes that they led to
+                               ->  d, dmin, scale, minimum again, for the resulting codes
 
-`refit_values` does the second step for scales and offsets that come from elsewhere.
+`refit_values` does the second step for given scales and offsets.
 
 Reference of csrc/ggml_encode.h, equal to it bit for bit: the same operations in the same order.
 """
@@ -78,7 +78,7 @@ def code_scales_symmetric(
 def group_moments(
     fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum(w x v) and sum(w v^2) of each group, v the unscaled levels that `scale` leads to."""
+    """sum(w x v) and sum(w v^2) of each group, v the unscaled levels for `scale`."""
     rows = lanes(x)
     w = torch.ones_like(rows) if weight is None else lanes(weight)
     inv = inverse(scale.reshape(-1))
@@ -131,7 +131,7 @@ def affine_moments(
 
 def recode_affine(moments: Moments, halves: Pair, integers: Pair, hi: int) -> Pair:
     """Better integers for the same codes: the scale of the least-squares line, then the minimum that
-    suits the coded scale; kept for each group where the (quadratic) error falls."""
+    suits the coded scale; kept for each group if the (quadratic) error falls."""
     sqq, sq, sw, sxq, sx = moments
     d, dmin = halves[0][:, None], halves[1][:, None]
     scale, minimum = integers
@@ -164,7 +164,7 @@ def refit_affine(moments: Moments, halves: Pair, integers: Pair) -> Pair:
 
 
 def fit_exponent(fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search: bool) -> Values:
-    """MXFP4: floor(log2(amax)) - 2 as the OCP MX specification has it, and its neighbours if searching."""
+    """MXFP4: floor(log2(amax)) - 2 as in the OCP MX specification, and its neighbours if searching."""
     assert fmt.levels is not None
     levels, rows = fmt.levels.to(x.device), lanes(x)
     w = torch.ones_like(rows) if weight is None else lanes(weight)
@@ -190,7 +190,7 @@ def refit_values(
     """Group scales and offsets `(blocks, groups)` -> the coded parameters that come nearest to them.
 
     Two-level types choose d, dmin and the small integers of a block together, and keep the old ones
-    where no others are nearer. weight `(blocks, groups)`: how much the error of each group counts.
+    if no others are nearer. weight `(blocks, groups)`: the weight of each group's error.
     """
     if "exponent" in old:
         mantissa, exponent = torch.frexp(scale)
@@ -232,9 +232,9 @@ def recode_scales(old: Values, group_scale: torch.Tensor, weight: torch.Tensor, 
 
 
 def recode_lines(old: Values, line: Pair, weight: torch.Tensor, hi: int, top: int) -> Values:
-    """Scales and offsets -> d, dmin and integers whose lines lie nearest over codes spread about top / 2.
+    """Scales and offsets -> d, dmin and integers whose lines are nearest for codes distributed about top / 2.
 
-    The codes of a group are taken to have mean top / 2 and deviation top / 4, as those of a normal
+    The codes of a group are assumed to have mean top / 2 and deviation top / 4, as those of a normal
     weight have, so the minimum compensates the error of the rounded scale at the middle.
     """
     group_scale, group_offset = line

@@ -1,7 +1,7 @@
 """The two kinds of grid: evenly spaced values, and a table of levels times a scale.
 
 Parameters are per row and per group of columns, `(n, g)`; group j covers columns j*group to
-(j+1)*group - 1. Where cells span several rows there is one row of parameters for each of them.
+(j+1)*group - 1. If cells span several rows, there is one row of parameters for each cell row.
 The arithmetic of `value` is exactly what decoding does, in f32.
 """
 
@@ -33,7 +33,7 @@ def spread(
 
 
 def over_rows(parameter: torch.Tensor, rows: int | None, n: int) -> torch.Tensor:
-    """`(down, g)` -> `(n, g)`, or `(1, g)` where one row of parameters serves all."""
+    """`(down, g)` -> `(n, g)`, or `(1, g)` if one row of parameters serves all."""
     if rows in (None, 1):
         return parameter
     return parameter.repeat_interleave(rows, 0)[:n]
@@ -63,8 +63,8 @@ def saturate(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class AffineGrid(Grid):
     """value = scale * (code - zero) + offset, code in [0, top]; offset None means no addition.
 
-    Parameters are `(n, g)`, or `(1, g)` where one row serves all, and are stored as `dtype`; a scale
-    may be negative where `signed`.
+    Parameters are `(n, g)`, or `(1, g)` if one row serves all, and are stored as `dtype`; a scale may
+    be negative if `signed`.
     """
 
     scale: torch.Tensor

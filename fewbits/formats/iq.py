@@ -1,4 +1,4 @@
-"""The IQ types of llama.cpp: codes are points of a lattice, chosen for eight or four weights at once.
+"""The IQ types of llama.cpp: codes are points of a lattice for eight or four weights.
 
     value = d * unit * (2 scale + 1) * level        d f16 a block of 256, scale 4 bits (IQ1: 3) a group
     level = sign * table[code]                      IQ2, IQ3: a lattice of magnitudes, signs apart

@@ -1,4 +1,4 @@
-"""Fitting IQ blocks: signs, the scale of each group, and the few bits that a block has for them.
+"""Fits IQ blocks: signs, the scale of each group, and their codes in a block.
 
     signs     the sign of each weight; if the number of minus signs must be even, the cheapest flip
     scale     from several starts, each refitted by least squares to its nearest points
