@@ -49,7 +49,7 @@ def test_codes_lie_in_range_and_values_are_stable(name):
     assert float(codes.min()) >= scheme.smallest and float(codes.max()) <= scheme.largest
     once = quantize_dequantize(x, scheme, affine)
     again = quantize_dequantize(once, scheme, affine)
-    # what was representable stays so; (code - zero) * step / step is within an ulp of the code
+    # what was representable stays so; (code - zero) * scale / scale is within an ulp of the code
     assert torch.equal(quantize(once, scheme, affine), codes) and torch.equal(once, again)
 
 

@@ -51,8 +51,8 @@ def test_steps_are_the_largest_over_448():
         model(WINDOWS)
     found = ranges(model, WINDOWS)
     assert list(found) == [ATTENTION.format(i) for i in range(2)]
-    for steps, peaks in zip(found.values(), largest, strict=True):
-        assert steps == pytest.approx([peak / 448 for peak in peaks], rel=1e-6)
+    for scales, peaks in zip(found.values(), largest, strict=True):
+        assert scales == pytest.approx([peak / 448 for peak in peaks], rel=1e-6)
 
 
 def test_what_is_stored_is_the_nearest_e4m3():
@@ -77,16 +77,16 @@ def test_a_cache_is_told_and_read_again(source, tmp_path, file):
     found = metadata_of(out)["kv_cache"]
     assert found["scheme"] == "fp8" and list(found["steps"]) == [ATTENTION.format(i) for i in range(2)]
     expected = ranges(load_model(open_checkpoint(out)), WINDOWS)
-    for module, steps in found["steps"].items():
-        assert steps == pytest.approx(expected[module], rel=1e-6)
+    for module, scales in found["steps"].items():
+        assert scales == pytest.approx(expected[module], rel=1e-6)
     if file == "compressed-tensors":
         config = json.loads((out / "config.json").read_text())["quantization_config"]
         assert config["kv_cache_scheme"] == {
             "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False,
         }  # fmt: skip
         arrays = load_file(out / "model.safetensors")
-        for module, steps in found["steps"].items():
-            assert [arrays[f"{module}.{part}_scale"].item() for part in "kv"] == pytest.approx(steps)
+        for module, scales in found["steps"].items():
+            assert [arrays[f"{module}.{part}_scale"].item() for part in "kv"] == pytest.approx(scales)
 
 
 @pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_static", "int8_asymmetric_static"])
@@ -170,7 +170,7 @@ def test_it_is_refused_where_it_cannot_be_said(source, tmp_path):
 
 
 def test_evaluate_runs_a_quantized_as_its_directory_says(source, tmp_path):
-    """A static scheme and a cache, by the steps that lie in the directory, without any text to calibrate."""
+    """A static scheme and a cache, with the scales in the directory, without any text to calibrate."""
     out = written(
         source, tmp_path / "a", file="compressed-tensors", activations="int8_static", kv_cache="fp8"
     )
@@ -192,7 +192,7 @@ def test_evaluate_runs_a_quantized_as_its_directory_says(source, tmp_path):
 
 
 def test_a_text_is_read_where_only_the_runtime_is_told_of_it(source, tmp_path):
-    """--effort fast rounds without a text, and the steps of a cache still come from the one that is given."""
+    """--effort fast rounds without a text, and the scales of a cache still come from the given one."""
     (tmp_path / "text.txt").write_text("a quick brown fox jumps over the lazy dog; " * 200)
     command = ["quantize", str(source), "--to", "int8_channel", "--file", "compressed-tensors", "--no-verify"]
     command += [

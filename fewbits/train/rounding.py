@@ -91,16 +91,16 @@ def learn_block(
     where = getattr(block, "name", "block")
     if not inputs or len(inputs) != len(targets):
         raise CalibrationError(f"{where}: {len(inputs)} inputs and {len(targets)} targets; 1 each at least")
-    offsets = {
-        name: Offset(weights[name].float().cpu(), start.get(name) or fmt.encode(weights[name].cpu()))
+    roundings = {
+        name: LearnedRounding(weights[name].float().cpu(), start.get(name) or fmt.encode(weights[name].cpu()))
         for name, fmt in formats.items()
     }
-    descent = _Descent(block, offsets, inputs, targets, settings, where)
+    descent = _Descent(block, roundings, inputs, targets, settings, where)
     descent.go()
     return descent.best
 
 
-class Offset:
+class LearnedRounding:
     """The training state of one weight on the CPU: V and the factors of its block parameters."""
 
     def __init__(self, w: torch.Tensor, q: QTensor):
@@ -162,15 +162,15 @@ class _Descent:
     def __init__(
         self,
         block: Runs,
-        offsets: Mapping[str, Offset],
+        roundings: Mapping[str, LearnedRounding],
         inputs: Sequence[torch.Tensor],
         targets: Sequence[torch.Tensor],
         settings: RoundingSettings,
         where: str,
     ):
-        self.block, self.offsets, self.inputs, self.targets = block, offsets, inputs, targets
+        self.block, self.roundings, self.inputs, self.targets = block, roundings, inputs, targets
         self.settings, self.where = settings, where
-        self.best = {name: offset.start for name, offset in offsets.items()}
+        self.best = {name: rounding.start for name, rounding in roundings.items()}
         self.error = self.measure(self.best)
 
     def go(self) -> None:
@@ -180,7 +180,7 @@ class _Descent:
             self.advance(step)
             if (step + 1) % every and step + 1 < settings.steps:
                 continue
-            packed = {name: offset.pack() for name, offset in self.offsets.items()}
+            packed = {name: rounding.pack() for name, rounding in self.roundings.items()}
             error = self.measure(packed)
             if error < self.error:
                 self.best, self.error, worse = packed, error, 0
@@ -192,19 +192,19 @@ class _Descent:
     def advance(self, step: int) -> None:
         """One step of signed gradient descent."""
         settings, n = self.settings, self.settings.steps
-        leaves = [leaf.requires_grad_() for offset in self.offsets.values() for leaf in offset.leaves()]
+        leaves = [leaf.requires_grad_() for rounding in self.roundings.values() for leaf in rounding.leaves()]
         total = [torch.zeros_like(leaf) for leaf in leaves]
         for i in self.chosen(step):
-            moved = {name: offset.weight() for name, offset in self.offsets.items()}
+            moved = {name: rounding.weight() for name, rounding in self.roundings.items()}
             loss = self.loss(i, moved)
             for sum_, gradient in zip(total, torch.autograd.grad(loss, leaves), strict=True):
                 sum_ += gradient
         for leaf in leaves:
             leaf.requires_grad_(False)
         rest = iter(total)
-        for offset in self.offsets.values():
-            gradients = [next(rest) for _ in offset.leaves()]
-            offset.step(gradients, 2 * (settings.steps - step) / (n * (n + 1)), settings)
+        for rounding in self.roundings.values():
+            gradients = [next(rest) for _ in rounding.leaves()]
+            rounding.step(gradients, 2 * (settings.steps - step) / (n * (n + 1)), settings)
 
     def loss(self, i: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The mean squared error of the block's output on input i; it must be finite."""
