@@ -287,13 +287,13 @@ def test_static_activations_run(tmp_path, to, activations):
     group = validated(path).config_groups["group_0"]
     assert not group.input_activations.dynamic
     theirs, ours, scheme = loaded(path), load_model(open_checkpoint(path)), SCHEMES.get(activations)
-    parameters = dict(theirs.named_parameters())
+    arrays = dict(theirs.named_parameters())
 
     def change(site, x, weight):
         module = site.removesuffix(".weight")
         scale, zero = (
-            parameters[f"{module}.input_scale"],
-            parameters.get(f"{module}.input_zero_point", torch.zeros(1)),
+            arrays[f"{module}.input_scale"],
+            arrays.get(f"{module}.input_zero_point", torch.zeros(1)),
         )
         if scheme.floating:
             return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
