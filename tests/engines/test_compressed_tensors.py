@@ -287,14 +287,11 @@ def test_static_activations_run(tmp_path, to, activations):
     group = validated(path).config_groups["group_0"]
     assert not group.input_activations.dynamic
     theirs, ours, scheme = loaded(path), load_model(open_checkpoint(path)), SCHEMES.get(activations)
-    arrays = dict(theirs.named_parameters())
+    fixed = dict(theirs.named_parameters())
 
     def change(site, x, weight):
         module = site.removesuffix(".weight")
-        scale, zero = (
-            arrays[f"{module}.input_scale"],
-            arrays.get(f"{module}.input_zero_point", torch.zeros(1)),
-        )
+        scale, zero = fixed[f"{module}.input_scale"], fixed.get(f"{module}.input_zero_point", torch.zeros(1))
         if scheme.floating:
             return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
         return ((x / scale + zero.float()).round().clamp(-128, 127) - zero.float()) * scale
