@@ -1,8 +1,8 @@
-// Rounding the columns of a weight one after the other, which error feedback and coordinate descent share:
-// the error of column j changes every later column. Sixteen rows of the weight side by side.
+// Rounds the columns of a weight one after the other, for error feedback and coordinate descent: the error of
+// column j changes every later column. Sixteen rows of the weight in parallel.
 //
 //     code  = nearest of the grid to state[j]            value = scale * (code - zero) + offset
-//     move  = (state[j] - value) / pivot[j]              or value - old[j], where there are no pivots
+//     move  = (state[j] - value) / pivot[j]              or value - old[j], without pivots
 //     state[i] -= coupling[j, i] * move                  for i > j
 //
 // Reference: fewbits/algorithms/columns.py, equal to it bit for bit.

@@ -1,4 +1,4 @@
-// Which instruction set runs: the best that this processor has, or the one FEWBITS_ISA caps it to.
+// Selects the instruction set: the best of this processor, limited by FEWBITS_ISA.
 #include "dispatch.h"
 
 #include <cstdlib>

@@ -17,7 +17,7 @@ using fewbits::Job;
 using fewbits::Error;
 using fewbits::UNIT;
 
-// -> whether all of them are finite and of sane size.
+// -> whether all of them are finite and not too large.
 bool to_f32(const void* src, int dtype, int64_t first, int64_t n, float* out) {
     if (dtype == fewbits::F32) {
         std::memcpy(out, static_cast<const float*>(src) + first, n * sizeof(float));

@@ -1,4 +1,4 @@
-// Encoding blocks of one type: fit sixteen groups at a time, code their scales, round, pack.
+// Encodes blocks of one type: fits sixteen groups at a time, codes their scales, rounds, packs.
 // Reference: fit_values and below in fewbits/formats/ggml_fit.py.
 #pragma once
 
@@ -9,14 +9,14 @@ namespace FEWBITS_ISA {
 constexpr int RECODE_ROUNDS = 2;
 
 // 2^(e - 128), denormal for the two smallest e.
-inline float exponent_step(int e) {
+inline float exponent_scale(int e) {
     uint32_t bits = e < 2 ? 0x00200000u << e : uint32_t(e - 1) << 23;
     float f;
     std::memcpy(&f, &bits, 4);
     return f;
 }
 
-// A one-level type gets the brief scan unless importances say that the squared error matters much.
+// A one-level type gets the brief scan unless there are importances.
 template <class T, bool WEIGHTED>
 using EvenOf = Even<-T::zero, T::top - T::zero, T::two_level || WEIGHTED ? SCALE_CANDIDATES : BATCH>;
 
@@ -27,7 +27,7 @@ using GridOf = std::conditional_t<T::kind == Kind::table, Levels<Iq4>,
 
 // Group parameters of the blocks in a tile, by lane.
 struct Groups {
-    float step[LANES], base[LANES], scale[LANES], minimum[LANES];
+    float group_scale[LANES], group_offset[LANES], scale[LANES], minimum[LANES];
 };
 
 inline float extreme_of(const float* x, int n) {
@@ -43,14 +43,14 @@ template <class T, bool WEIGHTED>
 void code_scales_symmetric(const Tile<T::group>& t, bool search, Groups& g, float* d) {
     constexpr int N = T::groups, BLOCKS = LANES / N;
     for (int b = 0; b < BLOCKS; ++b) {
-        float *step = g.step + b * N, *scale = g.scale + b * N;
-        d[b] = to_half(extreme_of(step, N) / float(T::scale_lo));
+        float *group_scale = g.group_scale + b * N, *scale = g.scale + b * N;
+        d[b] = to_half(extreme_of(group_scale, N) / float(T::scale_lo));
         for (int j = 0; j < N; ++j)
-            scale[j] = clamp(round_even(step[j] * inverse(d[b])), T::scale_lo, T::scale_hi);
+            scale[j] = clamp(round_even(group_scale[j] * inverse(d[b])), T::scale_lo, T::scale_hi);
     }
     for (int round = 0; round < (search ? RECODE_ROUNDS : 0); ++round) {
-        for (int i = 0; i < LANES; ++i) g.step[i] = d[i / N] * g.scale[i];
-        F inv = inverse(load(g.step)), cross, square;
+        for (int i = 0; i < LANES; ++i) g.group_scale[i] = d[i / N] * g.scale[i];
+        F inv = inverse(load(g.group_scale)), cross, square;
         moments<T::group, WEIGHTED, GridOf<T, WEIGHTED>, 1>(t, &inv, &cross, &square);
         for (int b = 0; b < BLOCKS; ++b) {
             float up = 0, down = 0;
@@ -72,9 +72,9 @@ struct AffineMoments {
 };
 
 template <class T, bool WEIGHTED>
-INLINE AffineMoments moments_of_codes(const Tile<T::group>& t, F step, F drop) {
+INLINE AffineMoments moments_of_codes(const Tile<T::group>& t, F group_scale, F drop) {
     AffineMoments s = {};
-    F inv = inverse(step);
+    F inv = inverse(group_scale);
     for (int i = 0; i < T::group; ++i) {
         F q = clamp(round_even((t.x[i] + drop) * inv), 0, T::top);
         F wq = WEIGHTED ? t.w[i] * q : q, wx = WEIGHTED ? t.w[i] * t.x[i] : t.x[i];
@@ -90,12 +90,12 @@ INLINE AffineMoments moments_of_codes(const Tile<T::group>& t, F step, F drop) {
 inline void recode_affine(const AffineMoments& s, int i, float d, float dmin, float hi, Groups& g) {
     float sqq = s.sqq[i], sq = s.sq[i], sw = s.sw[i], sxq = s.sxq[i], sx = s.sx[i];
     float a = (sw * sxq - sx * sq) / (sw * sqq - sq * sq);
-    float scale = clamp(round_even(a * inverse(d)), 0, hi), step = d * scale;
-    float minimum = clamp(round_even((step * sq - sx) / sw * inverse(dmin)), 0, hi);
+    float scale = clamp(round_even(a * inverse(d)), 0, hi), group_scale = d * scale;
+    float minimum = clamp(round_even((group_scale * sq - sx) / sw * inverse(dmin)), 0, hi);
     auto error = [&](float st, float drop) {
         return st * (st * sqq - 2.0f * (drop * sq + sxq)) + drop * (drop * sw + 2.0f * sx);
     };
-    if (error(step, dmin * minimum) < error(d * g.scale[i], dmin * g.minimum[i])) {
+    if (error(group_scale, dmin * minimum) < error(d * g.scale[i], dmin * g.minimum[i])) {
         g.scale[i] = scale;
         g.minimum[i] = minimum;
     }
@@ -125,30 +125,30 @@ template <class T, bool WEIGHTED>
 void code_scales_affine(const Tile<T::group>& t, bool search, Groups& g, float* d, float* dmin) {
     constexpr int N = T::groups, BLOCKS = LANES / N;
     for (int b = 0; b < BLOCKS; ++b) {
-        float step = g.step[b * N], drop = -g.base[b * N];
+        float group_scale = g.group_scale[b * N], drop = -g.group_offset[b * N];
         for (int i = b * N; i < (b + 1) * N; ++i) {
-            step = g.step[i] > step ? g.step[i] : step;
-            drop = -g.base[i] > drop ? -g.base[i] : drop;
+            group_scale = g.group_scale[i] > group_scale ? g.group_scale[i] : group_scale;
+            drop = -g.group_offset[i] > drop ? -g.group_offset[i] : drop;
         }
-        d[b] = to_half(step / float(T::scale_hi));
+        d[b] = to_half(group_scale / float(T::scale_hi));
         dmin[b] = to_half(drop / float(T::scale_hi));
         for (int i = b * N; i < (b + 1) * N; ++i) {
-            g.scale[i] = clamp(round_even(g.step[i] * inverse(d[b])), 0, T::scale_hi);
-            g.minimum[i] = clamp(round_even(-g.base[i] * inverse(dmin[b])), 0, T::scale_hi);
+            g.scale[i] = clamp(round_even(g.group_scale[i] * inverse(d[b])), 0, T::scale_hi);
+            g.minimum[i] = clamp(round_even(-g.group_offset[i] * inverse(dmin[b])), 0, T::scale_hi);
         }
     }
     for (int round = 0; round < (search ? RECODE_ROUNDS : 0); ++round) {
         for (int i = 0; i < LANES; ++i) {
-            g.step[i] = d[i / N] * g.scale[i];
-            g.base[i] = dmin[i / N] * g.minimum[i];
+            g.group_scale[i] = d[i / N] * g.scale[i];
+            g.group_offset[i] = dmin[i / N] * g.minimum[i];
         }
-        AffineMoments s = moments_of_codes<T, WEIGHTED>(t, load(g.step), load(g.base));
+        AffineMoments s = moments_of_codes<T, WEIGHTED>(t, load(g.group_scale), load(g.group_offset));
         for (int i = 0; i < LANES; ++i) recode_affine(s, i, d[i / N], dmin[i / N], T::scale_hi, g);
         for (int b = 0; b < BLOCKS; ++b) refit_affine(s, b * N, N, g, d[b], dmin[b]);
     }
 }
 
-// floor(log2(amax)) - 2 as the MX specification has it, and its neighbours where they do better.
+// floor(log2(amax)) - 2 as in the MX specification, or a better neighbour.
 template <class T, bool WEIGHTED>
 void fit_exponent(const Tile<T::group>& t, bool search, uint8_t* exponent) {
     F best = splat(-INFINITY), amax = {};
@@ -160,13 +160,13 @@ void fit_exponent(const Tile<T::group>& t, bool search, uint8_t* exponent) {
         spec[i] = amax[i] > 0 ? std::min(std::max(e - 1 - 2 + 127, 0), 254) : 0;
     }
     for (int change : {0, 1, -1}) {
-        float step[LANES];
+        float group_scale[LANES];
         int e[LANES];
         for (int i = 0; i < LANES; ++i) {
             e[i] = std::min(std::max(spec[i] + change, 0), 254);
-            step[i] = exponent_step(e[i]);
+            group_scale[i] = exponent_scale(e[i]);
         }
-        F s = load(step), inv = inverse(s), cross, square;
+        F s = load(group_scale), inv = inverse(s), cross, square;
         moments<T::group, WEIGHTED, GridOf<T, WEIGHTED>, 1>(t, &inv, &cross, &square);
         F score = s * (2.0f * cross - s * square);
         for (int i = 0; i < LANES; ++i)
@@ -176,7 +176,7 @@ void fit_exponent(const Tile<T::group>& t, bool search, uint8_t* exponent) {
     }
 }
 
-// Codes are small integers held in floats until here.
+// Up to here codes are small integers stored as floats.
 INLINE void store_bytes(F q, uint8_t* out) {
     typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
     for (int p = 0; p < PARTS; ++p) {
@@ -185,9 +185,9 @@ INLINE void store_bytes(F q, uint8_t* out) {
     }
 }
 
-// The final codes of one group; inv is the inverse of its step.
+// The final codes of one group; inv is the inverse of its scale.
 template <class T>
-INLINE void round_group(const float* __restrict x, float inv, float base, uint8_t* __restrict code) {
+INLINE void round_group(const float* __restrict x, float inv, float group_offset, uint8_t* __restrict code) {
     for (int i = 0; i < T::group; i += LANES) {
         F t = load(x + i), q;
         if constexpr (T::kind == Kind::table || T::kind == Kind::exponent) {
@@ -199,21 +199,21 @@ INLINE void round_group(const float* __restrict x, float inv, float base, uint8_
                 q = select(t >= middle, splat(TABLE::codes[l]), q);
             }
         } else {
-            t = T::kind == Kind::affine ? (t - base) * inv : t * inv;
+            t = T::kind == Kind::affine ? (t - group_offset) * inv : t * inv;
             q = clamp(round_even(t) + float(T::zero), 0, T::top);
         }
         store_bytes(q, code + i);
     }
 }
 
-// The parameters of a tile's groups as decoding will have them: step, and what is added.
+// The parameters of a tile's groups as decoding computes them: scale and offset.
 template <class T>
 INLINE void decoded_parameters(Groups& g, const float* d, const float* dmin, const uint8_t* exponent) {
     constexpr int N = T::groups;
     for (int i = 0; i < LANES; ++i) {
-        if (T::kind == Kind::exponent) g.step[i] = exponent_step(exponent[i]);
-        if (T::two_level) g.step[i] = d[i / N] * g.scale[i];
-        if (T::two_level && T::kind == Kind::affine) g.base[i] = -(dmin[i / N] * g.minimum[i]);
+        if (T::kind == Kind::exponent) g.group_scale[i] = exponent_scale(exponent[i]);
+        if (T::two_level) g.group_scale[i] = d[i / N] * g.scale[i];
+        if (T::two_level && T::kind == Kind::affine) g.group_offset[i] = -(dmin[i / N] * g.minimum[i]);
     }
 }
 
@@ -231,27 +231,27 @@ void encode_tile(const float* x, const float* w, bool search, int blocks, uint8_
         fit_exponent<T, WEIGHTED>(t, search, exponent);
     } else if constexpr (T::kind == Kind::affine) {
         Affine fit = fit_affine<T::group, WEIGHTED, T::top>(t, search, T::two_level);
-        store(g.step, T::two_level ? fit.step : to_half(fit.step));
-        store(g.base, T::two_level ? fit.base : to_half(fit.base));
+        store(g.group_scale, T::two_level ? fit.scale : to_half(fit.scale));
+        store(g.group_offset, T::two_level ? fit.offset : to_half(fit.offset));
         if constexpr (T::two_level) code_scales_affine<T, WEIGHTED>(t, search, g, d, dmin);
     } else {
-        F step = fit_scale<T::group, WEIGHTED, GridOf<T, WEIGHTED>>(t, search);
-        store(g.step, T::two_level ? step : to_half(step));
+        F group_scale = fit_scale<T::group, WEIGHTED, GridOf<T, WEIGHTED>>(t, search);
+        store(g.group_scale, T::two_level ? group_scale : to_half(group_scale));
         if constexpr (T::two_level) code_scales_symmetric<T, WEIGHTED>(t, search, g, d);
     }
     decoded_parameters<T>(g, d, dmin, exponent);
-    store(inv, inverse(load(g.step)));
+    store(inv, inverse(load(g.group_scale)));
     Block b;
     for (int at = 0; at < blocks; ++at) {
         b.exponent[0] = exponent[at];
-        b.d = T::two_level ? d[at] : g.step[at];
-        b.m = g.base[at];
+        b.d = T::two_level ? d[at] : g.group_scale[at];
+        b.m = g.group_offset[at];
         b.dmin = dmin[at];
         for (int j = 0; j < N; ++j) {
             int i = at * N + j;
             if (T::two_level) b.scale[j] = uint8_t(int(g.scale[i]) - T::scale_lo);
             if (T::two_level && T::kind == Kind::affine) b.minimum[j] = uint8_t(g.minimum[i]);
-            round_group<T>(x + i * T::group, inv[i], g.base[i], b.code + j * T::group);
+            round_group<T>(x + i * T::group, inv[i], g.group_offset[i], b.code + j * T::group);
         }
         T::pack(b, out + at * T::nbytes());
     }
@@ -263,11 +263,11 @@ void decode_blocks(const uint8_t* in, int64_t blocks, float* out) {
     for (int64_t at = 0; at < blocks; ++at) {
         T::unpack(in + at * T::nbytes(), b);
         for (int j = 0; j < T::groups; ++j) {
-            float step = b.d, base = T::kind == Kind::affine ? b.m : 0;
-            if constexpr (T::kind == Kind::exponent) step = exponent_step(b.exponent[0]);
+            float group_scale = b.d, group_offset = T::kind == Kind::affine ? b.m : 0;
+            if constexpr (T::kind == Kind::exponent) group_scale = exponent_scale(b.exponent[0]);
             if constexpr (T::two_level) {
-                step = b.d * float(b.scale[j] + T::scale_lo);
-                if (T::kind == Kind::affine) base = -(b.dmin * float(b.minimum[j]));
+                group_scale = b.d * float(b.scale[j] + T::scale_lo);
+                if (T::kind == Kind::affine) group_offset = -(b.dmin * float(b.minimum[j]));
             }
             const uint8_t* code = b.code + j * T::group;
             float* value = out + at * T::block + j * T::group;
@@ -278,11 +278,11 @@ void decode_blocks(const uint8_t* in, int64_t blocks, float* out) {
                     for (int l = 0; l < TABLE::size; ++l) a[TABLE::codes[l]] = TABLE::levels[l];
                     return a;
                 }();
-                for (int i = 0; i < T::group; ++i) value[i] = step * by_code[code[i]];
+                for (int i = 0; i < T::group; ++i) value[i] = group_scale * by_code[code[i]];
             } else if constexpr (T::kind == Kind::affine) {
-                for (int i = 0; i < T::group; ++i) value[i] = step * float(code[i]) + base;
+                for (int i = 0; i < T::group; ++i) value[i] = group_scale * float(code[i]) + group_offset;
             } else {
-                for (int i = 0; i < T::group; ++i) value[i] = step * (float(code[i]) - float(T::zero));
+                for (int i = 0; i < T::group; ++i) value[i] = group_scale * (float(code[i]) - float(T::zero));
             }
         }
     }

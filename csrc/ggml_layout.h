@@ -1,11 +1,11 @@
-// How a GGML block lies in bytes: the fields of fewbits/formats/ggml_layout.py, which explains them.
+// The bytes of a GGML block: the fields of fewbits/formats/ggml_layout.py, which explains them.
 #pragma once
 
 #include "lanes.h"
 
 namespace FEWBITS_ISA {
 
-// One block with everything unpacked; codes and scales unsigned, as the reference keeps them.
+// One block with everything unpacked; codes and scales unsigned, as in the reference.
 struct Block {
     uint8_t code[256];
     uint8_t scale[16];

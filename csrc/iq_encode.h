@@ -1,4 +1,4 @@
-// Encoding IQ blocks, sixteen groups at a time. Reference: fewbits/formats/iq_fit.py, which says how.
+// Encodes IQ blocks, sixteen groups at a time. Reference: fewbits/formats/iq_fit.py.
 #pragma once
 
 #include "iq_search.h"
@@ -8,16 +8,16 @@ namespace FEWBITS_ISA {
 constexpr int IQ_ROUNDS = 2;
 constexpr float IQ_DELTA = 0.125f;
 
-// Sixteen groups: weights with their signs taken off, importances, their products; sign masks of vectors.
+// Sixteen groups: weights without their signs, importances, their products; sign masks of vectors.
 template <class T>
 struct IqTile {
     F x[T::group], w[T::group], wx[T::group];
     uint8_t sign[T::group / 8][LANES];
 };
 
-// The best points under a step: by lane their places, levels and shifts.
+// The best points under a scale: by lane their places, levels and shifts.
 template <class T>
-struct IqFound {
+struct IqPoints {
     float place[T::group / T::dim][LANES], shift[T::group / 8][LANES];
     F level[T::group], cross, square;
 };
@@ -52,10 +52,10 @@ void take_signs(IqTile<T>& t) {
 
 // -1/8 or 1/8 of the vector, by lane.
 template <class T>
-INLINE F lift(const IqFound<T>& f, int vector) { return (1.0f - 2.0f * load(f.shift[vector])) * IQ_DELTA; }
+INLINE F lift(const IqPoints<T>& f, int vector) { return (1.0f - 2.0f * load(f.shift[vector])) * IQ_DELTA; }
 
 template <class T>
-void points_of_shifts(const IqTile<T>& t, F step, IqFound<T>& f) {
+void points_of_shifts(const IqTile<T>& t, F scale, IqPoints<T>& f) {
     constexpr int EACH = T::shift / 8;
     F place[2][EACH], cost[2][EACH];
     for (int first = 0; first < T::group / 8; first += EACH) {
@@ -63,7 +63,7 @@ void points_of_shifts(const IqTile<T>& t, F step, IqFound<T>& f) {
         for (int s = 0; s < 2; ++s) {
             for (int j = 0; j < EACH; ++j) {
                 int v = (first + j) * 8;
-                search_points<T>(t.wx + v, t.w + v, step, s ? -IQ_DELTA : IQ_DELTA, &place[s][j],
+                search_points<T>(t.wx + v, t.w + v, scale, s ? -IQ_DELTA : IQ_DELTA, &place[s][j],
                                  &cost[s][j]);
                 total[s] = j ? total[s] + cost[s][j] : cost[s][j];
             }
@@ -76,18 +76,18 @@ void points_of_shifts(const IqTile<T>& t, F step, IqFound<T>& f) {
     }
 }
 
-// The points under a step; and the shifts, unless those found before shall stay.
+// The points under a scale; and the shifts, unless the earlier ones are kept.
 template <class T>
-void points_of(const IqTile<T>& t, F step, IqFound<T>& f, bool shifts) {
+void points_of(const IqTile<T>& t, F scale, IqPoints<T>& f, bool shifts) {
     if (T::shift != 0 && shifts) {
-        if constexpr (T::shift != 0) points_of_shifts<T>(t, step, f);
+        if constexpr (T::shift != 0) points_of_shifts<T>(t, scale, f);
     } else {
         for (int v = 0; v < T::group; v += T::dim) {
             F place, cost;
             if constexpr (T::shift != 0)
-                search_points<T>(t.wx + v, t.w + v, step, lift(f, v / 8), &place, &cost);
+                search_points<T>(t.wx + v, t.w + v, scale, lift(f, v / 8), &place, &cost);
             else
-                search_points<T>(t.wx + v, t.w + v, step, 0.0f, &place, &cost);
+                search_points<T>(t.wx + v, t.w + v, scale, 0.0f, &place, &cost);
             store(f.place[v / T::dim], place);
         }
     }
@@ -110,28 +110,28 @@ void points_of(const IqTile<T>& t, F step, IqFound<T>& f, bool shifts) {
 }
 
 template <class T>
-F fit_steps(const IqTile<T>& t, bool search, IqFound<T>& f) {
+F fit_scales(const IqTile<T>& t, bool search, IqPoints<T>& f) {
     F edge = vmax(t.x[0], -t.x[0]);
     for (int i = 1; i < T::group; ++i) edge = vmax(vmax(t.x[i], -t.x[i]), edge);
-    F step = edge / splat(Known<T>::last), best = {};
+    F scale = edge / splat(Known<T>::last), best = {};
     for (int c = 0; search && c < Known<T>::count; ++c) {
         points_of<T>(t, edge * Known<T>::starts[c], f, c == 0);
         F fitted = f.cross / f.square, score = f.cross * fitted;
         Mask better = (f.cross > 0.0f) & (score > best);
-        step = select(better, fitted, step);
+        scale = select(better, fitted, scale);
         best = select(better, score, best);
     }
-    return step;
+    return scale;
 }
 
-inline float nearest_odd(float step, float unit, int hi) {
-    float half = round_even((step * inverse(unit) - 1.0f) * 0.5f);
+inline float nearest_odd(float scale, float unit, int hi) {
+    float half = round_even((scale * inverse(unit) - 1.0f) * 0.5f);
     return clamp(half, 0.0f, float((hi - 1) / 2)) * 2.0f + 1.0f;
 }
 
-// Codes the steps by lane -> d of each block and the odd integer of each group.
+// Scales by lane -> d of each block and the odd integer of each group.
 template <class T>
-void code_steps(const IqTile<T>& t, F fitted, bool search, IqFound<T>& f, float* d, float* odd) {
+void code_scales(const IqTile<T>& t, F fitted, bool search, IqPoints<T>& f, float* d, float* odd) {
     constexpr int N = T::groups, BLOCKS = LANES / N, HI = T::scale_hi;
     for (int b = 0; b < BLOCKS; ++b) {
         float most = fitted[b * N];
@@ -140,9 +140,9 @@ void code_steps(const IqTile<T>& t, F fitted, bool search, IqFound<T>& f, float*
         for (int i = b * N; i < (b + 1) * N; ++i) odd[i] = nearest_odd(fitted[i], d[b] * T::unit, HI);
     }
     for (int round = 0; round < (search ? IQ_ROUNDS : 0); ++round) {
-        float step[LANES];
-        for (int i = 0; i < LANES; ++i) step[i] = d[i / N] * T::unit * odd[i];
-        points_of<T>(t, load(step), f, round == 0);
+        float scale[LANES];
+        for (int i = 0; i < LANES; ++i) scale[i] = d[i / N] * T::unit * odd[i];
+        points_of<T>(t, load(scale), f, round == 0);
         for (int b = 0; b < BLOCKS; ++b) {
             float up = 0, down = 0;
             for (int i = b * N; i < (b + 1) * N; ++i) {
@@ -157,7 +157,7 @@ void code_steps(const IqTile<T>& t, F fitted, bool search, IqFound<T>& f, float*
 }
 
 template <class T>
-void fill_block(const IqTile<T>& t, const IqFound<T>& f, const float* odd, int at, IqBlock& b) {
+void fill_block(const IqTile<T>& t, const IqPoints<T>& f, const float* odd, int at, IqBlock& b) {
     for (int j = 0; j < T::groups; ++j) {
         int lane = at * T::groups + j;
         b.scale[j] = uint8_t((int(odd[lane]) - 1) / 2);
@@ -171,20 +171,20 @@ void fill_block(const IqTile<T>& t, const IqFound<T>& f, const float* odd, int a
     }
 }
 
-// LANES groups of x -> blocks. w: importances, or null where all count alike.
+// LANES groups of x -> blocks. w: importances, or null if all are equal.
 template <class T>
 void encode_lattice(const float* x, const float* w, bool search, int blocks, uint8_t* out) {
     IqTile<T> t;
-    IqFound<T> f;
+    IqPoints<T> f;
     transpose<T::group>(x, t.x);
     if (w) transpose<T::group>(w, t.w);
     else for (int i = 0; i < T::group; ++i) t.w[i] = splat(1.0f);
     if constexpr (T::signs != Signs::none) take_signs<T>(t);
     for (int i = 0; i < T::group; ++i) t.wx[i] = t.w[i] * t.x[i];
-    float d[LANES] = {}, odd[LANES], step[LANES];
-    code_steps<T>(t, fit_steps<T>(t, search, f), search, f, d, odd);
-    for (int i = 0; i < LANES; ++i) step[i] = d[i / T::groups] * T::unit * odd[i];
-    points_of<T>(t, load(step), f, !search);
+    float d[LANES] = {}, odd[LANES], scale[LANES];
+    code_scales<T>(t, fit_scales<T>(t, search, f), search, f, d, odd);
+    for (int i = 0; i < LANES; ++i) scale[i] = d[i / T::groups] * T::unit * odd[i];
+    points_of<T>(t, load(scale), f, !search);
     for (int at = 0; at < blocks; ++at) {
         IqBlock b = {};
         b.d = d[at];
@@ -205,7 +205,7 @@ void decode_lattice(const uint8_t* in, int64_t blocks, float* out) {
         for (int i = 0; i < 4; ++i) h |= uint16_t(b.nibble[i] << (4 * i));
         float d = T::nibbles ? half_value(h) : b.d;
         for (int i = 0; i < T::block; i += 8) {
-            float step = d * T::unit * float(2 * b.scale[i / T::group] + 1), level[8];
+            float scale = d * T::unit * float(2 * b.scale[i / T::group] + 1), level[8];
             for (int j = 0; j < 8; j += T::dim)
                 std::memcpy(level + j, known.value[b.index[(i + j) / T::dim]], T::dim * sizeof(float));
             int sign = b.sign[i / 8];
@@ -214,7 +214,7 @@ void decode_lattice(const uint8_t* in, int64_t blocks, float* out) {
             if constexpr (T::shift != 0) lift = b.shift[i / T::shift] ? -IQ_DELTA : IQ_DELTA;
             for (int j = 0; j < 8; ++j) {
                 float signed_level = (sign >> j) & 1 ? -level[j] : level[j];
-                out[i + j] = step * (T::shift != 0 ? level[j] + lift : signed_level);
+                out[i + j] = scale * (T::shift != 0 ? level[j] + lift : signed_level);
             }
         }
     }

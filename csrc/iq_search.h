@@ -7,7 +7,7 @@ namespace FEWBITS_ISA {
 
 constexpr int MAX_STARTS = 12;
 
-// What the reference's row of the type says, given at run time.
+// The reference's data of the type, set at run time.
 template <class T>
 struct Known {
     static inline Lattice lattice;
@@ -23,9 +23,9 @@ INLINE void sums(const F* first, const F* second, F* out) {
 
 // Costs of each level of each coordinate.
 template <class T, class SHIFT>
-INLINE void level_costs(const F* wx, const F* w, F step, SHIFT shift, F (*cost)[T::levels]) {
+INLINE void level_costs(const F* wx, const F* w, F scale, SHIFT shift, F (*cost)[T::levels]) {
     for (int i = 0; i < T::dim; ++i) {
-        F ws = w[i] * step, wx2 = 2.0f * wx[i];
+        F ws = w[i] * scale, wx2 = 2.0f * wx[i];
         for (int l = 0; l < T::levels; ++l) {
             SHIFT level = shift + Known<T>::lattice.level[l];
             cost[i][l] = level * (level * ws - wx2);
@@ -35,19 +35,19 @@ INLINE void level_costs(const F* wx, const F* w, F step, SHIFT shift, F (*cost)[
 
 // Costs of each quarter of a point: sums over its coordinates.
 template <class T, class SHIFT>
-INLINE void quarter_costs(const F* wx, const F* w, F step, SHIFT shift, F (*quarter)[T::quarter]) {
+INLINE void quarter_costs(const F* wx, const F* w, F scale, SHIFT shift, F (*quarter)[T::quarter]) {
     constexpr int L = T::levels;
     if constexpr (T::dim == 4) {
-        level_costs<T>(wx, w, step, shift, quarter);
+        level_costs<T>(wx, w, scale, shift, quarter);
     } else {
         F cost[T::dim][L];
-        level_costs<T>(wx, w, step, shift, cost);
+        level_costs<T>(wx, w, scale, shift, cost);
         for (int q = 0; q < 4; ++q) sums<L, L>(cost[2 * q], cost[2 * q + 1], quarter[q]);
     }
 }
 
-// Compares every point. Quarters of them are scanned side by side: one scan would wait for each comparison
-// before the next.
+// Compares every point. Quarters of them are scanned in parallel, so that comparisons do not wait for each
+// other.
 template <class T>
 INLINE void search_each(const F (*quarter)[T::quarter], F* place, F* cost) {
     constexpr int Q = T::quarter, CHAINS = 4;
@@ -75,7 +75,7 @@ INLINE void search_each(const F (*quarter)[T::quarter], F* place, F* cost) {
     *cost = best[0];
 }
 
-// Offsets in bytes: an index would have to be multiplied each time.
+// Offsets in bytes, which save the multiplication of an index.
 INLINE uint16_t offset_of(int i) { return uint16_t(i * sizeof(F)); }
 INLINE const F& by_offset(const F* table, uint16_t offset) {
     return *reinterpret_cast<const F*>(reinterpret_cast<const char*>(table) + offset);
@@ -86,18 +86,18 @@ INLINE const F& by_offset(const F* table, uint16_t offset) {
 template <int Q>
 INLINE void scan_rows(const Rows& rows, const F* sets, const F* second, const F* high, F* at, F* cost) {
     for (int part = 0; part < PARTS; ++part) {
-        Native add[Q], best = splat(INFINITY).part[0], found = {}, number = {};
+        Native add[Q], best = splat(INFINITY).part[0], chosen = {}, number = {};
         for (int q = 0; q < Q; ++q) add[q] = second[q].part[part];
         for (int h = 0; h < Q * Q; ++h) {
-            Native least = splat(INFINITY).part[0];  // stays where a sum is no number, as of overflows
+            Native least = splat(INFINITY).part[0];  // stays if a sum is NaN, as after overflows
             for (int q = 0; q < Q; ++q)
                 least = vmin(add[q] + by_offset(sets, rows.set[h][q]).part[part], least);
             Native v = least + high[h].part[part];
-            found = v < best ? number : found;
+            chosen = v < best ? number : chosen;
             best = vmin(v, best);
             number += 1.0f;
         }
-        at->part[part] = found;
+        at->part[part] = chosen;
         cost->part[part] = best;
     }
 }
@@ -115,22 +115,22 @@ INLINE F find_point(const Rows& rows, const F* sets, const F (*quarter)[Q], cons
         upper[lane] = lanes_of(high + h)[lane];
         for (int q = 0; q < Q; ++q) least[q][lane] = lanes_of(&by_offset(sets, rows.set[h][q]))[lane];
     }
-    F found = {};  // bits of the rows
+    F mask = {};  // bits of the rows
     for (int q = 0; q < Q; ++q) {
         F v = quarter[1][q] + load(least[q]) + load(upper);
-        found += select(v <= cost, splat(float(1 << q)), F{});
+        mask += select(v <= cost, splat(float(1 << q)), F{});
     }
-    store(hits, found);
+    store(hits, mask);
     for (int lane = 0; lane < LANES; ++lane) {
         row[lane] = __builtin_ctz(unsigned(hits[lane]) | 1u << (Q - 1));
         second[lane] = lanes_of(quarter[1] + row[lane])[lane];
     }
-    found = F{};  // bits of the first quarters, also of those that the row lacks
+    mask = F{};  // bits of the first quarters, also of those that are not in the row
     for (int q = 0; q < Q; ++q) {
         F v = load(second) + quarter[0][q] + load(upper);
-        found += select(v <= cost, splat(float(1 << q)), F{});
+        mask += select(v <= cost, splat(float(1 << q)), F{});
     }
-    store(hits, found);
+    store(hits, mask);
     for (int lane = 0; lane < LANES; ++lane) {
         int h = int(half[lane]), q = row[lane];
         unsigned member = unsigned(hits[lane]) & rows.members[h][q];
@@ -157,9 +157,9 @@ INLINE void search_rows(const F (*quarter)[T::quarter], F* place, F* cost) {
 
 // The first of the cheapest points, by lane, and its cost.
 template <class T, class SHIFT>
-INLINE void search_points(const F* wx, const F* w, F step, SHIFT shift, F* place, F* cost) {
+INLINE void search_points(const F* wx, const F* w, F scale, SHIFT shift, F* place, F* cost) {
     F quarter[4][T::quarter];
-    quarter_costs<T>(wx, w, step, shift, quarter);
+    quarter_costs<T>(wx, w, scale, shift, quarter);
     if constexpr (T::dense) search_rows<T>(quarter, place, cost);
     else search_each<T>(quarter, place, cost);
 }

@@ -1,5 +1,5 @@
 // The IQ types as rows, the same as IQ_TYPES in fewbits/formats/iq.py, which explains them. Their lattices
-// come from there at run time (`register_table`), so that no table is written twice.
+// come from there at run time (`register_table`), so that each table exists once.
 #pragma once
 
 #include "lanes.h"
@@ -113,7 +113,7 @@ struct Lattice {
 };
 
 // DIM weights a point, of LEVELS levels; POINTS: how many there are; SHIFT: weights that share one, or 0;
-// UNIT: odd integers of steps are multiples of d / UNIT; SCALES: how many of them there are.
+// UNIT: odd integers of scales are multiples of d / UNIT; SCALES: how many of them there are.
 template <int GROUP, int DIM, int LEVELS, int POINTS, Signs SIGNS, int SHIFT, int UNIT, int SCALES,
           class STRUCT>
 struct IqType {

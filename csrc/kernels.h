@@ -25,7 +25,7 @@ struct Error {
     int64_t refused;
 };
 
-// A type whose codes are points of a lattice needs the table of them once, before its first use.
+// A type whose codes are points of a lattice needs their table once, before its first use.
 struct Table {
     int dim, levels, most_points, most_starts;
     void (*set)(const float* levels, const uint8_t* points, int count, const float* starts, int n_starts);
@@ -35,15 +35,15 @@ struct TypeKernels {
     const char* name;
     int block, nbytes;
     // One unit (or the shorter last one): encode it, adding to error->refused; or decode it again and
-    // add to what it cost.
+    // add its error.
     void (*encode)(const Job& job, int64_t unit, Error* error);
     void (*measure)(const Job& job, int64_t unit, Error* error);
     void (*decode)(const uint8_t* in, int64_t blocks, float* out);
     Table table;
 };
 
-// k columns of n rows to round one after the other (columns.h). Arrays lie column by column, (k, n); group:
-// of each column, the row of scale, inverse, offset and zeros, which are (groups, n). Of a table: `count`
+// k columns of n rows to round one after the other (columns.h). Arrays are stored by column, (k, n). group:
+// for each column, its row of scale, inverse, offset and zeros, which are (groups, n). A table has `count`
 // levels.
 struct Columns {
     int64_t k, n;

@@ -1,8 +1,8 @@
-// Sixteen groups side by side: lane i of every vector belongs to group i.
+// Sixteen groups in parallel: lane i of every vector belongs to group i.
 //
 // F is one AVX-512 register, two AVX registers or four SSE registers (GCC/Clang vector extensions).
-// With -ffp-contract=off each lane does the same IEEE operations everywhere, which is why every
-// instruction set (and the torch reference) gives the same bits.
+// With -ffp-contract=off each lane does the same IEEE operations, so every instruction set (and
+// the torch reference) gives the same bits.
 #pragma once
 
 #include <cfloat>
@@ -91,7 +91,7 @@ INLINE F select(Mask m, F a, F b) {
     return a;
 }
 
-// a > b ? a : b and a < b ? a : b; compilers do not find the one instruction that does it.
+// a > b ? a : b and a < b ? a : b; compilers do not use the single instruction for it.
 INLINE Native vmax(Native a, Native b) {
 #if defined(__AVX512F__)  // the masked form: GCC 12 warns of its own header in the plain one
     return (Native)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
@@ -182,7 +182,7 @@ INLINE float half_value(uint16_t h) {
 #endif
 }
 
-// f32 -> the nearest half (the largest finite one where it would overflow), minus zero becoming zero.
+// f32 -> the nearest half (the largest finite one on overflow), minus zero becoming zero.
 INLINE float to_half(float x) {
     return half_value(half_bits(clamp(x, -65504.0f, 65504.0f) + 0.0f));
 }

@@ -14,7 +14,7 @@ using namespace fewbits;
 
 namespace {
 
-using Address = uintptr_t;  // 0 for what is absent
+using Address = uintptr_t;  // 0 if absent
 using Release = nb::call_guard<nb::gil_scoped_release>;
 
 template <class T>
@@ -28,12 +28,12 @@ const Kernels& kernels() {
 }
 
 const TypeKernels& type(const std::string& name) {
-    const TypeKernels* found = find(kernels(), name.c_str());
-    if (!found) throw std::invalid_argument("the core has no type " + name);
-    return *found;
+    const TypeKernels* known = find(kernels(), name.c_str());
+    if (!known) throw std::invalid_argument("the core has no type " + name);
+    return *known;
 }
 
-// -> the number of units refused, since a weight is NaN, infinite or huge.
+// -> the number of units refused, because a weight is NaN, infinite or too large.
 int64_t encode_weights(const std::string& name, Address src, int dtype, int64_t weights, Address importance,
                        int64_t importances, bool search, Address blocks, int64_t bytes, int threads) {
     const TypeKernels& t = type(name);

@@ -1,5 +1,5 @@
-// A job spread over threads: the same result for any number of them. Throws std::invalid_argument where
-// lengths do not fit one another, before any buffer is touched.
+// A job spread over threads: the same result for any number of them. Throws std::invalid_argument if
+// lengths do not match, before any buffer is accessed.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The search of block parameters for sixteen groups at a time: fewbits/formats/search.py says what it
-// does and is its reference, bit for bit. Sums run from the first weight of a group to its last.
+// The search of scales and offsets for sixteen groups at a time. Reference, equal to it bit for bit:
+// fewbits/formats/search.py. Sums run from the first weight of a group to its last.
 #pragma once
 
 #include "lanes.h"
@@ -8,26 +8,26 @@ namespace FEWBITS_ISA {
 
 constexpr int SCALE_CANDIDATES = 6, AFFINE_CANDIDATES = 9, BATCH = 3;
 constexpr int SCALE_ROUNDS = 1, AFFINE_ROUNDS = 2;
-constexpr double SYMMETRIC_OFFSETS[SCALE_CANDIDATES] = {0.0, -0.6, 0.4, -1.5, -1.0, -0.3};
-constexpr double COARSE_OFFSETS[SCALE_CANDIDATES] = {0.4, 1.2, 1.8, 0.0, 0.8, 2.5};
-constexpr double AFFINE_OFFSETS[AFFINE_CANDIDATES] = {0.0, -1.8, -1.5, -1.2, -0.9, -0.6, -0.3, 0.3, 0.6};
-constexpr double TABLE_OFFSETS[SCALE_CANDIDATES] = {0.0, -0.12, -0.08, -0.04, 0.04, 0.08};
+constexpr double SYMMETRIC_MARGINS[SCALE_CANDIDATES] = {0.0, -0.6, 0.4, -1.5, -1.0, -0.3};
+constexpr double COARSE_MARGINS[SCALE_CANDIDATES] = {0.4, 1.2, 1.8, 0.0, 0.8, 2.5};
+constexpr double AFFINE_MARGINS[AFFINE_CANDIDATES] = {0.0, -1.8, -1.5, -1.2, -0.9, -0.6, -0.3, 0.3, 0.6};
+constexpr double TABLE_MARGINS[SCALE_CANDIDATES] = {0.0, -0.12, -0.08, -0.04, 0.04, 0.08};
 
-// Sixteen groups: weights, and importances where WEIGHTED.
+// Sixteen groups: weights, and importances if WEIGHTED.
 template <int GROUP>
 struct Tile {
     F x[GROUP];
     F w[GROUP];
 };
 
-// Levels of an evenly spaced grid; the first SCANNED candidates are tried, in a brief scan that is all.
+// Levels of an evenly spaced grid; the first SCANNED candidates are tried, in a brief scan no others.
 template <int LO, int HI, int SCANNED>
 struct Even {
     static constexpr int scanned = SCANNED, rounds = SCANNED < SCALE_CANDIDATES ? 0 : SCALE_ROUNDS;
     static constexpr float last = LO == -HI ? HI : LO;
     static float candidate(int i) {
-        double offset = HI <= 1 ? COARSE_OFFSETS[i] : SYMMETRIC_OFFSETS[i];
-        return float(double(last) + (last > 0 ? offset : -offset));
+        double margin = HI <= 1 ? COARSE_MARGINS[i] : SYMMETRIC_MARGINS[i];
+        return float(double(last) + (last > 0 ? margin : -margin));
     }
     static INLINE F level(F t) { return clamp(round_even(t), LO, HI); }
 };
@@ -37,7 +37,7 @@ template <class TABLE>
 struct Levels {
     static constexpr int scanned = SCALE_CANDIDATES, rounds = SCALE_ROUNDS;
     static constexpr float last = TABLE::levels[0];
-    static float candidate(int i) { return float(double(last) * (1.0 + TABLE_OFFSETS[i])); }
+    static float candidate(int i) { return float(double(last) * (1.0 + TABLE_MARGINS[i])); }
     static INLINE F level(F t) {
         F v = splat(TABLE::levels[0]);
         for (int i = 1; i < TABLE::size; ++i) {
@@ -69,7 +69,7 @@ INLINE F edge_of(const F* x) {
     return vmax(bottom * -1.0f, top);
 }
 
-// Sums w x v and w v^2 of the codes that N inverse steps lead to.
+// Sums w x v and w v^2 of the codes that N inverse scales lead to.
 template <int GROUP, bool WEIGHTED, class GRID, int N>
 INLINE void moments(const Tile<GROUP>& t, const F* inv, F* cross, F* square) {
     for (int c = 0; c < N; ++c) cross[c] = square[c] = F{};
@@ -83,38 +83,38 @@ INLINE void moments(const Tile<GROUP>& t, const F* inv, F* cross, F* square) {
     }
 }
 
-INLINE void keep_better(F cross, F square, F& step, F& best) {
+INLINE void keep_better(F cross, F square, F& scale, F& best) {
     F fitted = cross / square, score = cross * fitted;
     Mask better = (square > 0.0f) & (score > best);
-    step = select(better, fitted, step);
+    scale = select(better, fitted, scale);
     best = select(better, score, best);
 }
 
 template <int GROUP, bool WEIGHTED, class GRID>
 INLINE F fit_scale(const Tile<GROUP>& t, bool search) {
-    F edge = edge_of<GROUP, GRID>(t.x), step = edge / GRID::last;
-    if (!search) return step;
+    F edge = edge_of<GROUP, GRID>(t.x), scale = edge / GRID::last;
+    if (!search) return scale;
     F best = {}, inverse_edge = inverse(edge), inv[BATCH], cross[BATCH], square[BATCH];
     for (int first = 0; first < GRID::scanned; first += BATCH) {
         for (int c = 0; c < BATCH; ++c) inv[c] = GRID::candidate(first + c) * inverse_edge;
         moments<GROUP, WEIGHTED, GRID, BATCH>(t, inv, cross, square);
-        for (int c = 0; c < BATCH; ++c) keep_better(cross[c], square[c], step, best);
+        for (int c = 0; c < BATCH; ++c) keep_better(cross[c], square[c], scale, best);
     }
     for (int round = 0; round < GRID::rounds; ++round) {
-        inv[0] = inverse(step);
+        inv[0] = inverse(scale);
         moments<GROUP, WEIGHTED, GRID, 1>(t, inv, cross, square);
-        keep_better(cross[0], square[0], step, best);
+        keep_better(cross[0], square[0], scale, best);
     }
-    return step;
+    return scale;
 }
 
 struct Affine {
-    F step, base;
+    F scale, offset;
 };
 
-// The state of an affine scan: y = x - low, step * q + shift, and the sums that no candidate changes.
+// The state of an affine scan: y = x - low, scale * q + shift, and the sums that no candidate changes.
 struct AffineScan {
-    F step, shift, best, sw, swy, room;
+    F scale, shift, best, sw, swy, room;
     bool bounded;
 
     INLINE void keep_better(F swq, F swqq, F swyq) {
@@ -127,7 +127,7 @@ struct AffineScan {
         }
         F score = 2.0f * (a * swyq + b * swy) - (a * (a * swqq + 2.0f * (b * swq)) + b * (b * sw));
         Mask better = (det > 0.0f) & (a > 0.0f) & (score > best);
-        step = select(better, a, step);
+        scale = select(better, a, scale);
         shift = select(better, b, shift);
         best = select(better, score, best);
     }
@@ -149,7 +149,7 @@ INLINE void affine_moments(const Tile<GROUP>& t, F low, F start, const F* inv, A
     for (int c = 0; c < N; ++c) scan.keep_better(sq[c], sqq[c], syq[c]);
 }
 
-// step * q + base, q in [0, TOP]; bounded: base <= 0.
+// scale * q + offset, q in [0, TOP]; bounded: offset <= 0.
 template <int GROUP, bool WEIGHTED, int TOP>
 INLINE Affine fit_affine(const Tile<GROUP>& t, bool search, bool bounded) {
     F low = t.x[0], high = t.x[0];
@@ -169,17 +169,17 @@ INLINE Affine fit_affine(const Tile<GROUP>& t, bool search, bool bounded) {
         F inverse_span = inverse(span), inv[BATCH];
         for (int first = 0; first < AFFINE_CANDIDATES; first += BATCH) {
             for (int c = 0; c < BATCH; ++c)
-                inv[c] = float(TOP + AFFINE_OFFSETS[first + c]) * inverse_span;
+                inv[c] = float(TOP + AFFINE_MARGINS[first + c]) * inverse_span;
             affine_moments<GROUP, WEIGHTED, TOP, BATCH>(t, low, F{}, inv, scan);
         }
         for (int round = 0; round < AFFINE_ROUNDS; ++round) {
-            inv[0] = inverse(scan.step);
+            inv[0] = inverse(scan.scale);
             affine_moments<GROUP, WEIGHTED, TOP, 1>(t, low, scan.shift, inv, scan);
         }
     }
-    F base = scan.shift + low;
-    if (bounded) base = vmin(base, F{});
-    return {scan.step, base};
+    F offset = scan.shift + low;
+    if (bounded) offset = vmin(offset, F{});
+    return {scan.scale, offset};
 }
 
 }  // namespace FEWBITS_ISA

@@ -1,5 +1,5 @@
-"""fewbits makes large language models small: it reads a checkpoint, quantizes it, measures what that
-cost, writes the file that the user's runtime loads, and runs it.
+"""fewbits quantizes large language models: it reads a checkpoint, quantizes it, measures the loss, writes the
+file that the user's runtime loads, and runs it.
 
     import fewbits
 
@@ -106,9 +106,9 @@ def __getattr__(name: str) -> Any:
     wanted = "open_checkpoint" if name == "open" else name
     if name not in __all__ or wanted not in _HOME:
         raise AttributeError(f"module 'fewbits' has no attribute {name!r}")
-    found = getattr(import_module(f".{_HOME[wanted]}", __name__), wanted)
-    globals()[name] = found
-    return found
+    value = getattr(import_module(f".{_HOME[wanted]}", __name__), wanted)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

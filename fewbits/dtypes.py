@@ -1,7 +1,7 @@
-"""The number types that files store as they are, by the names that GGUF and safetensors give them.
+"""The number types of files, by their names in GGUF and safetensors.
 
 name   f32, bf16, f8_e4m3 ...    the lower-case name of safetensors; GGUF's own names are a part of these
-torch  torch.float32 ...         looked up when it is asked for: this module does not import torch
+torch  torch.float32 ...         looked up at the first access: this module does not import torch
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class DType:
     def torch(self) -> torch.dtype:
         import torch
 
-        found: torch.dtype = getattr(torch, self.torch_name)
-        return found
+        dtype: torch.dtype = getattr(torch, self.torch_name)
+        return dtype
 
     @property
     def weight(self) -> bool:
-        """May a weight be stored in it: f32, f16 or bf16?"""
+        """Whether weights are stored in this type: f32, f16 or bf16."""
         return self.name in ("f32", "f16", "bf16")
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ F32, F16, BF16 = (DTYPES[name] for name in ("f32", "f16", "bf16"))
 
 
 def dtype_of(dtype: torch.dtype) -> DType:
-    """torch's dtype -> DType; KeyError for one that no file stores."""
+    """torch's dtype -> DType; KeyError for a type that files do not store."""
     return _BY_TORCH[str(dtype).removeprefix("torch.")]
 
 

@@ -1,4 +1,4 @@
-"""The error tree. Every error that fewbits raises on purpose is one of these.
+"""The exception classes of fewbits. Every deliberate error is one of these.
 
     FewbitsError
     |- FormatError        a number format is unknown, or cannot hold this tensor
@@ -8,8 +8,8 @@
     |- KernelError        no kernel can run this operation here
     `- ModelError         a checkpoint's structure is not understood
 
-A message says what, where, the two numbers, the rule, and the way out. Validation collects all
-faults before it raises: see `raise_all`.
+A message says what is wrong, where, the expected and the actual value, and how to fix it. Validation
+collects all faults before it raises (`raise_all`).
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Large packages, imported when something of them is first used.
+"""Large packages, imported at the first use.
 
     from ..lazy import torch        torch is not loaded yet
     torch.arange(3)                 now it is

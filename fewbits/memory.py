@@ -12,7 +12,7 @@ from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _INFO = Path("/proc/meminfo")
-# What a container may take and has taken: cgroup v2, then v1.
+# Limit and use of a container: cgroup v2, then v1.
 _GROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (
@@ -37,24 +37,25 @@ class Need:
 
 
 def reset_peak_memory() -> None:
-    """Begin a new peak where the system allows it (Linux); otherwise the peak is of the whole process."""
+    """Start a new peak, where the system supports it (Linux); otherwise the peak is that of the whole
+    process."""
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5", encoding="utf-8")
 
 
 def peak_memory() -> int:
     """Largest resident set in bytes since the last reset."""
-    found = _status("VmHWM")
-    if found is not None:
-        return found
+    resident = _status("VmHWM")
+    if resident is not None:
+        return resident
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_memory() -> int:
-    """Bytes that this process has now; where the system does not say, the most that it had."""
-    found = _status("VmRSS")
-    return peak_memory() if found is None else found
+    """Resident bytes of this process, or its peak if the system does not report them."""
+    resident = _status("VmRSS")
+    return peak_memory() if resident is None else resident
 
 
 def return_freed_memory() -> None:
@@ -66,13 +67,13 @@ def return_freed_memory() -> None:
 
 
 def left_of(limit: int | None) -> int | None:
-    """Bytes of a limit for this process that it does not have yet; None: no limit is set."""
+    """Bytes that this process may still take within a limit; None if there is no limit."""
     return None if limit is None else max(0, limit - resident_memory())
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: what the machine has available, or its container if that is
-    less."""
+    """Bytes that this process may still take: the available memory of the machine, or of its container if
+    that is less."""
     free = [_available()]
     for limit, used in _GROUPS:
         with contextlib.suppress(OSError, ValueError):
@@ -81,7 +82,7 @@ def free_memory() -> int:
 
 
 def _status(name: str) -> int | None:
-    """A line of /proc/self/status in bytes; None where there is no such file (not Linux)."""
+    """A line of /proc/self/status in bytes; None if there is no such file (not Linux)."""
     if _STATUS.exists():
         for line in _STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{name}:"):

@@ -1,4 +1,4 @@
-"""QTensor: the one value in which formats, algorithms, files and kernels meet.
+"""QTensor: the quantized weight that formats, algorithms, files and kernels exchange.
 
 A weight `(n, k)` = (out, in) in some format consists of a few arrays, its *planes*: packed codes,
 scales, zero points, codebooks. A `Plane` describes one of them; shapes, bytes, bits per weight,
@@ -99,7 +99,7 @@ class QTensor:
         return self.format.decode(self)
 
     def take_rows(self, order: torch.Tensor) -> QTensor:
-        """The same weight with its rows reordered; exact, since no plane mixes rows.
+        """The same weight with reordered rows; exact, because no plane mixes rows.
 
         Raises FormatError for a format whose planes span several rows (128x128 blocks, nested
         scales): their rows cannot move without quantizing again.
@@ -119,7 +119,7 @@ class QTensor:
     @staticmethod
     def join_columns(parts: Sequence[QTensor]) -> QTensor:
         """Weights `(n, k_i)` of one format side by side -> `(n, sum of k_i)`. The planes are concatenated, so
-        this is exact. Raises FormatError if a cell of a plane would extend over two parts."""
+        this is exact. Raises FormatError if a cell of a plane would span two parts."""
         format, n = parts[0].format, parts[0].shape[0]
         k = sum(part.shape[1] for part in parts)
         faults = [

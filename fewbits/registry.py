@@ -1,4 +1,4 @@
-"""A table of named things. Asking for an unknown name lists the known ones."""
+"""A table of named objects. The error for an unknown name lists the known ones."""
 
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names -> things of one kind, plus parsers for names that follow a grammar (`int4_g96`)."""
+    """Names -> objects of one kind, plus parsers for names that follow a grammar (`int4_g96`)."""
 
     def __init__(self, kind: str, error: type[FewbitsError]):
         self.kind = kind
@@ -19,18 +19,18 @@ class Registry(Generic[T]):
         self._parsers: list[Callable[[str], T | None]] = []
 
     def add(self, name: str, thing: T) -> T:
-        """Register `thing`; a name is taken once."""
+        """Register `thing`; each name can be registered once."""
         if name in self._things:
             raise self.error(f"{self.kind} {name!r} is already registered; choose another name")
         self._things[name] = thing
         return thing
 
     def add_parser(self, parse: Callable[[str], T | None]) -> None:
-        """`parse(name)` returns a thing for a name of its grammar, else None."""
+        """`parse(name)` returns an object for a name of its grammar, else None."""
         self._parsers.append(parse)
 
     def get(self, name: str) -> T:
-        """The thing called `name`; raises the registry's error, listing near names, if unknown."""
+        """The object with this name; raises the registry's error, with similar names, if it is unknown."""
         if name in self._things:
             return self._things[name]
         for parse in self._parsers:

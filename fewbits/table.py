@@ -1,4 +1,4 @@
-"""A plain-text table: words to the left, numbers to the right, one space-ruled line under the head.
+"""A plain-text table: words are left-aligned, numbers right-aligned, with a line below the head.
 
 tensor       bits     error
 -----------  ----  --------
@@ -14,7 +14,7 @@ Cell = str | int | float | None
 def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], digits: int = 4) -> str:
     """Rows of cells -> text without a final newline.
 
-    A column is set to the right if each of its cells is a number or begins with a digit (`1.5 MiB`).
+    A column is right-aligned if each of its cells is a number or begins with a digit (`1.5 MiB`).
     Floats are shown with `digits` significant digits; None is shown as `-`.
     """
     texts = [[_text(cell, digits) for cell in row] for row in rows]
@@ -43,7 +43,7 @@ def _text(cell: Cell, digits: int) -> str:
 
 
 def size(nbytes: float) -> str:
-    """Bytes as a person reads them, in powers of 1024: 1536 -> `1.5 KiB`."""
+    """Readable size in powers of 1024: 1536 -> `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""`import fewbits.transformers`: from_pretrained and save_pretrained know native directories from then on."""
+"""`import fewbits.transformers`: registers native directories with from_pretrained and save_pretrained."""
 
 from .runtime.register import register
 

@@ -49,7 +49,7 @@ def test_codes_lie_in_range_and_values_are_stable(name):
     assert float(codes.min()) >= scheme.smallest and float(codes.max()) <= scheme.largest
     once = quantize_dequantize(x, scheme, affine)
     again = quantize_dequantize(once, scheme, affine)
-    # what was representable stays so; (code - zero) * step / step is within an ulp of the code
+    # what was representable stays so; (code - zero) * scale / scale is within an ulp of the code
     assert torch.equal(quantize(once, scheme, affine), codes) and torch.equal(once, again)
 
 
@@ -61,7 +61,7 @@ def test_an_integer_scheme_is_off_by_half_a_step_at_most(name, seed, shift, size
     error = (quantize_dequantize(x, scheme, affine) - x).abs()
     # an asymmetric zero point is rounded too: the edge may be cut by half a step more
     steps = 0.5 if scheme.symmetric else 1.0
-    assert bool((error <= affine.step * steps * (1 + 1e-4)).all())  # 1e-4: f32 quotients of up to 255
+    assert bool((error <= affine.scale * steps * (1 + 1e-4)).all())  # 1e-4: f32 quotients of up to 255
 
 
 def test_dynamic_rows_stand_alone_and_static_ones_share_a_step():
@@ -103,7 +103,7 @@ def test_unknown_names_list_the_known_and_a_static_scheme_asks_for_its_step():
         parse("int8")
     with pytest.raises(PlanError, match="percentile"):
         Histogram.of(normal(9)).affine(parse("int8_static"), "best")
-    with pytest.raises(CalibrationError, match="int8_static needs a step"):
+    with pytest.raises(CalibrationError, match="int8_static needs a scale"):
         quantize_dequantize(normal(2, 2), parse("int8_static"))
 
 
@@ -254,7 +254,7 @@ def test_static_ranges_come_from_what_was_seen_and_sites_that_lose_too_much_stay
     assert found.left == () and set(found.quantizers) == set(seen)
     site = "model.layers.0.mlp.down_proj.weight"
     largest = max(-seen[site].low, seen[site].high)
-    assert float(found.quantizers[site].affine.step) == pytest.approx(largest / 127, rel=1e-6)  # f32
+    assert float(found.quantizers[site].affine.scale) == pytest.approx(largest / 127, rel=1e-6)  # f32
     worst = min(found.sqnr, key=found.sqnr.get)
     limit = found.sqnr[worst] + 1e-3
     assert calibrate(model, TOKENS, parse("int8_static"), "minmax", limit).left == (worst,)

@@ -5,7 +5,7 @@ import torch
 
 from fewbits.algorithms import ALGORITHMS, CalibrationWarning, descend, gptq, hqq, weighted
 from fewbits.algorithms.blocked import blocked_update
-from fewbits.algorithms.descent import join_parts, solve_steps, split_columns
+from fewbits.algorithms.descent import join_parts, solve_scales, split_columns
 from fewbits.algorithms.gptq import FITS, column_order, feed_back
 from fewbits.algorithms.hessian import HessianFactor, loss
 from fewbits.calibrate.stats import Stats
@@ -203,11 +203,11 @@ def test_descent_pays_from_plain_rounding(name):
     assert output_error(descend(q, w, stats).decode(), w, stats) < 0.7 * output_error(q.decode(), w, stats)
 
 
-@pytest.mark.parametrize("bases", [False, True])
+@pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("width", [16, 24, 64])
-def test_steps_are_solved(width, ordered, bases):
-    """At the solution the gradient along every step and base vanishes (f32; last groups may be short),
+def test_scales_are_solved(width, ordered, offsets):
+    """At the solution the gradient along every scale and offset vanishes (f32; last groups may be short),
     whichever columns belong to a group."""
     w, stats = sample(5, 64)
     level = torch.round(w * 30).clamp(-4, 4)
@@ -215,16 +215,16 @@ def test_steps_are_solved(width, ordered, bases):
     gradient = (value - w) @ stats.hessian
     index = (torch.arange(64) // width)[random(64).argsort()] if ordered else None
     ones = torch.ones(5, -(-64 // width))
-    grid = AffineGrid(ones, ones if bases else None, 0, 15, width, 64, torch.float16, index=index)
-    step, base = solve_steps(grid, level, gradient, stats.hessian, bases)
-    value = value + grid.spread(step, 64) * level
-    if bases:
-        value = value + grid.spread(base, 64)
+    grid = AffineGrid(ones, ones if offsets else None, 0, 15, width, 64, torch.float16, index=index)
+    scale, offset = solve_scales(grid, level, gradient, stats.hessian, offsets)
+    value = value + grid.spread(scale, 64) * level
+    if offsets:
+        value = value + grid.spread(offset, 64)
     after = (value - w) @ stats.hessian
-    for kind in (level, torch.ones_like(level))[: 1 + bases]:
+    for kind in (level, torch.ones_like(level))[: 1 + offsets]:
         left, had = (grid.sums(g * kind).abs().max() for g in (after, gradient))
         assert left < 1e-3 * had
-    assert base.shape == (5, -(-64 // width) if bases else 0)
+    assert offset.shape == (5, -(-64 // width) if offsets else 0)
 
 
 @pytest.mark.parametrize("name", ["int4_g64_asym", "q4_k", "nf4", "int3_g7_asym"])

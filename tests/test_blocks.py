@@ -172,7 +172,7 @@ def test_faults_of_given_weights_are_listed_together(opened: Open) -> None:
         block.set({q: torch.zeros(4, 4), "lm_head.weight": torch.zeros(1)})
     with pytest.raises(ModelError, match=f"(?s){q}' is missing.*{k}' is missing"):
         model.block(0, {n: w for n, w in weights.items() if n not in (q, k)})
-    with pytest.raises(ModelError, match="block 2 is asked for, it has 2"):
+    with pytest.raises(ModelError, match="block 2 does not exist, it has 2"):
         model.weights(2)
     with pytest.raises(ModelError, match="lm_head"):
         block.weight("lm_head.weight")

@@ -162,7 +162,7 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_run(model, run, m
     Path("there.gguf").write_text("in the way")
     Path("d.gguf").mkdir()
     for out, fault in [
-        ("x.bin", "its suffix says what is written; use .safetensors, .gguf, .dat"),
+        ("x.bin", "unknown suffix; use .safetensors, .gguf, .dat"),
         ("there.gguf", "exists; choose another output or pass --overwrite"),
         ("d.gguf", "is a directory"),
         ("there.gguf/x.dat", "this directory cannot be made"),
@@ -249,9 +249,12 @@ def test_gptq_takes_hessians_in_one_pass(model, run):
     ("how", "fault"),
     [
         (("--method", "gptq", "--calibrate", "s.gguf"), "has no Hessian, which gptq needs"),
-        (("--effort", "best", "--calibrate", "s.gguf"), "saved statistics do not suffice"),
-        (("--method", "weighted", "--awq", "--calibrate", "s.gguf"), "saved statistics do not suffice"),
-        (("--method", "weighted", "--rotate", "--calibrate", "s.gguf"), "rotate changes what weights read"),
+        (("--effort", "best", "--calibrate", "s.gguf"), "saved statistics are not enough"),
+        (("--method", "weighted", "--awq", "--calibrate", "s.gguf"), "saved statistics are not enough"),
+        (
+            ("--method", "weighted", "--rotate", "--calibrate", "s.gguf"),
+            "rotate changes the inputs of weights",
+        ),
     ],
 )
 def test_what_saved_statistics_cannot_do_is_said(model, run, how, fault):

@@ -60,7 +60,7 @@ def test_not_a_value_changes(model, tmp_path, format):
 
 def test_what_cannot_be_exact_is_refused_and_told_when_asked_for(model, tmp_path):
     quantize(model, tmp_path / "k", Request("nf4", file="native"))
-    with pytest.raises(FewbitsError, match="the nearest it can is int4_g32"):
+    with pytest.raises(FewbitsError, match="the nearest supported format is int4_g32"):
         convert(tmp_path / "k", tmp_path / "g", "gptq")
     assert not (tmp_path / "g").exists()
     receipt = convert(tmp_path / "k", tmp_path / "g", "gptq", requantize=True)

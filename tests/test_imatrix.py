@@ -158,7 +158,7 @@ FORGED = {
         struct.pack("<ii1sii", 1, 1, b"a", 1, 2**30) + bytes(64), "claims 4294967296 bytes, 64 are left"),
     "dat: no chunks": (struct.pack("<ii1siif", 1, 1, b"a", 0, 1, 1.0), "has 1 values of 0 chunks"),
     "dat: twice": (
-        struct.pack("<i", 2) + struct.pack("<i1siif", 1, b"a", 1, 1, 1.0) * 2, "'a' stands there twice"),
+        struct.pack("<i", 2) + struct.pack("<i1siif", 1, b"a", 1, 1, 1.0) * 2, "'a' appears twice"),
     "dat: nan": (struct.pack("<ii1siif", 1, 1, b"a", 1, 1, float("nan")), "1 values that are not finite"),
     "dat: more behind": (
         struct.pack("<ii1siif", 1, 1, b"a", 1, 1, 1.0) + struct.pack("<ii", 1, 0) + b"more",

@@ -161,13 +161,13 @@ def test_random_products_equal_int64():
 
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_asymmetric_static"])
 def test_a_layer_is_within_one_step_of_the_float_computation(scheme):
-    """On the same codes: |y - (real / step + zero)| < 1, since one rounding is to an integer (1/2) and the
+    """On the same codes: |y - (real / scale + zero)| < 1, since one rounding is to an integer (1/2) and the
     other, before the shift, is at most another half of what is shifted."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(33, 96, generator=generator) + 0.3
     w, bias = torch.randn(20, 96, generator=generator), torch.randn(20, generator=generator)
-    step_w = w.abs().amax(1) / 127
-    codes_w = (w / step_w[:, None]).round().to(torch.int8)
+    scale_w = w.abs().amax(1) / 127
+    codes_w = (w / scale_w[:, None]).round().to(torch.int8)
     kind = parse(scheme)
 
     def ranged(values):
@@ -175,10 +175,10 @@ def test_a_layer_is_within_one_step_of_the_float_computation(scheme):
 
     ax, ay = ranged(x), ranged(x @ w.T + bias)
     codes_x = quantize(x, kind, ax).to(torch.int8)
-    layer = IntegerLinear.of(codes_w, step_w, bias, ax, ay)
-    step = step_w.double() * ax.step.double()
-    real = ((codes_x.double() - ax.zero) @ codes_w.double().T + (bias / step).round()) * step
-    expected = (real / ay.step + ay.zero).clamp(-128, 127)
+    layer = IntegerLinear.of(codes_w, scale_w, bias, ax, ay)
+    scale = scale_w.double() * ax.scale.double()
+    real = ((codes_x.double() - ax.zero) @ codes_w.double().T + (bias / scale).round()) * scale
+    expected = (real / ay.scale + ay.zero).clamp(-128, 127)
     assert float((layer(codes_x).double() - expected).abs().max()) <= 1
     assert torch.equal(layer(codes_x), reference_layer(layer, codes_x))
 

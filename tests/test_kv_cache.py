@@ -87,11 +87,11 @@ def test_what_is_younger_than_the_window_is_read_in_float():
 @given(bits=st.sampled_from([2, 4, 8]), seed=st.integers(0, 100), shift=st.floats(-9, 9))
 def test_stored_values_are_off_by_half_a_step(bits, seed, shift):
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) + shift
-    step = (x.amax(-1) - x.amin(-1)) / (2**bits - 1)
+    scale = (x.amax(-1) - x.amin(-1)) / (2**bits - 1)
     error = (quantize_dequantize(x, bits) - x).abs().amax(-1)
-    # f16 rounds low by 2^-11 of itself, and step by as much for each of its 2^bits - 1 multiples
+    # f16 rounds the offset by 2^-11 of itself, and scale by as much for each of its 2^bits - 1 multiples
     slack = (x.abs().amax(-1) + (x.amax(-1) - x.amin(-1))) * 2.0**-11
-    assert bool((error <= step / 2 + slack + 1e-6).all())
+    assert bool((error <= scale / 2 + slack + 1e-6).all())
 
 
 def test_groups_lie_as_drawn_and_an_incomplete_one_stays_float():

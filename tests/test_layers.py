@@ -1,4 +1,4 @@
-"""The house: docs/architecture.md draws what each room may import, and this holds every import to it."""
+"""docs/architecture.md lists what each module may import; this compares every import with it."""
 
 import ast
 import re
@@ -22,22 +22,23 @@ LARGE = ("torch", "numpy", "gguf", "transformers")
 OUTSIDE = ("transformers", "llama_cpp", "huggingface_hub", "tokenizers", "sentencepiece")
 
 
-def read_rooms() -> dict[str, tuple[set[str], set[str]]]:
-    """room -> what it may import of ours, and of others; from the table with `may import` in its head."""
-    _, _, text = (ROOT / "docs" / "architecture.md").read_text().partition("| room |")
+def read_table() -> dict[str, tuple[set[str], set[str]]]:
+    """module -> what it may import of ours, and of others; from the table with `may import` in its head."""
+    _, _, text = (ROOT / "docs" / "architecture.md").read_text().partition("| module |")
     rows = text.split("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {
-        room_of(room.strip("`")): (set(ours.split()), set(others.split())) for room, _, ours, others in cells
+        top_module(package.strip("`")): (set(ours.split()), set(others.split()))
+        for package, _, ours, others in cells
     }
 
 
-def room_of(module: str) -> str:
+def top_module(module: str) -> str:
     """`formats/ggml.py`, `formats/` -> formats; `core.py` -> core."""
     return module.split("/")[0].removesuffix(".py")
 
 
-ROOMS = read_rooms()
+MODULE_TABLE = read_table()
 
 
 def tree(path: Path) -> ast.Module:
@@ -54,7 +55,7 @@ def running(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:
-    """-> the rooms of ours and the outside packages that a module imports, wherever in it."""
+    """-> the packages of ours and the outside packages that a module imports, wherever in it."""
     ours, others = set(), set()
     for node in running(tree(PACKAGE / module)):
         names = []
@@ -76,29 +77,29 @@ def imports(module: str) -> tuple[set[str], set[str]]:
                 ours.add(rest.split(".")[0])
             else:
                 others.add(top)
-    compiled = {"_core"} if room_of(module) == "core" else set()
-    return ours - {room_of(module)} - compiled, others - sys.stdlib_module_names - {"torch", "__future__"}
+    compiled = {"_core"} if top_module(module) == "core" else set()
+    return ours - {top_module(module)} - compiled, others - sys.stdlib_module_names - {"torch", "__future__"}
 
 
-def test_every_module_has_a_room_and_every_room_a_module() -> None:
-    assert {room_of(module) for module in MODULES} == set(ROOMS)
+def test_every_module_has_a_package_and_every_package_a_module() -> None:
+    assert {top_module(module) for module in MODULES} == set(MODULE_TABLE)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_what_its_room_may(module: str) -> None:
+def test_a_module_imports_only_what_its_package_may(module: str) -> None:
     ours, others = imports(module)
-    allowed, outside = ROOMS[room_of(module)]
+    allowed, outside = MODULE_TABLE[top_module(module)]
     assert ours <= allowed, f"{module} imports {ours - allowed}: see the table of docs/architecture.md"
     assert others <= outside, f"{module} imports {others - outside}: see the table of docs/architecture.md"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_uses_what_it_may_import_and_names_rooms_above(room: str) -> None:
-    used = [imports(module) for module in MODULES if room_of(module) == room]
-    allowed, outside = ROOMS[room]
+@pytest.mark.parametrize("package", MODULE_TABLE)
+def test_a_package_uses_what_it_may_import_and_names_packages_above(package: str) -> None:
+    used = [imports(module) for module in MODULES if top_module(module) == package]
+    allowed, outside = MODULE_TABLE[package]
     assert allowed == set().union(*(ours for ours, _ in used))
     assert outside == set().union(*(others for _, others in used))
-    assert allowed <= set(list(ROOMS)[: list(ROOMS).index(room)])
+    assert allowed <= set(list(MODULE_TABLE)[: list(MODULE_TABLE).index(package)])
 
 
 HOOKS = "runtime/hf_quantizer.py"
@@ -128,7 +129,7 @@ def test_formats_and_structure_load_nothing_large() -> None:
     names = [
         f"fewbits.{module.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
         for module in MODULES
-        if room_of(module) in SMALL
+        if top_module(module) in SMALL
     ]
     code = (
         "import sys, types; package = sys.modules['fewbits'] = types.ModuleType('fewbits'); "
@@ -140,7 +141,7 @@ def test_formats_and_structure_load_nothing_large() -> None:
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) not in ("cli", "engines")])
+@pytest.mark.parametrize("module", [m for m in MODULES if top_module(m) not in ("cli", "engines")])
 def test_only_the_command_line_prints(module: str) -> None:
     said = [
         ast.unparse(node)

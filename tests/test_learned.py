@@ -16,7 +16,7 @@ from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.model.sites import sites
 from fewbits.qtensor import QTensor
-from fewbits.train.rounding import EFFORTS, NEAR, REACH, Offset, RoundingSettings, learn_block
+from fewbits.train.rounding import EFFORTS, NEAR, REACH, LearnedRounding, RoundingSettings, learn_block
 from fewbits.train.ste import GridLinear, straight_through
 from tests.tiny import VOCAB, save_tiny
 
@@ -114,7 +114,7 @@ def test_straight_through_is_the_grid_forward_and_the_identity_backward() -> Non
     assert torch.equal(leaf.grad, seen)
 
 
-# ---- offsets -------------------------------------------------------------------------------------
+# ---- learned rounding ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,18 +127,18 @@ def test_an_offset_starts_at_the_codes_it_is_given_nearest_or_not(kind: str) -> 
     grid = fmt.unpack(nearest)[0]
     moved = fmt.pack(grid, grid.round(w + 0.3 * torch.randn_like(w)))
     for q in (nearest, moved):
-        assert torch.equal(Offset(w, q).pack().decode(), q.decode())
+        assert torch.equal(LearnedRounding(w, q).pack().decode(), q.decode())
     assert int((moved.decode() != nearest.decode()).sum()) > 256
 
 
 def test_the_gap_of_an_even_grid_is_its_step() -> None:
     torch.manual_seed(0)
     fmt, w = FORMATS.get("int8_g128"), torch.randn(64, 1024)
-    offset = Offset(w, fmt.encode(w, search=False))
-    step = offset.grid.groups(64)[0].repeat_interleave(128, 1).abs()
+    rounding = LearnedRounding(w, fmt.encode(w, search=False))
+    scale = rounding.grid.groups(64)[0].repeat_interleave(128, 1).abs()
     # the root mean square of 128 rounding errors scatters by 1 / sqrt(5 * 128) = 4 %
-    assert float((offset.gap / step - 1).abs().max()) < 0.2
-    assert abs(float((offset.gap / step).mean()) - 1) < 0.01
+    assert float((rounding.gap / scale - 1).abs().max()) < 0.2
+    assert abs(float((rounding.gap / scale).mean()) - 1) < 0.01
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -160,7 +160,10 @@ def test_codes_chosen_with_care_are_moved_less_and_not_made_worse() -> None:
     reads = {"up": rows, "down": linear(rows, block.weights["up"]).relu()}
     start = {name: gptq(w, fmt, Stats.of(reads[name])) for name, w in block.weights.items()}
     for name, w in block.weights.items():
-        assert Offset(w, start[name]).travel == NEAR and Offset(w, fmt.encode(w)).travel == REACH
+        assert (
+            LearnedRounding(w, start[name]).travel == NEAR
+            and LearnedRounding(w, fmt.encode(w)).travel == REACH
+        )
     formats, targets = dict.fromkeys(start, fmt), [block(x) for x in inputs]
     found = learn_block(block, block.weights, formats, start, inputs, targets, EFFORTS["light"])
     assert error(block, found, inputs) <= error(block, start, inputs)

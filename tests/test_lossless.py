@@ -46,7 +46,7 @@ def test_exact_or_nothing(source, target):
 def test_a_base_that_is_no_multiple_of_its_step_has_no_zero_point():
     q = encoded("q4_1")
     assert convert_lossless(q, FORMATS.get("int4_g32_asym")) is None
-    zeros = convert_lossless(encoded("int4_g32"), FORMATS.get("q4_1"))  # base = -8 steps: f16 has the digits
+    zeros = convert_lossless(encoded("int4_g32"), FORMATS.get("q4_1"))  # offset = -8 scale is exact in f16
     assert zeros is not None
     back = convert_lossless(zeros, FORMATS.get("int4_g32_asym"))
     assert back is not None and convert_lossless(back, FORMATS.get("q4_0")) is not None

@@ -52,4 +52,4 @@ def test_what_is_no_amount_of_memory_is_wrong_usage(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command[:-1], f"{command[-1]}={value}"])
-    assert ended.value.code == 2 and f"{value!r} is no amount of memory" in capsys.readouterr().err
+    assert ended.value.code == 2 and f"{value!r} is not an amount of memory" in capsys.readouterr().err

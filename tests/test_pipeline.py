@@ -184,8 +184,8 @@ def test_rules_that_decide_nothing_are_all_named(llama, to, tmp_path):
     ("request_", "says"),
     [
         (Request("q4_k_x"), r"'q4_k_x' is neither.*q4_k_m"),
-        (Request("int4_g32"), r"cannot carry int4_g32 \(.*\); the nearest it can is q4_0"),
-        (Request("q8_0", rules("*.up_proj=nf4")), "up_proj|ffn_up.*cannot carry nf4.*iq4_nl"),
+        (Request("int4_g32"), r"does not support int4_g32 \(.*\); the nearest supported format is q4_0"),
+        (Request("q8_0", rules("*.up_proj=nf4")), "up_proj|ffn_up.*does not support nf4.*iq4_nl"),
         (Request("int4_g32", rules("*.down_proj=q4_k"), file="native"), "320 is not a multiple of 256"),
         (Request(plan=rules("*.up_proj=gptk:q8_0")), "up_proj.*unknown algorithm 'gptk'"),
         (Request(plan=rules("*.up_proj=q8_0,serch=true")), "rtn has no option 'serch'; it takes search"),
@@ -253,7 +253,7 @@ def test_a_format_that_gguf_cannot_carry_names_the_nearest_and_writes_nothing(ll
     quantize(llama, tmp_path / "n", Request("nf4", rules("*.up_proj=int4_g32")))
     before = written(tmp_path)
     with pytest.raises(
-        FormatError, match=r"11 more: .* cannot carry nf4 \(.*\); the nearest it can is iq4_nl"
+        FormatError, match=r"11 more: .* does not support nf4 \(.*\); the nearest supported format is iq4_nl"
     ):
         convert(tmp_path / "n", tmp_path / "m.gguf")
     assert written(tmp_path) == before

@@ -220,7 +220,7 @@ def test_llamacpp_attends_to_the_whole_context_of_a_mistral(folder):
 
 
 def test_a_config_without_heads_has_no_cache():
-    with pytest.raises(ModelError, match="layers and heads"):
+    with pytest.raises(ModelError, match="number of layers, heads"):
         kv_cache({"num_hidden_layers": 4})
 
 
@@ -324,7 +324,7 @@ def test_exit_code_3_says_what_does_not_fit(tiny, run, more, code, says):
         (["{model}"], "--to TYPE"),
         (["{model}", "--to", "q8_0", "--engine", "x"], "unknown engine"),
         (["{model}", "--to", "q8_0", "--batch", 0], "at least 1"),
-        (["{model}", "--params", 1e9], "leave MODEL"),
+        (["{model}", "--params", 1e9], "leave out MODEL"),
         (["--params", 0], "at least 1 parameter"),
         (["--params", "inf"], "at least 1 parameter"),
     ],

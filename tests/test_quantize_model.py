@@ -36,7 +36,7 @@ def test_rules_alone_and_a_second_time():
 
 def test_in_place_says_what_it_cannot(tmp_path):
     model = tiny_model("LlamaForCausalLM")
-    with pytest.raises(PlanError, match="gptq needs a text"):
+    with pytest.raises(PlanError, match="gptq needs calibration text"):
         fewbits.quantize_model(model, Plan((Rule("*.up_proj", "int4_g128", "gptq"),)))
     with pytest.raises(PlanError, match="matches no tensor"):
         fewbits.quantize_model(model, Plan((Rule("*.up_prj", "int4_g128"),)))

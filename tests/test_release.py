@@ -176,9 +176,9 @@ def test_what_the_engine_refused_is_not_uploaded(reference, output, monkeypatch)
     out, receipt = output
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     finished(receipt, reference, out, Outcome("llama.cpp", "differs", "1.0", 9.0, 5.0, 0, 1.0))
-    with pytest.raises(FileError, match=r"llama\.cpp does not make of it what it means"):
+    with pytest.raises(FileError, match=r"verification in llama\.cpp failed"):
         push(out, "org/name")
-    with pytest.raises(FileError, match="only what fewbits wrote has a receipt"):
+    with pytest.raises(FileError, match="only outputs of fewbits have a receipt"):
         push(reference.path, "org/name")
 
 

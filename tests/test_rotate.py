@@ -182,10 +182,10 @@ NORM, Q = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_p
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (with_config(architectures=["NewForCausalLM"]), "NewForCausalLM.* is not known here"),
+        (with_config(architectures=["NewForCausalLM"]), "NewForCausalLM.* is unknown"),
         (with_tensor(NORM.replace("weight", "bias"), NORM), "LayerNorm subtracts a mean"),
         (with_tensor(NORM.replace("input", "post_feedforward"), NORM), "before the residual sum"),
-        (with_tensor(Q.replace("q_proj", "g_proj"), Q), r"g_proj.weight: how it meets the residual"),
+        (with_tensor(Q.replace("q_proj", "g_proj"), Q), r"g_proj.weight: its relation to the residual"),
         (
             lambda c: replace(c, tensors={Q: replace(c.tensors[Q], kind=kind_of("q4_0"))}),
             "norm before .* not found",

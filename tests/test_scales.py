@@ -55,8 +55,8 @@ def output_error(
         w = weights()[name]
         a = x / columns.get(name, torch.ones(K))
         if activation_levels is not None:
-            step = a.abs().amax(1, keepdim=True) / activation_levels
-            a = (a / step).round() * step
+            scale = a.abs().amax(1, keepdim=True) / activation_levels
+            a = (a / scale).round() * scale
         q = FORMATS.get(kind).encode(new[name], a.square().mean(0)).decode()
         found[name] = float((a @ q.T - x @ w.T).norm() / (x @ w.T).norm())
     return found
@@ -93,7 +93,7 @@ def test_a_searched_alpha_is_no_worse_than_any_given_one() -> None:
     ("kind", "most"), [("int4_g32", 0.7), ("q4_0", 0.7), ("int3_g64", 0.7), ("nf4", 0.9), ("q4_1", 1.0)]
 )
 def test_awq_lowers_the_output_error_of_few_bits(kind: str, most: float) -> None:
-    """Least where the format has a step and a minimum to fit each group of 32 under the same weights."""
+    """Least where the format has a scale and an offset to fit each group of 32 under the same weights."""
     x = inputs(30.0)
     chosen = awq(weights(), PAIRS, stats(x), formats(kind))
     assert [pair for pair, _ in chosen] == PAIRS

@@ -160,14 +160,14 @@ def test_a_copy_writes_where_the_model_does_not_fit(plain, kind):
 
 
 def test_a_copy_is_as_near_as_its_format_allows(plain):
-    """Q8_0 has 32 weights a step, at most their largest / 127. Off by one step where a code of 128 is cut to
-    127, and by what the step loses as f16: 127 * 2^-11 of itself."""
+    """Q8_0 has 32 weights per scale, at most their largest / 127. Off by one scale if a code of 128 is cut to
+    127, and by what the scale loses as f16: 127 * 2^-11 of itself."""
     name = "model.layers.0.mlp.up_proj"
     w = plain.tensors[f"{name}.weight"].load().float()
     model, _ = sampling.load_writer(plain, "q8_0")
     copied = model.get_submodule(name).weight.decode(torch.float32)
-    step = w.view(len(w), -1, 32).abs().amax(-1, keepdim=True) / 127
-    assert 0 < float(((copied - w).view(len(w), -1, 32).abs() / step).max()) < 1.06
+    scale = w.view(len(w), -1, 32).abs().amax(-1, keepdim=True) / 127
+    assert 0 < float(((copied - w).view(len(w), -1, 32).abs() / scale).max()) < 1.06
 
 
 HEADS = st.builds(
@@ -207,7 +207,7 @@ def test_rows_written_twice_are_dropped_and_it_ends(plain, monkeypatch):
     assert rows == [list(range(32))]
     assert "rows of 32 tokens dropped as duplicates" in notes[0]
     found = read_tokens(plain, "self", 128, context=32)
-    assert found.windows.shape == (1, 32) and "holds 32 tokens, 128 were asked for" in found.notes[-1]
+    assert found.windows.shape == (1, 32) and "holds 32 tokens, 128 were requested" in found.notes[-1]
 
 
 def test_heads_are_ordinary_tokens(model):

@@ -65,7 +65,7 @@ def test_the_weights_leave_the_grid():
     assert len(linear) == 7 * model.config.num_hidden_layers
     for name in linear:
         assert regrid_error(state[name]) < 1e-6, name  # both ends of each group are levels
-        assert regrid_error(moved[name]) > 0.03, name  # random 4-bit weights: step / sqrt(12) is about 0.08
+        assert regrid_error(moved[name]) > 0.03, name  # random 4-bit weights: scale / sqrt(12) is about 0.08
 
 
 def test_the_same_seed_gives_the_same_weights_and_the_input_is_left_alone():

@@ -82,7 +82,7 @@ def test_a_merge_says_what_only_one_side_knew():
     for both in (merge(full, diagonal), merge(diagonal, full)):
         assert both.knows == {"absmax", "mean_square"}
         (note,) = both.notes
-        assert note == "hessian is known of only one of the merged statistics, so it is unknown of the merge"
+        assert note == "hessian is in only one of the merged statistics, so the result does not have it"
         assert all(both.of(site).hessian is None for site in both.sites)
 
 
@@ -100,7 +100,7 @@ def test_parts_of_one_run_are_joined():
     joined = join(parts)
     assert set(joined.sites) == set(whole.sites) and joined.tokens == whole.tokens
     assert all(agree(joined.of(site), whole.of(site)) for site in whole.sites)
-    with pytest.raises(CalibrationError, match="stands in 2 parts"):
+    with pytest.raises(CalibrationError, match="is in 2 parts"):
         join([*parts, parts[0]])
     with pytest.raises(CalibrationError, match="saw 20 tokens of text 1, another 20 of text 0"):
         join([parts[0], replace(parts[1], source="text 1")])

@@ -92,7 +92,7 @@ def test_less_text_than_asked_for_is_used_and_said(plain, tmp_path):
     n = held // 100
     assert found.windows.shape == (n, 100)
     assert found.notes == (
-        f"{path} holds {held} tokens, 10000 were asked for: calibrating on {100 * n} in {n} windows of 100",
+        f"{path} holds {held} tokens, 10000 were requested: calibrating on {100 * n} in {n} windows of 100",
     )
 
 

@@ -1,6 +1,6 @@
-// Every kernel of the core over weights of odd shapes and hard values, without Python: under sanitizers it
-// looks for faults of memory and undefined behaviour; and what it prints, one digest a case, is the same for
-// every compiler, processor, instruction set and number of threads.
+// Every kernel of the core over weights of odd shapes and hard values, without Python. Under sanitizers it
+// finds memory errors and undefined behaviour. It prints one digest per case, which is the same for every
+// compiler, processor, instruction set and number of threads.
 //
 //     driver THREADS [ISA]        the best instruction set of this processor, or at most ISA
 #include <cmath>
@@ -100,7 +100,7 @@ void use_type(const TypeKernels& t, int kind, int64_t n, int64_t k, int threads)
     }
 }
 
-// What a weight that is NaN or infinite leads to, in the last and shorter unit of work.
+// The result for a weight that is NaN or infinite, in the last and shorter unit of work.
 void refuse(const TypeKernels& t, int threads) {
     int64_t count = UNIT + 3 * t.block;
     std::vector<float> w(count, 1.0f);

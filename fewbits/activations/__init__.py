@@ -1,4 +1,4 @@
-"""Quantized activations and caches: schemes, observers, the sites that cannot bear it, integer arithmetic."""
+"""Quantized activations and caches: schemes, observers, sites that stay in float, integer arithmetic."""
 
 from .kv_cache import CACHES, Cache, attention
 from .mixed import LIMIT_DB, Activations, calibrate, sensitive

@@ -1,8 +1,8 @@
-"""A linear layer in integers only: int8 in, int8 out, no float in between.
+"""A linear layer in integer arithmetic: int8 in, int8 out, no floats.
 
     acc = sum_k (w - zero_w) (x - zero_x) + bias                   int32
         = sum w x - zero_x sum w - zero_w sum x + k zero_w zero_x + bias
-    y   = clamp(zero_y + round(acc * M))          M = step_w step_x / step_y, one for each row of w
+    y   = clamp(zero_y + round(acc * M))          M = scale_w scale_x / scale_y, one for each row of w
 
 M is a fixed-point number, M = M0 / 2^31 * 2^-n with M0 in [2^30, 2^31). acc * M is a *saturating rounding
 doubling high multiply* by M0 (the high half of 2 acc M0), then a *rounding right shift* by n:
@@ -11,7 +11,7 @@ doubling high multiply* by M0 (the high half of 2 acc M0), then a *rounding righ
                                                   a = b = -2^31 would give 2^31: it gives 2^31 - 1
     shift(a, n) = a / 2^n to nearest, ties away from zero
 
-Where M >= 1, n is negative: acc is shifted left first, saturating at int32.
+If M >= 1, n is negative: acc is shifted left first, saturating at int32.
 
 Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
 Inference (arXiv 1712.05877), sections 2.2 to 2.4; the two roundings are those of its gemmlowp.
@@ -29,16 +29,16 @@ from .quantizers import Affine
 
 LOW, HIGH = -(2**31), 2**31 - 1  # int32
 # Columns: each |w x| <= 2^14, and f32 adds integers exactly up to 2^24. An int8 is exact in bf16 and TF32
-# too, so torch's faster modes of f32 products change nothing.
+# too, so torch's faster modes of f32 products give the same result.
 EXACT = 1024
 
 
 @dataclass(frozen=True)
 class IntegerLinear:
-    """weight `(n, k)` int8; bias `(n,)` int32 of step step_w step_x; multiplier `(n,)` int32 and shift
+    """weight `(n, k)` int8; bias `(n,)` int32 with scale scale_w * scale_x; multiplier `(n,)` int32 and shift
     `(n,)` int64: M of each row. Zero points lie in int8.
 
-    Raises KernelError for a row whose accumulator could leave int32, and parts that do not fit together.
+    Raises KernelError for a row whose accumulator could overflow int32, and for parts that do not match.
     """
 
     weight: torch.Tensor
@@ -80,18 +80,18 @@ class IntegerLinear:
 
     @staticmethod
     def of(
-        weight: torch.Tensor, step_w: torch.Tensor, bias: torch.Tensor | None, x: Affine, y: Affine
+        weight: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None, x: Affine, y: Affine
     ) -> IntegerLinear:
-        """Codes `(n, k)` int8 and steps `(n,)` of a symmetric weight, bias `(n,)` float, ranges of in- and
-        output (scalars, as observers give them) -> the layer. The bias is rounded to step_w step_x."""
-        step = step_w.double() * x.step.double()
-        whole = (torch.zeros_like(step) if bias is None else bias.double() / step).round()
+        """Codes `(n, k)` int8 and scales `(n,)` of a symmetric weight, bias `(n,)` float, ranges of in- and
+        output (scalars, as observers give them) -> the layer. The bias is rounded to scale_w scale_x."""
+        scale = scale_w.double() * x.scale.double()
+        whole = (torch.zeros_like(scale) if bias is None else bias.double() / scale).round()
         if not bool((whole.abs() <= HIGH).all()):
             raise KernelError(
-                f"integer linear: a bias of {float(whole.abs().max()):g} steps does not fit int32 ({HIGH}); "
-                "its row's weights or inputs are too small beside it: keep this layer in float"
+                f"integer linear: the bias code {float(whole.abs().max()):g} does not fit int32 ({HIGH}); "
+                "the scales of its weights and inputs are too small for it; keep this layer in float"
             )
-        fixed = [fixed_point(float(real)) for real in step / y.step.double()]
+        fixed = [fixed_point(float(real)) for real in scale / y.scale.double()]
         return IntegerLinear(
             weight,
             whole.to(torch.int32),
@@ -107,7 +107,7 @@ class IntegerLinear:
         return (scaled + self.zero_y).clamp(-128, 127).to(torch.int8)
 
     def accumulate(self, x: torch.Tensor) -> torch.Tensor:
-        """`(t, k)` int8 -> `(t, n)` int32, zero points taken off and bias added."""
+        """`(t, k)` int8 -> `(t, n)` int32, zero points subtracted and bias added."""
         if x.ndim != 2 or x.shape[1] != self.weight.shape[1] or x.dtype != torch.int8:
             raise KernelError(
                 f"integer linear: input is {tuple(x.shape)} {x.dtype}, "
@@ -123,11 +123,11 @@ class IntegerLinear:
 def fixed_point(real: float) -> tuple[int, int]:
     """A positive number -> M0 in [2^30, 2^31) and n, with M0 / 2^31 * 2^-n nearest to it.
 
-    Below 2^-32, where every int32 comes to 0, -> (0, 0). Raises KernelError for what is not positive,
-    and from 2^31 on.
+    Below 2^-32, where every int32 becomes 0, -> (0, 0). Raises KernelError for numbers that are not
+    positive, and from 2^31 on.
     """
     if not 0 < real < 2.0**31:
-        raise KernelError(f"a multiplier of {real:g} is no step of a layer; it lies above 0 and below 2^31")
+        raise KernelError(f"the multiplier {real:g} of a layer must lie above 0 and below 2^31")
     fraction, exponent = frexp(real)
     multiplier = round(fraction * 2**31)
     if multiplier == 2**31:  # the fraction rounded up to 1
@@ -157,7 +157,7 @@ def right_shift(a: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`(t, k)` int8, `(n, k)` int8 -> x weight^T `(t, n)` int32, exact.
 
-    On CUDA torch's own int8 product where its shapes allow it (more than 16 rows, multiples of 8);
+    On CUDA torch's own int8 product if the shapes allow it (more than 16 rows, multiples of 8);
     else f32 products of 1024 columns, which f32 adds exactly in any order, summed as int32.
     """
     t, k = x.shape

@@ -1,9 +1,9 @@
-"""A quantized key-value cache, simulated exactly: every token reads what a decoder would read.
+"""A quantized KV cache, simulated exactly: every token reads the same values as in a decoder.
 
-A cached key or value (b, heads, t, d) is cut into groups; each group stores its smallest value and a
-step, both f16, and codes of few bits:
+A cached key or value (b, heads, t, d) is cut into groups. Each group stores a scale and an offset (its
+smallest value), both f16, and codes of few bits:
 
-    value = code * step + low            code = round((x - low) / step),  0 ... 2^bits - 1
+    value = code * scale + offset        code = round((x - offset) / scale),  0 ... 2^bits - 1
 
     per token       a group is up to `group` channels of one token:      | c c c c |
     per channel     a group is one channel of `group` tokens in a row:   | c |
@@ -14,20 +14,19 @@ step, both f16, and codes of few bits:
     int2   per channel, 32 tokens  per token, 32           128                      3
     fp8    the whole tensor        the whole tensor        0                        8
 
-int2 is KIVI (arXiv 2402.02750): a few channels of the keys are large in every token, so a step of their
-own saves the others; a group of keys can be stored only once its last token has come, and the newest
-tokens, which are read the most, stay in float.
+int2 is KIVI (arXiv 2402.02750). A few channels of the keys are large in every token, so each channel has
+its own scale. A group of keys is quantized once its last token is there. The newest tokens are read the most
+and stay in float.
 
-fp8 is what vLLM has: e4m3 under one step for all keys of a block and one for all values, both fixed before
-the model runs (`ranges`): value = e4m3(x / step) * step, step = largest |x| / 448.
+fp8 is the scheme of vLLM: e4m3 with one scale for all keys of a block and one for all values. Both are
+fixed before the model runs (`ranges`): value = e4m3(x / scale) * scale, scale = largest |x| / 448.
 
-With n tokens in the cache (its own included), a query reads tokens 0 ... n - residual - 1 quantized,
-for keys only as far as their groups are complete, and the rest in float. That depends on the query, so
-scores are computed from both versions of the keys and each query picks its own. A whole window through
-`attention` thus equals its tokens one by one, each reading a cache with all before it. (A real engine
-computes a prompt in float and then stores it; its prompt is better, its continuation the same.) Tokens
-are counted from the first that a layer holds: where a sliding window has dropped some, groups of keys
-start at the oldest one left.
+With n tokens in the cache (including its own), a query reads tokens 0 ... n - residual - 1 quantized, keys
+only in complete groups, and the rest in float. This depends on the query, so scores are computed from both
+versions of the keys and each query selects its own. A whole window through `attention` therefore equals its
+tokens one by one. (A real engine computes a prompt in float and then stores it; its prompt is better, its
+continuation the same.) Tokens are counted from the first in a layer's cache: after a sliding window has
+dropped some, groups of keys start at the oldest remaining one.
 """
 
 from __future__ import annotations
@@ -46,15 +45,15 @@ from ..blocks.simulate import changed_attention
 from ..errors import CalibrationError, ModelError, PlanError
 from ..registry import Registry
 
-QUERIES_AT_ONCE = 256  # bounds the scores held: heads x 256 x tokens
+QUERIES_AT_ONCE = 256  # limits the scores in memory: heads x 256 x tokens
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 Steps = tuple[float, float]  # of keys, of values
 
 
 @dataclass(frozen=True)
 class Cache:
-    """How keys and values are stored. group: numbers that share a step. residual: newest tokens in float.
-    fixed: e4m3 under a step that is known beforehand."""
+    """How keys and values are stored. group: numbers that share a scale. residual: newest tokens in float.
+    fixed: e4m3 with a scale that is fixed before the model runs."""
 
     name: str
     bits: int
@@ -64,14 +63,14 @@ class Cache:
     fixed: bool = False
 
     def bits_per_number(self, d: int) -> float:
-        """Codes, step and low, of a stored key or value of head size `d`: mean of keys and values."""
+        """Bits per number of codes, scale and offset for head size `d`: the mean of keys and values."""
         if self.fixed:
             return self.bits
         per_token = self.bits + 32 / gcd(self.group, d)
         return (self.bits + 32 / self.group + per_token) / 2 if self.keys_per_channel else per_token
 
     def quantized(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens in the cache, int64 -> how many of their keys and of their values are read quantized."""
+        """Tokens in the cache, int64 -> how many of their keys and values are read quantized."""
         old = (tokens - self.residual).clamp(min=0)
         return old - old % self.group if self.keys_per_channel else old, old
 
@@ -87,18 +86,18 @@ for _cache in (
 
 
 def quantize_dequantize(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """`(..., group)` float -> the same as the codes of each group hold it."""
-    low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
-    low = low.half().float()
-    step = ((high - low) / (2**bits - 1)).half().float()
-    if not bool((low.isfinite() & step.isfinite()).all()):
+    """`(..., group)` float -> the same values rounded to what the codes of each group hold."""
+    offset, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
+    offset = offset.half().float()
+    scale = ((high - offset) / (2**bits - 1)).half().float()
+    if not bool((offset.isfinite() & scale.isfinite()).all()):
         raise ModelError(
-            "a key or value is not finite, or its group's least value or step exceeds 65504, the most that "
-            "f16 holds; evaluate this model with its cache in float"
+            "a key or value is not finite, or the offset or scale of its group exceeds 65504, the largest "
+            "f16 number; evaluate this model with its cache in float"
         )
-    step = torch.where(step == 0, 1.0, step)
-    codes = ((x.float() - low) / step).round().clamp(0, 2**bits - 1)
-    return (codes * step + low).to(x.dtype)
+    scale = torch.where(scale == 0, 1.0, scale)
+    codes = ((x.float() - offset) / scale).round().clamp(0, 2**bits - 1)
+    return (codes * scale + offset).to(x.dtype)
 
 
 def per_token(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
@@ -116,19 +115,19 @@ def per_channel(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     return torch.cat([stored, x[..., t:, :]], -2)
 
 
-def attention(cache: Cache, steps: Sequence[Steps] = ()) -> Callable[..., torch.Tensor]:
-    """-> a function with the arguments of torch's scaled_dot_product_attention that reads such a cache.
+def attention(cache: Cache, scales: Sequence[Steps] = ()) -> Callable[..., torch.Tensor]:
+    """-> a function with the arguments of torch's scaled_dot_product_attention that uses such a cache.
 
-    steps: of the attentions, in the order in which they run; for a `fixed` cache only.
+    scales: one pair for each attention, in the order in which they run; for a `fixed` cache only.
     """
     if not cache.fixed:
         return partial(_attend, cache)
-    if not steps:
+    if not scales:
         raise CalibrationError(
-            f"{cache.name} has a fixed step for each block and no text to take it from; give calibration "
+            f"{cache.name} needs a fixed scale for each block, measured on a text; give calibration "
             "text, or use int8, which needs none"
         )
-    turn = cycle(steps)
+    turn = cycle(scales)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **given: Any) -> Any:
         of_keys, of_values = next(turn)
@@ -138,16 +137,16 @@ def attention(cache: Cache, steps: Sequence[Steps] = ()) -> Callable[..., torch.
     return attend
 
 
-def to_e4m3(x: torch.Tensor, step: float) -> torch.Tensor:
-    """Any float tensor -> the same as e4m3 codes under one step hold it; beyond 448 steps it is clipped."""
-    codes = (x.float() / step).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return (codes.float() * step).to(x.dtype)
+def to_e4m3(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Any float tensor -> the same values rounded to e4m3 * scale, clipped at 448 * scale."""
+    codes = (x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).to(x.dtype)
 
 
 def ranges(model: Any, windows: torch.Tensor) -> dict[str, Steps]:
-    """Windows `(w, t)` int64 -> attention module -> the steps of its keys and values, in running order.
+    """Windows `(w, t)` int64 -> attention module -> the scales of its keys and values, in running order.
 
-    Raises ModelError where attention is not torch's, or modules that hold it are not found.
+    Raises ModelError if the model does not use torch's attention, or its attention modules are not found.
     """
     largest: list[list[float]] = []
 
@@ -162,13 +161,13 @@ def ranges(model: Any, windows: torch.Tensor) -> dict[str, Steps]:
     if not names or len(largest) != len(names) * len(windows):
         raise ModelError(
             f"{type(model).__name__}: {len(largest)} attentions ran over {len(windows)} windows in "
-            f"{len(names)} modules with a k_proj; which is whose is not known: leave the cache in float"
+            f"{len(names)} modules with a k_proj, so they cannot be matched; leave the cache in float"
         )
     peaks = torch.tensor(largest, dtype=torch.float64).reshape(len(windows), len(names), 2).amax(0)
     if not bool(peaks.isfinite().all()):
         raise ModelError("a key or value is not finite; the weights are damaged")
-    steps = (peaks / LARGEST).float()
-    pairs = torch.where(steps > 0, steps, 1.0).tolist()
+    scales = (peaks / LARGEST).float()
+    pairs = torch.where(scales > 0, scales, 1.0).tolist()
     return {name: (k, v) for name, (k, v) in zip(names, pairs, strict=True)}
 
 
@@ -209,7 +208,7 @@ def _read(
     bias: torch.Tensor,
     present: torch.Tensor,
 ) -> torch.Tensor:
-    """Some queries, scaled, against keys and values in float and as stored."""
+    """Some queries, scaled, against keys and values in float and quantized."""
     key, stored_key, value, stored_value = both
     index = torch.arange(key.shape[-2], device=key.device)
     old_keys, old_values = (index < edge[:, None] for edge in cache.quantized(present))
@@ -221,7 +220,7 @@ def _read(
 def _bias(
     mask: torch.Tensor | None, causal: bool, rows: torch.Tensor, tokens: int, query: torch.Tensor
 ) -> torch.Tensor:
-    """What to add to the scores: `(..., queries, tokens)` in the query's type."""
+    """The mask as a term of the scores: `(..., queries, tokens)` in the query's type."""
     if causal:
         mask = torch.arange(tokens, device=rows.device) <= rows[:, None]
     if mask is None:

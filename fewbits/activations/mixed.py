@@ -1,14 +1,14 @@
-"""Which sites can bear quantized activations: measured one by one, the rest stay in float.
+"""Chooses the sites with quantized activations by measuring each; the others stay in float.
 
 For each weight W and each token x of some calibration text, in the float model:
 
     SQNR = -10 log10 of the mean over tokens of |W (Q(x) - x)|^2 / |W x|^2      dB
 
-which is what quantizing this input alone leaves of this output. Each token counts alike: a few, the
-first of a text above all, have outputs a hundred times larger, and in a ratio of sums nothing else shows.
+which is the error from quantizing this input alone. Each token has the same weight, because a few tokens
+(above all the first) have outputs a hundred times larger and would dominate a ratio of sums.
 
-The rule: a site whose SQNR lies below a limit keeps its input in float. Routers (another expert is
-another function) and whatever lies outside the blocks are never quantized.
+The rule: a site whose SQNR is below a limit keeps its input in float. Routers and layers outside the blocks
+are never quantized.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LIMIT_DB = 35.0
 
 @dataclass(frozen=True)
 class Activations:
-    """What each site's input gets. sqnr: dB by site, where measured; left: sites kept in float."""
+    """The quantizer of each site's input. sqnr: dB by site, if measured; left: sites kept in float."""
 
     scheme: Scheme
     quantizers: Mapping[str, Quantizer] = field(default_factory=dict)
@@ -41,9 +41,9 @@ class Activations:
     left: tuple[str, ...] = ()
 
     def change(self, site: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The input as the site gets it: for `adapters.simulate.changed_inputs`.
+        """The quantized input of a site, for `blocks.simulate.changed_inputs`.
 
-        A dynamic scheme needs no calibration: a site that is not listed gets it too.
+        A dynamic scheme needs no calibration: it also applies to sites that are not listed.
         """
         return self.quantizers.get(site, Quantizer(self.scheme))(x) if self.quantizes(site) else x
 
@@ -79,7 +79,7 @@ def calibrate(
 
 
 def sensitive(sqnr: Mapping[str, float], limit_db: float = LIMIT_DB) -> list[str]:
-    """The sites whose output keeps less than `limit_db` dB, in the order given. NaN counts as less."""
+    """The sites with an SQNR below `limit_db` dB, in the given order. NaN counts as below."""
     return [site for site, decibel in sqnr.items() if not decibel >= limit_db]
 
 
@@ -89,8 +89,8 @@ def observe(model: Any, windows: torch.Tensor) -> dict[str, Histogram]:
 
     def record(site: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if bears(site):
-            found = Histogram.of(x)
-            seen[site] = seen[site] + found if site in seen else found
+            histogram = Histogram.of(x)
+            seen[site] = seen[site] + histogram if site in seen else histogram
         return x
 
     _forward(model, windows, record)

@@ -1,24 +1,23 @@
-"""Observers: which range of an activation a static scheme should cover.
+"""Observers: the range of an activation that a static scheme covers.
 
-One histogram is kept for each site, from which every rule reads its range:
+There is one histogram for each site, from which every rule derives its range:
 
     bins    |...|...|...|...|...|...|...|...|       2 x 8192 bins of equal width over -2^e ... 2^e,
           -2^e              0              2^e      e the smallest with every |x| < 2^e
 
-When a larger value comes, e grows and pairs of bins are joined. Widths are powers of two, so joined bins
-are exactly the bins that would have been filled at once: any order, any split into batches and any merge
-gives the same histogram, bit for bit.
+For a larger value, e grows and pairs of bins are merged. Widths are powers of two, so merged bins equal the
+bins of a larger range: any order, any split into batches and any merge gives the same histogram, bit for bit.
 
     rule         range
     minmax       smallest ... largest value seen
-    percentile   the narrowest, in whole bins, that keeps a given part of all values inside
+    percentile   the narrowest, in whole bins, that contains a given share of all values
     mse          least mean squared error of quantizing
-    entropy      least KL divergence of the histogram from what its codes can tell of it
+    entropy      least KL divergence of the histogram from its quantized version
 
-mse and entropy try the min-max range shrunk by RATIOS; it is itself the first, so their cost is never
-above its. Entropy is the calibration of TensorRT (Migacz, 8-bit Inference with TensorRT, GTC 2017): P
-is the histogram, what lies outside the range counted in its last bins; Q gives each code's mass in
-equal parts to the bins, not empty, that it stands for.
+mse and entropy try the min-max range scaled by RATIOS, the first of which is 1, so their cost is never above
+that of min-max. Entropy is the calibration of TensorRT (Migacz, 8-bit Inference with TensorRT, GTC 2017): P
+is the histogram, with values outside the range counted in its last bins; Q distributes the mass of each code
+equally over its non-empty bins.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ KEEP = 0.9999  # of the values, inside the range of `percentile`
 
 @dataclass(frozen=True)
 class Histogram:
-    """Of every value of one activation: count, low and high f64, exponent, bins `(2 * HALF,)` int64."""
+    """The histogram of one activation: count, low and high f64, exponent, bins `(2 * HALF,)` int64."""
 
     count: int
     low: float
@@ -62,7 +61,7 @@ class Histogram:
                 f"{bad} of {x.numel()} activations are NaN or infinite; the model is damaged"
             )
         largest = max(-low, high)
-        exponent = max(LEAST, frexp(largest)[1]) if largest else LEAST  # frexp(0) says 0
+        exponent = max(LEAST, frexp(largest)[1]) if largest else LEAST  # frexp(0) is 0
         index = (x * (HALF / 2.0**exponent)).floor().long() + HALF
         return Histogram(x.numel(), low, high, exponent, torch.bincount(index.cpu(), minlength=2 * HALF))
 
@@ -105,7 +104,7 @@ class Histogram:
         return choose(self, scheme)
 
     def affine(self, scheme: Scheme, rule: str) -> Affine:
-        """The step and zero point for that range, scalars f32."""
+        """The scale and zero point for that range, scalars f32."""
         return _affine(scheme, *self.range(scheme, rule))
 
 
@@ -155,7 +154,7 @@ def entropy(seen: Histogram, scheme: Scheme) -> tuple[float, float]:
 def _best(
     seen: Histogram, scheme: Scheme, cost: Callable[[Histogram, Scheme, float, float], float]
 ) -> tuple[float, float]:
-    """Of the shrunken min-max ranges the one of least cost; of equals the widest."""
+    """The min-max range, scaled by one of RATIOS, of least cost; of equals the widest."""
     ranges = [(seen.low * ratio, seen.high * ratio) for ratio in RATIOS.tolist()]
     return min(ranges, key=lambda edges: cost(seen, scheme, *edges))
 
@@ -164,14 +163,14 @@ def squared_error(seen: Histogram, scheme: Scheme, low: float, high: float) -> f
     """Mean squared error of the histogram's values under that range."""
     full = seen.bins > 0
     centres, affine = seen.centres[full], _affine(scheme, low, high)
-    values = (quantize(centres, scheme, affine) - affine.zero).double() * affine.step.double()
+    values = (quantize(centres, scheme, affine) - affine.zero).double() * affine.scale.double()
     return float(((centres - values).square() * seen.bins[full]).sum() / seen.count)
 
 
 def divergence(seen: Histogram, scheme: Scheme, low: float, high: float) -> float:
     """KL(P || Q) in nats of the histogram and its codes under that range.
 
-    A bin to which Q gives nothing (it holds only what was clipped) counts as half a value.
+    A bin with no mass in Q (it has only clipped values) counts as half a value.
     """
     affine = _affine(scheme, low, high)
     if scheme.symmetric:
@@ -187,8 +186,8 @@ def divergence(seen: Histogram, scheme: Scheme, low: float, high: float) -> floa
     mass = torch.zeros(int(code.max()) + 1, dtype=torch.float64).index_add_(0, code, inside)
     bins = torch.zeros_like(mass).index_add_(0, code, full.double())
     q = torch.where(full, (mass / bins.clamp(min=1))[code], 0.0)
-    held = p > 0
-    p, q = p[held] / p.sum(), (q[held] / max(float(q.sum()), 1.0)).clamp(min=0.5 / seen.count)
+    present = p > 0
+    p, q = p[present] / p.sum(), (q[present] / max(float(q.sum()), 1.0)).clamp(min=0.5 / seen.count)
     return float((p * (p / q).log()).sum())
 
 

@@ -1,20 +1,20 @@
-"""Quantized activations: what the bits of a linear layer's input mean.
+"""Quantized activations: the schemes for the input of a linear layer.
 
     x (t, k)  the inputs of one weight (n, k), one row a token
 
-    dynamic   each row has its own step, from the row itself: nothing to calibrate, costs a pass over x
-    static    one step for the whole tensor, fixed beforehand from an observer's range
+    dynamic   each row has its own scale, computed from the row: no calibration, but a pass over x
+    static    one scale for the whole tensor, fixed by calibration (observers.py)
 
-    symmetric    code = round(x / step)             -127 ... 127        step = largest |x| / 127
-    asymmetric   code = round(x / step) + zero      -128 ... 127        step = (high - low) / 255
-    fp8          code = e4m3(x / step)              largest 448         step = largest |x| / 448
+    symmetric    code = round(x / scale)            -127 ... 127        scale = largest |x| / 127
+    asymmetric   code = round(x / scale) + zero     -128 ... 127        scale = (high - low) / 255
+    fp8          code = e4m3(x / scale)             largest 448         scale = largest |x| / 448
 
-An asymmetric range always contains 0, so that 0 has a code. Rounding is to nearest, ties to even; what
-lies outside a static range is clipped. int4: -7 ... 7 and -8 ... 7.
+An asymmetric range always contains 0, so that 0 has a code. Rounding is to nearest, ties to even; values
+outside a static range are clipped. int4: -7 ... 7 and -8 ... 7.
 
 Sources: Nagel et al., A White Paper on Neural Network Quantization (arXiv 2106.08295), section 2; FP8
-Formats for Deep Learning (arXiv 2209.05433). Codes are simulated: they are computed exactly, but held
-as floats, so that an input that is not finite stays visible instead of becoming some integer.
+Formats for Deep Learning (arXiv 2209.05433). Codes are simulated: they are exact, but stored as
+floats, so that an input that is not finite remains visible.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ class Scheme:
         return -self.largest if self.symmetric else -self.largest - 1
 
     def affine(self, low: torch.Tensor, high: torch.Tensor) -> Affine:
-        """The step and zero point that cover low ... high (any shape, f32); a range of 0 has step 1."""
+        """The scale and zero point that cover low ... high (any shape, f32); a range of 0 has scale 1."""
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.symmetric:
-            step = torch.maximum(-low, high) / self.largest
-            step = torch.where(step == 0, 1.0, step)
-            return Affine(step, torch.zeros_like(step))
-        step = (high / 2 - low / 2) / ((self.largest - self.smallest) / 2)  # halves: no overflow
-        step = torch.where(step == 0, 1.0, step)
-        return Affine(step, (self.smallest - low / step).round().clamp(self.smallest, self.largest))
+            scale = torch.maximum(-low, high) / self.largest
+            scale = torch.where(scale == 0, 1.0, scale)
+            return Affine(scale, torch.zeros_like(scale))
+        scale = (high / 2 - low / 2) / ((self.largest - self.smallest) / 2)  # halves: no overflow
+        scale = torch.where(scale == 0, 1.0, scale)
+        return Affine(scale, (self.smallest - low / scale).round().clamp(self.smallest, self.largest))
 
 
 @dataclass(frozen=True)
 class Affine:
-    """value = (code - zero) * step. Both f32, of one shape that broadcasts against the activation."""
+    """value = (code - zero) * scale. Both f32, of one shape that broadcasts against the activation."""
 
-    step: torch.Tensor
+    scale: torch.Tensor
     zero: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A scheme and, for a static one, its step and zero point. Called, it quantizes and goes back."""
+    """A scheme and, for a static one, its scale and zero point. A call quantizes and dequantizes."""
 
     scheme: Scheme
     affine: Affine | None = None
@@ -85,32 +85,32 @@ def parse(name: str) -> Scheme:
 
 
 def fit(x: torch.Tensor, scheme: Scheme) -> Affine:
-    """`(..., k)` -> step and zero point `(..., 1)` of each row: what `dynamic` means."""
+    """`(..., k)` -> scale and zero point `(..., 1)` of each row (a dynamic scheme)."""
     low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
     return scheme.affine(low, high)
 
 
 def quantize(x: torch.Tensor, scheme: Scheme, affine: Affine) -> torch.Tensor:
     """`(..., k)` -> codes `(..., k)` as f32; integers for an integer scheme, e4m3 values for fp8."""
-    scaled = x.float() / affine.step
+    scaled = x.float() / affine.scale
     if scheme.floating:
         return scaled.clamp(scheme.smallest, scheme.largest).to(FP8).float()
     return (scaled.round() + affine.zero).clamp(scheme.smallest, scheme.largest)
 
 
 def quantize_dequantize(x: torch.Tensor, scheme: Scheme, affine: Affine | None = None) -> torch.Tensor:
-    """`(..., k)` float -> the same shape and type, as the codes can hold it.
+    """`(..., k)` float -> quantized and dequantized, in the same shape and type.
 
-    affine: the fixed step of a static scheme. Raises CalibrationError where that is missing.
+    affine: the fixed scale of a static scheme. Raises CalibrationError if that is missing.
     """
     if affine is None:
         if not scheme.dynamic:
             raise CalibrationError(
-                f"{scheme.name} needs a step for each site, fixed by calibration; calibrate one, or use "
+                f"{scheme.name} needs a scale for each site, fixed by calibration; calibrate one, or use "
                 "int8_dynamic or fp8_dynamic, which need none"
             )
         affine = fit(x, scheme)
-    return ((quantize(x, scheme, affine) - affine.zero) * affine.step).to(x.dtype)
+    return ((quantize(x, scheme, affine) - affine.zero) * affine.scale).to(x.dtype)
 
 
 SCHEMES: Registry[Scheme] = Registry("activation scheme", PlanError)

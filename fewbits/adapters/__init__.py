@@ -1,1 +1,1 @@
-"""Outside systems: one module each. `hf` alone imports transformers."""
+"""External systems, one module each."""

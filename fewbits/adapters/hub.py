@@ -1,9 +1,9 @@
-"""Model references: what a user may write where a model is asked for.
+"""Model references: the values of a MODEL argument.
 
 path/to/directory        Hugging Face directory, or a native one
 path/to/model.gguf       GGUF
 org/name[@revision]      the hub: safetensors, json and tokenizer files only (`upload` writes there)
-demo:smollm2             the demo model, made once and kept
+demo:smollm2             the demo model, made once and cached
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.tx
 
 
 def resolve(reference: str, cache_dir: Path | None = None) -> Path:
-    """A model reference -> a local file or directory, fetched into `cache_dir` (default: the cache) if need
-    be.
+    """A model reference -> a local file or directory, downloaded to `cache_dir` (default: the cache) if
+    needed.
 
-    A path that exists wins over a hub name of the same spelling. Raises FileError saying what was tried.
+    An existing path has priority over a hub name. Raises FileError that says what was tried.
     """
     cache_dir = cache_dir or cache_folder()
     if reference == "demo:smollm2":
@@ -53,7 +53,7 @@ def _download(name: str, revision: str | None, cache_dir: Path) -> Path:
     )
 
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             name, revision=revision, cache_dir=cache_dir / "hub", allow_patterns=list(_PATTERNS)
         )
     except RevisionNotFoundError as error:
@@ -71,13 +71,13 @@ def _download(name: str, revision: str | None, cache_dir: Path) -> Path:
             f"{name}: not a local path, and the hub cannot be reached ({type(error).__name__}: {reason}); go "
             "online once, or give a local directory"
         ) from error
-    return Path(found)
+    return Path(folder)
 
 
 def upload(repo: str, files: Mapping[str, Path], private: bool) -> str:
-    """Files by their name in the repository -> its address; the repository is made unless it is there.
+    """Files by their name in the repository -> its address; the repository is created if missing.
 
-    Raises FileError for a name that is none, and for what the hub refuses.
+    Raises FileError for an invalid name, or if the hub refuses.
     """
     if _HUB_NAME.fullmatch(repo) is None or "@" in repo:
         raise FileError(f"{repo}: is no repository; give org/name")

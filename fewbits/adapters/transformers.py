@@ -1,8 +1,7 @@
-"""transformers: run a checkpoint of any kind as a float model. The only module that imports it.
+"""transformers: runs a checkpoint of any kind as a float model.
 
-The model is built empty from the config, then every weight is decoded, one after the other, and
-handed over; transformers itself puts experts into its fused arrays, ties what is tied and computes
-the rotary buffers. Nothing is fetched: a checkpoint is local by now.
+The model is built empty from the config, then every weight is decoded in turn and loaded. transformers itself
+puts experts into its fused arrays, ties weights and computes the rotary buffers. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
 
 
 def needed_tensors(checkpoint: Checkpoint, config: Any) -> dict[str, LazyTensor]:
-    """The tensors that fill a model: all, but for an output that is tied and stored nevertheless."""
+    """The tensors that fill a model: all, except for a stored but tied output."""
     tied = getattr(config, "tie_word_embeddings", False)
     return {n: tensor for n, tensor in checkpoint.tensors.items() if not (tied and n == "lm_head.weight")}
 
@@ -50,7 +49,7 @@ def needed_tensors(checkpoint: Checkpoint, config: Any) -> dict[str, LazyTensor]
 def filled_model(
     checkpoint: Checkpoint, config: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The model of a config with these weights; ModelError lists all that do not fit."""
+    """The model of a config with these weights; ModelError lists every mismatch."""
     cls = _causal_class(checkpoint, config)
     with _quiet():
         model, info = cls.from_pretrained(
@@ -59,7 +58,7 @@ def filled_model(
             state_dict=weights,
             dtype=dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they come back in `info` and are refused below, with the rest
+            ignore_mismatched_sizes=True,  # they are returned in `info` and refused below, with the rest
         )
     faults = [f"tensor {name!r} is missing" for name in sorted(info["missing_keys"])]
     faults += [f"tensor {name!r} is not one of the model's" for name in sorted(info["unexpected_keys"])]
@@ -72,7 +71,7 @@ def filled_model(
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """A checkpoint -> its transformers model in evaluation mode, without weights.
 
-    Every parameter lies on the meta device and takes no memory; buffers (rotary frequencies, scales of
+    Every parameter is on the meta device and takes no memory; buffers (rotary frequencies, scales of
     embeddings) are real. Attention is "sdpa"; experts run one after the other, each a plain linear.
     """
     from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -174,27 +173,27 @@ def model_config(checkpoint: Checkpoint) -> Any:
     if kind is None:
         raise ModelError(
             f"{checkpoint.path}: no config from which to run this model; its architecture "
-            f"({checkpoint.provenance.get('architecture', 'unnamed')}) is not known here"
+            f"({checkpoint.provenance.get('architecture', 'unnamed')}) is unknown"
         )
     if kind not in CONFIG_MAPPING:
         raise ModelError(
             f"{checkpoint.path}: transformers has no model of type {kind!r}; code that comes with a "
             "checkpoint is never run. Quantizing works, evaluating does not"
         )
-    given = deepcopy(checkpoint.config)  # transformers writes into what it is given
+    given = deepcopy(checkpoint.config)  # transformers changes its argument
     given.pop("quantization_config", None)
     with _quiet():
         return CONFIG_MAPPING[kind].from_dict(given)
 
 
 def decoded(value: torch.Tensor | QTensor, dtype: torch.dtype) -> torch.Tensor:
-    """A float copy: nothing of the mapped file stays referenced."""
+    """A float copy that does not reference the mapped file."""
     return value.decode().to(dtype) if isinstance(value, QTensor) else value.to(dtype, copy=True)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar and no advice from transformers meanwhile."""
+    """Suppresses progress bars and advice of transformers."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -218,8 +217,8 @@ def known_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     with _quiet():
         full = CONFIG_MAPPING[given["model_type"]].from_dict(given)
-    found: dict[str, Any] = full.get_text_config().to_dict()
-    return found
+    fields: dict[str, Any] = full.get_text_config().to_dict()
+    return fields
 
 
 def causal_models() -> set[str]:

@@ -1,12 +1,12 @@
-"""Which codes are chosen? One module an algorithm; importing this package registers every one.
+"""Algorithms that choose codes, one per module; importing this package registers all of them.
 
 An algorithm is a pure function `(w, format, stats, **options) -> QTensor` of a float weight `(n, k)`;
-its keyword arguments are the options that a plan may set. NEEDS says what it must know of the weight's
+its keyword arguments are the options that a plan may set. NEEDS has its requirement on the weight's
 input: "nothing", "mean_square" or "hessian". Without statistics an algorithm that needs them raises
-CalibrationError; nothing falls back in silence.
+CalibrationError; there is no silent fallback.
 
-What they share: `hessian` (the loss, the Hessian and its factor), `columns` (columns rounded one after the
-other), `blocked` (the same at the speed of matrix products), `descent` (better codes and scales for any
+Shared modules: `hessian` (the loss, the Hessian and its factor), `columns` (columns rounded one after the
+other), `blocked` (the same with matrix products), `descent` (better codes and scales for any
 QTensor, in closed form).
 """
 

@@ -1,14 +1,14 @@
-"""Columns in turn at the speed of matrix products: each block of columns updates all that come after it.
+"""Error feedback with matrix products: each block of columns updates all later columns.
 
-Error feedback and coordinate descent have one loop in common. Column i, once rounded, moves by moves[i],
-and the state of every later column j changes: state[j] -= coupling[i, j] * moves[i]. Column by column
-that is bound by memory; here the columns are halved by recursion, and all updates from the left half to
-the right one are a single product of matrices:
+Error feedback and coordinate descent share one loop. Column i, once rounded, moves by moves[i], and the state
+of every later column j changes: state[j] -= coupling[i, j] * moves[i]. Column by column this is bound by
+memory. Here the columns are halved recursively, and all updates from the left half to the right half are a
+single matrix product:
 
     round 0 ... 7   =   round 0 ... 3,   state[4:8] -= coupling[0:4, 4:8]^T moves[0:4],   round 4 ... 7
 
-There is no block size to choose; `unit` says how many columns are rounded together. Arrays lie column by
-column: (k, n).
+There is no block size to choose; `unit` columns are rounded together. Arrays are stored column by column:
+(k, n).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from ..core import one_torch_thread
 
-SMALL = 2**19  # numbers that are rounded at once: for fewer, threads cost more than they bring
+SMALL = 2**19  # numbers that are rounded at once: for fewer, threads cost more than they gain
 
 
 def blocked_update(

@@ -1,15 +1,15 @@
 """Columns of a weight are rounded one after the other, and the error of each changes the later ones.
 
-    code_j   = nearest of the grid to state_j                  value_j = what it stands for
+    code_j   = nearest of the grid to state_j                  value_j = its value
     move_j   = (state_j - value_j) / pivot_j                   error feedback, or
              = value_j - old_j                                 coordinate descent
     state_i -= coupling_ji move_j                              for every later column i
 
-Where a grid's codes are points of a lattice, a vector of columns is rounded at once, each as it then is;
-the errors of its columns still reach the later columns one by one.
+If a grid's codes are points of a lattice, a vector of columns is rounded at once; the errors of its columns
+are still applied to the later columns one by one.
 
 `quantize_columns` does the columns of one block; `blocked_update` applies its errors to the columns after
-them. `quantize_columns_reference` and csrc/columns.h give the same bits.
+them. `quantize_columns_reference` and csrc/columns.h are bit-identical.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .. import core
 from ..formats import Grid
 from ..formats.rounding import rounding_of
 
-UNIT = 128  # columns rounded at once; between such pieces a product of matrices is faster
+UNIT = 128  # columns rounded at once; between such pieces a matrix product is faster
 
 Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

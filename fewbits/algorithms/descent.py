@@ -2,15 +2,15 @@
 
 For the loss tr((q - t) H (q - t)^T) (see hessian.py) let G = (q - t) H, half its gradient.
 
-    codes      with all other columns held, column j is best at q_j - G_j / H_jj; rounding that to the
+    codes      with all other columns fixed, column j is best at q_j - G_j / H_jj; rounding that to the
                grid is the exact minimum, since the loss is a parabola in q_j
-    steps      with the codes held, q = D s is linear in the steps and bases s of a row's groups, so the
-               best change of s solves (D^T H D) ds = -D^T G: some numbers a row, solved for all rows
+    scales     with the codes fixed, q = D s is linear in the scales and offsets s of a row's groups, so the
+               best change of s solves (D^T H D) ds = -D^T G: a small system per row, solved for all rows
 
-One round goes through the column blocks of the format (the columns whose bytes can be packed alone) from
-left to right: refit the scales of a block, then recode its columns. A refit is kept for the rows whose loss
-it lowers once the parameters are stored in their few bits. Rounds go on until one gains less than
-LEAST_GAIN. No step raises the loss, so this may follow any algorithm on any format.
+One round goes through the column blocks of the format (the columns whose bytes can be packed alone) from left
+to right: refit the scales of a block, then recode its columns. A refit is kept for the rows whose loss it
+lowers with the parameters as stored. Rounds continue until one gains less than LEAST_GAIN. The loss never
+rises, so this may follow any algorithm on any format.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ def recode(
 
     def quantize(start: int, stop: int) -> None:
         here = slice(start, stop)
-        found, new[here], moves[here] = quantize_columns(
+        unit_codes, new[here], moves[here] = quantize_columns(
             grid, best[here], coupling[here, here], columns[here], old=old[here]
         )
-        chosen.append(found)
+        chosen.append(unit_codes)
 
     blocked_update(best, coupling, moves, quantize, UNIT)
     return torch.cat(chosen).T.contiguous(), new.T.contiguous()
@@ -99,11 +99,11 @@ def recode(
 def refit(
     format: Format, grid: Grid, codes: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor
 ) -> tuple[Grid, torch.Tensor]:
-    """-> the grid with better steps where that lowers the loss for these codes, and its values `(n, k)`."""
+    """-> the grid with better scales where that lowers the loss for these codes, and its values `(n, k)`."""
     value = grid.value(codes)
-    step, base = grid.groups(codes.shape[0])
-    change = solve_steps(grid, grid.level(codes), gradient, hessian, base is not None)
-    fitted = grid.refitted(step + change[0], None if base is None else base + change[1])
+    scale, offset = grid.groups(codes.shape[0])
+    change = solve_scales(grid, grid.level(codes), gradient, hessian, offset is not None)
+    fitted = grid.refitted(scale + change[0], None if offset is None else offset + change[1])
     if fitted is grid:
         return grid, value
     moved = fitted.value(codes) - value
@@ -117,11 +117,11 @@ def refit(
     return grid, grid.value(codes)
 
 
-def solve_steps(
-    grid: Grid, level: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, bases: bool
+def solve_scales(
+    grid: Grid, level: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, offsets: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels and half gradients `(n, k)` -> the best changes of steps and bases `(n, g)`, unrounded."""
-    kinds = [level, torch.ones_like(level)] if bases else [level]
+    """Levels and half gradients `(n, k)` -> the best changes of scales and offsets `(n, g)`, unrounded."""
+    kinds = [level, torch.ones_like(level)] if offsets else [level]
     groups = grid.members(level.shape[1])
     g, rows = len(groups), []
     for left in kinds:
@@ -130,21 +130,22 @@ def solve_steps(
             rows.append(torch.cat([grid.sums(reach * right) for right in kinds], 1))
     square = torch.stack(rows, 1)
     slope = torch.cat([grid.sums(gradient * kind) for kind in kinds], 1)
-    # A group whose levels are all zero has no say: its step stays. The ridge is a few ulps of f32.
+    # A group whose levels are all zero keeps its scale. The ridge is a few ulps of f32.
     diagonal = square.diagonal(dim1=1, dim2=2)
     diagonal.copy_(torch.where(diagonal > 0, diagonal * (1 + 1e-6), 1.0))
-    found, _ = torch.linalg.solve_ex(square, -slope)
-    found = torch.where(found.isfinite(), found, 0.0)
-    return found[:, :g], found[:, g:]
+    solution, _ = torch.linalg.solve_ex(square, -slope)
+    solution = torch.where(solution.isfinite(), solution, 0.0)
+    return solution[:, :g], solution[:, g:]
 
 
 def rows_alone(format: Format) -> bool:
-    """Whether every plane belongs to one row, so that a row may be exchanged for another."""
+    """Whether every plane belongs to one row, so that rows can be exchanged."""
     return all(plane.rows == 1 and plane.flat is None for plane in format.planes)
 
 
 def exchangeable(a: QTensor, b: QTensor) -> bool:
-    """Whether rows of a may stand in b: what all rows share, such as the groups of columns, is the same."""
+    """Whether rows of a can replace rows of b: data shared by all rows, such as the groups of columns, is
+    equal."""
     if any(plane.flat is not None or plane.rows not in (1, None) for plane in a.format.planes):
         return False
     shared = [plane.name for plane in a.format.planes if plane.rows is None]
@@ -170,7 +171,7 @@ def where_rows(first: torch.Tensor, a: QTensor, b: QTensor) -> QTensor:
 
 
 def join_rows(parts: list[QTensor]) -> QTensor:
-    """Parts of a weight, some rows each; what all rows share is the same in all parts."""
+    """Parts of a weight by rows -> the weight; data shared by all rows is equal in all parts."""
     if len(parts) == 1:
         return parts[0]
     planes = {

@@ -1,19 +1,19 @@
 """HQQ: half-quadratic quantization, robust to outliers without data.
 
-Instead of squared errors, sum |w - q|^p with p < 1 is minimized: most weights near their values, a few
-outliers left alone. Half-quadratic splitting gives the errors their own variable e and alternates
+Instead of squared errors, sum |w - q|^p with p < 1 is minimized: most weights end near their values, a few
+outliers do not. Half-quadratic splitting gives the errors their own variable e and alternates
 
     e <- shrink(w - q) = sign(w - q) max(0, |w - q| - |w - q|^(p-1) / beta)     the outliers' share
-    base <- mean of (w - e) - step * level over each group                       in closed form
-    (step <- <level, w - e> / <level, level> where the format has no base)
+    offset <- mean of (w - e) - scale * level over each group                     in closed form
+    (scale <- <level, w - e> / <level, level> if the format has no offset)
     q <- nearest values of the new grid to w;    beta <- GROWTH * beta
 
-Errors are measured in steps of their group, so that beta means the same for every weight. Each group
-keeps its best parameters; a row that stays worse than plain rounding, once they are stored, is rounded
-plainly. It ends when a round betters no group.
+Errors are divided by the scale of their group, so beta means the same for every weight. Each group keeps
+its best parameters. A row whose stored parameters are worse than plain rounding is rounded plainly. The
+alternation ends when a round improves no group.
 
 Source: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models (2023), for a
-float zero point; any base or step: ours.
+float zero point. Other offsets and scales are ours.
 """
 
 from __future__ import annotations
@@ -74,21 +74,21 @@ Groups = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def refit_robust(x: torch.Tensor, grid: Grid, norm: float, beta: float) -> Grid:
-    """One alternation: -> the grid refitted to x `(n, k)` less its outlying errors."""
+    """One alternation: -> the grid refitted to x `(n, k)` without its outlier errors."""
     n, k = x.shape
     codes = grid.round(x)
-    step, base = grid.groups(n)
-    unit = grid.spread(step.abs(), k).expand(n, k)
+    scale, offset = grid.groups(n)
+    unit = grid.spread(scale.abs(), k).expand(n, k)
     error = (x - grid.value(codes)) * inverse(unit)
     size = error.abs()
     outlying = error.sign() * (size - size.clamp(min=1e-9).pow(norm - 1) / beta).clamp(min=0)
     level, kept = grid.level(codes), x - outlying * unit
-    if base is None:
+    if offset is None:
         square = grid.sums(level * level)
         fitted = grid.sums(level * kept) * inverse(square)
-        return grid.refitted(torch.where(square > 0, fitted, step), None, square)
+        return grid.refitted(torch.where(square > 0, fitted, scale), None, square)
     count = grid.sums(torch.ones_like(x))
-    return grid.refitted(step, grid.sums(kept - grid.spread(step, k) * level) / count)
+    return grid.refitted(scale, grid.sums(kept - grid.spread(scale, k) * level) / count)
 
 
 def lp(x: torch.Tensor, value: torch.Tensor, norm: float) -> torch.Tensor:
@@ -98,5 +98,5 @@ def lp(x: torch.Tensor, value: torch.Tensor, norm: float) -> torch.Tensor:
 
 def choose_groups(first: torch.Tensor, a: Groups, b: Groups) -> Groups:
     """Group by group a (where `first (n, g)`) or b."""
-    base = None if a[1] is None or b[1] is None else torch.where(first, a[1], b[1])
-    return torch.where(first, a[0], b[0]), base
+    offset = None if a[1] is None or b[1] is None else torch.where(first, a[1], b[1])
+    return torch.where(first, a[0], b[0]), offset

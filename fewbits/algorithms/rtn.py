@@ -1,7 +1,7 @@
-"""Round to nearest: each weight to the nearest value of its block, the block's parameters searched.
+"""Round to nearest: each weight to the nearest value of its block, after a search of scales and offsets.
 
-Data-free. What is searched, and the closed-form refit of scale and minimum, is in formats/search.py;
-with search=False block parameters follow the plain min-max rule of the format.
+Data-free. The search and the closed-form refit of scale and offset are in formats/search.py. With
+search=False the format's min-max rule is used.
 """
 
 from __future__ import annotations

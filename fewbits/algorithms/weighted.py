@@ -1,10 +1,10 @@
-"""Weighted: block parameters searched for the errors that count, each weight then rounded to nearest.
+"""Weighted: scales and offsets minimize a weighted error, then each weight is rounded to nearest.
 
-mode="diagonal"   sum_j mean(x_j^2) (q_j - w_j)^2 is minimized: inputs as if uncorrelated, which is
-                  what llama.cpp does with an importance matrix (with the search and the refit of
+mode="diagonal"   sum_j mean(x_j^2) (q_j - w_j)^2 is minimized, as for uncorrelated inputs and as
+                  llama.cpp does with an importance matrix (with the search and the refit of
                   formats/search.py, which are ours). Needs mean squares only.
-mode="hessian"    from there, coordinate descent on the whole loss (descent.py), but no error
-                  feedback: weights stay near where they were.
+mode="hessian"    then coordinate descent on the whole loss (descent.py), but no error
+                  feedback: weights stay near their values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def weighted(
     damp: float = DAMP,
     rounds: int = ROUNDS,
 ) -> QTensor:
-    """`(n, k)` float -> QTensor. damp and rounds: of the descent."""
+    """`(n, k)` float -> QTensor. damp and rounds: options of the descent."""
     faults = [] if mode in MODES else [f"mode is {mode!r}; choose one of {', '.join(MODES)}"]
     faults += [] if damp >= 0 else [f"damp is {damp}; it is a share of the mean diagonal, 0 or more"]
     faults += [] if rounds >= 0 else [f"rounds is {rounds}; 0 or more"]
@@ -41,7 +41,7 @@ def weighted(
 
 
 def weigh(w: torch.Tensor, format: Format, importance: torch.Tensor) -> QTensor:
-    """Fitted to the weighted errors, unless the plain fit has less of them (as may happen in 8 bits)."""
+    """Fitted to the weighted errors, unless the plain fit has a lower weighted error (possible in 8 bits)."""
     parts = format.encode(w, importance), format.encode(w)
     lost = [(part.decode() - w).double().square() @ importance.double() for part in parts]
     return keep_better(*parts, *lost)

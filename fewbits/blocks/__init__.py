@@ -1,1 +1,1 @@
-"""A model run block by block, and what can be changed in it on the way."""
+"""A model run block by block, with changes to inputs and attention."""

@@ -1,11 +1,11 @@
 """Activations: the hidden states between two blocks, one batch after the other.
 
-    batch 0 | batch 1 | ... | batch n          as much as fits the limit stays in memory,
-    '---- memory ----'  '--- file ---'          the rest lies in one scratch file
+    batch 0 | batch 1 | ... | batch n          batches within the limit stay in memory,
+    '---- memory ----'  '--- file ---'          the rest is in one scratch file
 
 A batch of the file is mapped when it is read (a private copy on write) and unmapped with the tensor, so
-resident memory follows what is held. The file has no name from the start where the system can do that
-(O_TMPFILE), and loses it at once elsewhere: whatever kills the run, nothing is left behind.
+resident memory depends on the tensors in use. The file has no name (O_TMPFILE), or loses it at once on other
+systems, so a killed run leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Activations:
     """A sequence of tensors, `(b, t, h)` each; `limit` bytes of them in memory, the rest in `folder`.
 
     Read a batch with `a[i]` or by iterating, replace it with `a[i] = x` (same shape and dtype: in
-    place), add one with `append`. A tensor read from it is not to be written to. Raises FileError, with
-    what is needed and what is free, when the disk is too small.
+    place), add one with `append`. Do not write to tensors read from it. Raises FileError, with the needed and
+    the free bytes, if the disk is too small.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Activations:
         place = _Range(self.nbytes_on_disk, tuple(x.shape), x.dtype)
         self._write(place.offset, x)
         self._slots.append(place)
-        # The next begins on a page: a map can start nowhere else.
+        # The next begins on a page, where a map must start.
         pages = -(-x.nbytes // mmap.ALLOCATIONGRANULARITY)
         self.nbytes_on_disk += pages * mmap.ALLOCATIONGRANULARITY
 
@@ -86,7 +86,7 @@ class Activations:
             self._write(slot.offset, x)
 
     def close(self) -> None:
-        """Forget all batches and free the disk; also done when this object is."""
+        """Delete all batches and free the disk; also done when this object is deleted."""
         self._slots.clear()
         if self._file is not None:
             os.close(self._file)
@@ -119,7 +119,7 @@ class Activations:
             rest, offset = rest[written:], offset + written
 
     def _check_free(self, end: int) -> None:
-        """The file is to reach to `end`."""
+        """FileError unless the disk has space for the file up to `end`."""
         assert self._file is not None
         needed = end - os.fstat(self._file).st_size
         free = shutil.disk_usage(self._folder).free
@@ -132,7 +132,7 @@ class Activations:
 
 
 class _Range:
-    """Where a batch lies in the scratch file."""
+    """The place of a batch in the scratch file."""
 
     def __init__(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.offset, self.shape, self.dtype = offset, shape, dtype

@@ -2,12 +2,12 @@
 
     block = model.block(i, weights)        blocks/model.py
     block(hidden)                          (b, t, h) -> (b, t, h)
-    block.watched(hidden, watch)           the same, and watch(site, x (rows, k)) for what each site reads
+    block.watched(hidden, watch)           the same, and calls watch(site, x (rows, k)) for each site's input
     block.set({name: weight})              replace some weights
 
-What a site reads is found by observation: every linear map of the forward pass is seen, and its weight
-is known by where it lies in memory, whole or as a slice of a fused array. Nothing is asked of the
-architecture but that it multiplies by `torch.nn.functional.linear`.
+A site's input is observed: every linear layer of the forward pass is intercepted, and its weight is
+recognized by its memory, whole or as a slice of a fused array. The architecture only has to multiply by
+`torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Watch = Callable[[str, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with beside its hidden states."""
+    """The arguments of a block besides its hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -41,7 +41,7 @@ class Block:
 
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
-    in_place = False  # does `set` write into the tensors that a pass under way may hold already?
+    in_place = False  # whether `set` writes into tensors that a running pass may use
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Block:
     def __call__(
         self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """`(b, t, h)` -> `(b, t, h)`. weights: stand in for the block's own in this call, by checkpoint name;
+        """`(b, t, h)` -> `(b, t, h)`. weights: replace the block's own in this call, by checkpoint name;
         the result is differentiable with respect to them."""
         hidden = hidden.to(self.device, self.dtype)
         call = self._call(hidden)
@@ -75,8 +75,8 @@ class Block:
     def watched(self, hidden: torch.Tensor, watch: Watch) -> torch.Tensor:
         """`(b, t, h)` -> `(b, t, h)`, calling `watch(site name, x (rows, k))` for the input of each site.
 
-        Sites that read the very same tensor are given the very same x. An expert gets the rows that are
-        routed to it; one without rows is not called.
+        Sites that read the same tensor get the same x. An expert gets the rows that are routed to it; an
+        expert without rows is not called.
         """
         with _LinearWatch(self._ranges(), watch):
             return self(hidden)
@@ -94,14 +94,14 @@ class Block:
                 put_tensor(self.module, key, weight.detach().to(self.device, self.dtype).contiguous())
 
     def weight(self, name: str) -> torch.Tensor:
-        """The weight as the block has it now: a view, of the computation's dtype."""
+        """The current weight of the block: a view, in the dtype of the computation."""
         for key, made_of in self._made_of.items():
             if name in made_of:
                 return get_tensor(self.module, key).detach()[made_of[name]]
         raise ModelError(f"{self.name}: tensor {name!r} is not one of this block")
 
     def _places(self, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, Place]]:
-        """Where each of the weights goes: parameter of the module, and place in it."""
+        """The place of each weight: a parameter of the module, and the place in it."""
         places = {name: (key, made_of[name]) for key, made_of in self._made_of.items() for name in made_of}
         faults = [f"tensor {name!r} is not one of this block" for name in weights if name not in places]
         for name in weights.keys() & places.keys():
@@ -113,7 +113,7 @@ class Block:
         return {name: places[name] for name in weights}
 
     def _substitutes(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The module's parameters that the weights make up, fused ones completed with the block's own."""
+        """The module's parameters made of the weights; fused ones are completed with the block's own."""
         made: dict[str, torch.Tensor] = {}
         for name, (key, place) in self._places(weights).items():
             weight = weights[name].to(self.device, self.dtype)
@@ -126,7 +126,7 @@ class Block:
         return made
 
     def _whole(self, key: str) -> torch.Tensor:
-        """A fused array, real from the first weight that is put into it."""
+        """A fused array, allocated with the first weight in it."""
         if get_tensor(self.module, key).is_meta:
             shape = get_tensor(self.module, key).shape
             put_tensor(self.module, key, torch.empty(shape, dtype=self.dtype, device=self.device))
@@ -139,15 +139,15 @@ class Block:
             whole = get_tensor(self.module, key)
             if whole.ndim < 2:
                 continue
-            found = ranges.setdefault(whole.untyped_storage().data_ptr(), [])
+            spans = ranges.setdefault(whole.untyped_storage().data_ptr(), [])
             for name, place in made_of.items():
                 start = int(whole[place].storage_offset())
-                found.append((start, start + whole[place].numel(), name))
+                spans.append((start, start + whole[place].numel(), name))
         return ranges
 
 
 class _LinearWatch(TorchFunctionMode):
-    """Sees every linear map, and knows its sites by where the weight lies in memory.
+    """Intercepts every linear layer, and recognizes its sites by the memory of the weight.
 
     A slice of a fused array is the site of one expert; a fused gate and up are two sites at once.
     """
@@ -170,13 +170,13 @@ class _LinearWatch(TorchFunctionMode):
         start = weight.storage_offset()
         stop = start + weight.numel()
         near = self._ranges.get(weight.untyped_storage().data_ptr(), ())
-        found = [name for first, last, name in near if start <= first and last <= stop]
-        if not found or x.numel() == 0:
+        names = [name for first, last, name in near if start <= first and last <= stop]
+        if not names or x.numel() == 0:
             return
         if x not in self._rows:
             # A new tensor, so that the dictionary does not keep its own key alive.
             self._rows[x] = x.detach().reshape(-1, x.shape[-1])
-        for name in found:
+        for name in names:
             self._watch(name, self._rows[x])
 
 

@@ -1,16 +1,15 @@
-"""Run a decoder block by block, with the weights of one block in memory.
+"""Runs a decoder block by block, with the weights of one block in memory.
 
     tokens (b, t) --embed--> hidden (b, t, h) --block 0--> hidden --block 1--> ... --head--> logits
 
-The transformers model is made without weights; its blocks are taken out and a stand-in is left in the
-place of each. The model's own forward then computes all that surrounds the blocks, whatever the
-architecture: with stand-ins that only note how they are called it gives the embeddings and each
-block's arguments (position embeddings, masks; they differ between layers where some see a window
-only), and with stand-ins that return given hidden states it is the final norm and the output layer.
-A block is a copy of the module that was taken out, filled with the weights of the checkpoint.
+The transformers model is built without weights, and each block is replaced by a stand-in. The model's own
+forward pass then computes everything around the blocks, for every architecture. Stand-ins that record their
+calls give the embeddings and each block's arguments (position embeddings, masks, which differ between layers
+with and without a window). Stand-ins that return given hidden states give the final norm and the output
+layer. A block is a copy of the replaced module with the weights of the checkpoint.
 
-Fused expert arrays are filled from one weight an expert (`files/experts.py`), so names and shapes are
-everywhere those of the Checkpoint. Batches hold sequences of equal length, without padding.
+Fused expert arrays are filled from one weight per expert (`files/experts.py`), so names and shapes are those
+of the Checkpoint. Batches have sequences of equal length, without padding.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from .block import Block, Call, get_tensor, put_tensor
 
 
 class _Arrived(Exception):
-    """The last block was reached: the rest of the forward pass is not wanted."""
+    """The last block was reached: the rest of the forward pass is not needed."""
 
 
 @dataclass
@@ -48,7 +47,7 @@ class _Pass:
 
 
 class _StandIn(torch.nn.Module):
-    """In the place of a block: notes its call, returns what it is told to."""
+    """Replaces a block: records its call and returns the given hidden states."""
 
     def __init__(self, block: torch.nn.Module) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class _StandIn(torch.nn.Module):
         self.running: _Pass | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """A forward pass may ask its blocks for plain attributes, such as their type of attention."""
+        """A forward pass may read attributes of its blocks, such as their type of attention."""
         return getattr(self.__dict__["stands_for"], name)
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -91,7 +90,7 @@ class BlockModel:
         }
         modules = {id(module): name for name, module in self._model.named_modules()}
         table = self._model.get_input_embeddings()
-        table.padding_idx = None  # it is met with a few of its rows, in another order
+        table.padding_idx = None  # it is called with a few of its rows, in another order
         self._table = f"{modules[id(table)]}.weight"
         self._output = f"{modules[id(self._model.get_output_embeddings())]}.weight"
         self._tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
@@ -109,7 +108,7 @@ class BlockModel:
         return len(self._blocks)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(b, t)` int64 -> `(b, t, h)`: what reaches block 0. Only the rows of these tokens are decoded."""
+        """`(b, t)` int64 -> `(b, t, h)`: the input of block 0. Only the rows of these tokens are decoded."""
         name = next(iter(self._made_of[self._table]))
         size = self.checkpoint.tensors[name].shape[0]
         low, high = (int(edge) for edge in torch.aminmax(tokens))
@@ -133,13 +132,13 @@ class BlockModel:
         return [name for key in self._keys(i) for name in self._made_of[key]]
 
     def weights(self, i: int) -> dict[str, torch.Tensor]:
-        """The tensors of block i, decoded to f32: copies, nothing of the mapped file stays referenced."""
+        """The tensors of block i, decoded to f32: copies that do not reference the mapped file."""
         self._head = None
         return {name: self._decode(name, torch.float32) for name in self.names(i)}
 
     def block(self, i: int, weights: Mapping[str, torch.Tensor]) -> Block:
-        """Block i filled with `weights`: every name of `names(i)`. A weight that has the dtype and device of
-        the computation already is shared with the block, not copied."""
+        """Block i filled with `weights`: every name of `names(i)`. A weight with the dtype and device of the
+        computation is shared with the block, not copied."""
         self._head = None
         faults = [f"tensor {name!r} is missing" for name in self.names(i) if name not in weights]
         raise_all(ModelError, f"{self.path}.{i}", faults)
@@ -175,7 +174,7 @@ class BlockModel:
     # ---- the model around the blocks ----
 
     def _calls_for(self, hidden: torch.Tensor) -> list[Call]:
-        """What each block is called with for hidden states of this batch and length."""
+        """The arguments of each block for hidden states of this batch and length."""
         shape = tuple(hidden.shape)
         if shape not in self._calls:
             empty = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -184,7 +183,7 @@ class BlockModel:
 
     @torch.no_grad()
     def _ahead(self, weights: dict[str, torch.Tensor], **inputs: torch.Tensor) -> _Pass:
-        """The model's forward pass up to the last block, blocks left out."""
+        """The model's forward pass up to the last block, without the blocks."""
         running = _Pass(self.n_blocks)
         with self._filled(self._around() | weights), self._standing_in(running):
             try:
@@ -197,7 +196,7 @@ class BlockModel:
         )
 
     def _around(self) -> dict[str, torch.Tensor]:
-        """The weights outside the blocks, but for the table of embeddings and the output layer."""
+        """The weights outside the blocks, without the embedding and the output layer."""
         skipped = {self._table, self._output}
         return {
             key: self._decode(name, self.dtype)
@@ -213,7 +212,7 @@ class BlockModel:
 
     @contextmanager
     def _filled(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """The weights in their modules meanwhile, and on the meta device again thereafter."""
+        """Puts weights into their modules temporarily, then back to the meta device."""
         before = {key: get_tensor(self._model, key) for key in weights}
         for key, weight in weights.items():
             put_tensor(self._model, key, weight)
@@ -237,11 +236,11 @@ class BlockModel:
 
     def _keys(self, i: int) -> list[str]:
         if not 0 <= i < self.n_blocks:
-            raise ModelError(f"{self.checkpoint.path}: block {i} is asked for, it has {self.n_blocks}")
+            raise ModelError(f"{self.checkpoint.path}: block {i} does not exist, it has {self.n_blocks}")
         return [key for key in self._made_of if key.startswith(f"{self.path}.{i}.")]
 
     def _check_names(self) -> None:
-        """Every tensor that the model needs is there in its shape, and no other."""
+        """ModelError unless the tensors are exactly those of the model."""
         wanted: dict[str, tuple[int, ...]] = {}
         for key, empty in self._model.state_dict().items():
             for name, place in self._made_of[key].items():
@@ -264,16 +263,16 @@ class BlockModel:
 
 
 def _find_blocks(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[str, torch.nn.ModuleList]:
-    """The list of modules that holds all weights with a block number, each under its number."""
+    """The list of modules with all weights that have a block number, each under its number."""
     numbered = {site.name: site.block for site in sites(checkpoint) if site.block is not None}
     lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
-    found = [
+    candidates = [
         name
         for name in lists
         if numbered and all(weight.startswith(f"{name}.{i}.") for weight, i in numbered.items())
     ]
-    if len(found) == 1:
-        return found[0], lists[found[0]]
+    if len(candidates) == 1:
+        return candidates[0], lists[candidates[0]]
     shown = ", ".join(f"{name} ({len(modules)})" for name, modules in list(lists.items())[:5]) or "none"
     example = next(iter(numbered), "none")
     raise ModelError(
@@ -284,7 +283,7 @@ def _find_blocks(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[str, t
 
 
 def _rows(value: torch.Tensor | QTensor, rows: torch.Tensor) -> torch.Tensor:
-    """Some rows of a table, decoded; where a format's rows do not stand alone, all are decoded for them."""
+    """Some rows of a table, decoded; if a format's rows are not independent, all are decoded."""
     if not isinstance(value, QTensor):
         return value[rows]
     if all(plane.flat is None and plane.rows in (1, None) for plane in value.format.planes):
@@ -299,7 +298,7 @@ def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two calls, with what is nested in them, are the same."""
+    """Whether two calls have the same, possibly nested, arguments."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, Call):

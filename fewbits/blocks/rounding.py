@@ -1,13 +1,13 @@
-"""How llama.cpp rounds the input of a weight before it multiplies, by the weight's type.
+"""The rounding of a weight's input in llama.cpp, by the weight's type.
 
     q4_0 q5_0 q8_0 q4_1 q5_1 iq4_nl mxfp4      Q8_0, Q8_1: int8 codes, one f16 scale for 32 values
     K, IQ and TQ types                         Q8_K: int8 codes, one f32 scale for 256 values
     f16, bf16, f32                             the type itself
 
 A few channels of some inputs are a hundred times larger than the rest, and one such value sets the scale of
-its whole block: then this costs more than the weights' own rounding. (Q8_1 also stores the sum of a block in
-f16, which makes no visible difference.) Source: ggml, quantize_row_q8_0_ref, quantize_row_q8_K_ref; tests
-in tests/engines/test_types.py compare with the engine itself.
+its whole block. Then this rounding costs more than that of the weights. (Q8_1 also stores the sum of a block
+in f16, with no visible effect.) Source: ggml, quantize_row_q8_0_ref, quantize_row_q8_K_ref;
+tests/engines/test_types.py compares with the engine itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def rounded_32(x: torch.Tensor) -> torch.Tensor:
 
 
 def rounded_256(x: torch.Tensor) -> torch.Tensor:
-    """`(..., k)` f32 -> its values in Q8_K: that of largest magnitude gets code -127, whatever its sign."""
+    """`(..., k)` f32 -> its values in Q8_K: that of largest magnitude gets code -127 for either sign."""
     blocks = x.unflatten(-1, (-1, 256))
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = torch.where(extreme != 0, -127 / extreme, 0.0)
@@ -47,13 +47,13 @@ def rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def engine_rounding(checkpoint: Checkpoint) -> Change | None:
-    """For `simulate.changed_inputs`: the inputs of a file's weights, rounded as its engine does. None for a
-    file type other than GGUF."""
+    """For `simulate.changed_inputs`: the inputs of a file's weights, rounded like in its engine. None for
+    other file types than GGUF."""
     if not checkpoint.gguf_keys:
         return None
 
     def change(site: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        tensor = checkpoint.tensors.get(site)  # a fused tensor of experts has no row here
+        tensor = checkpoint.tensors.get(site)  # a fused tensor of experts is not listed
         return x if tensor is None else rounding(tensor.dtype)(x.float()).to(x.dtype)
 
     return change

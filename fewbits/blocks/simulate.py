@@ -1,11 +1,11 @@
-"""A model run with something done to the inputs of its weights, or to its keys and values.
+"""Runs a model with changed inputs of its weights, or with changed keys and values.
 
     linear(x, weight)                              ->  linear(change(site, x, weight), weight)
     scaled_dot_product_attention(q, k, v, ...)     ->  attend(q, k, v, ...)
 
-torch lets a mode see every call of its functions (torch.overrides.TorchFunctionMode), so nothing is
-patched and no module is replaced. A weight is recognized by where it lies in memory, which also
-finds one expert inside a fused `(experts, n, k)` parameter.
+A mode of torch intercepts every call of its functions (torch.overrides.TorchFunctionMode), so nothing is
+patched and no module is replaced. A weight is recognized by its memory, which also works for one expert
+inside a fused `(experts, n, k)` parameter.
 
 A site is named as the module's parameter: `model.layers.0.mlp.down_proj.weight`, and
 `model.layers.0.mlp.experts.down_proj` for all experts of a fused tensor.
@@ -29,10 +29,10 @@ Attend = Callable[..., torch.Tensor]
 
 
 class _Sites:
-    """Where the weights inside a model's blocks lie: address -> name."""
+    """The weights inside a model's blocks: address -> name."""
 
     def __init__(self, model: torch.nn.Module, prefix: str = "") -> None:
-        # A name with a number in it belongs to a block: `layers.3.`, `h.3.`; embeddings and output have none.
+        # A name with a number belongs to a block: `layers.3.`, `h.3.`; embeddings and output have none.
         rows = sorted(
             (weight.data_ptr(), weight.data_ptr() + weight.nbytes, name)
             for name, weight in ((prefix + name, weight) for name, weight in model.named_parameters())
@@ -83,12 +83,13 @@ class _Attention(TorchFunctionMode):
 
 @contextmanager
 def changed_inputs(model: Any, change: Change, block: str = "") -> Iterator[set[str]]:
-    """Within, `change(site, x (..., k), weight (n, k)) -> x` stands before every weight of the blocks.
+    """Within, `change(site, x (..., k), weight (n, k)) -> x` is applied to the input of every weight of the
+    blocks.
 
-    block: name of the module where `model` is one block alone, "model.layers.3".
+    block: name of the module if `model` is a single block, "model.layers.3".
 
-    Yields the set of sites reached so far. Raises ModelError at the end if there was none: the model
-    then multiplies in a way that is not seen here. Fused experts run one after the other meanwhile.
+    Yields the set of sites reached so far. Raises ModelError at the end if there was none, because
+    the model does not multiply by linear(). Fused experts run one after the other.
     """
     with _experts_one_by_one(model), _Inputs(_Sites(model, f"{block}." if block else ""), change) as mode:
         yield mode.reached
@@ -101,9 +102,9 @@ def changed_inputs(model: Any, change: Change, block: str = "") -> Iterator[set[
 
 @contextmanager
 def changed_attention(model: Any, attend: Attend) -> Iterator[None]:
-    """Within, `attend` stands for torch's scaled_dot_product_attention, arguments as there.
+    """Within, `attend` replaces torch's scaled_dot_product_attention, with the same arguments.
 
-    Raises ModelError at the end if it was never called: the model computes attention in another way.
+    Raises ModelError at the end if it was never called, because the model has another attention.
     """
     with _Attention(attend) as mode:
         yield
@@ -116,7 +117,7 @@ def changed_attention(model: Any, attend: Attend) -> Iterator[None]:
 
 @contextmanager
 def _experts_one_by_one(model: Any) -> Iterator[None]:
-    """The plain loop over experts, each of which is a linear(), where a model has a grouped product too."""
+    """Uses the plain loop over experts, each a linear(), if a model also has a grouped product."""
     if not hasattr(model, "set_experts_implementation"):
         yield
         return

@@ -1,1 +1,1 @@
-"""What the model's activations look like: where text comes from, statistics, capture block by block."""
+"""Statistics of the model's activations: calibration text, capture block by block, saved files."""

@@ -1,20 +1,19 @@
-"""Capture: run a block and take the statistics of what its sites read.
+"""Capture: runs a block and sums the statistics of its sites' inputs.
 
-    x  (t, k)     each input that reaches a site, one row a token
+    x  (t, k)     the input of a site, one row per token
     H += x^T x    only the panels on and above the diagonal, one after the other; mirrored at the end
 
         columns   0..p   p..2p  2p..
         row 0     [####] [####] [####]        panel 0: p rows, all columns from its first
         row p            [####] [####]        panel 1
-        row 2p                  [####]        towards half the products of the whole
+        row 2p                  [####]        almost half the products of the whole
 
-Sites that read the very same tensor share one sum, whatever their names say: q, k and v, gate and up.
-The names' opinion (`Site.group`) is compared with it, and every difference is noted.
+Sites that read the same tensor share one sum, independent of their names: q, k and v, gate and up. The groups
+by name (`Site.group`) are compared with it, and every difference is noted.
 
-With a second stream, the float model's hidden states, the mismatch of each input is summed too: both
-streams go through this block, whose weights are still float, and differ by what quantizing the blocks
-before has done. Experts have none: the two streams route their tokens differently, so that rows do not
-correspond.
+With a second stream, the float model's hidden states, the mismatch of each input is summed too. Both streams
+go through this block, whose weights are still float, and differ by the quantization of the earlier blocks.
+Experts have no mismatch: the two streams route their tokens differently, so that rows do not correspond.
 """
 
 from __future__ import annotations
@@ -36,7 +35,8 @@ PANEL = 256  # columns; 0.7 of the time of whole products for k = 1536 and 576; 
 
 
 class Sink(Protocol):
-    """Where outputs go: a list, or Activations. Batch i is replaced if there is one, else appended."""
+    """The destination of outputs: a list, or Activations. Batch i is replaced if there is one, else
+    appended."""
 
     def __len__(self) -> int: ...
     def __setitem__(self, i: int, x: torch.Tensor, /) -> None: ...
@@ -45,10 +45,10 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Capture:
-    """What a block's sites read. Sites that share an input share one Stats object.
+    """The statistics of a block's sites. Sites that share an input share one Stats object.
 
-    unseen: sites that no input reached: experts without a token, weights that nothing multiplied by.
-    notes: where the inputs observed differ from what the names of the sites say.
+    unseen: sites without input: experts without a token, unused weights.
+    notes: differences between observed inputs and the names of sites.
     """
 
     stats: Mapping[str, Stats]
@@ -58,8 +58,8 @@ class Capture:
 
 @dataclass(frozen=True)
 class FloatStream:
-    """The same batches in the float model. block: what they go through, where the block that is watched has
-    quantized weights already. outputs: get the block's output for each batch."""
+    """The same batches in the float model. block: used for them if the watched block already has quantized
+    weights. outputs: get the block's output for each batch."""
 
     batches: Iterable[torch.Tensor]
     block: Block | None = None
@@ -67,7 +67,7 @@ class FloatStream:
 
 
 class _Enough(Exception):
-    """Every site wanted has been seen: the rest of the forward pass is not needed."""
+    """Every requested site was reached: the rest of the forward pass is not needed."""
 
 
 @torch.no_grad()
@@ -81,8 +81,8 @@ def capture(
 ) -> Capture:
     """Hidden states `(b, t, h)`, batch by batch -> the statistics of the inputs of `sites`.
 
-    floats: the same batches in the float model: mismatch is taken too. outputs: get the block's output for
-    each batch (they may be the batches themselves); where none is wanted, a pass ends with the last site.
+    floats: the same batches in the float model, for the mismatch. outputs: get the block's output for
+    each batch (they may be the batches themselves); without them, a pass ends with the last site.
     Raises CalibrationError, naming block and site, for activations that are not finite.
     """
     strangers = [
@@ -104,14 +104,14 @@ def capture(
 def advance(block: Block, batches: Iterable[torch.Tensor], outputs: Sink) -> None:
     """Hidden states `(b, t, h)`, batch by batch -> the block's outputs, which may replace them.
 
-    Raises CalibrationError, naming block and site, where they are not finite.
+    Raises CalibrationError, naming block and site, if they are not finite.
     """
     for i, hidden in enumerate(batches):
         _run(block, i, hidden, None, outputs)
 
 
 def _run(block: Block, i: int, hidden: torch.Tensor, watch: Any, outputs: Sink | None) -> None:
-    """One batch; its output, if wanted, checked and put into place i."""
+    """Run one batch; its output, if requested, is checked and stored at place i."""
     try:
         output = block(hidden) if watch is None else block.watched(hidden, watch)
     except _Enough:
@@ -128,17 +128,17 @@ def _run(block: Block, i: int, hidden: torch.Tensor, watch: Any, outputs: Sink |
 def _inputs(
     block: Block, i: int, hidden: torch.Tensor, sites: set[str], outputs: Sink | None
 ) -> dict[str, torch.Tensor]:
-    """What reaches each of `sites` in one batch, by site."""
-    found: dict[str, torch.Tensor] = {}
+    """The input of each of `sites` in one batch, by site."""
+    inputs: dict[str, torch.Tensor] = {}
 
     def watch(name: str, x: torch.Tensor) -> None:
         if name in sites:
-            found[name] = x
-        if outputs is None and found.keys() == sites:
+            inputs[name] = x
+        if outputs is None and inputs.keys() == sites:
             raise _Enough
 
     _run(block, i, hidden, watch, outputs)
-    return found
+    return inputs
 
 
 def check_output(block: Block, i: int, hidden: torch.Tensor, output: torch.Tensor) -> None:
@@ -168,7 +168,7 @@ def check_output(block: Block, i: int, hidden: torch.Tensor, output: torch.Tenso
 
 
 class _Collector:
-    """Sums for each input that the wanted sites read, in the order in which inputs appear."""
+    """Sums for each input of the requested sites, in the order in which inputs appear."""
 
     def __init__(self, wanted: Mapping[str, Site], hessian: bool, mismatch: bool) -> None:
         self._wanted, self._hessian, self._mismatch = wanted, hessian, mismatch
@@ -182,7 +182,7 @@ class _Collector:
         return {name for name, site in self._wanted.items() if site.expert is None}
 
     def begin(self, floats: dict[str, torch.Tensor], whole: bool) -> None:
-        """A new batch. floats: the same inputs in the float model. whole: go on to the block's output."""
+        """A new batch. floats: the same inputs in the float model. whole: continue to the block's output."""
         self._floats, self._whole = floats, whole
         self._read: Any = WeakTensorKeyDictionary()  # input -> leader, while the input lives
         self._left = set(self._wanted)
@@ -195,7 +195,7 @@ class _Collector:
         if known != (leader or name):
             raise CalibrationError(
                 f"{name} reads the input of {known} in one batch and that of {leader or 'itself alone'} in "
-                "another; a block that changes its course from batch to batch cannot be calibrated"
+                "another; a block whose data flow depends on the batch cannot be calibrated"
             )
         if leader is None:
             self._read[x] = name
@@ -218,30 +218,30 @@ class _Collector:
             if not sums.finite
         ]
         raise_all(CalibrationError, block, faults)
-        found = {leader: sums.stats() for leader, sums in self._sums.items()}
-        stats = {name: found[self._leader[name]] for name in self._wanted if name in self._leader}
+        statistics = {leader: sums.stats() for leader, sums in self._sums.items()}
+        stats = {name: statistics[self._leader[name]] for name in self._wanted if name in self._leader}
         unseen = tuple(name for name in self._wanted if name not in self._leader)
         return Capture(stats, unseen, tuple(self._notes()))
 
     def _notes(self) -> list[str]:
-        """Where observation and names disagree about who shares an input."""
+        """Disagreements of observation and names about shared inputs."""
         read: dict[str, list[str]] = {}
-        said: dict[str, list[str]] = {}
+        weights_of: dict[str, list[str]] = {}
         for name, leader in self._leader.items():
             read.setdefault(leader, []).append(name)
-            said.setdefault(self._wanted[name].group, []).append(name)
+            weights_of.setdefault(self._wanted[name].group, []).append(name)
         notes = []
         for names in read.values():
             if len({self._wanted[name].group for name in names}) > 1:
                 notes.append(f"{', '.join(names)} read one input, their names say otherwise")
-        for group, names in said.items():
+        for group, names in weights_of.items():
             if len({self._leader[name] for name in names}) > 1:
                 notes.append(f"{', '.join(names)} read different inputs, their names say one: {group}")
         return notes
 
 
 class Sums:
-    """The statistics of one input as they grow: plain sums in f32, divided once at the end."""
+    """The running statistics of one input: plain sums in f32, divided once at the end."""
 
     def __init__(self, k: int, hessian: bool, mismatch: bool, device: torch.device) -> None:
         self.count = 0
@@ -251,7 +251,7 @@ class Sums:
         self.mismatch = torch.zeros(k, k, device=device) if mismatch else None
 
     def add(self, x: torch.Tensor, floats: torch.Tensor | None = None) -> None:
-        """`(t, k)` inputs, and the same in the float model where mismatch is wanted."""
+        """`(t, k)` inputs, and the same in the float model if mismatch is needed."""
         x = x.float()
         self.count += x.shape[0]
         torch.maximum(self.absmax, torch.maximum(x.amax(0), -x.amin(0)), out=self.absmax)
@@ -291,13 +291,13 @@ class Sums:
 
 
 def add_outer(h: torch.Tensor, x: torch.Tensor) -> None:
-    """h `(k, k)` += x^T x of x `(t, k)`, in place; below the diagonal panels h is left as it is."""
+    """h `(k, k)` += x^T x of x `(t, k)`, in place; below the diagonal panels h is unchanged."""
     for start in range(0, h.shape[0], PANEL):
         h[start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
 
 
 def mirror(h: torch.Tensor) -> None:
-    """Copy what lies above the diagonal of `(k, k)` below it, in place."""
+    """Copy the part above the diagonal of `(k, k)` below it, in place."""
     for start in range(0, h.shape[0], PANEL):
         stop = start + PANEL
         corner = h[start:stop, start:stop]

@@ -1,9 +1,9 @@
-"""Where calibration text comes from: files and data sets, read only as far as needed.
+"""Sources of calibration text: files and data sets, read only as far as needed.
 
     text file    ->  its characters, from the start
     JSON lines   ->  one object a line: {"text": "..."}
                      or a conversation: {"messages": [{"role": "user", "content": "..."}, ...]}
-                     or as ShareGPT has it: {"conversations": [{"from": "human", "value": "..."}, ...]}
+                     or in ShareGPT's form: {"conversations": [{"from": "human", "value": "..."}, ...]}
     hf:NAME...   ->  rows of the same kind, streamed by the `datasets` package
 
 A document is a string or a conversation, a list of messages with role and content.
@@ -35,7 +35,7 @@ def read_characters(path: Path) -> Iterator[str]:
     with _open(path) as file:
         while True:
             raw = file.read(CHUNK)
-            waiting = len(decoder.getstate()[0])  # the first bytes of a letter cut by the chunk's end
+            waiting = len(decoder.getstate()[0])  # the first bytes of a character at the chunk's end
             try:
                 text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
@@ -47,7 +47,7 @@ def read_characters(path: Path) -> Iterator[str]:
 
 
 def read_json_lines(path: Path) -> Iterator[Document]:
-    """A file with one JSON object a line -> its documents. CalibrationError lists the lines at fault."""
+    """A file with one JSON object a line -> its documents. CalibrationError lists the faulty lines."""
     faults: list[str] = []
     offset = 0
     with _open(path) as file:
@@ -69,10 +69,10 @@ def read_json_lines(path: Path) -> Iterator[Document]:
 
 
 def read_dataset(spec: str) -> Iterator[Document]:
-    """`hf:NAME[:CONFIG][:SPLIT]` -> its documents, streamed; the split is train where none is named.
+    """`hf:NAME[:CONFIG][:SPLIT]` -> its documents, streamed; the default split is train.
 
     Of two words the second is a split if it begins as one (train, validation, test ...): `hf:NAME::SPLIT`
-    names any other. Raises CalibrationError for what `datasets` cannot give.
+    names any other. Raises CalibrationError if `datasets` fails.
     """
     try:
         import datasets
@@ -130,7 +130,7 @@ def _parse(raw: bytes) -> Any:
 
 
 def _document(row: Any) -> Document:
-    """A row -> its text or its messages; ValueError where it has neither."""
+    """A row -> its text or its messages; ValueError if it has neither."""
     if not isinstance(row, dict):
         raise ValueError(f"{type(row).__name__}, an object is needed")
     if isinstance(row.get("text"), str):

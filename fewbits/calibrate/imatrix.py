@@ -1,18 +1,18 @@
-"""llama.cpp's importance matrices: mean x^2 of the input of each weight, in the two files it knows.
+"""llama.cpp's importance matrices: mean x^2 of the input of each weight, in its two file types.
 
 GGUF, since July 2025: sums and counts, so that two files can be added
 
     general.type = "imatrix"   imatrix.datasets [text]   imatrix.chunk_count   imatrix.chunk_size (tokens)
     blk.3.attn_q.weight.in_sum2       (k,)     f32  sum x^2        .counts  (1,)     f32  tokens
-    blk.3.ffn_up_exps.weight.in_sum2  (e, k)   f32  for each expert .counts  (e, 1)   f32  0: it saw nothing
+    blk.3.ffn_up_exps.weight.in_sum2  (e, k)   f32  for each expert .counts  (e, 1)   f32  0: no token
 
 .dat, before: little endian, no magic number
 
     i32 entries | entries x ( i32 length, name | i32 chunks | i32 values | f32 mean x^2 * chunks ... )
     | i32 chunks | i32 length, name of the text          both may be missing
 
-An expert that saw nothing is stored in a .dat file as ones. Neither file has max |x| or Hessians.
-Permuted rows (rotary order) and norms stored less 1 do not touch the columns, so nothing is permuted.
+An expert without tokens is stored in a .dat file as ones. Neither file has max |x| or Hessians. Permuted rows
+(rotary order) and norms stored minus 1 do not affect columns, so nothing is permuted.
 Facts: llama.cpp, tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 """
 
@@ -42,7 +42,7 @@ from .statistics import Statistics, gather, identify
 from .stats import Stats
 from .store import load_statistics
 
-CHUNK = 512  # tokens: the default context of llama-imatrix; a .dat file does not say its own
+CHUNK = 512  # tokens: the default context of llama-imatrix; a .dat file does not record its own
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LONGEST_NAME = 1024  # bytes; ggml's own limit for a tensor is 64
 
@@ -59,18 +59,19 @@ class _Matrix:
 
 
 def open_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
-    """Statistics of this checkpoint in any file that is read: our own, GGUF imatrix, or .dat; by content."""
+    """Statistics of this checkpoint in any supported file: our own, GGUF imatrix, or .dat; recognized by
+    content."""
     path = Path(path)
     ours = first_bytes(path, 9)[8:] == b"{"  # a .dat file has the first letter of a tensor's name there
-    found = load_statistics(path, checkpoint) if ours else read_imatrix(path, checkpoint)
-    return replace(found, digest=file_digest(path))
+    statistics = load_statistics(path, checkpoint) if ours else read_imatrix(path, checkpoint)
+    return replace(statistics, digest=file_digest(path))
 
 
 def read_imatrix(path: Path, checkpoint: Checkpoint, chunk: int = CHUNK) -> Statistics:
-    """An importance matrix, GGUF or .dat -> Statistics that know mean_square only, of the checkpoint's sites.
+    """An importance matrix, GGUF or .dat -> Statistics of the checkpoint's sites with mean_square only.
 
     chunk: tokens of a chunk, for a .dat file, which counts chunks. Sites of blocks that the file does not
-    have, and experts that saw nothing, are `unseen`. FileError and CalibrationError list every fault:
+    have, and experts without tokens, are `unseen`. FileError and CalibrationError list every fault:
     truncated, names or columns of another model, values that are not finite or negative, wrong counts.
     """
     path = Path(path)
@@ -84,12 +85,12 @@ def read_imatrix(path: Path, checkpoint: Checkpoint, chunk: int = CHUNK) -> Stat
     model = identify(checkpoint)
     faults = [f"{name!r} is not a weight of {model}" for name in matrix.means if name not in names]
     columns = {site.name: site.shape[1] for site in sites(checkpoint)}
-    found: dict[str, Stats] = {}
+    statistics: dict[str, Stats] = {}
     for name, means in matrix.means.items():
         if name in names:
-            found |= _rows(name, names[name], columns, means, matrix.counts[name], faults)
+            statistics |= _rows(name, names[name], columns, means, matrix.counts[name], faults)
     raise_all(CalibrationError, f"{path}: importance matrix of another model, or damaged", faults)
-    missing = {s.name for s in sites(checkpoint) if s.block is not None} - set(found)
+    missing = {s.name for s in sites(checkpoint) if s.block is not None} - set(statistics)
     notes = [f"importance matrix {path.name}: no max |x|, no Hessians"]
     if missing:
         notes.append(f"{path.name} has no entry for {len(missing)} weights: {', '.join(sorted(missing)[:4])}"
@@ -99,12 +100,12 @@ def read_imatrix(path: Path, checkpoint: Checkpoint, chunk: int = CHUNK) -> Stat
             f"{path.name} counts chunks, taken as {chunk} tokens each; an expert's count is an upper bound"
         )
     source = ", ".join(matrix.datasets) or path.name
-    shared = _share({site.name: site.group for site in sites(checkpoint)}, found)
+    shared = _share({site.name: site.group for site in sites(checkpoint)}, statistics)
     return gather(model, source, matrix.tokens, shared, missing, notes)
 
 
 def _gguf_names(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """GGUF name -> the checkpoint's sites that it is made of, in order of their expert."""
+    """GGUF name -> its sites in the checkpoint, in order of their expert."""
     arch = architecture(checkpoint.config)
     if arch is None and checkpoint.gguf_keys:  # an unknown architecture keeps its GGUF names
         return {site.name: (site.name,) for site in sites(checkpoint)}
@@ -122,7 +123,7 @@ def _rows(
     counts: torch.Tensor,
     faults: list[str],
 ) -> dict[str, Stats]:
-    """One entry -> site name -> Stats; what does not fit the sites is appended to `faults`."""
+    """One entry -> site name -> Stats; mismatches are appended to `faults`."""
     k = columns[names[0]]
     if means.numel() != len(names) * k:
         shape = f"{len(names)} x {k}" if len(names) > 1 else str(k)
@@ -132,16 +133,16 @@ def _rows(
         faults.append(f"{name!r} has {counts.numel()} counts, the weight has {len(names)} experts")
         return {}
     rows = means.view(len(names), k)
-    if counts.numel() < len(names):  # one for all, as .dat files have it
+    if counts.numel() < len(names):  # one for all, as in .dat files
         counts = counts * (rows != 1).any(1)
     return {site: Stats(int(counts[e]), None, rows[e]) for e, site in enumerate(names)}
 
 
-def _share(groups: Mapping[str, str], found: Mapping[str, Stats]) -> dict[str, Stats]:
+def _share(groups: Mapping[str, str], statistics: Mapping[str, Stats]) -> dict[str, Stats]:
     """The same, but sites of a group whose values agree have one object."""
     first: dict[str, Stats] = {}
     shared = {}
-    for site, stats in found.items():
+    for site, stats in statistics.items():
         other = first.setdefault(groups[site], stats)
         same = other.count == stats.count and torch.equal(other.mean_square, stats.mean_square)
         shared[site] = other if same else stats
@@ -155,9 +156,9 @@ def _read_gguf(path: Path) -> _Matrix:
     file = read_gguf(path)
     keys, matrix = file.metadata, _Matrix()
     if keys.get(Keys.General.TYPE) != GGUFType.IMATRIX:
-        said = str(keys.get(Keys.General.TYPE))[:40]
+        kind = str(keys.get(Keys.General.TYPE))[:40]
         raise FileError(
-            f"{path}: {Keys.General.TYPE} is {said!r}, an importance matrix has {GGUFType.IMATRIX!r}; "
+            f"{path}: {Keys.General.TYPE} is {kind!r}, an importance matrix has {GGUFType.IMATRIX!r}; "
             "is this a model?"
         )
     for key in (Keys.IMatrix.CHUNK_COUNT, Keys.IMatrix.CHUNK_SIZE):
@@ -184,7 +185,7 @@ def _read_gguf(path: Path) -> _Matrix:
 
 
 def _add_sums(matrix: _Matrix, name: str, sums: GGUFTensor, counts: GGUFTensor) -> None:
-    """Sums and counts of one entry -> means; what is wrong with them -> faults."""
+    """Sums and counts of one entry -> means; with faults."""
     if (sums.type_name, counts.type_name) != ("f32", "f32"):
         matrix.faults.append(
             f"{name!r} has {sums.type_name} sums and {counts.type_name} counts, both are f32"
@@ -216,7 +217,7 @@ def _add(matrix: _Matrix, name: str, means: torch.Tensor, counts: torch.Tensor) 
 
 
 class _Dat:
-    """A position in a .dat file that never passes its end."""
+    """A position in a .dat file that never exceeds its end."""
 
     def __init__(self, path: Path, data: mmap.mmap | bytes):
         self.path, self.data, self.position = path, data, 0
@@ -268,9 +269,7 @@ def _parse_dat(dat: _Dat, chunk: int) -> _Matrix:
         chunks, values = dat.number(f"the chunks of {name!r}"), dat.number(f"the values of {name!r}")
         raw = dat.take(4 * values, f"the values of {name!r}")
         if chunks < 1 or values < 1 or name in matrix.means:
-            fault = (
-                "stands there twice" if name in matrix.means else f"has {values} values of {chunks} chunks"
-            )
+            fault = "appears twice" if name in matrix.means else f"has {values} values of {chunks} chunks"
             matrix.faults.append(f"{name!r} {fault}")
             continue
         means = torch.frombuffer(bytearray(raw), dtype=torch.float32) / chunks
@@ -290,9 +289,9 @@ def _parse_dat(dat: _Dat, chunk: int) -> _Matrix:
 
 
 def write_imatrix(statistics: Statistics, checkpoint: Checkpoint, path: Path, chunk: int = CHUNK) -> None:
-    """Statistics -> the file of `llama-quantize --imatrix`: .dat where that is the suffix, else GGUF.
+    """Statistics -> the file of `llama-quantize --imatrix`: .dat for that suffix, else GGUF.
 
-    chunk: tokens of a chunk, in which llama.cpp counts. ModelError if GGUF does not know the architecture.
+    chunk: tokens of a chunk, the unit of llama.cpp. ModelError if GGUF does not know the architecture.
     """
     path = Path(path)
     rows = dict(sorted(_gguf_rows(statistics, checkpoint).items()))
@@ -304,7 +303,8 @@ def write_imatrix(statistics: Statistics, checkpoint: Checkpoint, path: Path, ch
 
 
 def gguf_importance(statistics: Statistics, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """GGUF name -> `(experts * k,)` f32, by which llama.cpp weighs columns: ones for an unseen expert."""
+    """GGUF name -> `(experts * k,)` f32, the importance of columns for llama.cpp: ones for an unseen
+    expert."""
     rows = _gguf_rows(statistics, checkpoint)
     return {
         name: torch.where(counts[:, None] > 0, means, 1.0).reshape(-1)
@@ -315,16 +315,16 @@ def gguf_importance(statistics: Statistics, checkpoint: Checkpoint) -> dict[str,
 def _gguf_rows(
     statistics: Statistics, checkpoint: Checkpoint
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """GGUF name -> means `(rows, k)` f32 and counts `(rows,)` i64; zeros for an expert that saw nothing."""
-    found = {}
+    """GGUF name -> means `(rows, k)` f32 and counts `(rows,)` i64; zeros for an expert without tokens."""
+    rows = {}
     for name, parts in _gguf_names(checkpoint).items():
         seen = [statistics.of(site, hessian=False) for site in parts]
         k = next((stats.columns for stats in seen if stats is not None), 0)
         if k:
             means = [torch.zeros(k) if stats is None else stats.mean_square.float().cpu() for stats in seen]
             counts = torch.tensor([0 if stats is None else stats.count for stats in seen])
-            found[name] = torch.stack(means), counts
-    return found
+            rows[name] = torch.stack(means), counts
+    return rows
 
 
 def _pack_gguf(

@@ -1,10 +1,10 @@
-"""Text that a model has written is kept, and read again in place of writing it anew.
+"""Cache of generated text: it is read again instead of generating it again.
 
     $FEWBITS_CACHE/text/<key>.json   {"rows": [[token ...] ...], "notes": [...], "sha256": of the rows}
 
-The key is a digest of the model (files, config, tokenizer, and a sample of every tensor as it is loaded, for
-a checkpoint may be a rewritten view of its files), of what was asked, and of what wrote it. A damaged file is
-ignored and written anew.
+The key is a digest of the model (files, config, tokenizer, and a sample of every loaded tensor, because a
+checkpoint may be a rewritten view of its files), of the settings, and of the versions. A damaged file is
+ignored and generated again.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from ..storage.atomic import as_bytes
 from ..storage.cache import cache_folder, file_digest, keep_object, kept_object
 from ..version import VERSION
 
-WRITER = 2  # rises when the same settings give another text
-SAMPLE = 256  # numbers of each array
+WRITER = 2  # increased when the same settings give another text
+SAMPLE = 256  # numbers in the sample of each array
 
 Rows = list[list[int]]
 
 
 def text_file(checkpoint: Checkpoint, settings: dict[str, object]) -> Path:
-    """Where the text lies that this model writes with these settings, if it was kept."""
-    asked = json.dumps([WRITER, VERSION, torch.__version__, settings], sort_keys=True)
-    key = hashlib.sha256(f"{model_digest(checkpoint)} {asked}".encode()).hexdigest()
+    """The file of the text that this model generates with these settings."""
+    settings_json = json.dumps([WRITER, VERSION, torch.__version__, settings], sort_keys=True)
+    key = hashlib.sha256(f"{model_digest(checkpoint)} {settings_json}".encode()).hexdigest()
     return cache_folder() / "text" / f"{key[:40]}.json"
 
 
 def read_kept(path: Path) -> tuple[Rows, list[str]] | None:
-    """The rows and notes of a kept text; None where there is none, or it is damaged."""
-    found = kept_object(path)
-    if found is None or found.get("sha256") != _digest(found.get("rows"), found.get("notes")):
+    """The rows and notes of a cached text; None if it is missing or damaged."""
+    kept = kept_object(path)
+    if kept is None or kept.get("sha256") != _digest(kept.get("rows"), kept.get("notes")):
         return None
-    return found["rows"], found["notes"]  # type: ignore[return-value]
+    return kept["rows"], kept["notes"]  # type: ignore[return-value]
 
 
 def keep(path: Path, rows: Rows, notes: list[str]) -> bool:
-    """Keep a text -> whether that could be done."""
+    """Cache a text -> whether it succeeded."""
     return keep_object(path, {"rows": rows, "notes": notes, "sha256": _digest(rows, notes)})
 
 
@@ -53,7 +53,7 @@ def _digest(*parts: object) -> str:
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 of all that decides what a model says. Files are read whole, once for each of their states."""
+    """SHA-256 of everything that decides a model's text. Files are hashed once per state."""
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     names = {tensor.file for tensor in checkpoint.tensors.values()}

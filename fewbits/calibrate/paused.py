@@ -1,12 +1,12 @@
-"""Paused: a block's forward pass that stops where an input is wanted, and goes on when it is told to.
+"""Paused: a block's forward pass that stops at requested inputs and can be continued.
 
-    batch 0   ----q k v reached| wait |----o reached| wait |---- ...      one greenlet a batch: a call stack
-    batch 1                    |------|             |----- ...            that can be left and taken up again
+    batch 0   ----q k v reached| wait |----o reached| wait |---- ...      one greenlet per batch: a call stack
+    batch 1                    |------|             |----- ...            that can be left and resumed
 
-Sites can so be quantized in the order in which inputs reach them, each seeing what those before it have
-become, in a single pass through the block: a waiting pass goes on with the weights that are then in the
-module. Nothing runs side by side, and the numbers are those of a pass that is run again for each site.
-What it costs is the memory of the passes under way.
+So sites can be quantized in the order of their inputs, each with the inputs after the earlier sites are
+quantized, in a single pass through the block: a waiting pass continues with the weights that are then in the
+module. Nothing runs in parallel, and the numbers equal those of a separate pass for each site. The cost is
+the memory of the waiting passes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..blocks.block import Block
 
 
 class Paused:
-    """The pass of one batch `(b, t, h)` through a block, stopping where one of `stops` reads its input."""
+    """The pass of one batch `(b, t, h)` through a block, which stops when one of `stops` reads its input."""
 
     def __init__(self, block: Block, hidden: torch.Tensor, stops: Collection[str]):
         from greenlet import getcurrent, greenlet
@@ -30,12 +30,12 @@ class Paused:
         self.output: torch.Tensor | None = None
 
     def next(self) -> tuple[str, torch.Tensor] | None:
-        """Go on to the next stop -> its site and input `(rows, k)`; None at the end, where `output` is set.
-        What the pass raises is raised here."""
+        """Continue to the next stop -> its site and input `(rows, k)`; None at the end, when `output` is set.
+        Exceptions of the pass are raised here."""
         return self._stack.switch()
 
     def close(self) -> None:
-        """Give up the pass, wherever it is."""
+        """Abandon the pass."""
         if self._stack and not self._stack.dead:
             self._stack.throw()
 
@@ -49,7 +49,7 @@ class Paused:
 
 
 class Passes:
-    """The paused passes of many batches through one block; given up at the end of a `with`."""
+    """The paused passes of many batches through one block; abandoned at the end of a `with`."""
 
     def __init__(self, block: Block, batches: Iterable[torch.Tensor], stops: Collection[str]):
         self._passes = [Paused(block, hidden, stops) for hidden in batches]
@@ -64,7 +64,7 @@ class Passes:
 
 @torch.no_grad()
 def observed_groups(block: Block, hidden: torch.Tensor, sites: Collection[str]) -> list[list[str]]:
-    """The sites by the input that they read, in the order in which inputs reach them, from one short pass."""
+    """The sites by input, in the order of their inputs, from one short pass."""
     groups: list[tuple[torch.Tensor, list[str]]] = []
 
     def watch(name: str, x: torch.Tensor) -> None:

@@ -1,12 +1,12 @@
-"""The statistics of a whole model: which site saw what, of which text; merged, joined, asked.
+"""The statistics of a whole model, by site: merging, joining, queries.
 
     site name --sites--> key --groups--> LazyStats --load--> Stats
     ...q_proj.weight ---.
     ...k_proj.weight ----+--> "...k_proj.weight": one group, the first of its names in the alphabet
     ...v_proj.weight ---'
 
-A model is told by its architecture and the names and shapes of its sites, so the statistics of a base
-model serve its fine-tunes too.
+A model is identified by its architecture and the names and shapes of its sites, so the statistics of a base
+model also apply to its fine-tunes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """name: for messages. architecture: as GGUF calls it, else as config.json does. digest: of the sites."""
+    """name: for messages. architecture: its name in GGUF, else that in config.json. digest: of the sites."""
 
     name: str
     architecture: str
@@ -61,11 +61,11 @@ class LazyStats:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was seen of a model's activations.
+    """The statistics of a model's activations.
 
     groups: key -> statistics of one activation. sites: site name -> key. knows: the fields of FIELDS that
     every group has. unseen: sites that no token reached. source: the text, in words. notes: for the receipt.
-    digest: SHA-256 of the file that they were read from, empty for others.
+    digest: SHA-256 of the file that they were read from, else empty.
     """
 
     model: ModelIdentity
@@ -85,7 +85,7 @@ class Statistics:
 
 
 def content_digest(statistics: Statistics) -> str:
-    """SHA-256 of all that is known, read group by group."""
+    """SHA-256 of all statistics, read group by group."""
     digest = hashlib.sha256(json.dumps(sorted(statistics.sites.items())).encode())
     for key, group in sorted(statistics.groups.items()):
         stats = group.load(True)
@@ -97,7 +97,7 @@ def content_digest(statistics: Statistics) -> str:
 
 
 def identify(checkpoint: Checkpoint) -> ModelIdentity:
-    """What tells this model from another; a tied output is left out, as not every file type stores it."""
+    """The identity of a model, without a tied output, which not every file type stores."""
     arch = architecture(checkpoint.config)
     named = checkpoint.config.get("architectures") or ["unknown"]
     rows = sorted((site.name, *site.shape) for site in sites(checkpoint) if not _is_copy(site))
@@ -119,7 +119,7 @@ def gather(
 ) -> Statistics:
     """Site name -> Stats, in memory, as one `Statistics`: sites with the same object share a group.
 
-    CalibrationError lists every group with values that no activation can have.
+    CalibrationError lists every group with impossible values.
     """
     names: dict[int, list[str]] = {}
     for site, seen in stats.items():
@@ -141,7 +141,7 @@ def gather(
 
 
 def value_faults(stats: Stats) -> list[str]:
-    """What no activation can have: values that are not finite, or negative where they are squares."""
+    """Faults: values that are not finite, or negative squares."""
     faults = [] if stats.count > 0 else [f"count is {stats.count}, not a number of tokens"]
     for field in FIELDS:
         value = getattr(stats, field)
@@ -163,9 +163,9 @@ def _in_memory(stats: Stats, hessian: bool) -> Stats:
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
-    """The statistics of two texts as those of both, by count; nothing is read before it is asked for.
+    """The statistics of two texts combined, weighted by count, and read lazily.
 
-    Known is what both know; a note says what only one knew. CalibrationError if the models differ.
+    Only fields that both have are kept, with a note. CalibrationError if the models differ.
     """
     if not a.model.same_as(b.model):
         raise CalibrationError(
@@ -180,7 +180,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
         parts[min(names)] = [groups[key] for key, groups in sides if key is not None]
     read = lru_cache(RECENT)(lambda key, hessian: _sum(parts[key], knows, hessian))
     lost = [
-        f"{field} is known of only one of the merged statistics, so it is unknown of the merge"
+        f"{field} is in only one of the merged statistics, so the result does not have it"
         for field in FIELDS
         if field in a.knows ^ b.knows
     ]
@@ -205,9 +205,9 @@ def _sum(parts: Sequence[LazyStats], knows: frozenset[str], hessian: bool) -> St
 
 
 def join(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of different blocks, from one run over one text, as those of the model; nothing is read.
+    """Statistics of different blocks, from one run over one text, combined; nothing is read.
 
-    CalibrationError for other models, other texts, and sites that stand in two parts.
+    CalibrationError for different models or texts, and for sites in two parts.
     """
     first = parts[0]
     faults = []
@@ -218,7 +218,7 @@ def join(parts: Sequence[Statistics]) -> Statistics:
             faults.append(f"one part saw {part.tokens} tokens of {part.source}, another {first.tokens} "
                           f"of {first.source}")  # fmt: skip
     places = Counter(site for part in parts for site in part.sites)
-    faults += [f"site {site!r} stands in {count} parts" for site, count in places.items() if count > 1]
+    faults += [f"site {site!r} is in {count} parts" for site, count in places.items() if count > 1]
     raise_all(CalibrationError, "statistics in parts", faults)
     return replace(
         first,
@@ -251,10 +251,10 @@ def check_model(statistics: Statistics, checkpoint: Checkpoint) -> None:
 
 
 def importance_of(statistics: Statistics, site: Site) -> torch.Tensor:
-    """How much each column of a weight matters: mean x^2 of its input, `(k,)` f32.
+    """The importance of each column of a weight: mean x^2 of its input, `(k,)` f32.
 
-    An expert that saw no token takes the mean over the tokens of the block's other experts (llama.cpp
-    weighs its columns alike); `importance_notes` names it. CalibrationError if nothing is known.
+    An expert without tokens gets the mean over the tokens of the block's other experts (in llama.cpp its
+    columns have equal importance); `importance_notes` names it. CalibrationError if nothing is known.
     """
     stats = statistics.of(site.name, hessian=False)
     if stats is not None:
@@ -268,7 +268,7 @@ def importance_of(statistics: Statistics, site: Site) -> torch.Tensor:
 
 
 def importance_notes(statistics: Statistics) -> tuple[str, ...]:
-    """One sentence for each block and projection with experts that saw nothing; for the receipt."""
+    """One sentence for each block and projection with experts without tokens, for the receipt."""
     unseen: dict[str, list[str]] = {}
     for site in statistics.unseen:
         if _EXPERT.search(site):
@@ -283,8 +283,8 @@ def importance_notes(statistics: Statistics) -> tuple[str, ...]:
 
 
 def stats_for(statistics: Statistics, name: str, hessian: bool) -> Stats | None:
-    """What is known of a weight's input. An expert that saw no token has the importance of the others, and
-    count 0; None where nothing is known of them either."""
+    """The statistics of a weight's input. An expert without tokens has the importance of the others and count
+    0; None if these have no statistics either."""
     seen = statistics.of(name, hessian)
     if seen is not None or not _other_experts(statistics, name):
         return seen
@@ -292,7 +292,7 @@ def stats_for(statistics: Statistics, name: str, hessian: bool) -> Stats | None:
 
 
 def coverage_notes(statistics: Statistics, names: Iterable[str], hessian: bool) -> tuple[str, ...]:
-    """For the receipt: which of the weights `names` these statistics say too little of."""
+    """For the receipt: the weights in `names` with too few tokens in these statistics."""
     lacking = [name for name in names if name not in statistics.sites
                and (hessian or not _other_experts(statistics, name))]  # fmt: skip
     notes = () if hessian else importance_notes(statistics)

@@ -1,12 +1,12 @@
-"""Statistics of one activation: what error-aware algorithms know of a weight's input.
+"""Statistics of one activation, the input of a weight, for error-aware algorithms.
 
-    x (t, k)  the inputs that reached a site, one row a token
+    x (t, k)  the inputs of a site, one row per token
 
-    absmax        max |x|        (k,)       None where unknown: an importance matrix does not have it
+    absmax        max |x|        (k,)       None if unknown: an importance matrix does not have it
     mean_square   mean x^2       (k,)       llama.cpp's importance matrix
-    hessian       mean x x^T     (k, k)     of the squared output error |(q - w) x|^2, but for a factor 2
-    mismatch         mean (x~ - x) x^T  (k, k) x~ the same input in the float model: what the quantized part
-                                            before this site has done to it (GPTAQ, arXiv 2504.02692)
+    hessian       mean x x^T     (k, k)     of the squared output error |(q - w) x|^2, except for a factor 2
+    mismatch         mean (x~ - x) x^T  (k, k) x~ the same input in the float model: the effect of quantizing
+                                            the earlier part (GPTAQ, arXiv 2504.02692)
 
 Sites that read the same activation share one Stats. `a + b` merges the statistics of two texts.
 """
@@ -23,14 +23,14 @@ from ..errors import CalibrationError
 
 @dataclass(frozen=True)
 class Stats:
-    """Of one group's input; f32. count: tokens. hessian and mismatch only where an algorithm needs them."""
+    """Of one group's input; f32. count: tokens. hessian and mismatch only if an algorithm needs them."""
 
     count: int
     absmax: torch.Tensor | None
     mean_square: torch.Tensor
     hessian: torch.Tensor | None = None
     mismatch: torch.Tensor | None = None
-    # What algorithms derive from these and weights that share an input share: a factor of the Hessian.
+    # Results of algorithms that weights with the same input share: a factor of the Hessian.
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -54,7 +54,7 @@ class Stats:
         )
 
     def to(self, device: str | torch.device) -> Stats:
-        """The same on a device; itself where it is there already, so that sites go on sharing it."""
+        """The same on a device; itself if it is already there, so that sites still share it."""
         device = torch.device(device)
         if self.mean_square.device == device:
             return self

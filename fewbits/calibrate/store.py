@@ -1,4 +1,4 @@
-"""The statistics of a whole model in one file, of which a group is read when it is asked for.
+"""The statistics of a whole model in one file, read group by group on demand.
 
     safetensors
     | header | __metadata__: model, source, tokens, knows, sites {site: key}, unseen, notes  (JSON)      |
@@ -8,7 +8,7 @@
     | <key>.hessian      (k(k + 1)/2,)  f32   rows of the upper triangle, one after the other: it is     |
     |                                         symmetric, so the rest is its mirror                       |
 
-Sites that read one activation are stored once. Drift belongs to one quantized prefix: it is not stored.
+Sites that read one activation are stored once. Mismatch depends on the quantized prefix, so it is not stored.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _PANEL = 256  # rows of a triangle that are written at once
 
 
 def save_statistics(statistics: Statistics, path: Path, overwrite: bool = False) -> None:
-    """Write one file, a group at a time; it appears whole or not at all.
+    """Write one file atomically, a group at a time.
 
-    FileError: another file is in the way, or the disk refuses.
+    FileError: another file is in the way, or writing fails.
     """
     path = Path(path)
     if path.exists() and not overwrite:
@@ -55,7 +55,7 @@ def save_statistics(statistics: Statistics, path: Path, overwrite: bool = False)
 
 
 def _data(statistics: Statistics) -> Iterator[memoryview]:
-    """All that follows the header."""
+    """The bytes after the header."""
     for group in statistics.groups.values():
         stats = group.load("hessian" in statistics.knows)
         for field in _shapes(group.columns, statistics.knows):
@@ -97,7 +97,7 @@ def _square(upper: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def load_statistics(path: Path, checkpoint: Checkpoint | None = None) -> Statistics:
-    """A file of `save_statistics`, mapped: a group is read when it is asked for.
+    """A file of `save_statistics`, mapped: groups are read on demand.
 
     Raises FileError: not such a file, truncated, hostile. CalibrationError: of another model than the
     checkpoint's; and, when a group is read, values that are not finite.
@@ -111,16 +111,16 @@ def load_statistics(path: Path, checkpoint: Checkpoint | None = None) -> Statist
     for key in (name.removesuffix(".count") for name in entries if name.endswith(".count")):
         given = entries.get(f"{key}.mean_square")
         columns = given.shape[0] if given is not None and len(given.shape) == 1 else 0
-        found = {}
+        fields = {}
         for field, shape in _shapes(columns, frozenset(about["knows"])).items():
             entry = entries.get(f"{key}.{field}")
             if columns < 1 or entry is None or (entry.dtype, entry.shape) != (_DTYPES[field], shape):
                 is_ = f"{entry.dtype} {entry.shape}" if entry else "missing"
                 faults.append(f"{key}.{field} is {is_}, {_DTYPES[field]} {shape} is needed")
             else:
-                found[field] = entry
+                fields[field] = entry
             expected.add(f"{key}.{field}")
-        arrays[key], groups[key] = found, LazyStats(columns, partial(read, key))
+        arrays[key], groups[key] = fields, LazyStats(columns, partial(read, key))
     faults += [f"tensor {name!r} belongs to no group" for name in entries if name not in expected]
     faults += [f"site {site!r} has no group {key!r}" for site, key in about["sites"].items()
                if key not in groups]  # fmt: skip
@@ -136,11 +136,11 @@ def load_statistics(path: Path, checkpoint: Checkpoint | None = None) -> Statist
 
 
 def _read(path: Path, key: str, entries: Mapping[str, Entry], hessian: bool) -> Stats:
-    found = {name: map_tensor(path, e) for name, e in entries.items() if hessian or name != "hessian"}
-    mean_square, upper = found["mean_square"], found.get("hessian")
+    arrays = {name: map_tensor(path, e) for name, e in entries.items() if hessian or name != "hessian"}
+    mean_square, upper = arrays["mean_square"], arrays.get("hessian")
     stats = Stats(
-        int(found["count"]),
-        found.get("absmax"),
+        int(arrays["count"]),
+        arrays.get("absmax"),
         mean_square,
         None if upper is None else _square(upper, mean_square.shape[0]),
     )
@@ -149,7 +149,7 @@ def _read(path: Path, key: str, entries: Mapping[str, Entry], hessian: bool) -> 
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """The metadata of a file whose header was checked, each field of its type."""
+    """The metadata of a file whose header was checked, with types checked."""
     with path.open("rb") as file:
         header = parse_json_object(file.read(int.from_bytes(file.read(8), "little")), f"{path}: header")
     given = header.get("__metadata__", {})

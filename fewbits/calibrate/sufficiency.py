@@ -1,21 +1,20 @@
-"""How many tokens a statistic needs before it can be trusted; a shortfall is said with both numbers.
+"""The number of tokens that statistics need; a shortfall is reported with both numbers.
 
-Hessian. Of t independent inputs with k columns, the eigenvalues of the sample's H lie, relative to the
-true H, between (1 - sqrt(k/t))^2 and (1 + sqrt(k/t))^2 (Marchenko and Pastur 1967). The lower edge is
-what misleads an algorithm: errors that it feeds into a direction the sample understates look free and
-are not. Fewer tokens than columns: H is singular and some directions look free altogether. What is fed
-back is a regression of each column on the others, whose error on new text is larger than on the sample's
-by 1 / (1 - k/t) on average. The rule is t >= 4 k: no direction understated more than (1 - 1/2)^2 = 1/4,
-the error a third larger at most.
+Hessian. Of t independent inputs with k columns, the eigenvalues of the sample's H lie, relative to the true
+H, between (1 - sqrt(k/t))^2 and (1 + sqrt(k/t))^2 (Marchenko and Pastur 1967). The lower edge misleads an
+algorithm: errors in a direction that the sample underestimates seem cheap. With fewer tokens than columns, H
+is singular and some directions seem free. Error feedback is a regression of each column on the others, whose
+error on new text exceeds that on the sample by 1 / (1 - k/t) on average. The rule is t >= 4 k: no direction
+is underestimated below (1 - 1/2)^2 = 1/4, and the error is at most a third larger.
 
 Mean square of each column (all that importance needs). The relative standard error of a mean of x^2 is
-sqrt((kurtosis - 1) / t), and it does not depend on k: one column's estimate does not lean on another's.
+sqrt((kurtosis - 1) / t), and independent of k.
 The rule is a standard error of 10 % at kurtosis 25: t >= 24 / 0.1^2 = 2400. The median column of the
 demo model has 3.2 before attention and MLP (a normal has 3), 7 before the attention's output and 25
 before the MLP's.
 
-Tokens of a text depend on each other, so both rules are lower bounds. The number counted is of those that
-reached the site: for an expert, of those routed to it.
+Tokens of a text are correlated, so both rules are lower bounds. The count is that of tokens that reached the
+site: for an expert, of those routed to it.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ STANDARD_ERROR = 0.1
 
 
 def tokens_needed(stats: Stats) -> int:
-    """By the rule for what the statistics hold: a Hessian, or mean squares alone."""
+    """By the rule for the given statistics: a Hessian, or mean squares only."""
     return needed_for(stats.columns, stats.hessian is not None)
 
 
 def needed_for(columns: int, hessian: bool) -> int:
-    """The same, of statistics that are not in memory."""
+    """The same for statistics that are not in memory."""
     if hessian:
         return TOKENS_PER_COLUMN * columns
     return ceil((KURTOSIS - 1) / STANDARD_ERROR**2)
 
 
 def shortfall(stats: Stats) -> str | None:
-    """What is wrong with statistics of too few tokens, the number seen and the number needed; else None."""
+    """A sentence with the seen and the needed number of tokens, if they are too few; else None."""
     seen, needed = stats.count, tokens_needed(stats)
     if seen >= needed:
         return None

@@ -1,14 +1,13 @@
 """Calibration text as windows of tokens, from a file, a data set, or the model itself.
 
-    text file      t t t t t t t t t t t t ...              as it stands, from the start
+    text file      t t t t t t t t t t t t ...              unchanged, from the start
     documents      [bos] t t t [eos] [bos] t t [eos] ...    shuffled by the seed, one after the other
     self           [bos] t t t t t t ... [bos] t t t t      see sampling.py
-                   |   window    |   window    |            cut without overlap, the rest left out
+                   |   window    |   window    |            without overlap, the rest is dropped
 
-Where the tokenizer begins every text with bos, each window begins with it, in place of the token that
-stood there: the model has seen no other beginning. Where it parts documents by neither bos nor eos,
-eos stands between. Documents are shuffled among those that hold `SHUFFLE` times the text needed, so that
-a huge file is not read whole.
+If the tokenizer starts every text with bos, each window starts with it, in place of its first token, as in
+the model's training. If it separates documents by neither bos nor eos, eos is inserted. Documents are
+shuffled among the first `SHUFFLE` times the needed text, so that a huge file is not read completely.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 @dataclass(frozen=True)
 class Tokens:
-    """windows `(w, c)` int64; where they come from; sha256 of the tokens as int64 LE; what to report."""
+    """windows `(w, c)` int64; their source; sha256 of the tokens as int64 LE; notes."""
 
     windows: torch.Tensor
     source: str
@@ -71,9 +70,9 @@ def read_tokens(
 ) -> Tokens:
     """Calibration text for a model -> at least `n_tokens` tokens in windows of `context`.
 
-    memory: bytes in which the model may write its own text (default: what is free).
-    spec: "self", the path of a text or JSON lines file, or hf:NAME[:CONFIG][:SPLIT]. Text that holds
-    less gives the whole windows it has and a note with both numbers. Raises CalibrationError for less
+    memory: limit in bytes for generating text (default: free memory).
+    spec: "self", the path of a text or JSON lines file, or hf:NAME[:CONFIG][:SPLIT]. A shorter
+    text gives all its whole windows and a note with both numbers. Raises CalibrationError for less
     than one window, and FileError for a file that cannot be read.
     """
     _check(checkpoint, n_tokens, context)
@@ -97,14 +96,14 @@ def read_tokens(
         windows[:, 0] = bos
     if len(windows) < wanted:
         notes.append(
-            f"{source} holds {len(stream)} tokens, {needed} were asked for: calibrating on "
+            f"{source} holds {len(stream)} tokens, {needed} were requested: calibrating on "
             f"{windows.numel()} in {len(windows)} windows of {context}"
         )
     return Tokens.of(windows, source, tuple(notes))
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer puts before every text, None if it puts none."""
+    """The token that the tokenizer adds before every text, or None."""
     bos, empty = tokenizer.bos_token_id, tokenizer("").input_ids
     return bos if bos is not None and bos in empty[:1] else None
 
@@ -112,22 +111,22 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _check(checkpoint: Checkpoint, n_tokens: int, context: int) -> None:
     faults = []
     if n_tokens < 1:
-        faults.append(f"{n_tokens} tokens asked for, at least 1 is needed")
+        faults.append(f"{n_tokens} tokens requested, at least 1 is needed")
     if context < 8:
-        faults.append(f"windows of {context} tokens asked for, at least 8 are needed")
+        faults.append(f"windows of {context} tokens requested, at least 8 are needed")
     longest = _text_config(checkpoint).get("max_position_embeddings")
     if longest is not None and context > longest:
-        faults.append(f"windows of {context} tokens asked for, the model has {longest} positions")
+        faults.append(f"windows of {context} tokens requested, the model has {longest} positions")
     raise_all(CalibrationError, "calibration text", faults)
 
 
 def _cut(checkpoint: Checkpoint, stream: list[int], source: str, wanted: int, context: int) -> torch.Tensor:
-    """A stream of tokens -> its windows, `(w, context)`, as many as it holds up to `wanted`."""
+    """A stream of tokens -> its windows, `(w, context)`, at most `wanted`."""
     n = min(wanted, len(stream) // context)
     if n == 0:
         raise CalibrationError(
             f"{source}: {len(stream)} tokens, fewer than one window of {context} ({wanted * context} were "
-            "asked for); give more text, a smaller context, or `self` for text that the model writes"
+            "requested); give more text, a smaller context, or `self` for text that the model generates"
         )
     windows = torch.tensor(stream[: n * context], dtype=torch.int64).view(n, context)
     vocabulary = _text_config(checkpoint).get("vocab_size")
@@ -147,7 +146,7 @@ def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _from_text(tokenizer: PreTrainedTokenizerBase, path: Path, needed: int) -> list[int]:
-    """The file's first tokens, as if it had been read and tokenized whole."""
+    """The file's first tokens, equal to those of the whole file."""
     pieces, text, enough = read_characters(path), "", CHARACTERS * (needed + MARGIN)
     while True:
         while len(text) < enough and (piece := next(pieces, None)) is not None:
@@ -183,21 +182,21 @@ def _from_documents(
 
 
 def _shuffled(documents: Iterator[Document], characters: int, seed: int) -> Iterator[Document]:
-    """Documents in the order of the seed, among as many as hold `characters`; then among the next so many."""
-    order, held, size = random.Random(seed), [], 0
+    """Documents shuffled by the seed in groups of about `characters`."""
+    order, buffer, size = random.Random(seed), [], 0
     for document in documents:
-        held.append(document)
+        buffer.append(document)
         size += len(document if isinstance(document, str) else repr(document))
         if size >= characters:
-            order.shuffle(held)
-            yield from held
-            held, size = [], 0
-    order.shuffle(held)
-    yield from held
+            order.shuffle(buffer)
+            yield from buffer
+            buffer, size = [], 0
+    order.shuffle(buffer)
+    yield from buffer
 
 
 class _Writer:
-    """A document -> its tokens, with what parts it from the next. Remembers what did not go as it should."""
+    """A document -> its tokens and a separator. Records problems."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -226,7 +225,7 @@ class _Writer:
         return self.tokenizer(text).input_ids + self.end
 
     def _render(self, messages: list[dict[str, Any]]) -> str | None:
-        """By the model's chat template; None, and the reason kept, where that cannot be done."""
+        """By the model's chat template; None, with the reason recorded, if that fails."""
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
@@ -245,7 +244,7 @@ class _Writer:
 def _from_self(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, writing: Writing, progress: Progress | None
 ) -> tuple[list[int], str, list[str]]:
-    """The text that the model writes, or wrote when it was asked the same before."""
+    """The text that the model generates, or its cached text of the same settings."""
 
     def step(done: int, total: int) -> None:
         if progress:

@@ -1,4 +1,4 @@
-"""`fewbits calibrate`: run a text through the float model, keep what its weights read."""
+"""`fewbits calibrate`: run a text through the float model and save activation statistics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..workflow.text import reader
 from .options import streaming_of, text_arguments
 from .progress import StageProgress
 
-EXAMPLES = """Runs the model block by block over the text and writes what error-aware methods need:
+EXAMPLES = """Runs the model block by block over the text and saves statistics of the inputs of its weights:
 
   .safetensors    magnitudes, mean squares and Hessians, for --method gptq or weighted
   .gguf, .dat     mean squares, llama.cpp's importance matrix, for --method weighted or llama-quantize
@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FILE", required=True, help="stats.safetensors, imatrix.gguf or .dat"
     )
     parser.add_argument(
-        "--no-hessian", action="store_true", help="mean squares only: a small file (.gguf and .dat: always)"
+        "--no-hessian", action="store_true", help="save mean squares only (.gguf and .dat always do)"
     )
     parser.add_argument(
         "--merge", action="append", default=[], type=Path, metavar="FILE",
@@ -66,29 +66,29 @@ def run(options: argparse.Namespace) -> int:
         saved = [open_statistics(path, checkpoint) for path in options.merge]
         hessian = out.suffix == ".safetensors" and not options.no_hessian
         streaming = streaming_of(options)
-        asked = Options(tokens=options.tokens, context=options.context, seed=options.seed)
-        tokens = reader(checkpoint, asked, progress)(options.calibrate or "self")
-        found = collect(checkpoint, tokens, streaming, parts, hessian, progress)
+        settings = Options(tokens=options.tokens, context=options.context, seed=options.seed)
+        tokens = reader(checkpoint, settings, progress)(options.calibrate or "self")
+        statistics = collect(checkpoint, tokens, streaming, parts, hessian, progress)
         for other in saved:
-            found = merge(found, other)
-        rows = _rows(found)
+            statistics = merge(statistics, other)
+        rows = _rows(statistics)
         if options.strict_calibration:
             _check_enough(rows)
         if out.suffix == ".safetensors":
-            save_statistics(found, out, overwrite=True)
+            save_statistics(statistics, out, overwrite=True)
         else:
-            write_imatrix(found, checkpoint, out)
-    told = _summary(found, rows, out)
+            write_imatrix(statistics, checkpoint, out)
+    summary = _summary(statistics, rows, out)
     progress.close()
-    print(json.dumps(told, indent=1, ensure_ascii=False) if options.json else _text(told))
+    print(json.dumps(summary, indent=1, ensure_ascii=False) if options.json else _text(summary))
     return 0
 
 
 @contextmanager
 def _prepared(out: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Path]:
-    """All that can be refused before the work -> an empty folder beside the output, removed afterwards."""
+    """Check the output path -> an empty folder beside it, which is removed afterwards."""
     if out.suffix not in SUFFIXES:
-        raise PlanError(f"--out {out}: its suffix says what is written; use {', '.join(SUFFIXES)}")
+        raise PlanError(f"--out {out}: unknown suffix; use {', '.join(SUFFIXES)}")
     if out.is_dir():
         raise FileError(f"{out}: is a directory; name a file")
     if out.exists() and not overwrite:
@@ -108,8 +108,8 @@ def _prepared(out: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Pa
 
 @dataclass(frozen=True)
 class _Row:
-    """Inputs that stand at the same place of their blocks. tokens: the fewest that one of them saw.
-    short: how many saw fewer than `needed`."""
+    """Inputs at the same place of their blocks. tokens: the smallest count of one input. short: the number
+    of inputs with fewer tokens than `needed`."""
 
     place: str
     columns: int
@@ -159,18 +159,18 @@ def _summary(statistics: Statistics, rows: list[_Row], out: Path) -> dict[str, A
     }
 
 
-def _text(told: dict[str, Any]) -> str:
+def _text(summary: dict[str, Any]) -> str:
     head = ["input of", "columns", "inputs", "fewest tokens", "needed", "too few"]
-    lines: list[list[Cell]] = [list(row.values()) for row in told["inputs"]]
-    parts = [f"{told['tokens']} tokens of {told['source']}", table(head, lines)]
-    short = sum(row["short"] for row in told["inputs"])
+    lines: list[list[Cell]] = [list(row.values()) for row in summary["inputs"]]
+    parts = [f"{summary['tokens']} tokens of {summary['source']}", table(head, lines)]
+    short = sum(row["short"] for row in summary["inputs"])
     if short:
         parts.append(
-            f"note: {short} of {sum(row['groups'] for row in told['inputs'])} inputs saw fewer tokens than a "
-            "sound estimate needs; give more --tokens"
+            f"note: {short} of {sum(row['groups'] for row in summary['inputs'])} inputs saw fewer tokens "
+            "than a sound estimate needs; give more --tokens"
         )
-    if unseen := told["unseen"]:
+    if unseen := summary["unseen"]:
         more = f" (and {len(unseen) - 1} more)" if unseen[1:] else ""
         parts.append(f"note: no token reached {unseen[0]}{more}")
-    parts += [f"note: {note}" for note in told["notes"]]
-    return "\n\n".join([*parts, f"wrote {told['out']}, {size(told['nbytes'])}"])
+    parts += [f"note: {note}" for note in summary["notes"]]
+    return "\n\n".join([*parts, f"wrote {summary['out']}, {size(summary['nbytes'])}"])

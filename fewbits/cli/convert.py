@@ -1,4 +1,4 @@
-"""`fewbits convert`: another file type, the same codes."""
+"""`fewbits convert`: write the same codes as another file type."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .verify import concluded, verify_arguments
 EXAMPLES = """examples:
   fewbits convert smollm2-native smollm2.gguf
   fewbits convert ./Llama-3.2-1B Llama-3.2-1B-BF16.gguf
-  fewbits convert model-Q4_0.gguf model-gptq --to gptq          q4_0 is int4_g32: not a value changes
+  fewbits convert model-Q4_0.gguf model-gptq --to gptq          q4_0 equals int4_g32: no value changes
   fewbits convert model-Q4_K_M.gguf model-gptq --to gptq --requantize"""
 
 
@@ -25,12 +25,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help=".gguf file or directory")
     parser.add_argument(
         "--to", metavar="TYPE", choices=tuple(FILE_TYPES),
-        help=f"file type: {', '.join(FILE_TYPES)} (default: by the name of OUT)",
+        help=f"file type: {', '.join(FILE_TYPES)} (default: from the name of OUT)",
     )  # fmt: skip
     parser.add_argument(
         "--requantize",
         action="store_true",
-        help="quantize again what the file type cannot carry exactly, and say what that cost",
+        help="quantize again the weights that the file type cannot store exactly, and report the error",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")

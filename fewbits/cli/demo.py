@@ -1,4 +1,4 @@
-"""`fewbits demo`: the main job on a real model, start to end, with nothing to prepare."""
+"""`fewbits demo`: quantize, measure and run a small model, without preparation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..files.open import open_checkpoint
 from ..table import Cell, size, table
 from .progress import StageProgress
 
-EXAMPLES = """The model is SmolLM2-135M-Instruct from a package index, rewritten off its 4-bit grid
-(163M parameters).
+EXAMPLES = """The model is SmolLM2-135M-Instruct from a package index, moved off its 4-bit grid (163M
+parameters).
 
 examples:
   fewbits demo
@@ -30,7 +30,7 @@ NEW_TOKENS = 32
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where the files go")
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="output folder")
     parser.add_argument("--types", nargs="+", default=list(TYPES), metavar="TYPE", help="file types to write")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     print(table(list(rows[0]), [list(line.values()) for line in rows]))
     print(f"\nKL divergence, agreement and perplexity over {result['tokens_scored']} tokens. Text: "
           f"{result['source']}; no download.")  # fmt: skip
-    print("seconds and peak memory are of `fewbits quantize`, a process of its own.\n")
+    print("seconds and peak memory are those of `fewbits quantize`, in a separate process.\n")
     print(f"prompt: {PROMPT}")
     for name, text in sentences.items():
         print(f"  {name:24s} {text!r}")
@@ -69,7 +69,7 @@ def note(text: str) -> None:
 
 
 def quantized(model: Path, out: Path, kind: str, cache: Path) -> dict[str, Any]:
-    """Quantize in a process of its own, so that its peak memory is its own -> its receipt."""
+    """Quantize in a separate process, so that the peak memory is its own -> its receipt."""
     target = out / f"smollm2-{kind.upper()}.gguf"
     note(f"fewbits quantize demo:smollm2 --to {kind} --effort fast --out {target}")
     command = [
@@ -86,7 +86,7 @@ def quantized(model: Path, out: Path, kind: str, cache: Path) -> dict[str, Any]:
         str(target),
     ]
     if any(target.with_name(target.name + end).exists() for end in (".receipt.json", ".journal")):
-        command.append("--overwrite")  # what lies there is of an earlier demo
+        command.append("--overwrite")  # the files are of an earlier demo
     done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise FewbitsError(
@@ -97,7 +97,7 @@ def quantized(model: Path, out: Path, kind: str, cache: Path) -> dict[str, Any]:
 
 
 def measure(model: Path, quantized_models: list[Path], progress: StageProgress) -> dict[str, Any]:
-    """Evaluate all on text that the reference writes -> `Evaluation` as data."""
+    """Evaluate all models on text that the reference generates -> `Evaluation` as data."""
     from ..evaluation import Settings, evaluate, self_text
 
     reference = open_checkpoint(model)

@@ -1,4 +1,4 @@
-"""`fewbits formats`: what --to and --rule take."""
+"""`fewbits formats`: the values of --to and --rule."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..table import table
 EXAMPLES = """examples:
   fewbits formats
   fewbits formats --json
-  fewbits formats --support        which file type carries which format (the table of docs/formats.md)"""
+  fewbits formats --support        formats by file type (the table of docs/formats.md)"""
 
-GRAMMAR = """Integer formats follow a grammar, so any of its names works: int{2..8}[_g{G} | _channel |
-_tensor][_asym | _asym_float][_f16 | _bf16 | _f32], such as int3_g64 or int4_g32_asym_bf16. With groups, and
-without _float, _actorder may stand before the type: int4_g128_actorder (GPTQ's desc_act)."""
+GRAMMAR = """Names of integer formats follow a grammar: int{2..8}[_g{G} | _channel | _tensor]
+[_asym | _asym_float][_f16 | _bf16 | _f32], such as int3_g64 or int4_g32_asym_bf16. With groups, and without
+_float, _actorder may precede the type: int4_g128_actorder (GPTQ's desc_act)."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,20 +71,20 @@ def describe(kind: Kind) -> dict[str, Any]:
 
 
 def support() -> dict[str, dict[str, str]]:
-    """Registered format -> file type -> how it carries the format."""
+    """Registered format -> file type -> the way in which it supports the format."""
     return {name: support_of(format) for name, format in FORMATS.items()}
 
 
 def support_of(format: Format) -> dict[str, str]:
-    """File type -> how it carries a format; what does not carry it is left out."""
+    """File type -> the way in which it supports a format, for file types that do."""
     ways = {name: carries_as(file_type, format) for name, file_type in FILE_TYPES.items()}
     return {name: how for name, how in ways.items() if how is not None}
 
 
-def markdown(found: Mapping[str, Mapping[str, str]]) -> str:
+def markdown(support: Mapping[str, Mapping[str, str]]) -> str:
     files = [name for name, file_type in FILE_TYPES.items() if file_type.carries_formats]
     lines = [f"| format | {' | '.join(files)} |", "|---" * (len(files) + 1) + "|"]
-    for format, ways in found.items():
+    for format, ways in support.items():
         lines.append(f"| {format} | {' | '.join(ways.get(file, '') for file in files)} |")
     return "\n".join(lines)
 
@@ -107,7 +107,7 @@ def _place(column: tuple[str, str]) -> tuple[int, int]:
 
 
 def _cell(row: Mapping[str, Any]) -> str:
-    """`same` in figures: KL divergence, greedy tokens; else the verdict."""
+    """KL divergence and greedy tokens if the verdict is `same`; else the verdict."""
     from ..release.verify import NEW  # which imports torch
 
     return f"{row['kl']:.1g}, {row['greedy']}/{NEW}" if row["verdict"] == "same" else f"**{row['verdict']}**"

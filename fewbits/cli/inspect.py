@@ -1,4 +1,4 @@
-"""`fewbits inspect`: what is in this file."""
+"""`fewbits inspect`: the tensors, types and metadata of a model."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ LONGEST = 60
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--json", action="store_true", help="print as JSON")
-    parser.add_argument("--no-tensors", action="store_true", help="leave the list of tensors out")
+    parser.add_argument("--no-tensors", action="store_true", help="do not list the tensors")
 
 
 def run(options: argparse.Namespace) -> int:
     path = resolve(options.model, options.cache_dir)
-    found = describe(path)
+    description = describe(path)
     if options.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(description, indent=1, ensure_ascii=False))
         return 0
-    print(f"{path}: {found['kind']}, {found['weights']} weights, {size(found['nbytes'])}, "
-          f"{found['bits_per_weight']:.3f} bits per weight\n")  # fmt: skip
-    print(table(["key", "value"], [[key, short(value)] for key, value in found["metadata"].items()]))
-    rows: list[list[Cell]] = [[kind, *figures.values()] for kind, figures in found["types"].items()]
+    print(f"{path}: {description['kind']}, {description['weights']} weights, {size(description['nbytes'])}, "
+          f"{description['bits_per_weight']:.3f} bits per weight\n")  # fmt: skip
+    print(table(["key", "value"], [[key, short(value)] for key, value in description["metadata"].items()]))
+    rows: list[list[Cell]] = [[kind, *figures.values()] for kind, figures in description["types"].items()]
     for row in rows:
         row[3] = size(int(row[3] or 0))
     print("\n" + table(["type", "tensors", "weights", "size", "bits/weight"], rows))
     if not options.no_tensors:
         lines: list[list[Cell]] = [
             [t["name"], " x ".join(map(str, t["shape"])), t["type"], size(t["nbytes"])]
-            for t in found["tensors"]
+            for t in description["tensors"]
         ]
         print("\n" + table(["tensor", "shape", "type", "size"], lines))
     return 0

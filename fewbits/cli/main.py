@@ -1,7 +1,7 @@
-"""fewbits: quantize a language model, measure what it cost, write what the runtime loads.
+"""fewbits: quantize a language model, measure the loss, write the file that the runtime loads.
 
-A command is a module of this folder (EXAMPLES, `arguments`, `run`) and a row of COMMANDS; only the one that
-is called is imported, so that help comes at once.
+A command is a module of this folder (EXAMPLES, `arguments`, `run`) and a row of COMMANDS. Only the module of
+the called command is imported, so help is fast.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ EXAMPLES = f"""examples:
 
 COMMANDS = {
     "quantize": "quantize a model into a GGUF file or a directory",
-    "plan": "say what a quantization will give and take, before any work",
-    "calibrate": "measure what a model's weights read, for quantize --calibrate",
-    "evaluate": "compare quantized models with their original: KL divergence, agreement, perplexity, text",
+    "plan": "predict size, memory, time and engines of a quantization before it runs",
+    "calibrate": "measure activation statistics of a model, for quantize --calibrate",
+    "evaluate": "compare quantized models with the original: KL divergence, agreement, perplexity, text",
     "lm-eval": "run tasks of lm-eval (the evaluation harness) on a model of any file type",
     "inspect": "show the tensors, types, bits and metadata of a model",
     "convert": "write a model to another file type without quantizing again",
     "verify": "load an output in its engine and compare logits and greedy tokens",
     "push": "upload a model that fewbits wrote, with its card and receipt",
     "formats": "list number formats and file types",
-    "demo": "quantize a real model to three types, measure each, and let each write a sentence",
+    "demo": "quantize a small model to three types, measure each, and generate a sentence with each",
 }
 
 
@@ -49,7 +49,7 @@ def parser(called: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """The parser of all commands, with the options of those that are called."""
     top = argparse.ArgumentParser(
         prog="fewbits",
-        description="Make a language model small: quantize it, measure the cost, write what runtimes load.",
+        description="Quantize a language model, measure the loss, and write the file that runtimes load.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,7 +74,7 @@ def parser(called: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
             type=Path,
             metavar="DIR",
             default=cache_folder(),
-            help="where downloaded models are kept (default: $FEWBITS_CACHE or ~/.cache/fewbits)",
+            help="folder of downloaded models (default: $FEWBITS_CACHE or ~/.cache/fewbits)",
         )
         sub.set_defaults(run=module.run)
     return top
@@ -82,7 +82,7 @@ def parser(called: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command -> exit code."""
-    # Threads of torch that wait would hold cores that other programs need; a setting of the user's stays.
+    # Otherwise waiting threads of torch keep cores busy. A setting of the user has priority.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else arguments
     called = parser([word for word in arguments if word in COMMANDS][:1])
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return ERROR
     except KeyboardInterrupt:
-        print(f"fewbits {options.command}: interrupted; run the same command to go on", file=sys.stderr)
+        print(f"fewbits {options.command}: interrupted; run the same command to resume", file=sys.stderr)
         return INTERRUPTED
 
 

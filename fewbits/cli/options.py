@@ -1,4 +1,4 @@
-"""The options that `quantize` and `plan` share, and how they become those of the workflow."""
+"""The options that `quantize` and `plan` share, and their conversion to `workflow.Options`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Renamed(argparse.Action):
-    """An option's old name, for one version: it works, and says what it is called now."""
+    """The old name of an option, accepted for one version with a notice of the new name."""
 
     def __call__(
         self,
@@ -37,55 +37,55 @@ class Renamed(argparse.Action):
 def type_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="TYPE", help="file type or format (see `fewbits formats`)")
     parser.add_argument(
-        "--file", choices=tuple(FILE_TYPES), help="output file type (default: by --to and --out)"
+        "--file", choices=tuple(FILE_TYPES), help="output file type (default: from --to and --out)"
     )
     parser.add_argument(
         "--rule", action="append", default=[], metavar="PATTERN=FORMAT",
-        help="override the type of the tensors that match, first match wins; repeatable",
+        help="override the type of matching tensors; the first match wins; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--plan", type=Path, metavar="FILE",
-        help="TOML: rules, after those of --rule, and a [run] table with options of this command",
+        help="TOML file with rules, applied after --rule, and a [run] table with options of this command",
     )  # fmt: skip
     parser.add_argument(
         "--no-search",
         action="store_true",
-        help="round to nearest with plain min-max block parameters: faster, larger error",
+        help="round to nearest with min-max scales: faster, larger error",
     )
     parser.add_argument("--requantize", action="store_true", help="accept a model that is already quantized")
 
 
 def method_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how codes are chosen")
+    group = parser.add_argument_group("quantization method")
     free = " and ".join(name for name, method in METHODS.items() if not method.needs_data)
     group.add_argument(
         "--effort", choices=tuple(EFFORTS),
-        help="quality for time: fast rounds to nearest, good (default) is GPTQ, best distils it as well",
+        help="fast rounds to nearest, good (default) is GPTQ, best is GPTQ and distillation",
     )  # fmt: skip
     group.add_argument(
         "--method", choices=tuple(METHODS),
-        help=f"instead of an effort: {free} need no text, weighted a text or an importance matrix, gptq a "
-        "text or Hessians, learned a text",
+        help=f"instead of --effort: {free} need no text, weighted needs text or an imatrix, gptq text "
+        "or Hessians, learned text",
     )  # fmt: skip
     group.add_argument(
         "--smooth", nargs="?", type=float, const=True, metavar="ALPHA",
-        help="SmoothQuant: move outliers from activations into weights (ALPHA: searched unless given)",
+        help="SmoothQuant: move outliers from activations to weights (default ALPHA: searched)",
     )  # fmt: skip
     for name, what in (
         ("awq", "AWQ: scale up the columns that carry large activations"),
-        ("rotate", "rotate the residual stream and the values (Hadamard), fused into the weights"),
-        ("equalize", "even out the ranges of weights that follow one another"),
+        ("rotate", "rotate the residual stream and the values by a Hadamard matrix, fused into the weights"),
+        ("equalize", "equalize the ranges of consecutive weights"),
     ):
         group.add_argument(f"--{name}", action="store_true", default=None, help=what)
     group.add_argument(
         "--distill", type=int, metavar="STEPS",
-        help="afterwards distil block scales and norms against the model's own logits",
+        help="train scales and norms on the logits of the float model afterwards",
     )  # fmt: skip
     group.add_argument("--polish", type=int, dest="distill", action=Renamed, help=argparse.SUPPRESS)
     group.add_argument(
         "--activations", metavar="SCHEME",
-        help="activations in few bits at run time, such as int8_dynamic: compressed-tensors and native "
-        "directories can say so",
+        help="scheme of activations at run time, such as int8_dynamic; recorded in compressed-tensors and "
+        "native directories",
     )  # fmt: skip
 
 
@@ -93,30 +93,30 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument(
         "--calibrate", metavar="SOURCE",
-        help="text the model is run on: a text or JSONL file, hf:NAME[:CONFIG][:SPLIT], or self (default): "
-        "the model writes it; or statistics saved by `fewbits calibrate` or llama-imatrix",
+        help="calibration text: a text or JSONL file, hf:NAME[:CONFIG][:SPLIT], or self (default): generated "
+        "by the model; or statistics saved by `fewbits calibrate` or llama-imatrix",
     )  # fmt: skip
-    group.add_argument("--tokens", type=int, metavar="N", help="how many tokens (default 32768)")
-    group.add_argument("--context", type=int, metavar="N", help="tokens in a window (default 512)")
-    group.add_argument("--seed", type=int, help="of sampling and shuffling (default 0)")
+    group.add_argument("--tokens", type=int, metavar="N", help="number of tokens (default 32768)")
+    group.add_argument("--context", type=int, metavar="N", help="tokens per window (default 512)")
+    group.add_argument("--seed", type=int, help="seed of sampling and shuffling (default 0)")
     group.add_argument(
-        "--strict-calibration", action="store_true", help="make too few tokens for a weight an error"
+        "--strict-calibration", action="store_true", help="fail if a weight has too few tokens"
     )
     group.add_argument(
         "--activation-memory", type=gib, default="2", metavar="GIB",
-        help="hidden states beyond this go to a scratch file (default 2)",
+        help="memory for hidden states; the rest goes to a scratch file (default 2)",
     )  # fmt: skip
-    group.add_argument("--scratch", type=Path, metavar="DIR", help="where that file lies (default: system's)")
-    group.add_argument("--device", default="cpu", help="cpu (default) or cuda: where the model is run")
+    group.add_argument("--scratch", type=Path, metavar="DIR", help="folder of that file (default: system's)")
+    group.add_argument("--device", default="cpu", help="device of the model: cpu (default) or cuda")
     group.add_argument(
         "--compute", choices=("auto", *DTYPES), default="auto",
-        help="arithmetic of the model: auto takes bf16 with AMX or CUDA, else f32",
+        help="arithmetic of the model: auto is bf16 with AMX or CUDA, else f32",
     )  # fmt: skip
 
 
 def options_of(given: argparse.Namespace) -> Options:
-    """The command line -> Options, by the same names; PlanError and FileError for a plan that cannot be read
-    or followed."""
+    """The command line -> Options of the same names; PlanError or FileError for a plan that is invalid or
+    cannot be read."""
     same = {each.name: getattr(given, each.name) for each in fields(Options) if hasattr(given, each.name)}
     writes = hasattr(given, "no_verify")
     other = {
@@ -143,8 +143,8 @@ def streaming_of(given: argparse.Namespace) -> Streaming:
 
 
 def _dtype(name: str, device: str) -> torch.dtype:
-    """auto: bf16 on CUDA and with AMX. Elsewhere f32, though some CPUs multiply bf16 faster: the check of
-    AWQ, SmoothQuant and equalization keeps few pairs in bf16."""
+    """auto: bf16 on CUDA and with AMX, else f32. Some other CPUs multiply bf16 faster, but the check of AWQ,
+    SmoothQuant and equalization keeps few pairs in bf16."""
     if name != "auto":
         return DTYPES[name]
     amx = torch.cpu._is_amx_tile_supported()

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, with rate and time left."""
+"""Progress bars on stderr, with rate and remaining time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class ByteProgress:
-    """Bytes read so far of all; the callback of `pipeline.quantize`."""
+    """Bytes read and total bytes; the callback of `pipeline.quantize`."""
 
     def __init__(self, what: str):
         self._bar = tqdm(
@@ -38,7 +38,7 @@ class ByteProgress:
 
 
 class StageProgress:
-    """Steps of named stages, one bar each; the callback of `evaluate`."""
+    """One bar per named stage; the callback of `evaluate`."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None

@@ -1,4 +1,4 @@
-"""`fewbits push`: an output, its card and its receipt, to the hub."""
+"""`fewbits push`: upload an output with its card and receipt to the hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLES = """examples:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH")
     parser.add_argument("repo", metavar="ORG/NAME")
-    parser.add_argument("--private", action="store_true", help="make the repository a private one")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`fewbits quantize`: a float model in, a small one and a receipt out."""
+"""`fewbits quantize`: float model -> quantized model and receipt."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from .verify import concluded, verify_arguments
 EXAMPLES = """MODEL is a Hugging Face directory, a .gguf file, a hub name org/name[@revision], or
 demo:smollm2.
 
---to takes a llama.cpp file type (q4_k_m, iq4_xs, q8_0 ...: the same mixture as llama-quantize, written
-as GGUF) or a format (int4_g128, nf4, mxfp4 ...: written as a native directory). `fewbits formats` lists both.
+--to is a llama.cpp file type (q4_k_m, iq4_xs, q8_0 ...: the tensor types of llama-quantize, written as
+GGUF) or a format (int4_g128, nf4, mxfp4 ...: written as a native directory). `fewbits formats` lists both.
 
---effort says how much work goes into the codes: fast rounds to nearest (seconds); good, the default, runs
-the model block by block over calibration text (GPTQ); best distils the result as well. Without
---calibrate the model writes its own text.
+--effort fast rounds to nearest (seconds). good, the default, runs the model block by block over
+calibration text (GPTQ). best adds distillation. Without --calibrate the model generates the text.
 
-A killed run is continued by the same command, with a byte-identical result.
+The same command resumes a killed run and gives a byte-identical result.
 
 examples:
   fewbits quantize ./Llama-3.2-1B --to q4_k_m
@@ -45,18 +44,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="PATH", help="output file (.gguf) or directory")
     type_arguments(parser)
     parser.add_argument(
-        "--strict", action="store_true", help="make a fall-back type an error (exit code 3) too"
+        "--strict", action="store_true", help="also exit with code 3 if any tensor got a fallback type"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
     parser.add_argument(
         "--memory", type=gib, metavar="GIB",
-        help="memory this process may take (default: what is free); what does not fit is refused at once",
+        help="memory limit of this process (default: free memory); a run that needs more is refused",
     )  # fmt: skip
     method_arguments(parser)
     parser.add_argument(
         "--kv-cache", metavar="SCHEME",
-        help="store keys and values in fp8 (the one scheme so far); scales come from the calibration text",
+        help="KV cache scheme, fp8 only so far; its scales are measured on the calibration text",
     )  # fmt: skip
     text_arguments(parser)
     verify_arguments(parser)
@@ -80,12 +79,12 @@ def run(given: argparse.Namespace) -> int:
 
 
 def verdict(receipt: Receipt, strict: bool) -> int:
-    """0, or 3 if a tensor that a rule names (with `strict`: any tensor) is not what was asked."""
+    """0, or 3 if a tensor with a rule (with `strict`: any tensor) did not get its requested format."""
     changed = receipt.changed()
     named = [row for row in changed if row.rule is not None]
     if changed:
         print(
-            f"fewbits quantize: {len(changed)} of {len(receipt.tensors)} tensors got a fall-back type "
+            f"fewbits quantize: {len(changed)} of {len(receipt.tensors)} tensors got a fallback type "
             f"({len(named)} of them named by a rule); the receipt says why",
             file=sys.stderr,
         )

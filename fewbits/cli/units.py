@@ -1,4 +1,4 @@
-"""Values of options with a unit."""
+"""Option values with a unit."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def gib(text: str) -> int:
     except (ValueError, OverflowError):  # no number; NaN or infinite
         nbytes = -1
     if nbytes < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory: give GiB, such as 4 or 0.5")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory; give GiB, such as 4 or 0.5")
     return nbytes

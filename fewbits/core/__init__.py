@@ -1,12 +1,12 @@
-"""The C++ core, and what to do without it.
+"""The optional C++ core.
 
-`fewbits._core` holds the same arithmetic as the reference in plain torch, compiled once for each
-instruction set and chosen at run time (csrc/dispatch.cc). Without it everything works, tens of times
-slower; the first use warns. FEWBITS_CORE=0 switches it off, FEWBITS_CORE=FILE loads another build of it,
-FEWBITS_ISA=portable|avx2|avx512 caps it.
+`fewbits._core` has the same arithmetic as the reference in plain torch, compiled for each instruction set and
+selected at run time (csrc/dispatch.cc). Without it everything works, but tens of times slower, with a warning
+at the first use. FEWBITS_CORE=0 disables it, FEWBITS_CORE=FILE loads another build,
+FEWBITS_ISA=portable|avx2|avx512 limits the instruction set.
 
 Every address that C++ gets comes from `_address`: a contiguous tensor of the expected type and size in
-this process's memory, or a KernelError that names what came instead.
+this process's memory, or a KernelError that describes the argument.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ..lazy import torch
 ISAS = ("portable", "avx2", "avx512")
 
 # Types whose codes are points of a lattice: levels `(L,)` f32, points `(P, dim)` as indices of levels, and
-# where the search for a step starts, `(s,)` f32. formats/iq.py adds them; `load` gives them to the core.
+# where the search for a scale starts, `(s,)` f32. formats/iq.py adds them; `load` gives them to the core.
 LATTICES: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
 
 
 @cache
 def dtypes() -> dict[torch.dtype, int]:
-    """The types that the core reads weights in, and their numbers there."""
+    """The types of weights that the core reads, and their numbers there."""
     return {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -88,7 +88,7 @@ def available() -> bool:
 
 
 def takes(*tensors: torch.Tensor | None) -> bool:
-    """Whether the core is there and can reach these: not on another device, nor without values (meta)."""
+    """Whether the core is available and supports these tensors: not on another device or meta."""
     return all(part is None or part.device.type == "cpu" for part in tensors) and available()
 
 
@@ -102,13 +102,13 @@ _threads: ContextVar[int | None] = ContextVar("threads", default=None)
 
 
 def threads() -> int:
-    """How many the core may use: torch's number, also where torch itself is held to one."""
+    """The number of threads of the core: torch's number, also while torch is limited to one."""
     return _threads.get() or torch.get_num_threads()
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Inside, torch itself works on one thread: waking others costs more than small operations take."""
+    """Within, torch uses one thread: waking others costs more than small operations."""
     outside, given = torch.get_num_threads(), _threads.set(threads())
     torch.set_num_threads(1)
     try:
@@ -123,8 +123,8 @@ def encode(
 ) -> int:
     """`(n, k)` f32/f16/bf16 -> the blocks of GGML type `name`, written to `blocks`.
 
-    importance: `(k,)` or `(n, k)` f32. -> 0, or how many parts hold a weight that is NaN, infinite
-    or beyond 2^56, and then `blocks` is void. All contiguous and on the CPU, else KernelError.
+    importance: `(k,)` or `(n, k)` f32. -> 0, or the number of parts with a weight that is NaN,
+    infinite or beyond 2^56; then `blocks` is undefined. All contiguous and on the CPU, else KernelError.
     """
     return _module().encode(
         name,
@@ -164,7 +164,7 @@ def decode(name: str, blocks: torch.Tensor, shape: tuple[int, int]) -> torch.Ten
 def _module() -> ModuleType:
     module = load()
     if module is None:
-        raise KernelError("the C++ core is not there; use the reference in plain torch")
+        raise KernelError("the C++ core is not available; use the reference in plain torch")
     return module
 
 
@@ -174,13 +174,14 @@ def _address(
     *wanted: torch.dtype,
     shape: tuple[int, ...] | None = None,
 ) -> int:
-    """Where the entries of a contiguous CPU tensor lie, 0 for none. The only source of the core's addresses.
+    """The address of the entries of a contiguous CPU tensor, 0 for none. The only source of the core's
+    addresses.
 
     KernelError for another device, dtype, layout or (where `shape` is given) shape.
     """
     if part is None:
         return 0
-    # Other subclasses of Tensor may stand for memory elsewhere, or for none.
+    # Other subclasses of Tensor may have memory elsewhere, or none.
     fits = type(part) in (torch.Tensor, torch.nn.Parameter) and part.device.type == "cpu"
     fits = fits and part.layout == torch.strided and part.is_contiguous()
     fits = fits and part.dtype in wanted and shape in (None, part.shape)
@@ -200,7 +201,7 @@ def _address(
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a grid rounds a number, laid out for the core: `(groups, n)` each, and `group (k,)` int64, the
+    """The rounding of a grid as data for the core: `(groups, n)` each, and `group (k,)` int64, the
     row of them that a column has. A table (levels, boundaries between them, codes; all f32) or, without
     one, integers in [0, top] about zero."""
 

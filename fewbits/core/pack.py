@@ -1,4 +1,4 @@
-"""THE bit packer: few-bit codes <-> machine words.
+"""The bit packer: low-bit codes <-> machine words.
 
 The codes of a row form one little-endian bit stream: code i occupies bits `i * bits` to
 `(i + 1) * bits - 1`, and bit b of the stream is bit `b % wordbits` of word `b // wordbits`.
@@ -78,7 +78,7 @@ def unpack(packed: torch.Tensor, bits: int, k: int, order: Sequence[int] | None 
     out = torch.empty(*cells.shape[:-1], count, dtype=torch.uint8, device=packed.device)
     for position, source in enumerate(permutation):
         index, offset = divmod(position * bits, wordbits)
-        # A right shift of int32 is arithmetic: the mask removes what it drags in from the sign.
+        # A right shift of int32 is arithmetic: the mask removes the sign bits.
         code = (cells[..., index] >> offset) & min(mask, (1 << (wordbits - offset)) - 1)
         if offset + bits > wordbits:
             code = code | ((cells[..., index + 1] << (wordbits - offset)) & mask)

@@ -1,1 +1,1 @@
-"""File types: where the bytes of a checkpoint lie. One module or more a type; open.py tells which it is."""
+"""File types: the layouts of checkpoints. Each has one or more modules; open.py recognizes the type."""

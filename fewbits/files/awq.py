@@ -1,22 +1,22 @@
-"""AWQ's layout: int4 packed along the output in int32, as AutoAWQ's `gemm` kernels take it and GPTQModel,
+"""AWQ's layout: int4 packed along the output in int32, for AutoAWQ's `gemm` kernels; GPTQModel,
 transformers and vLLM read it.
 
     w (n, k) = (code - zero) * scale          one scale and zero for each row and group of columns
 
     <module>.qweight  i32 (k, n / 8)         codes of a row of w^T
     <module>.scales   f16 (groups, n)
-    <module>.qzeros   i32 (groups, n / 8)    the zeros themselves, packed like the codes
+    <module>.qzeros   i32 (groups, n / 8)    the zeros, packed like the codes
 
     bits of a word    0-3  4-7  8-11  12-15  16-19  20-23  24-27  28-31
     output            0    2    4     6      1      3      5      7         of the 8 that share it
 
-A symmetric weight has the zero 8 everywhere. `zero_point: false` may say so, but vLLM then takes the codes
-for unsigned numbers without a zero (0.33, auto_awq.py): what is written says true, and `meta` tells us that
-it is symmetric. The config has one group size and one kind of zero for all, and `modules_to_not_convert`
-names what stays in float: a module whose name contains one of its names is left alone, so no such name may
-lie within that of a quantized module.
+A symmetric weight has the zero 8 everywhere. With `zero_point: false`, vLLM treats the codes as unsigned
+numbers without a zero (0.33, auto_awq.py), so fewbits writes true, and `meta` records that the weight is
+symmetric. The config has one group size and one kind of zero for all weights. `modules_to_not_convert` lists
+names: a module whose name contains one of them stays in float, so none may be part of the name of a quantized
+module.
 
-Other versions (`gemv`, `gemv_fast`, `llm-awq`) pack along the input, or in int16: they are refused.
+Other versions (`gemv`, `gemv_fast`, `llm-awq`) pack along the input, or in int16. They are refused.
 Source: GPTQModel 7.7, quantization/awq/utils/packing_utils.py and nn_modules/qlinear/torch_awq.py (the layout
 is that of github.com/mit-han-lab/llm-awq); transformers 5.23, AwqConfig (the defaults).
 """
@@ -49,7 +49,7 @@ from .integers import from_integers, group_of, integer_name, integers, scale_dty
 BITS = 4
 WORD = 8  # codes
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-GROUP_SIZE = 128  # where a config says none
+GROUP_SIZE = 128  # default if a config has none
 SYMMETRIC = "symmetric"
 
 
@@ -127,16 +127,16 @@ class AWQ(Directory):
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
-        said = _normal(config)
-        bits, group, version = said["bits"], said["group_size"], said["version"]
+        settings = _normal(config)
+        bits, group, version = settings["bits"], settings["group_size"], settings["version"]
         if bits != BITS or version != "gemm" or type(group) is not int or group == 0 or group < -1:
             faults.append(
                 f"AWQ of {str(bits)[:20]} bits, group_size {str(group)[:20]}, version {str(version)[:20]!r}; "
-                f"read are {BITS} bits, group_size -1 or more, version gemm: save it as that with the tool "
+                f"supported: {BITS} bits, group_size -1 or more, version gemm: save it as that with the tool "
                 "that wrote it"
             )
             return {}
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         for key, place in places.items():
             module, shape = key.removesuffix(".qweight"), place.entry.shape
             if module == key:
@@ -147,9 +147,9 @@ class AWQ(Directory):
                 faults.append(f"{module}: qweight {shape} has no whole groups of {columns} columns")
                 continue
             dtype = scale_dtype(places, f"{module}.scales")
-            name = integer_name(BITS, columns, said["zero_point"], dtype)
-            found[f"{module}.weight"] = QuantizedEntry(FORMATS.get(name), (n, k))
-        return found
+            name = integer_name(BITS, columns, settings["zero_point"], dtype)
+            entries[f"{module}.weight"] = QuantizedEntry(FORMATS.get(name), (n, k))
+        return entries
 
 
 def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mixed(kinds: Mapping[str, Format]) -> list[str]:
-    """Each format but the most common, and the weights that have it."""
+    """Each format except the most common one, with its weights."""
     given = [kind.name for kind in kinds.values()]
     common = max(given, key=given.count, default="")
     other: dict[str, list[str]] = {}
@@ -181,14 +181,14 @@ def _mixed(kinds: Mapping[str, Format]) -> list[str]:
 
 
 def _swallowed(left: Sequence[str], quantized: Sequence[str]) -> list[str]:
-    """Modules left in float whose names lie within those of quantized ones."""
+    """Modules in float whose names are part of those of quantized ones."""
     names = "\n".join(quantized)
     return [
-        f"{module} stays in float, and readers would leave {found} in float too, whose name contains it; "
+        f"{module} stays in float, but readers would also leave {longer} in float, whose name contains it; "
         "quantize it, or use gptq_v2 or native"
         for module in left
         if module in names
-        for found in [next(name for name in quantized if module in name)]
+        for longer in [next(name for name in quantized if module in name)]
     ]
 
 

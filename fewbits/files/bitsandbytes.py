@@ -5,17 +5,17 @@
     <module>.weight.quant_map        f32 (16,)            the levels
     <module>.weight.quant_state.bitsandbytes__nf4         u8: JSON with quant_type, blocksize, dtype, shape
 
-    double quantization: absmax is u8 and there are besides
+    double quantization: absmax is u8, with two more arrays
     <module>.weight.nested_absmax    f32 (blocks / 256,)
     <module>.weight.nested_quant_map f32 (256,)           and nested_offset in the JSON
 
     <module>.weight                  i8 (n, k)            w = weight * SCB / 127
     <module>.SCB                     f32 (n,)
-    <module>.weight_format           u8 ()                0: by rows, the only one that is still read
+    <module>.weight_format           u8 ()                0: by rows, the only one that is supported
 
-The JSON may end in spaces: the offset is known only with the weight, so room is left for its digits. dtype is
-what the package decodes to; ours is the model's. Blocks that run over the end of a row, and levels that are
-not the package's own, open as floats.
+The JSON may end in spaces, which reserve the digits of the offset, because it is known only with the weight.
+dtype is the type that the package decodes to; fewbits uses the model's. Blocks that continue in the next row,
+and levels that are not the package's own, open as floats.
 
 Source: bitsandbytes 0.50.2, functional.py (QuantState) and nn/modules.py; transformers 5.23, quantizers/ and
 integrations/bitsandbytes.py.
@@ -70,15 +70,15 @@ TABLES = {  # digests of the tables that the package writes, which our formats d
 }
 LARGEST = (2 - 2**-23) * 2.0**127  # of f32
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-DTYPES_TOLD = ("bfloat16", "float16", "float32")
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 STATE = re.compile(r"(?P<module>.+)\.weight\.quant_state\.bitsandbytes__(?P<levels>nf4|fp4)")
 STATE_LIMIT = 65536  # bytes of JSON
-DIGITS = 24  # the longest a number is written
+DIGITS = 24  # longest decimal number
 
 
 @dataclass(frozen=True)
 class BitsAndBytes(Directory):
-    """dtype: what the package is told to decode to, and to compute in."""
+    """dtype: the type in which the package decodes and computes."""
 
     dtype: str = "float32"
     name = "bitsandbytes"
@@ -87,8 +87,8 @@ class BitsAndBytes(Directory):
     run = "AutoModelForCausalLM.from_pretrained({name!r})      # with bitsandbytes installed"
 
     def of(self, config: Mapping[str, Any]) -> BitsAndBytes:
-        said = str(config.get("dtype", config.get("torch_dtype")))
-        return replace(self, dtype=said) if said in DTYPES_TOLD else self
+        dtype = str(config.get("dtype", config.get("torch_dtype")))
+        return replace(self, dtype=dtype) if dtype in COMPUTE_DTYPES else self
 
     def reason(self, format: Format) -> str | None:
         carried = isinstance(format, ScaledLevels) and format.levels in (NF4, FP4, INT8)
@@ -106,32 +106,32 @@ class BitsAndBytes(Directory):
             ]
         nested = isinstance(format, DoubleQuantized)
         blocks = n * k // format.block
-        found = [
+        arrays = [
             Array(name, "u8", (n * k // 2, 1)),
             Array(f"{name}.absmax", "u8" if nested else "f32", (blocks,)),
             Array(f"{name}.quant_map", "f32", (16,)),
         ]
         if nested:
-            found.append(Array(f"{name}.nested_absmax", "f32", (-(-blocks // NESTED_BLOCK),)))
-            found.append(Array(f"{name}.nested_quant_map", "f32", (256,)))
+            arrays.append(Array(f"{name}.nested_absmax", "f32", (-(-blocks // NESTED_BLOCK),)))
+            arrays.append(Array(f"{name}.nested_quant_map", "f32", (256,)))
         key = f"{name}.quant_state.bitsandbytes__{_levels(format)}"
-        return [*found, Array(key, "u8", (len(self._state(format, shape, None)),))]
+        return [*arrays, Array(key, "u8", (len(self._state(format, shape, None)),))]
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         codes, absmax = q.planes["codes"], q.planes["absmax"].flatten()
         assert isinstance(q.format, ScaledLevels)
         if q.format.levels is INT8:
             return codes.view(torch.int8), absmax, torch.tensor(0, dtype=torch.uint8)
-        found = [codes.reshape(-1, 1), absmax, q.format.levels.values]
+        arrays = [codes.reshape(-1, 1), absmax, q.format.levels.values]
         offset = None
         if isinstance(q.format, DoubleQuantized):
-            found += [q.planes["nested_absmax"], DYNAMIC.values]
+            arrays += [q.planes["nested_absmax"], DYNAMIC.values]
             offset = float(q.planes["offset"])
         state = self._state(q.format, q.shape, offset)
-        return *found, torch.frombuffer(bytearray(state), dtype=torch.uint8)
+        return *arrays, torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
     def _state(self, format: Format, shape: Shape, offset: float | None) -> bytes:
-        """quant_state as JSON, as long for any offset."""
+        """quant_state as JSON, of the same length for any offset."""
         state: dict[str, Any] = {"quant_type": _levels(format), "blocksize": format.block}
         state |= {"dtype": self.dtype, "shape": list(shape)}
         if not isinstance(format, DoubleQuantized):
@@ -174,7 +174,7 @@ class BitsAndBytes(Directory):
         matrices = [name for name, (_, shape) in rows.items() if len(shape) == 2 and module_of(name) != name]
         left = [module_of(name) for name in matrices if name not in quantized]
         if not any(role_of(name) == "output" for name in matrices):
-            left.append("lm_head")  # tied to the embeddings, so no tensor of its own
+            left.append("lm_head")  # tied to the embeddings, so not a separate tensor
         settings = {
             "quant_method": self.method,
             "load_in_4bit": four,
@@ -193,18 +193,18 @@ class BitsAndBytes(Directory):
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         for key in places:
             match, module = STATE.fullmatch(key), key.removesuffix(".SCB")
-            held: QuantizedEntry | FloatEntry | None = None
+            entry: QuantizedEntry | FloatEntry | None = None
             if match is not None:
                 module = match["module"]
-                held = self._four_bits(module, match["levels"], config, places, faults)
+                entry = self._four_bits(module, match["levels"], config, places, faults)
             elif module != key:
-                held = self._rows(module, config, places, faults)
-            if held is not None:
-                found[f"{module}.weight"] = held
-        lost = [key for key, place in places.items() if _coded(key, place) and key not in found]
+                entry = self._rows(module, config, places, faults)
+            if entry is not None:
+                entries[f"{module}.weight"] = entry
+        lost = [key for key, place in places.items() if _coded(key, place) and key not in entries]
         named = {fault.split(":")[0] for fault in faults}
         faults += [
             f"{module_of(key)}: weight is {places[key].entry.dtype}, but has no quant_state or SCB beside "
@@ -212,7 +212,7 @@ class BitsAndBytes(Directory):
             for key in lost
             if module_of(key) not in named
         ]
-        return found
+        return entries
 
     def _rows(
         self, module: str, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
@@ -242,7 +242,7 @@ class BitsAndBytes(Directory):
         places: Mapping[str, Place],
         faults: list[str],
     ) -> QuantizedEntry | FloatEntry | None:
-        """One NF4 or FP4 weight, as its quant_state says it is."""
+        """One NF4 or FP4 weight, described by its quant_state."""
         name, before = f"{module}.weight", len(faults)
         key = f"{name}.quant_state.bitsandbytes__{levels}"
         nested = f"{name}.nested_absmax" in places
@@ -271,10 +271,10 @@ class BitsAndBytes(Directory):
         if nested:
             arrays[3] = arrays[3]._replace(shape=(-(-blocks // NESTED_BLOCK),))
         arrays[-1] = arrays[-1]._replace(shape=places[key].entry.shape)
-        held = QuantizedEntry(format, (n, k), arrays=tuple(arrays))
+        entry = QuantizedEntry(format, (n, k), arrays=tuple(arrays))
         whole = all(stands(array, places) for array in arrays)
         if not whole or (k % block == 0 and _own_levels(levels, nested, arrays, places)):
-            return held  # what is not whole is told when it is opened
+            return entry  # incomplete arrays are reported when it is opened
         keys = tuple(array.key for array in arrays)
         return FloatEntry((n, k), keys, lambda parts: _decode((n, k), block, state, parts))
 
@@ -282,7 +282,7 @@ class BitsAndBytes(Directory):
 def _decode(
     shape: Shape, block: int, state: Mapping[str, Any], parts: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Any levels, blocks over the ends of rows: what the package does."""
+    """Decodes any levels, with blocks across rows, as the package does."""
     count = shape[0] * shape[1]
     codes, absmax = unpack(_bytes(parts[0]), 4, count, (1, 0)), parts[1]
     if len(parts) == 6:
@@ -292,7 +292,7 @@ def _decode(
 
 
 def _checked_state(module: str, levels: str, nested: bool, place: Place, faults: list[str]) -> dict[str, Any]:
-    """The JSON of quant_state; what is wrong with it in `faults`."""
+    """The JSON of quant_state; faults in `faults`."""
     if place.entry.dtype != "U8" or place.entry.nbytes > STATE_LIMIT:
         faults.append(f"{module}: quant_state is no short u8 array; fetch the directory again")
         return {}
@@ -302,36 +302,36 @@ def _checked_state(module: str, levels: str, nested: bool, place: Place, faults:
         faults.append(str(error))
         return {}
     shape, block, offset = state.get("shape"), state.get("blocksize"), state.get("nested_offset")
-    told = []
+    problems = []
     if state.get("quant_type") != levels:
-        told.append(f"quant_type is {str(state.get('quant_type'))[:20]!r}, the key says {levels}")
+        problems.append(f"quant_type is {str(state.get('quant_type'))[:20]!r}, the key says {levels}")
     if (
         not isinstance(shape, list)
         or len(shape) != 2
         or not all(type(size) is int and 0 < size < 2**31 for size in shape)
         or shape[0] * shape[1] % 2
     ):
-        told.append(f"shape {str(shape)[:40]} is none of a weight [n, k]")
+        problems.append(f"shape {str(shape)[:40]} is not that of a weight [n, k]")
     if type(block) is not int or block not in BLOCKS:
-        told.append(f"blocksize {str(block)[:20]} is none of {', '.join(map(str, BLOCKS))}")
+        problems.append(f"blocksize {str(block)[:20]} is none of {', '.join(map(str, BLOCKS))}")
     number = isinstance(offset, int | float) and abs(offset) <= LARGEST
     if nested and (state.get("nested_blocksize") != NESTED_BLOCK or not number):
-        told.append(
+        problems.append(
             f"nested_blocksize {str(state.get('nested_blocksize'))[:20]} and nested_offset "
             f"{str(offset)[:30]} are not {NESTED_BLOCK} and a number"
         )
     if not nested and "nested_blocksize" in state:
-        told.append("it speaks of double quantization, nested_absmax is missing")
-    faults += [f"{module}: quant_state: {fault}; the file is damaged" for fault in told]
+        problems.append("it describes double quantization, but nested_absmax is missing")
+    faults += [f"{module}: quant_state: {fault}; the file is damaged" for fault in problems]
     return state
 
 
 def _mixture(by_format: Mapping[Format, Sequence[str]]) -> list[str]:
-    """What the config cannot say, or transformers not load."""
+    """Faults that the config cannot express or transformers cannot load."""
     faults = []
     if len(by_format) > 1:
-        told = (f"{kind.name} ({names[0]} and {len(names) - 1} more)" for kind, names in by_format.items())
-        faults.append(f"one model has one format, these are {', '.join(told)}; leave the others in float")
+        counts = (f"{kind.name} ({names[0]} and {len(names) - 1} more)" for kind, names in by_format.items())
+        faults.append(f"one model has one format, these are {', '.join(counts)}; leave the others in float")
     names = [name for names in by_format.values() for name in names]
     for what, hit in (
         ("experts", [name for name in names if ".experts." in name]),
@@ -358,13 +358,13 @@ def _bytes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _coded(key: str, place: Place) -> bool:
-    """Does a weight look like one of bitsandbytes?"""
+    """Whether a weight has the layout of bitsandbytes."""
     dtype, shape = place.entry.dtype, place.entry.shape
     return key.endswith(".weight") and (dtype == "I8" or (dtype == "U8" and shape[1:] == (1,)))
 
 
 def _own_levels(levels: str, nested: bool, arrays: Sequence[Array], places: Mapping[str, Place]) -> bool:
-    """Are the tables in the file the ones that our formats decode with?"""
+    """Whether the tables in the file equal those of our formats."""
     tables = [(levels, arrays[2])] + ([("dynamic", arrays[4])] if nested else [])
     return all(digest(read_floats(*places[array.key])) == TABLES[name] for name, array in tables)
 

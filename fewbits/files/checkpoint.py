@@ -1,4 +1,4 @@
-"""Checkpoint: a lazy, mapped view of a model's files. Nothing is read before it is asked for."""
+"""Checkpoint: a lazy, memory-mapped view of a model's files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class LazyTensor:
     """One tensor of a checkpoint, not yet read.
 
-    kind: what it is stored in, a number type or a quantized format. `load()` maps the bytes and returns a
+    kind: its number type or quantized format. `load()` maps the bytes and returns a
     float tensor, or a QTensor for a quantized one; the mapping is released with the returned value.
     """
 
@@ -44,13 +44,13 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as it lies on disk, in Hugging Face names and layouts whatever the file type.
+    """A model on disk, with Hugging Face names and layouts for every file type.
 
     config: the Hugging Face config.json (rebuilt from the keys of a GGUF file).
     side_files: tokenizer, chat template, generation config, license: name -> path.
-    metadata: what the file says besides: activations, kv_cache, unread, and in a native directory what
-    fewbits wrote there. gguf_keys: keys and typed values of a GGUF file. mixture: llama.cpp's number of its
-    file type. provenance: reference, file type, files with sizes: what a receipt says of the input.
+    metadata: other fields of the file: activations, kv_cache, unread, and those of fewbits in a native
+    directory. gguf_keys: keys and typed values of a GGUF file. mixture: llama.cpp's number of its
+    file type. provenance: reference, file type, files with sizes, for the receipt.
     """
 
     path: Path

@@ -1,13 +1,12 @@
-"""Directories with config.json: how the arrays of a quantized weight lie in a file, and what the config says
-of them.
+"""Directories with config.json: the arrays of a quantized weight in a file, and their config.
 
     q_proj.weight, int4_g128     native     q_proj.weight.codes   q_proj.weight.scale
                                  gptq       q_proj.qweight        q_proj.scales   q_proj.qzeros   q_proj.g_idx
     config.json                  {"quantization_config": {"quant_method": "gptq", "bits": 4, ...}}
 
-A directory's type only moves bits: `pack` and `unpack` are exact inverses, so a weight goes from one to any
-other that carries its format without being quantized again. One file a type. The arrays lie in safetensors
-unless a type has another container (`weights`, `container`).
+A directory's type only rearranges bits: `pack` and `unpack` are exact inverses, so a weight can be converted
+to any type that supports its format without quantizing again. One module per type. The arrays are in
+safetensors unless a type has another container (`weights`, `container`).
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from .output import Job, Output, copy_side_files, side_files_of
 if TYPE_CHECKING:
     import torch
 
-Stored = tuple[Kind, tuple[int, ...]]  # what a tensor is stored in, and its shape
+Stored = tuple[Kind, tuple[int, ...]]  # number type or format of a tensor, and its shape
 Row = tuple[str, str, tuple[int, ...]]  # an array's key, dtype and shape
 
 
 class Array(NamedTuple):
-    """One array of a weight on disk. key: its whole name. dtype: a name of DTYPES."""
+    """One array of a weight on disk. key: its full name. dtype: a name of DTYPES."""
 
     key: str
     dtype: str
@@ -48,23 +47,23 @@ class Array(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an array lies: a file and its entry there."""
+    """The place of an array: a file and its entry."""
 
     file: Path
     entry: Entry
 
 
 def stands(array: Array, places: Mapping[str, Place]) -> bool:
-    """Does an array lie there, in its dtype and shape?"""
+    """Whether the array exists with this dtype and shape."""
     place = places.get(array.key)
     return place is not None and (place.entry.dtype, place.entry.shape) == (array.dtype.upper(), array.shape)
 
 
 @dataclass(frozen=True)
 class QuantizedEntry:
-    """A quantized weight of a directory. arrays: those of `file_type.arrays`, unless another tool may lay
-    them otherwise and `unpack` knows it. extra: keys that belong to it besides, and say nothing that the
-    format does not. file_type: the one of this weight, where the directory's own depends on settings."""
+    """A quantized weight of a directory. arrays: those of `file_type.arrays`, or another tool's layout that
+    `unpack` supports. extra: further keys of the weight without information of their own. file_type: that
+    of this weight, if it depends on settings."""
 
     format: Format
     shape: Shape
@@ -75,7 +74,7 @@ class QuantizedEntry:
 
 @dataclass(frozen=True)
 class FloatEntry:
-    """A quantized weight that no format of ours holds (codes under a table of its own, say): it opens as
+    """A quantized weight without a matching format (such as codes with their own table), which opens as
     floats. decode: the arrays of `keys`, in order -> `(n, k)` f32."""
 
     shape: Shape
@@ -84,8 +83,8 @@ class FloatEntry:
 
 
 class Directory(FileType):
-    """method: quant_method in config.json, None if no config names it. weights: the file of all arrays.
-    marks: other files by which a directory is taken for one of this type."""
+    """method: quant_method in config.json, None if there is none. weights: the file of all arrays.
+    marks: other files that identify a directory of this type."""
 
     method: ClassVar[str | None] = None
     weights: ClassVar[str] = "model.safetensors"
@@ -94,7 +93,7 @@ class Directory(FileType):
     # ---- reading -------------------------------------------------------------------------------------
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
-        """Does a quantization_config speak of this type?"""
+        """Whether a quantization_config is of this type."""
         return self.method is not None and settings.get("quant_method") == self.method
 
     def recognizes(self, probe: Probe) -> bool:
@@ -109,12 +108,12 @@ class Directory(FileType):
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
-        """Which tensors of a directory are quantized, and how. config: its quantization_config. What
-        contradicts itself is appended to `faults`."""
+        """The quantized tensors of a directory. config: its quantization_config. Contradictions are appended
+        to `faults`."""
 
     def read_runtime(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
-        """What a directory tells a runtime besides its weights: records as activations/record.py has them,
-        and under "unread" a line for each thing that no record of ours says. config: as `find` has it."""
+        """The runtime schemes of a directory: records of activations/record.py, and under "unread" a line for
+        each field that is not supported. config: as in `find`."""
         return {}
 
     # ---- the arrays of a weight ----------------------------------------------------------------------
@@ -122,7 +121,7 @@ class Directory(FileType):
     @abstractmethod
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         """The arrays of tensor `name` (`...weight`), `(n, k)` in a format, in the order of `pack`.
-        FormatError for a shape that the type cannot hold."""
+        FormatError for a shape that the type does not support."""
 
     @abstractmethod
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
@@ -133,7 +132,7 @@ class Directory(FileType):
         """The inverse of `pack`."""
 
     def packer(self, name: str, about: Mapping[str, Any]) -> Callable[[QTensor], tuple[torch.Tensor, ...]]:
-        """`pack` for tensor `name`, once the run knows all of `about`."""
+        """`pack` for tensor `name`, once all of `about` is known."""
         return self.pack
 
     def fits(self, format: Format, shape: Shape) -> bool:
@@ -148,23 +147,23 @@ class Directory(FileType):
     # ---- writing -------------------------------------------------------------------------------------
 
     def of(self, config: Mapping[str, Any]) -> Directory:
-        """This type for one model: `self`, unless what is written depends on the model's config.json."""
+        """This type for one model: `self`, unless it depends on the model's config.json."""
         return self
 
     def container(self, rows: Iterable[Row]) -> tuple[bytes, list[Entry]]:
-        """The container of these arrays: the first bytes of its file, and where each lies."""
+        """The container of these arrays: the first bytes of its file, and the place of each."""
         return lay_out(rows, {"format": "pt"})
 
     @abstractmethod
     def settings(
         self, rows: Mapping[str, Stored], config: Mapping[str, Any], about: Mapping[str, Any]
     ) -> Mapping[str, Mapping[str, Any] | bytes]:
-        """The small files that say what the arrays mean: name -> JSON object or bytes, the one that makes
-        the directory complete last.
+        """The small files that describe the arrays: name -> JSON object or bytes; the last one makes the
+        directory complete.
 
-        rows: every tensor. config: the model's config.json, without quantization_config. about: what
-        fewbits itself remembers (recipe, activations). Raises PlanError, naming the weights, for a
-        mixture of formats that the type cannot say.
+        rows: every tensor. config: the model's config.json, without quantization_config. about:
+        fewbits' own fields (recipe, activations). Raises PlanError, naming the weights, for a mixture of
+        formats that the type cannot express.
         """
 
     def check_place(self, out: Path, overwrite: bool) -> None:
@@ -180,7 +179,7 @@ class Directory(FileType):
                 raise FileError(f"{out / name}: exists; choose another output or pass overwrite")
 
     def others_files(self) -> list[str]:
-        """What would make a directory one of another type, and is none of this one's."""
+        """Files that identify a directory of another type."""
         known = [other for _, other in FILE_TYPES.items() if isinstance(other, Directory)]
         named = {name for other in known for name in (other.weights, *other.marks)}
         return sorted(named - {self.weights, *self.marks})
@@ -232,7 +231,7 @@ def laid_out(
 ) -> tuple[bytes, list[Span], dict[str, tuple[str, ...]]]:
     """Tensors in order -> header of the file of arrays, its spans, and the spans of each tensor.
 
-    FormatError, all in one, for formats that the type does not carry.
+    One FormatError for all formats that the type does not support.
     """
     arrays: list[Row] = []
     keys: dict[str, tuple[str, ...]] = {}
@@ -256,7 +255,7 @@ def laid_out(
 
 
 def arrays_of(file_type: Directory, name: str, row: Stored) -> list[Row]:
-    """The arrays of one tensor that the type carries."""
+    """The arrays of one tensor in a supported format."""
     kind, shape = row
     if not isinstance(kind, Format):
         return [(name, kind.name, shape)]
@@ -271,8 +270,7 @@ def module_of(name: str) -> str:
 def open_tensors(
     file_type: Directory, config: Mapping[str, Any], places: Mapping[str, Place], where: Path
 ) -> dict[str, LazyTensor]:
-    """All tensors of a directory: those that `find` finds, checked against their arrays, and the floats
-    beside them.
+    """All tensors of a directory: those from `find`, checked against their arrays, and the float tensors.
 
     FileError with every disagreement: arrays missing, of another dtype or shape, quantized and float at once.
     """
@@ -282,7 +280,7 @@ def open_tensors(
     claimed: set[str] = set()
     for name, entry in entries.items():
         if name in places and name not in _keys(file_type, name, entry):
-            faults.append(f"tensor {name!r} stands there both quantized and in float; write it anew")
+            faults.append(f"tensor {name!r} is both quantized and in float; write it again")
         tensor = _tensor(file_type, name, entry, places, faults)
         if tensor is not None:
             tensors[name] = tensor

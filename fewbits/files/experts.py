@@ -6,8 +6,8 @@ else in this package, have one matrix for each expert and projection:
     mlp.experts.gate_up_proj (e, 2f, h)  ->  mlp.experts.E.gate_proj.weight, .up_proj.weight  (f, h)
     mlp.experts.down_proj    (e, h, f)   ->  mlp.experts.E.down_proj.weight                   (h, f)
 
-mixtral's own names for them are block_sparse_moe.experts.E.w1, w3 and w2, and block_sparse_moe.gate.
-`pieces` is this table; `split_experts` reads it one way, whoever fills a transformers block the other.
+mixtral's own names for them are block_sparse_moe.experts.E.w1, w3 and w2, and block_sparse_moe.gate. `pieces`
+is this table. `split_experts` applies it in one direction, filling a transformers block in the other.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Place = tuple[int, slice] | tuple[()]
 
 
 def pieces(name: str, shape: tuple[int, ...], model_type: str | None) -> dict[str, Place]:
-    """A tensor of a transformers model -> the tensors of a Checkpoint that make it up, and the place of
-    each in it: `tensor[place]`. A tensor that is not fused is one piece, as a whole: `()`."""
+    """A tensor of a transformers model -> the tensors of a Checkpoint in it, and the place of
+    each: `tensor[place]`. A tensor that is not fused is one piece, as a whole: `()`."""
     kind = "mixtral" if model_type == "mixtral" else "default"
     fused = _FUSED.match(name)
     if fused is None or len(shape) != 3:
@@ -51,7 +51,7 @@ def pieces(name: str, shape: tuple[int, ...], model_type: str | None) -> dict[st
 
 
 def split_experts(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint with every fused expert tensor cut into lazy `(n, k)` weights."""
+    """The same checkpoint with every fused expert tensor split into lazy `(n, k)` weights."""
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         for piece, place in pieces(name, tensor.shape, checkpoint.config.get("model_type")).items():
@@ -62,7 +62,7 @@ def split_experts(checkpoint: Checkpoint) -> Checkpoint:
 def _cut(tensor: LazyTensor, name: str, place: Place) -> LazyTensor:
     if tensor.quantized:
         raise ModelError(
-            f"{tensor.file}: {tensor.name!r} {tensor.shape} {tensor.kind.name} cannot be cut into experts; "
+            f"{tensor.file}: {tensor.name!r} {tensor.shape} {tensor.kind.name} cannot be split into experts; "
             "save the model with one float tensor for each expert"
         )
     assert len(place) == 2

@@ -1,12 +1,12 @@
-"""FileType: all that the program knows of one file type, in one value.
+"""FileType: the description of one file type.
 
-    name, run, library, engines     what --to takes; what a model card says; who reads it
-    recognizes(probe), open(path)   reading: told by content, only headers are read
-    reason(format), nearest(...)    which number formats it carries, and the one to take instead of another
+    name, run, library, engines     values of --to; text of the model card; engines
+    recognizes(probe), open(path)   reading: recognized by content; only headers are read
+    reason(format), nearest(...)    supported number formats, and the nearest one to another
     lay_out(...) -> Output          writing: names, packing, header, settings, side files
 
-GGUF is a file (gguf/filetype.py); all others are directories with config.json (directory.py). Nothing else in
-the program asks a file type for its name. A new one is a module here and a line in open.py.
+GGUF is a file (gguf/filetype.py); all others are directories with config.json (directory.py). No other code
+depends on the name of a file type. A new one is a module here and a line in open.py.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from .output import Output
 
 Shape = tuple[int, int]
-USUAL: Shape = (4096, 4096)  # where the shape of a weight is not known
+USUAL: Shape = (4096, 4096)  # if the shape of a weight is unknown
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What lies at a path, looked at once for all file types."""
+    """The content of a path, read once for all file types."""
 
     path: Path
 
@@ -57,13 +57,13 @@ class Probe:
 
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
-        """quantization_config of config.json or of its older homes; None where nothing says anything."""
+        """quantization_config of config.json or of older files; None if there is none."""
         return quantization_of(self.path, read_json_object(self.path / "config.json"))
 
 
 def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Take the settings of quantization out of config.json; AutoGPTQ and AutoAWQ kept them in files of their
-    own, mlx-lm keeps them twice."""
+    """Remove the quantization settings from config.json. AutoGPTQ and AutoAWQ kept them in separate files,
+    mlx-lm keeps them twice."""
     settings = config.pop("quantization_config", None)
     if isinstance(mlx := config.get("quantization"), dict) and "group_size" in mlx:
         settings = config.pop("quantization")
@@ -74,10 +74,9 @@ def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any] | None
 
 
 class FileType(ABC):
-    """name: as `--to` and `--file` take it. where: how a message calls one. suffix: of a file type that is
-    one file, else "". engines: names in engines/, of which the first is asked about each output. run:
-    how people run it, for the card. library: library_name of the card. tables: may embeddings be
-    quantized?"""
+    """name: a value of `--to` and `--file`. where: its name in messages. suffix: of a file type that is one
+    file, else "". engines: names in engines; the first verifies each output. run: how to run it, for
+    the card. library: library_name of the card. tables: whether embeddings may be quantized."""
 
     name: str
     where: ClassVar[str] = "a {name} directory"
@@ -86,21 +85,21 @@ class FileType(ABC):
     run: ClassVar[str] = "vllm serve {name}"
     library: ClassVar[str] = "transformers"
     tables: ClassVar[bool] = False
-    verified: ClassVar[bool] = True  # is another engine waiting for it, so that each output is tried there?
+    verified: ClassVar[bool] = True  # whether each output is verified in a second engine
     writes_gguf_names: ClassVar[bool] = False
 
     # ---- reading -------------------------------------------------------------------------------------
 
     @abstractmethod
     def recognizes(self, probe: Probe) -> bool:
-        """Is what lies there of this type?"""
+        """Whether the content is of this type."""
 
     @abstractmethod
     def open(self, path: Path) -> Checkpoint:
         """Only headers are read. FileError for damaged files, with all faults."""
 
     def inspect(self, path: Path) -> tuple[Mapping[str, Any], list[tuple[str, tuple[int, ...], str, int]]]:
-        """Settings, and (name, shape, type, bytes) of each tensor, as they are stored."""
+        """Settings, and (name, shape, type, bytes) of each stored tensor."""
         checkpoint = self.open(path)
         rows = [(t.name, t.shape, t.kind.name, t.nbytes) for t in checkpoint.tensors.values()]
         return checkpoint.config, rows
@@ -109,10 +108,10 @@ class FileType(ABC):
 
     @abstractmethod
     def reason(self, format: Format) -> str | None:
-        """None where the file type carries the format exactly; else what of it it cannot hold."""
+        """None if the file type supports the format exactly; else what is not supported."""
 
     def fits(self, format: Format, shape: Shape) -> bool:
-        """Does it carry a weight of this shape in the format?"""
+        """Whether it supports a weight of this shape in the format."""
         try:
             format.check_shape(*shape, "weight")
         except FewbitsError:
@@ -121,55 +120,56 @@ class FileType(ABC):
 
     @cached_property
     def carries_formats(self) -> bool:
-        """Does it carry any format, or floats alone?"""
+        """Whether it supports any format besides floats."""
         return any(self.reason(format) is None for format in _registered())
 
     def nearest(self, format: Format, shape: Shape = USUAL) -> Kind:
-        """The format to take instead of one that is not carried: the registered one of the nearest size,
-        rather larger than smaller, of the same making (even steps, a zero point or minimum); bf16 where none
-        is.
+        """The substitute for an unsupported format: the registered one of the nearest size, preferably
+        larger, of the same kind (uniform, with a zero point or offset); bf16 if there is none.
 
-        It is what a refusal names, and what `convert --requantize` quantizes to.
+        A refusal names it, and `convert --requantize` quantizes to it.
         """
         fits = [other for other in _candidates(format) if self.fits(other, shape)]
         return min(fits, key=lambda other: _distance(format, other), default=BF16)
 
     def refusal(self, format: Format, shape: Shape = USUAL) -> str | None:
-        """None where the format is carried; else one sentence: why not, and the nearest that is."""
+        """None if the format is supported; else a sentence with the reason and the nearest format."""
         reason = self.reason(format)
         if reason is None:
             return None
         where, near = self.where.format(name=self.name), self.nearest(format, shape)
-        return f"{where} cannot carry {format.name} ({reason}); the nearest it can is {near.name}"
+        return (
+            f"{where} does not support {format.name} ({reason}); the nearest supported format is {near.name}"
+        )
 
     # ---- writing -------------------------------------------------------------------------------------
 
     def with_runtime(self, activations: str | None = None, kv_cache: str | None = None) -> FileType:
-        """This file type for weights that meet activations, and a cache, of a scheme; PlanError where a file
-        cannot say so."""
-        for what, scheme in (("activations", activations), ("a cache of keys and values", kv_cache)):
+        """This file type with schemes for activations and the KV cache; PlanError if it cannot record
+        them."""
+        for what, scheme in (("activations", activations), ("a scheme of the KV cache", kv_cache)):
             if scheme is not None:
                 raise PlanError(
-                    f"{self.where.format(name=self.name)} cannot say anything of {what}; use "
-                    "compressed-tensors or a native directory"
+                    f"{self.where.format(name=self.name)} cannot record {what}; use compressed-tensors or a "
+                    "native directory"
                 )
         return self
 
     def plain_kind(self, entry: GGUFEntry, source: LazyTensor | None) -> Kind:
-        """The type of a tensor that is not quantized: the source's own."""
+        """The type of an unquantized tensor: that of the source."""
         return source.kind if source else F32
 
     def check_source(self, checkpoint: Checkpoint) -> None:  # noqa: B027  most types take any architecture
-        """ModelError where no model of this architecture can be written."""
+        """ModelError if no model of this architecture can be written."""
 
     def check_kind(self, out: Path) -> None:
-        """FileError where a directory stands in the place of a file, or the other way round."""
+        """FileError if a directory is in the place of a file, or a file in that of a directory."""
         if out.exists() and out.is_dir() == bool(self.suffix):
             kind = "a" if self.suffix else "not a"
             raise FileError(f"{out}: exists and is {kind} directory; choose another output")
 
     def check_place(self, out: Path, overwrite: bool) -> None:  # noqa: B027  a file is replaced or resumed
-        """FileError where `out` holds what is not to be written over."""
+        """FileError if `out` has files that must not be overwritten."""
 
     @abstractmethod
     def lay_out(
@@ -180,12 +180,11 @@ class FileType(ABC):
         kinds: Mapping[str, Kind],
         about: Mapping[str, Any],
     ) -> Output:
-        """The output before a byte of it is written. kinds: by entry where `writes_gguf_names`, else by
-        source. about: name, recipe and file_type of what is written. FormatError, all in one, for kinds not
-        carried."""
+        """The output before a byte of it is written. kinds: by entry if `writes_gguf_names`, else by source.
+        about: name, recipe and file_type of the output. One FormatError for all unsupported kinds."""
 
     def default_path(self, stem: str, to: str) -> Path:
-        """Where an output goes whose place is not given."""
+        """The default path of an output."""
         return Path(f"{stem}-{to}")
 
     def receipt_path(self, out: Path) -> Path:
@@ -199,12 +198,12 @@ FILE_TYPES: Registry[FileType] = Registry("file type", FileError)
 
 
 def _registered() -> list[Format]:
-    """The formats that can stand for others: none in act order, which takes a text."""
+    """The formats that can replace others; none in act order, which needs text."""
     return [format for _, format in FORMATS.items() if format.ordered is None]
 
 
 def _candidates(format: Format) -> list[Format]:
-    """What may be near a format: all that are registered, and integers with groups of the same size."""
+    """Candidates near a format: all registered ones, and integers with groups of the same size."""
     plain = format.ordered or format
     if not isinstance(plain, Affine) or plain.cells.rows != 1:
         return _registered()
@@ -214,7 +213,7 @@ def _candidates(format: Format) -> list[Format]:
 
 
 def _traits(format: Format) -> tuple[bool, bool]:
-    """Even steps? An offset: a zero point or a minimum?"""
+    """Whether it is uniform, and whether it has a zero point or an offset."""
     plain = format.ordered or format
     if isinstance(plain, Affine):
         return True, plain.zero != "none"
@@ -224,7 +223,7 @@ def _traits(format: Format) -> tuple[bool, bool]:
 
 
 def _weights_a_scale(format: Format) -> int:
-    """How many weights of a usual shape share a scale."""
+    """The number of weights that share a scale, for a usual shape."""
     cells = getattr(format, "cells", None)
     if cells is None:
         return int(getattr(format, "group", format.block))
@@ -232,7 +231,8 @@ def _weights_a_scale(format: Format) -> int:
 
 
 def _distance(format: Format, other: Format) -> float:
-    """How far apart two formats are; the same for weights of any shape, for engines want q, k and v alike."""
+    """The distance of two formats; independent of the shape, because engines need equal formats for q, k and
+    v."""
     plain = format.ordered or format
     ratio = log2(other.bits_per_weight(*USUAL) / plain.bits_per_weight(*USUAL))
     (even, offset), (other_even, other_offset) = _traits(plain), _traits(other)
@@ -242,7 +242,7 @@ def _distance(format: Format, other: Format) -> float:
 
 
 def gathered(faults: Mapping[str, Sequence[str]]) -> list[str]:
-    """Faults and the tensors that have them -> one line a fault."""
+    """Faults and their tensors -> one line per fault."""
     return [
         f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {fault}"
         for fault, names in faults.items()

@@ -8,11 +8,11 @@
     config.json   {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic",
                    "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", ...]}}
 
-Engines quantize the inputs too, each token in groups of 128 columns, which no scheme of ours says: it is told
-as unread. transformers takes the rows of a block from rows / scales when it decodes, which is 128 only where
-128 divides them: so what is written has whole blocks, and what is read may end in part of one. Scales of
-powers of two (`scale_fmt: ue8m0`) and experts in fp4 are refused.
-Source: transformers 5.24, FineGrainedFP8Config and integrations/finegrained_fp8.py; vLLM 0.33, fp8.py.
+Engines also quantize the inputs, each token in groups of 128 columns. No scheme of ours matches that, so it
+is listed as unread. transformers derives the rows of a block from rows / scales when it decodes, which is 128
+only if 128 divides the rows. So written weights have whole blocks, while weights that are read may end in a
+partial block. Scales of powers of two (`scale_fmt: ue8m0`) and experts in fp4 are refused. Source:
+transformers 5.24, FineGrainedFP8Config and integrations/finegrained_fp8.py; vLLM 0.33, fp8.py.
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ class Fp8(Directory):
         if block != [BLOCK, BLOCK] or scales != "float" or experts != "fp8":
             faults.append(
                 f"fp8 with weight_block_size {str(block)[:40]}, scale_fmt {str(scales)[:20]!r}, expert_dtype "
-                f"{str(experts)[:20]!r}; read are blocks of [{BLOCK}, {BLOCK}], float scales and fp8 "
+                f"{str(experts)[:20]!r}; supported: blocks of [{BLOCK}, {BLOCK}], float scales and fp8 "
                 "experts: use an engine that has these, or the float model"
             )
             return {}
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         for key, place in places.items():
             module = module_of(key)
             if module == key or place.entry.dtype != "F8_E4M3":
@@ -122,10 +122,10 @@ class Fp8(Directory):
             size = shape[0], shape[1]
             extra = [f"{module}.{part}" for part in ("activation_scale", "input_scale")]
             extra = [key for key in extra if key in places]
-            found[key] = QuantizedEntry(
+            entries[key] = QuantizedEntry(
                 format, size, tuple(extra), arrays=tuple(self._arrays(key, format, size))
             )
-        return found
+        return entries
 
     def read_runtime(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
         scheme = str(config.get("activation_scheme", "dynamic"))[:20]

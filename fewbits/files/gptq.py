@@ -1,26 +1,26 @@
-"""GPTQ's layout: integers packed along the input in int32, as AutoGPTQ made it and GPTQModel, transformers
-and vLLM read it.
+"""GPTQ's layout: integers packed along the input in int32, from AutoGPTQ; GPTQModel, transformers and vLLM
+read it.
 
     w (n, k) = (code - zero) * scale          one scale and zero for each row and group of columns
 
     <module>.qweight  i32 (k / 32 * bits, n)        codes of a column of w^T, the first in the low bits
     <module>.scales   f16 (groups, n)
-    <module>.qzeros   i32 (groups, n / 32 * bits)   zeros; `gptq` stores zero - 1, `gptq_v2` the zero itself
+    <module>.qzeros   i32 (groups, n / 32 * bits)   zeros; `gptq` stores zero - 1, `gptq_v2` the zero
     <module>.g_idx    i32 (k,)                      the group of each column
 
-Symmetric weights have the zero 2^(bits-1). Version 1 cannot say the zero 0 to everyone: GPTQModel takes the
-1 from whole words (2, 4 and 8 bits), so that it is borrowed from the next weight's zero, and adds it to whole
-words, as is done here; readers that add it to each zero decode something else. So `gptq`, which everything
-reads, is written for symmetric weights only, and `gptq_v2` for both.
+Symmetric weights have the zero 2^(bits-1). Readers disagree on the zero 0 in version 1: GPTQModel subtracts
+the 1 from whole words (2, 4 and 8 bits), which borrows from the next weight's zero, and adds it to whole
+words, as is done here. Readers that add it to each zero decode other values. So `gptq`, which every tool
+reads, is written only for symmetric weights, `gptq_v2` for both.
 
-Where g_idx does not rise with the columns, the weight is in act order (int4_g128_actorder), whatever the
-config says. GPTQModel goes by g_idx; vLLM's kernels look at it only where `desc_act` is true. So desc_act
-is true as soon as one weight needs it: in the others g_idx rises, and nothing changes.
+If g_idx does not rise with the columns, the weight is in act order (int4_g128_actorder), whatever the config
+says. GPTQModel uses g_idx; vLLM's kernels use it only if `desc_act` is true. So desc_act is true if at least
+one weight needs it; for the others g_idx rises and nothing changes.
 
-`dynamic` holds what differs from module to module: "+:regex" changes settings, "-:regex" leaves a module in
-float; the first that matches from a name's first letter counts. GPTQModel 7.7 has more layouts under this
-method, which are refused: `gptq_p`, and 5, 6 and 7 bits, whose codes lie in bit planes.
-Source: GPTQModel 7.7, quantization/config.py, utils/model.py and nn_modules/qlinear; vLLM, gptq_marlin.py.
+`dynamic` has the exceptions of modules: "+:regex" changes settings, "-:regex" leaves a module in float; the
+first match from the start of a name applies. Further layouts of GPTQModel 7.7 are refused: `gptq_p`, and 5, 6
+and 7 bits, whose codes are stored in bit planes. Source: GPTQModel 7.7, quantization/config.py,
+utils/model.py and nn_modules/qlinear; vLLM, gptq_marlin.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from .integers import (
 
 BITS = (2, 3, 4, 8)
 WORD = 32  # bits, and rows and columns that are packed together
-GROUP_SIZE = 128  # where a config says none: GPTQModel 7.7 and transformers
+GROUP_SIZE = 128  # default if a config has none: GPTQModel 7.7 and transformers
 FORMATS_READ = ("gptq", "gptq_v2")
 
 
@@ -81,7 +81,7 @@ class GPTQ(Directory):
         return "gptq" if self.version == 1 else "gptq_v2"
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
-        return settings.get("quant_method") == "gptq" and (_said_format(settings) == "gptq_v2") == (
+        return settings.get("quant_method") == "gptq" and (_format_name(settings) == "gptq_v2") == (
             self.version == 2
         )
 
@@ -143,7 +143,9 @@ class GPTQ(Directory):
         kinds = {module_of(name): _scheme(k) for name, (k, _) in rows.items() if isinstance(k, Format)}
         common = Counter(kinds.values()).most_common(1)[0][0] if kinds else (4, 128, True)
         dynamic: dict[str, dict[str, Any]] = {
-            f"+:^{re.escape(module)}$": _said(scheme) for module, scheme in kinds.items() if scheme != common
+            f"+:^{re.escape(module)}$": _settings_for(scheme)
+            for module, scheme in kinds.items()
+            if scheme != common
         }
         left = _left_in_float(rows, kinds)
         dynamic |= {f"-:^{re.escape(module)}$": {} for module in left}
@@ -151,7 +153,7 @@ class GPTQ(Directory):
         meta = {"quantizer": [f"fewbits:{VERSION}"]} | ({"act_group_aware": False} if ordered else {})
         settings = {
             "quant_method": "gptq",
-            **_said(common),
+            **_settings_for(common),
             "desc_act": ordered,
             "lm_head": "lm_head" in kinds,
             "checkpoint_format": self.name,
@@ -165,29 +167,29 @@ class GPTQ(Directory):
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
-        said, other = _said_format(config), config.get("format", _said_format(config))
-        if said not in FORMATS_READ or other != said or config.get("pack_dtype", "int32") != "int32":
+        version, other = _format_name(config), config.get("format", _format_name(config))
+        if version not in FORMATS_READ or other != version or config.get("pack_dtype", "int32") != "int32":
             faults.append(
-                f"checkpoint_format {str(said)[:20]!r}, format {str(other)[:20]!r}, pack_dtype "
-                f"{str(config.get('pack_dtype', 'int32'))[:20]!r}; read are gptq and gptq_v2 in int32: save "
-                "it as one of them with the tool that wrote it"
+                f"checkpoint_format {str(version)[:20]!r}, format {str(other)[:20]!r}, pack_dtype "
+                f"{str(config.get('pack_dtype', 'int32'))[:20]!r}; supported: gptq and gptq_v2 in int32; "
+                "save it as one of them with the tool that wrote it"
             )
             return {}
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         changes = _patterns(config.get("dynamic"), faults)
         for key in places:
             module = key.removesuffix(".qweight")
             if module != key:
-                held = self._find(module, _settings_of(config, changes, module), places, faults)
-                if held is not None:
-                    found[f"{module}.weight"] = held
-        return found
+                entry = self._find(module, _settings_of(config, changes, module), places, faults)
+                if entry is not None:
+                    entries[f"{module}.weight"] = entry
+        return entries
 
     def _find(
-        self, module: str, said: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
+        self, module: str, settings: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> QuantizedEntry | None:
-        bits, group = said.get("bits", 4), said.get("group_size", GROUP_SIZE)
-        sym = bool(said.get("sym", True))
+        bits, group = settings.get("bits", 4), settings.get("group_size", GROUP_SIZE)
+        sym = bool(settings.get("sym", True))
         shape = places[f"{module}.qweight"].entry.shape
         whole = len(shape) == 2 and bits in BITS and shape[0] % bits == 0 and shape[1] % WORD == 0
         if not whole or type(group) is not int or group == 0 or group < -1 or 0 in shape:
@@ -203,7 +205,7 @@ class GPTQ(Directory):
         format = FORMATS.get(integer_name(bits, columns, not sym, dtype))
         arrays = self.arrays(f"{module}.weight", format, (n, k))
         if not all(stands(array, places) for array in arrays):
-            return QuantizedEntry(format, (n, k))  # opening names what is missing
+            return QuantizedEntry(format, (n, k))  # opening reports missing arrays
         order, width = read_integers(*places[f"{module}.g_idx"]), columns or k
         if order == in_order(k, width):
             return QuantizedEntry(format, (n, k))
@@ -223,12 +225,12 @@ def _scheme(format: Format) -> tuple[int, int, bool]:
     return format.bits, format.cells.columns or -1, format.zero == "none"
 
 
-def _said(scheme: tuple[int, int, bool]) -> dict[str, Any]:
+def _settings_for(scheme: tuple[int, int, bool]) -> dict[str, Any]:
     return dict(zip(("bits", "group_size", "sym"), scheme, strict=True))
 
 
 def _left_in_float(rows: Mapping[str, Stored], kinds: Mapping[str, Any]) -> list[str]:
-    """Modules that a reader would take for quantized: matrices beside quantized ones in the blocks."""
+    """Modules that readers assume to be quantized: matrices beside quantized ones in the blocks."""
     parts = {re.sub(r"\.\d+\.", ".*.", module) for module in kinds}
     return [
         module
@@ -240,28 +242,28 @@ def _left_in_float(rows: Mapping[str, Stored], kinds: Mapping[str, Any]) -> list
     ]
 
 
-def _said_format(config: Mapping[str, Any]) -> Any:
+def _format_name(config: Mapping[str, Any]) -> Any:
     return config.get("checkpoint_format", config.get("format", "gptq"))
 
 
 def _patterns(dynamic: Any, faults: list[str]) -> list[tuple[re.Pattern[str], Mapping[str, Any]]]:
-    """`dynamic` -> what each module's name is matched with, and the settings that it changes."""
-    found: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
+    """`dynamic` -> patterns of module names, and the settings that they change."""
+    patterns: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
     for pattern, changes in dynamic.items() if isinstance(dynamic, dict) else ():
         try:
             if isinstance(changes, dict):
-                found.append((re.compile(re.sub(r"^[+-]:", "", pattern)), changes))
+                patterns.append((re.compile(re.sub(r"^[+-]:", "", pattern)), changes))
                 continue
             faults.append(f"dynamic {pattern[:60]!r} changes {str(changes)[:20]}; it holds settings")
         except re.error as error:
             faults.append(f"dynamic {pattern[:60]!r} is no regular expression: {error}")
-    return found
+    return patterns
 
 
 def _settings_of(
     config: Mapping[str, Any], patterns: Sequence[tuple[re.Pattern[str], Mapping[str, Any]]], module: str
 ) -> Mapping[str, Any]:
-    """The settings of one module: the whole's, changed by the first pattern that matches."""
+    """The settings of one module: the common ones, changed by the first matching pattern."""
     return {**config, **next((changes for pattern, changes in patterns if pattern.match(module)), {})}
 
 

@@ -2,14 +2,14 @@
 
     config.json                      the architecture
     model.safetensors                all tensors, or
-    NAME.safetensors                 the same, the only one: gptq_model-4bit-128g, as AutoGPTQ saved it
+    NAME.safetensors                 a single file with another name: gptq_model-4bit-128g of AutoGPTQ
     model.safetensors.index.json     {"weight_map": {tensor: "model-00001-of-00003.safetensors", ...}}
-    pytorch_model.bin[.index.json]   the same as torch pickled it, where there are no safetensors
+    pytorch_model.bin[.index.json]   a pickle of torch, used if there are no safetensors
     tokenizer.json, ...              side files, kept with every output
 
 Only headers are read here; a tensor's bytes are mapped when it is loaded. No pickle is ever executed:
-torch_bin.py reads what a state dict needs of one, other pickles (`*.pt`, `*.ckpt`) are refused.
-As an output it holds floats only.
+torch_bin.py interprets state dicts, other pickles (`*.pt`, `*.ckpt`) are refused. Outputs of this type have
+only floats.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BIN = "pytorch_model.bin"  # in shards: BIN.index.json
 
 
 class Floats(Directory):
-    """The directory without any quantization: what every tool of the field reads."""
+    """The directory without quantization, which every tool reads."""
 
     name = "huggingface"
     engines = ("transformers",)
@@ -81,8 +81,7 @@ HUGGINGFACE = Floats()
 
 
 def open_directory(path: Path, file_type: Directory) -> Checkpoint:
-    """A directory whose config says that it is of a type -> Checkpoint; every missing shard and tensor in one
-    FileError."""
+    """A directory of the type in its config -> Checkpoint; FileError with every missing shard and tensor."""
     path = Path(path)
     config = read_json_object(path / "config.json")
     settings = quantization_of(path, config) or {}
@@ -100,7 +99,7 @@ def open_directory(path: Path, file_type: Directory) -> Checkpoint:
 
 
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files, and tensor -> file name as the index has it (empty without one)."""
+    """The safetensors files, and tensor -> file name from the index (empty without one)."""
     for single, index in ((SINGLE, INDEX), (BIN, f"{BIN}.index.json")):
         if (path / single).is_file():
             return [path / single], {}
@@ -113,7 +112,7 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     if pickles:
         raise FileError(
             f"{path}: holds only pickles ({', '.join(pickles[:3])}), which are never loaded: they can run "
-            "code; where you trust them, load the model with transformers and save it: "
+            "code; if you trust them, load the model with transformers and save it: "
             "save_pretrained(DIR) writes safetensors"
         )
     raise FileError(f"{path}: has neither {SINGLE} nor {INDEX}; is this a model directory?")
@@ -124,7 +123,7 @@ def _shards(path: Path, index: Path, suffix: str) -> tuple[list[Path], dict[str,
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(f"{index}: has no weight_map of tensors to files; fetch it again")
     names = sorted({str(name) for name in weight_map.values()})
-    # A shard lies beside its index: a name with a path in it would reach anywhere.
+    # A shard must be beside its index: a name with a path could be anywhere.
     faults = [
         f"shard name {name!r} is not a plain file name" for name in names if not _is_plain(name, suffix)
     ]
@@ -139,7 +138,7 @@ def _is_plain(name: str, suffix: str) -> bool:
 
 
 def _places(path: Path, files: list[Path], weight_map: dict[str, str]) -> dict[str, Place]:
-    """The arrays of all files; where the index names a file for one, of that file."""
+    """The arrays of all files; if the index names a file for an array, of that file."""
     faults: list[str] = []
     tensors: dict[str, Place] = {}
     for file in files:
@@ -147,7 +146,7 @@ def _places(path: Path, files: list[Path], weight_map: dict[str, str]) -> dict[s
             if weight_map.get(name, file.name) != file.name:
                 continue
             if name in tensors:
-                faults.append(f"tensor {name!r} stands in {tensors[name].file.name} and in {file.name}")
+                faults.append(f"tensor {name!r} is in {tensors[name].file.name} and in {file.name}")
             tensors[name] = Place(file, entry)
     faults += [f"tensor {name!r} is not in {weight_map[name]}" for name in weight_map if name not in tensors]
     raise_all(FileError, str(path), faults)

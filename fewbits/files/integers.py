@@ -1,9 +1,9 @@
-"""Integer weights as codes, scales and zeros: what the layouts of int2 to int8 have in common.
+"""Integer weights as codes, scales and zeros, shared by the layouts of int2 to int8.
 
     w (n, k) = (code - zero) * scale        codes (n, k) u8, scales and zeros (n, groups)
 
 A symmetric format stores no zero: its codes are offset by 2^(bits-1), which is the zero of every group.
-A format in act order has the group of each column besides; codes lie where their columns do.
+A format in act order also has the group of each column; codes stay at the position of their column.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .directory import Place
 
 
 def plain_of(format: Format) -> Format:
-    """The format of the same groups with columns in order: itself, but for one in act order."""
+    """The format of the same groups with columns in order: itself, except for one in act order."""
     return format.ordered or format
 
 
 def integers(q: QTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A weight of int{2..8}, with or without integer zeros -> codes `(n, k)` u8, scales `(n, g)` as they are
+    """A weight of int{2..8}, with or without integer zeros -> codes `(n, k)` u8, scales `(n, g)` as
     stored, zeros `(n, g)` u8."""
     format = plain_of(q.format)
     assert isinstance(format, Affine)
@@ -52,8 +52,8 @@ def from_integers(
     zero: torch.Tensor,
     index: torch.Tensor | None = None,
 ) -> QTensor:
-    """The inverse of `integers` and `index_of`; FormatError where a symmetric format is given another zero
-    than its own."""
+    """The inverse of `integers` and `index_of`; FormatError if a symmetric format gets a zero
+    other than its own."""
     if isinstance(format, ActOrder):
         assert index is not None
         return format.with_index(from_integers(format.plain, shape, codes, scale, zero), index)
@@ -75,12 +75,12 @@ def from_integers(
 
 @cache
 def in_order(k: int, columns: int) -> tuple[int, ...]:
-    """The group of each of k columns where columns are in order: 0, 0 ... 1, 1 ..."""
+    """The group of each of k columns in order: 0, 0 ... 1, 1 ..."""
     return tuple(column // columns for column in range(k))
 
 
 def group_of(format: Format, k: int) -> int:
-    """Columns that share a scale."""
+    """Number of columns that share a scale."""
     plain = plain_of(format)
     assert isinstance(plain, Affine)
     return plain.cells.columns or k
@@ -96,6 +96,6 @@ def integer_name(
 
 
 def scale_dtype(places: Mapping[str, Place], key: str) -> str:
-    """`f16`, `bf16` or `f32`: of the scales a file holds; f16 where they are something else."""
+    """`f16`, `bf16` or `f32`: of a file's scales; f16 if they have another type."""
     dtype = places[key].entry.dtype.lower() if key in places else ""
     return dtype if dtype in SCALE_TYPES else "f16"

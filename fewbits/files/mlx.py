@@ -1,4 +1,4 @@
-"""MLX's layout: affine groups packed along the input in u32, as mlx and mlx-lm read and write them.
+"""MLX's layout: affine groups packed along the input in u32, of mlx and mlx-lm.
 
     w (n, k) = scale * code + bias            one scale and bias for each row and group of columns
 
@@ -6,21 +6,21 @@
     <module>.scales   (n, groups)             f16, bf16 or f32
     <module>.biases   (n, groups)             of the scales' dtype
 
-MLX has no zero points: bias = -zero * scale. A product with a power of two keeps every digit, so a symmetric
-weight, whose zero is 2^(bits-1), has both in its own dtype. An integer zero adds up to 8 digits to the 11 of
-f16 or the 8 of bf16: such a weight has both in f32, which holds 24, for 64 bits a group instead of 32. Under
-f32 scales no zero is carried: scale * code takes more than 24 digits, so that scale * code + bias is rounded.
-A weight with a float minimum goes as it is, minimum = bias.
+MLX has no zero points: bias = -zero * scale. A product with a power of two is exact, so a symmetric weight,
+whose zero is 2^(bits-1), has both in its own dtype. An integer zero adds up to 8 bits to the 11 significant
+bits of f16 or the 8 of bf16: such a weight has both in f32 (24 bits), which takes 64 bits per group instead
+of 32. With f32 scales no zero is supported: scale * code needs more than 24 bits, so scale * code + bias
+would be rounded. A float offset is stored directly as bias.
 
-MLX decodes and multiplies in the type that the scales' and the input's promote to: in f16 only if both are,
-in f32 if either is, or if one is f16 and the other bf16. In f32 it decodes the very values of the format.
+MLX decodes and multiplies in the type that the scales' and the input's types promote to: f16 only if both are
+f16, f32 if either is f32, or if one is f16 and the other bf16. In f32 it decodes exactly the values of the
+format.
 
 config.json has the same settings twice, `quantization` (mlx-lm) and `quantization_config`: bits, group_size,
-and under a module's name what differs there. Which formats the biases came from is ours to say, in
-`fewbits`: {"format", "modules"}; other tools pass it over, and without it a weight opens as `_asym_float`, of
-the same values. The zero of a group whose scale is 0 is not kept: it reads as 0. Other modes than affine, and
-experts in one array, are refused.
-Source: mlx 0.32, mlx.core.quantize and mlx.nn.quantize; mlx-lm, utils.py.
+and exceptions under a module's name. `fewbits`: {"format", "modules"} records the formats behind the biases.
+Other tools ignore it; without it a weight opens as `_asym_float` with the same values. The zero of a group
+with scale 0 is lost and read as 0. Modes other than affine, and experts in one array, are refused. Source:
+mlx 0.32, mlx.core.quantize and mlx.nn.quantize; mlx-lm, utils.py.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class MLX(Directory):
             if lost:
                 raise FormatError(
                     f"{format.name}: {lost} scales times their zeros are past the range of {bias.dtype}, so "
-                    "MLX's biases cannot hold them; use a format with float minima"
+                    "MLX's biases cannot hold them; use a format with float offsets"
                 )
         return pack(codes, format.bits, torch.int32).view(torch.uint32), scale, bias
 
@@ -129,7 +129,7 @@ class MLX(Directory):
         wrong = ~(_bias(scale, zero) == bias) | (stored.to(scale.dtype) != scale)
         if wrong.any():
             raise FormatError(
-                f"{int(wrong.sum())} of {bias.numel()} biases are no whole multiple of their {format.dtype} "
+                f"{int(wrong.sum())} of {bias.numel()} biases are no multiples of their {format.dtype} "
                 f"scales, where `fewbits` in the config says {format.name}; without it they open as floats"
             )
         return from_integers(format, shape, codes, stored, zero)
@@ -140,42 +140,46 @@ class MLX(Directory):
         kinds = {module_of(name): kind for name, (kind, _) in rows.items() if isinstance(kind, Format)}
         common = Counter(kinds.values()).most_common(1)[0][0] if kinds else FORMATS.get("int4_g64")
         other = {module: kind for module, kind in kinds.items() if kind != common}
-        settings: dict[str, Any] = _said(common)
-        settings |= {module: _said(kind) for module, kind in other.items() if _said(kind) != _said(common)}
+        settings: dict[str, Any] = _settings_for(common)
+        settings |= {
+            module: _settings_for(kind)
+            for module, kind in other.items()
+            if _settings_for(kind) != _settings_for(common)
+        }
         settings["fewbits"] = {"format": common.name, "modules": {m: kind.name for m, kind in other.items()}}
         return {"config.json": {**_older_rope(config), **config, **dict.fromkeys(SETTINGS, settings)}}
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         for key in places:
             module = key.removesuffix(".scales")
             if module != key and f"{module}.weight" in places:
-                held = _find(module, config, places, faults)
-                if held is not None:
-                    found[f"{module}.weight"] = held
-        return found
+                entry = _find(module, config, places, faults)
+                if entry is not None:
+                    entries[f"{module}.weight"] = entry
+        return entries
 
 
 def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling where mlx-lm looks for them: transformers 5 writes rope_parameters alone,
-    and what is missing would silently be 10000."""
+    """rope_theta and rope_scaling for mlx-lm: transformers 5 writes only rope_parameters, and a missing
+    rope_theta would silently be 10000."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or "rope_theta" not in rope:
         return {}
-    found: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    fields: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return found
+        fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return fields
 
 
 def _bias(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """-zero * scale in the scale's dtype; 0, not -0, where the zero is 0."""
+    """-zero * scale in the scale's dtype; 0, not -0, if the zero is 0."""
     return 0 - scale * zero.to(scale.dtype)
 
 
-def _said(format: Format) -> dict[str, Any]:
+def _settings_for(format: Format) -> dict[str, Any]:
     assert isinstance(format, Affine)
     return {**DEFAULT, "bits": format.bits, "group_size": format.cells.columns}
 
@@ -183,14 +187,14 @@ def _said(format: Format) -> dict[str, Any]:
 def _find(
     module: str, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
 ) -> QuantizedEntry | None:
-    """One module's weight as its settings have it; or None and `faults`."""
-    said = {**DEFAULT, **(config[module] if isinstance(config.get(module), dict) else config)}
-    bits, group, mode = said["bits"], said["group_size"], said["mode"]
+    """One module's weight from its settings; or None and `faults`."""
+    settings = {**DEFAULT, **(config[module] if isinstance(config.get(module), dict) else config)}
+    bits, group, mode = settings["bits"], settings["group_size"], settings["mode"]
     shape = places[f"{module}.weight"].entry.shape
     if mode != "affine" or bits not in BITS or group not in GROUPS:
         faults.append(
-            f"{module}: mode {str(mode)[:20]!r}, {str(bits)[:20]} bits, group_size {str(group)[:20]}; read "
-            f"are affine, bits {', '.join(map(str, BITS))}, groups of {', '.join(map(str, GROUPS))}"
+            f"{module}: mode {str(mode)[:20]!r}, {str(bits)[:20]} bits, group_size {str(group)[:20]}; "
+            f"supported: affine, bits {', '.join(map(str, BITS))}, groups of {', '.join(map(str, GROUPS))}"
         )
         return None
     k = shape[1] * WORD // bits if len(shape) == 2 else 0
@@ -203,13 +207,13 @@ def _find(
     name = integer_name(bits, group, False, "f16") + "_asym_float"
     dtype = scale_dtype(places, f"{module}.scales")
     floats = FORMATS.get(name if dtype == "f16" else f"{name}_{dtype}")
-    return QuantizedEntry(_meant(module, config, said, faults) or floats, (shape[0], k))
+    return QuantizedEntry(_meant(module, config, settings, faults) or floats, (shape[0], k))
 
 
 def _meant(
-    module: str, config: Mapping[str, Any], said: Mapping[str, Any], faults: list[str]
+    module: str, config: Mapping[str, Any], settings: Mapping[str, Any], faults: list[str]
 ) -> Affine | None:
-    """The format that `fewbits` names for a module, if any; a fault where the settings say another."""
+    """The format that `fewbits` records for a module, if any; a fault if the settings differ."""
     ours = config.get("fewbits")
     if not isinstance(ours, dict):
         return None
@@ -220,14 +224,14 @@ def _meant(
     except FormatError:
         format = None
     if isinstance(format, Affine) and (format.bits, format.cells.columns, format.cells.rows) == (
-        said["bits"],
-        said["group_size"],
+        settings["bits"],
+        settings["group_size"],
         1,
     ):
         return format
     faults.append(
-        f"{module}: `fewbits` says {str(name)[:40]}, the settings {said['bits']} bits in groups of "
-        f"{said['group_size']}; remove `fewbits` from config.json to open it as floats"
+        f"{module}: `fewbits` says {str(name)[:40]}, the settings {settings['bits']} bits in groups of "
+        f"{settings['group_size']}; remove `fewbits` from config.json to open it as floats"
     )
     return None
 

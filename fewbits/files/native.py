@@ -1,14 +1,14 @@
-"""The native directory: any format, every plane as it is, and all a model needs besides.
+"""The native directory: any format, every plane unchanged, and all other files of a model.
 
     fewbits.json        {"version": 1, "tensors": {"model.layers.0.mlp.up_proj.weight":
                           {"format": "int4_g128", "shape": [n, k]}, ...}, ...}
-    model.safetensors   planes as `<tensor>.<plane>`, tensors left in float under their own name
+    model.safetensors   planes as `<tensor>.<plane>`, float tensors under their own name
     config.json         {..., "quantization_config": {"quant_method": "fewbits", "version": 1,
                           "formats": {"int4_g128": {"model.layers.0.mlp.up_proj.weight": [n, k], ...}, ...}}}
     tokenizer.json, ...
 
-fewbits.json is written last: a directory that has it is complete. quantization_config says the same to
-transformers; it alone stands in a directory that transformers saved, which opens as well.
+fewbits.json is written last: a directory that has it is complete. quantization_config has the same data for
+transformers. A directory that transformers saved has only quantization_config, and opens as well.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WEIGHTS = "model.safetensors"
 
 
 class Native(Directory):
-    """Carries every format, in any mixture."""
+    """Supports every format, in any mixture."""
 
     name = "native"
     engines = ("transformers+fewbits",)
@@ -93,15 +93,15 @@ class Native(Directory):
     ) -> dict[str, QuantizedEntry | FloatEntry]:
         """config: {"tensors": the rows of fewbits.json}, or the quantization_config of config.json."""
         rows = config["tensors"] if "tensors" in config else _rows(config, faults)
-        found = {name: _entry(name, row, faults) for name, row in rows.items()}
-        return {name: held for name, held in found.items() if held is not None}
+        entries = {name: _entry(name, row, faults) for name, row in rows.items()}
+        return {name: entry for name, entry in entries.items() if entry is not None}
 
 
 NATIVE = Native()
 
 
 def quantization_config(rows: Mapping[str, Stored]) -> dict[str, Any]:
-    """What config.json says of the quantized ones of these tensors."""
+    """quantization_config of config.json for the quantized ones of these tensors."""
     return {"quant_method": METHOD, "version": VERSION, "formats": named_formats(rows)}
 
 
@@ -115,7 +115,7 @@ def named_formats(rows: Mapping[str, Stored]) -> dict[str, dict[str, list[int]]]
 
 
 def _rows(settings: Mapping[str, Any], faults: list[str]) -> dict[str, dict[str, Any]]:
-    """quantization_config -> rows as fewbits.json has them."""
+    """quantization_config -> rows of fewbits.json."""
     formats = settings.get("formats")
     if settings.get("version") != VERSION or not isinstance(formats, dict):
         faults.append(
@@ -136,7 +136,7 @@ def _rows(settings: Mapping[str, Any], faults: list[str]) -> dict[str, dict[str,
 
 
 def open_native(path: Path) -> Checkpoint:
-    """A native directory -> Checkpoint; all that disagrees between index and planes in one FileError."""
+    """A native directory -> Checkpoint; FileError with every disagreement of index and planes."""
     path = Path(path)
     index = read_json_object(path / INDEX)
     if index.get("version") != VERSION or not isinstance(index.get("tensors"), dict):
@@ -162,14 +162,14 @@ def open_native(path: Path) -> Checkpoint:
 def indexed_tensors(weights: Path, rows: Mapping[str, Any]) -> dict[str, LazyTensor]:
     """A safetensors file of planes and the index of its quantized tensors -> all its tensors, mapped.
 
-    rows: name -> {"format", "shape"}; what they do not claim is float. FileError with every disagreement.
+    rows: name -> {"format", "shape"}; other tensors are float. FileError with every disagreement.
     """
     places = {name: Place(weights, entry) for name, entry in read_header(weights).items()}
     return open_tensors(NATIVE, {"tensors": rows}, places, weights)
 
 
 def _entry(name: str, row: Any, faults: list[str]) -> QuantizedEntry | None:
-    """What one row of the index says; or None, with what is wrong appended to `faults`."""
+    """One row of the index; or None, with the fault appended to `faults`."""
     shape: Any = row.get("shape") if isinstance(row, dict) else None
     form: Any = row.get("format") if isinstance(row, dict) else None
     whole = isinstance(shape, list) and all(type(size) is int and 0 < size < 2**63 for size in shape)
@@ -177,9 +177,9 @@ def _entry(name: str, row: Any, faults: list[str]) -> QuantizedEntry | None:
         faults.append(f"tensor {name!r}: {str(row)[:80]} is not a format and a shape [n, k]")
         return None
     try:
-        found = FORMATS.get(form)
-        found.check_shape(shape[0], shape[1], name)
+        format = FORMATS.get(form)
+        format.check_shape(shape[0], shape[1], name)
     except FormatError as error:
         faults.append(f"tensor {name!r}: {error}")
         return None
-    return QuantizedEntry(found, (shape[0], shape[1]))
+    return QuantizedEntry(format, (shape[0], shape[1]))

@@ -1,4 +1,4 @@
-"""Opening a model of any file type, which is told by its content; this module has them all registered."""
+"""Opens a model of any file type, which is recognized by its content; this module registers all of them."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def file_type_at(path: str | Path) -> FileType:
-    """The type of what lies at `path`, by its content; FileError for anything else."""
+    """The type of the file or directory at `path`, by its content; FileError for anything else."""
     probe = Probe(Path(path))
     known = [file_type for _, file_type in FILE_TYPES.items()]
-    # What marks a directory by a file of its own goes before what its config.json says.
+    # Types that are marked by a separate file precede those in config.json.
     known.sort(key=lambda file_type: not getattr(file_type, "marks", ()))
-    found = next((file_type for file_type in known if file_type.recognizes(probe)), None)
-    if found is not None:
-        return found
+    match = next((file_type for file_type in known if file_type.recognizes(probe)), None)
+    if match is not None:
+        return match
     if probe.has("config.json"):
         methods = sorted({t.method for t in known if isinstance(t, Directory) and t.method})
         method = str((probe.quantization or {}).get("quant_method"))[:40]
         raise FileError(
-            f"{path}: config.json says quant_method {method!r}; read are {', '.join(methods)}: load it with "
-            "the tool that wrote it, or quantize the original float model"
+            f"{path}: config.json says quant_method {method!r}; supported: {', '.join(methods)}; load it "
+            "with the tool that wrote it, or quantize the original float model"
         )
     if probe.directory:
         raise FileError(f"{path}: has no config.json; give a model directory or a .gguf file")

@@ -1,4 +1,4 @@
-"""What an output consists of before a byte of it is written: its layout, and the work that fills it.
+"""An output before a byte of it is written: its layout, and the jobs that fill it.
 
 An Output is one StreamFile (a GGUF file, or the file of all arrays in a directory), the jobs that fill it,
 and the small files beside it. A job is one tensor of the output:
@@ -6,7 +6,7 @@ and the small files beside it. A job is one tensor of the output:
     sources (Hugging Face names)  ->  load, reorder rows, add  ->  encode or cast  ->  spans of the file
 
 GGUF stacks the experts of a block in one tensor, so a job may have many sources and fills its single
-span with one chunk for each; in a directory every array of a tensor is a span of its own.
+span with one chunk for each; in a directory every array of a tensor is a separate span.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 def planes_of(q: QTensor) -> tuple[torch.Tensor, ...]:
-    """A weight as its own planes, in order."""
+    """The planes of a weight, in order."""
     return tuple(q.planes[plane.name] for plane in q.format.planes)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of the output. kind: what it is stored in. entry: of GGUF only. pack: a weight as the arrays
-    of its spans."""
+    """One tensor of the output. kind: its number type or format. entry: for GGUF only. pack: a weight -> the
+    arrays of its spans."""
 
     name: str
     sources: tuple[str, ...]
@@ -51,7 +51,7 @@ class Job:
         return isinstance(self.kind, Format)
 
     def shaped(self, value: torch.Tensor | QTensor) -> torch.Tensor | QTensor:
-        """One source as this output wants it: rows reordered, the constant added."""
+        """One source in the output's layout: rows reordered, the constant added."""
         entry = self.entry
         if entry is None or (entry.rows is None and not entry.add):
             return value
@@ -65,13 +65,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Output:
-    """A file to be written: `header`, `spans`, the jobs that fill them, and `finish` for the rest, which is
-    given what only the finished run knows (native directories keep it in their index).
+    """A file to be written: `header`, `spans`, the jobs that fill them, and `finish` for the rest, which gets
+    the data that only a finished run has (native directories store it in their index).
 
-    measured: the jobs, once that is known. runtime: what a runtime is to do besides, by kind: a record that
-    the input has, or the name of a scheme that is yet to be measured. notes: for the receipt. stale: what
-    speaks of the output that this one replaces, and must be gone before it is in place.
-    """
+    measured: the jobs, once runtime schemes are measured. runtime: schemes for the runtime, by kind: a record
+    of the input, or the name of a scheme that is not measured yet. notes: for the receipt. stale: files of
+    the replaced output, deleted before the new one is in place."""
 
     path: Path
     header: bytes
@@ -108,7 +107,7 @@ def copy_side_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
 
 
 def side_files_of(checkpoint: Checkpoint) -> Mapping[str, Path | bytes]:
-    """Tokenizer, template and the like: the source's files, or made of a GGUF file's keys."""
+    """Tokenizer, template and the like: the source's files, or made from a GGUF file's keys."""
     if not checkpoint.gguf_keys or not checkpoint.config:
         return checkpoint.side_files
     from .gguf.metadata import side_files_from_keys

@@ -1,4 +1,4 @@
-"""The files beside the weights: tokenizer, templates, generation settings, licenses."""
+"""Side files: tokenizer, templates, generation settings, licenses."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ SIDE_FILES = (
 
 def find_side_files(path: Path) -> dict[str, Path]:
     """Tokenizer, templates, generation settings and licenses of a model directory: name -> path."""
-    found = {file.name: file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
-    return dict(sorted(found.items()))
+    files = {file.name: file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
+    return dict(sorted(files.items()))
 
 
 def card_fields(readme: Path | None) -> dict[str, str | list[str]]:
     """The texts and lists of texts in a model card's YAML (its front matter), as the hub reads it.
 
-    Empty where there is no card, and where its YAML is damaged, which `audit` tells."""
+    Empty if there is no card or its YAML is damaged, which `audit` reports."""
     from huggingface_hub.repocard import metadata_load
     from yaml import YAMLError
 
     try:
         if readme is None or regular_size(readme) > CARD_LIMIT:
             return {}
-        found = metadata_load(readme) or {}
+        fields = metadata_load(readme) or {}
     except (FileError, OSError, ValueError, YAMLError, RecursionError):
         return {}
     lists = {key: [part for part in value if isinstance(part, str)]
-             for key, value in found.items() if isinstance(value, list)}  # fmt: skip
-    texts = {key: value for key, value in found.items() if isinstance(value, str)}
+             for key, value in fields.items() if isinstance(value, list)}  # fmt: skip
+    texts = {key: value for key, value in fields.items() if isinstance(value, str)}
     return {key: value for key, value in (texts | lists).items() if value}
 
 
 def describe_files(path: Path, kind: str, files: list[Path]) -> dict[str, Any]:
-    """What a receipt says of an input: where it lay, of which type, its files and their sizes."""
+    """An input for the receipt: path, type, files and their sizes."""
     sizes = [{"name": file.name, "nbytes": file.stat().st_size} for file in files]
     return {"reference": str(path), "type": kind, "files": sizes}

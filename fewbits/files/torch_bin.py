@@ -4,20 +4,21 @@
            archive/byteorder     "little" (absent in older files)
            archive/data/0 ...    the bytes of each storage, not compressed
 
-A pickle is a program for a stack machine, and any function may be its instruction. Here the program is read
-by an interpreter of the few instructions that a state dict needs; the only things it may name are
+A pickle is a program for a stack machine that may call any function. Here an interpreter supports only the
+few instructions that a state dict needs. The only allowed names are
 
     collections.OrderedDict   torch._utils._rebuild_tensor_v2   torch.{Float, Half, BFloat16 ...}Storage
 
-none of which is ever called: they stand for the tables below. What comes out are entries as safetensors has
-them, mapped when they are loaded. Spec: pickletools of Python's library for the instructions;
+none of which is ever called: they are replaced by the tables below. The result is entries as in safetensors,
+mapped when they are loaded. Spec: pickletools of Python's library for the instructions;
 torch/serialization.py (2.13) for the archive, which torch writes since 1.6.
 
-Why not torch.load(weights_only=True, mmap=True) of torch 2.13: it runs nothing either, and maps as lazily (a
-file of 2 GiB: opened in 5 ms, here in 2; peak with one tensor read: 610 MB, as here). But of 118 forgeries in
-tests/attacks/test_hostile_torch.py, all refused here, it takes 22. From four it reads wrong numbers and says
-nothing: compressed members, members that overlap, another byte order, storages of another width. A zip of
-0.8 MB that unpacks to a pickle of 800 MB costs it 1.8 GB; a pickle that asks for a bytearray of 3 GB gets it.
+Comparison with torch.load(weights_only=True, mmap=True) of torch 2.13: it executes nothing either, and is as
+lazy (a file of 2 GiB: opened in 5 ms, here in 2; peak with one tensor read: 610 MB, as here). But it accepts
+22 of 118 forgeries in tests/attacks/test_hostile_torch.py, all refused here. From four it silently reads
+wrong numbers: compressed members, overlapping members, another byte order, storages of another width. A zip
+of 0.8 MB that unpacks to a pickle of 800 MB costs it 1.8 GB; a pickle that requests a bytearray of 3 GB gets
+it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Name:
-    """A module's attribute that the pickle names, of those that it may."""
+    """An allowed attribute of a module that the pickle names."""
 
     module: str
     attribute: str
@@ -102,7 +103,7 @@ class _Stack:
 
     def pop(self) -> Any:
         if not self.values or self.values[-1] is _MARK:
-            raise ValueError("takes more from its stack than it put there")
+            raise ValueError("takes more from its stack than is there")
         return self.values.pop()
 
     def top(self, kind: type) -> Any:
@@ -115,10 +116,10 @@ class _Stack:
     def since_mark(self) -> list[Any]:
         for i in range(len(self.values) - 1, -1, -1):
             if self.values[i] is _MARK:
-                found = self.values[i + 1 :]
+                values = self.values[i + 1 :]
                 del self.values[i:]
-                return found
-        raise ValueError("has no mark where it goes back to one")
+                return values
+        raise ValueError("has no mark to return to")
 
     def push_tuple(self, count: int) -> None:
         self.values.append(tuple(reversed([self.pop() for _ in range(count)])))
@@ -144,7 +145,7 @@ class _Stack:
 
     def find(self, module: Any, attribute: Any) -> None:
         if type(module) is not str or type(attribute) is not str:
-            raise ValueError("names something by what is no string")
+            raise ValueError("names something by a value that is no string")
         name = Name(module[:60], attribute[:60])
         if name not in ALLOWED:
             raise ValueError(
@@ -163,17 +164,17 @@ class _Stack:
             raise ValueError(f"calls {what} in a way that no state dict does")
 
     def build(self) -> None:
-        """OrderedDict's attributes: `_metadata`, the versions of modules; not needed."""
+        """OrderedDict's attributes: `_metadata`, the versions of modules; ignored."""
         state = self.pop()
         self.top(dict)
         if type(state) is not dict or set(state) - {"_metadata"}:
             raise ValueError("sets attributes, which no state dict of plain tensors needs")
 
     def persistent(self) -> None:
-        said = self.pop()
-        if type(said) is not tuple or len(said) != 5 or said[0] != "storage" or type(said[2]) is not str:
-            raise ValueError("refers to something outside that is no storage")
-        _, kind, key, _, count = said
+        entry = self.pop()
+        if type(entry) is not tuple or len(entry) != 5 or entry[0] != "storage" or type(entry[2]) is not str:
+            raise ValueError("refers to external data that is no storage")
+        _, kind, key, _, count = entry
         if not isinstance(kind, Name) or kind.attribute not in STORAGES or not _is_size(count):
             raise ValueError(f"has a storage {key[:20]!r} of no known type and size")
         self.values.append(Storage(key, STORAGES[kind.attribute], count))
@@ -209,7 +210,7 @@ _INSTRUCTIONS: dict[str, Callable[[_Stack, Any], None]] = {
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda stack, index: stack.put(index)),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda stack, index: stack.get(index)),
     "MEMOIZE": lambda stack, _: stack.put(len(stack.memo)),
-    "GLOBAL": lambda stack, said: stack.find(*said.split(" ", 1)),
+    "GLOBAL": lambda stack, argument: stack.find(*argument.split(" ", 1)),
     "STACK_GLOBAL": lambda stack, _: stack.find(*[stack.pop(), stack.pop()][::-1]),
     "REDUCE": lambda stack, _: stack.reduce(),
     "BUILD": lambda stack, _: stack.build(),
@@ -227,7 +228,7 @@ def _sizes(value: Any) -> bool:
 
 def _rebuilt(arguments: tuple[Any, ...]) -> Stored:
     if len(arguments) not in (6, 7) or not isinstance(arguments[0], Storage):
-        raise ValueError("rebuilds a tensor of something that is no storage")
+        raise ValueError("rebuilds a tensor from a value that is no storage")
     storage, offset, shape, strides = arguments[:4]
     if not _is_size(offset) or not _sizes(shape) or not _sizes(strides) or len(shape) != len(strides):
         raise ValueError(
@@ -243,7 +244,7 @@ def run_pickle(raw: bytes) -> Any:
     """
     stack = _Stack()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a name with a strange escape: refused anyway
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a name with an unknown escape: refused later
         for opcode, argument, _ in pickletools.genops(io.BytesIO(raw)):
             if opcode.name == "STOP":
                 return stack.pop()
@@ -265,7 +266,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
         state = run_pickle(raw)
     except ValueError as error:
         raise FileError(
-            f"{path}: its pickle {error}; where you trust the file, load the model with transformers and "
+            f"{path}: its pickle {error}; if you trust the file, load the model with transformers and "
             "save it: save_pretrained(DIR) writes safetensors"
         ) from error
     if type(state) is not dict:
@@ -279,7 +280,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
 
 
 def _entry(name: str, value: Any, members: dict[str, Member], faults: list[str]) -> Entry | None:
-    """One tensor -> its bytes in the file; or None, and what is wrong in `faults`."""
+    """One tensor -> its bytes in the file; or None, and the fault in `faults`."""
     if not isinstance(value, Stored):
         faults.append(
             f"{name!r} is a {type(value).__name__}, no tensor; remove it, or save the model's state_dict"
@@ -300,7 +301,7 @@ def _entry(name: str, value: Any, members: dict[str, Member], faults: list[str])
             f"storage of {storage.count}"
         )
     elif not prod(value.shape) and absurd(value.shape):
-        faults.append(f"tensor {name!r} is empty, and {str(value.shape)[:60]}, which nothing holds")
+        faults.append(f"tensor {name!r} is empty, and {str(value.shape)[:60]}, which no tensor can have")
     elif prod(value.shape) and value.strides != contiguous(value.shape, value.strides):
         faults.append(
             f"tensor {name!r}: strides {str(value.strides)[:60]} of {str(value.shape)[:60]} are not those of "
@@ -313,41 +314,41 @@ def _entry(name: str, value: Any, members: dict[str, Member], faults: list[str])
 
 
 def contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of numbers in a row; where a size is 1 the stride is never used, and stays as it is."""
-    found, step = [], 1
+    """The strides of a contiguous tensor; if a size is 1, its stride is unused and unchanged."""
+    in_order, stride_here = [], 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        found.append(stride if size == 1 else step)
-        step *= size
-    return tuple(reversed(found))
+        in_order.append(stride if size == 1 else stride_here)
+        stride_here *= size
+    return tuple(reversed(in_order))
 
 
 def _open(path: Path) -> tuple[dict[str, Member], bytes]:
-    """The members of the archive, named without its folder, and the pickle; each fault a FileError."""
+    """The members of the archive, by name without its folder, and the pickle; FileError for each fault."""
     size = regular_size(path)
     magic = first_bytes(path, 4)
     if magic != b"PK\3\4":
         raise FileError(
             f"{path}: begins {magic!r}, no zip: torch before 1.6 wrote so, or it is no file of torch's; load "
-            "it with torch where you trust it, and save it again, best as safetensors"
+            "it with torch if you trust it, and save it again, best as safetensors"
         )
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             rows = archive.infolist()
             if len(rows) > MEMBER_LIMIT:
                 raise FileError(f"{path}: {len(rows)} members, the limit is {MEMBER_LIMIT}; wrong file?")
-            found, faults = _members(rows, file, min(archive.start_dir, size))
+            members, faults = _members(rows, file, min(archive.start_dir, size))
             raise_all(FileError, str(path), faults)
-            order = found.get("byteorder")
+            order = members.get("byteorder")
             if order is not None and _read(file, order, 16) != b"little":
                 raise FileError(f"{path}: its byte order is not little; save it on a common machine")
-            if "data.pkl" not in found:
-                raise FileError(f"{path}: has no data.pkl; it is no state dict of torch's")
-            if found["data.pkl"].nbytes > PICKLE_LIMIT:
+            if "data.pkl" not in members:
+                raise FileError(f"{path}: has no data.pkl; it is not a state dict of torch")
+            if members["data.pkl"].nbytes > PICKLE_LIMIT:
                 raise FileError(
-                    f"{path}: a pickle of {found['data.pkl'].nbytes} bytes, the limit is {PICKLE_LIMIT}; "
+                    f"{path}: a pickle of {members['data.pkl'].nbytes} bytes, the limit is {PICKLE_LIMIT}; "
                     "wrong file?"
                 )
-            return found, _read(file, found["data.pkl"], PICKLE_LIMIT)
+            return members, _read(file, members["data.pkl"], PICKLE_LIMIT)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
@@ -357,8 +358,8 @@ def _open(path: Path) -> tuple[dict[str, Member], bytes]:
 def _members(
     rows: list[zipfile.ZipInfo], file: io.BufferedReader, end: int
 ) -> tuple[dict[str, Member], list[str]]:
-    """Where the bytes of each member lie, all before `end` and none twice; and what is wrong."""
-    found: dict[str, Member] = {}
+    """The place of each member, before `end` and without overlap; and the faults."""
+    members: dict[str, Member] = {}
     faults, before, last = [], 0, ""
     for row in sorted(rows, key=lambda row: row.header_offset):
         name = row.filename
@@ -381,12 +382,12 @@ def _members(
             )
         elif row.header_offset < before:
             faults.append(f"member {name[:60]!r}: overlaps {last[:60]!r}")
-        elif key in found:
-            faults.append(f"member {name[:60]!r}: stands there twice")
+        elif key in members:
+            faults.append(f"member {name[:60]!r}: appears twice")
         else:
-            found[key] = Member(begin, row.file_size)
+            members[key] = Member(begin, row.file_size)
         before, last = max(before, begin + row.file_size), name
-    return found, faults
+    return members, faults
 
 
 def _read(file: io.BufferedReader, member: Member, limit: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What do the bits mean? One module a family; importing this package registers every format."""
+"""Number formats, one family per module; importing this package registers all of them."""
 
 from . import actorder, affine, codebook, floats, ggml, iq
 from .base import FORMATS, Distortion, Format, Grid, Kind, kind_of

@@ -1,23 +1,23 @@
-"""Affine integers: value = scale * (code - zero), or scale * code + minimum; 2 to 8 bits.
+"""Affine integers: value = scale * (code - zero), or scale * code + offset; 2 to 8 bits.
 
-One family, whose variation is the name:
+The name of a format states its variation:
 
     int{bits}[_g{columns} | _channel | _tensor][_asym | _asym_float][_f16 | _bf16 | _f32]
 
     int4_g128             symmetric, one scale per 128 columns     zero = 2^(bits-1), not stored
     int8_channel          one scale per row; also what `int8` means
     int4_g32_asym         an integer zero in [0, 2^bits - 1] per group
-    int4_g64_asym_float   a float minimum per group, in the scale's type
+    int4_g64_asym_float   a float offset (plane `minimum`) per group, in the scale's type
     int3_g64_bf16         scales in bf16; f16 is the default
 
 Codes are unsigned and packed by `pack`, the first in the low bits, each row on its own. A symmetric
 code q in [-2^(bits-1), 2^(bits-1) - 1] is stored as q + 2^(bits-1), as GPTQ files do; a scale may be
-negative, so that the extreme weight of a group meets the longer end of the range.
+negative, so that the extreme weight of a group gets the longer end of the range.
 
     codes    u8    8 codes in `bits` bytes (4 bits: 2 codes in a byte)
     scale    f16   one per group
     zero     u8    integer zeros of a row, packed like the codes; a byte each per channel or tensor
-    minimum  f16   instead of zero
+    minimum  f16   the offset, instead of zero
 
 Weights are rounded with the scale as stored. The last group of a row may be shorter. Formats whose groups
 consist of columns that are not neighbours are in actorder.py.
@@ -42,7 +42,7 @@ from .search import fit_affine, fit_symmetric, inverse, lanes, ordered_sum
 
 @dataclass(frozen=True)
 class Affine(Format):
-    """zero: "none" (symmetric), "int" or "float". scale_type: of scales and minima, a name of DTYPES.
+    """zero: "none" (symmetric), "int" or "float". scale_type: of scales and offsets, a name of DTYPES.
     zero_bits: of a stored integer zero."""
 
     bits: int
@@ -65,13 +65,13 @@ class Affine(Format):
         return self.grid(fit(x, weight, search), w.shape[1])
 
     def grid(self, parameters: tuple[torch.Tensor, ...], k: int) -> AffineGrid:
-        """parameters: (scale,), (scale, zero) or (scale, minimum), f32 of the scale plane's shape."""
+        """parameters: (scale,), (scale, zero) or (scale, offset), f32 of the scale plane's shape."""
         zero: torch.Tensor | int = 0
-        base = parameters[1] if self.zero == "float" else None
+        offset = parameters[1] if self.zero == "float" else None
         if self.zero != "float":
             zero = parameters[1] if self.zero == "int" else 1 << (self.bits - 1)
-        signed = self.zero != "int"
-        return AffineGrid(parameters[0], base, zero, self.top, self.cells.columns or k, k, self.dtype, signed)
+        group = self.cells.columns or k
+        return AffineGrid(parameters[0], offset, zero, self.top, group, k, self.dtype, self.zero != "int")
 
     def stored(self, parameter: torch.Tensor) -> torch.Tensor:
         """The parameter rounded to the type of its plane, as f32."""
@@ -79,10 +79,10 @@ class Affine(Format):
 
     def nearest(self, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         """Lanes x `(G, N)` -> x rounded to the grid of the `(N,)` parameters of each group."""
-        step, base = parameters[0], parameters[1] if self.zero == "float" else None
+        scale, offset = parameters[0], parameters[1] if self.zero == "float" else None
         low = 0 if self.zero == "float" else -(1 << (self.bits - 1))
-        level = (x if base is None else x - base).mul(inverse(step)).round_().clamp_(low, low + self.top)
-        return level.mul_(step) if base is None else level.mul_(step).add_(base)
+        level = (x if offset is None else x - offset).mul(inverse(scale)).round_().clamp_(low, low + self.top)
+        return level.mul_(scale) if offset is None else level.mul_(scale).add_(offset)
 
     def fit_symmetric(
         self, x: torch.Tensor, weight: torch.Tensor | None, search: bool
@@ -96,7 +96,7 @@ class Affine(Format):
     def fit_zero(
         self, x: torch.Tensor, weight: torch.Tensor | None, search: bool
     ) -> tuple[torch.Tensor, ...]:
-        """Integer zero: the range is stretched to include 0, which always is one of the values.
+        """Integer zero point: the range is extended to include 0, which always is one of the values.
 
         The search takes the affine fit and its neighbouring zeros, each refitted, and the two zeros
         in the middle; on normal weights it comes within 0.3 % of the error of trying every zero.
@@ -106,36 +106,36 @@ class Affine(Format):
         choice = Choice(lanes(x), None if weight is None else lanes(weight))
         choice.offer(plain, self.levels(choice.x, *plain).mul_(plain[0]))
         if search:
-            for step, zero in (plain, self.with_zero(*map(torch.flatten, fit_affine(x, weight, self.top)))):
+            for scale, zero in (plain, self.with_zero(*map(torch.flatten, fit_affine(x, weight, self.top)))):
                 for move in (-1, 0, 1):
-                    self.alternate(choice, step, (zero + move).clamp(0, self.top))
+                    self.alternate(choice, scale, (zero + move).clamp(0, self.top))
             half = 1 << (self.bits - 1)
             for middle in (half, half - 1):
-                step = fit_symmetric(x, weight, -middle, self.top - middle, signed=False).flatten()
-                option = self.stored(step), torch.full_like(step, middle)
+                scale = fit_symmetric(x, weight, -middle, self.top - middle, signed=False).flatten()
+                option = self.stored(scale), torch.full_like(scale, middle)
                 choice.offer(option, self.levels(choice.x, *option).mul_(option[0]))
         return tuple(part.reshape(x.shape[:-1]) for part in choice.best)
 
-    def with_zero(self, step: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        step = self.stored(step)
-        return step, torch.round(-base * inverse(step)).clamp(0, self.top)
+    def with_zero(self, scale: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = self.stored(scale)
+        return scale, torch.round(-offset * inverse(scale)).clamp(0, self.top)
 
-    def levels(self, x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    def levels(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Lanes x `(G, N)` -> code - zero of each weight."""
-        return (x * inverse(step)).round_().add_(zero).clamp_(0, self.top).sub_(zero)
+        return (x * inverse(scale)).round_().add_(zero).clamp_(0, self.top).sub_(zero)
 
-    def alternate(self, choice: Choice, step: torch.Tensor, zero: torch.Tensor) -> None:
-        """Offer the least-squares scale of the codes that (step, zero) gives, and that of its own codes."""
+    def alternate(self, choice: Choice, scale: torch.Tensor, zero: torch.Tensor) -> None:
+        """Offer the least-squares scale of the codes that (scale, zero) gives, and that of its own codes."""
         x, weight = choice.x, choice.weight
-        q, terms = self.levels(x, step, zero), x.new_empty(x.shape[0], 2, x.shape[1])
+        q, terms = self.levels(x, scale, zero), x.new_empty(x.shape[0], 2, x.shape[1])
         for _ in range(2):
             wq = q if weight is None else torch.mul(q, weight, out=terms[:, 1])
             torch.mul(wq, x, out=terms[:, 0])
             torch.mul(wq, q, out=terms[:, 1])
             cross, square = ordered_sum(terms)
-            step = self.stored(torch.where(square > 0, cross / square, step))
-            q = self.levels(x, step, zero)
-            choice.offer((step, zero), q * step)
+            scale = self.stored(torch.where(square > 0, cross / square, scale))
+            q = self.levels(x, scale, zero)
+            choice.offer((scale, zero), q * scale)
 
     def fit_minimum(
         self, x: torch.Tensor, weight: torch.Tensor | None, search: bool
@@ -147,11 +147,11 @@ class Affine(Format):
         return choose(x, weight, options, self.nearest)
 
     def pack(self, grid: AffineGrid, codes: torch.Tensor) -> QTensor:
-        planes = {"codes": pack(codes, self.bits), "scale": saturate(grid.step, self.dtype)}
+        planes = {"codes": pack(codes, self.bits), "scale": saturate(grid.scale, self.dtype)}
         if isinstance(grid.zero, torch.Tensor):
             planes["zero"] = pack(grid.zero.to(torch.uint8), self.zero_bits)
-        if grid.base is not None:
-            planes["minimum"] = saturate(grid.base, self.dtype)
+        if grid.offset is not None:
+            planes["minimum"] = saturate(grid.offset, self.dtype)
         return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
     def unpack(self, q: QTensor) -> tuple[AffineGrid, torch.Tensor]:

@@ -1,12 +1,12 @@
-"""Format and Grid: what the bits mean, and which values they can take.
+"""Format and Grid: the meaning of the bits, and the representable values.
 
-Error-feedback algorithms need the three steps of quantizing apart, so a format offers them apart:
+Error feedback needs the three steps of quantizing separately, so a format offers them separately:
 
-    fit(w, importance)   (n, k) f32 -> Grid      choose block parameters: scale, minimum, table entry
-    Grid.round(w, cols)  (n, c) f32 -> (n, c)    nearest representable code, column by column if wished
-    pack(grid, codes)    (n, k)     -> QTensor   lay codes and parameters out in bytes
+    fit(w, importance)   (n, k) f32 -> Grid      choose block parameters: scale, offset, table entry
+    Grid.round(w, cols)  (n, c) f32 -> (n, c)    nearest code, for all or some columns
+    pack(grid, codes)    (n, k)     -> QTensor   codes and parameters as bytes
 
-`encode` is the three in a row (a format may fuse them in C++), `decode` goes back.
+`encode` is all three (a format may fuse them in C++), `decode` is the inverse.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Grid(ABC):
 
     Every grid is linear in the parameters of its groups of columns:
 
-        value = step * level(code) + base        step, base (n, g): one for each row and group
+        value = scale * level(code) + offset     scale, offset (n, g): one for each row and group
 
     (an integer zero point is part of the level). Refitting in closed form relies on this. `value` is this
     expression bit for bit, evaluated in f32 in this order.
@@ -87,24 +87,24 @@ class Grid(ABC):
 
     @abstractmethod
     def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        """`(n, c)` codes -> `(n, c)` f32: the value before step and base."""
+        """`(n, c)` codes -> `(n, c)` f32: the value before scale and offset."""
 
     @abstractmethod
     def groups(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """-> step `(n, g)` and base `(n, g)` or None, f32."""
+        """-> scale `(n, g)` and offset `(n, g)` or None, f32."""
 
     @abstractmethod
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> Grid:
-        """The grid of the same kind whose stored groups come nearest to step and base `(n, g)`.
+        """The grid of the same kind whose stored groups come nearest to scale and offset `(n, g)`.
 
-        base is None if `groups` returns None. weight `(n, g)`: weights the error of each group if several
+        offset is None if `groups` returns None. weight `(n, g)`: weights the error of each group if several
         groups share a parameter. A plain float type has no parameters and returns itself."""
 
     @abstractmethod
     def parameters(self) -> dict[str, torch.Tensor]:
-        """The continuous parameters that steps and bases derive from (f16 scales; d and dmin of a K block).
+        """The continuous parameters behind scales and offsets: f16 scales, or d and dmin of a K block.
 
         Each is `(rows, entries)` f32. The table is empty if scales are powers of two or if there are none."""
 
@@ -150,9 +150,9 @@ class Distortion:
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """What the bits mean. Subclasses are one family each; the variation inside is data.
+    """A number format. Each subclass is a family, whose variation is data.
 
-    `block` is the number of columns that belong together: a row length must be its multiple.
+    `block` is the number of columns that are encoded together: a row length must be a multiple of it.
     """
 
     name: str
@@ -201,7 +201,7 @@ class Format(ABC):
         raise FormatError(f"{self.name} keeps columns in order; only a format in act order moves them")
 
     def column_block(self, k: int) -> int | None:
-        """How many columns can be fitted and packed alone: the widest cell of any plane. None where a
+        """How many columns can be fitted and packed alone: the widest cell of any plane. None if a
         plane has cells of whole rows, of several rows, or of the flattened tensor; then the grid of the
         whole weight must be fitted first."""
         widths = []
@@ -270,8 +270,8 @@ class Format(ABC):
                 f"{name}: {bad} of {w.numel()} weights are NaN or infinite; repair the checkpoint"
             )
         raise FormatError(
-            f"{name}: the largest magnitude {max(-low, high):g} exceeds {self.largest:g}, the most that "
-            f"{self.name} takes; rescale the weight, or keep it in bf16 or f32"
+            f"{name}: the largest magnitude {max(-low, high):g} exceeds {self.largest:g}, the limit of "
+            f"{self.name}; rescale the weight, or keep it in bf16 or f32"
         )
 
     def check_shape(self, n: int, k: int, name: str = "tensor") -> None:
@@ -289,7 +289,7 @@ class Format(ABC):
 
 
 def checked_importance(importance: torch.Tensor | None, n: int, k: int) -> torch.Tensor | None:
-    """`(k,)` or `(n, k)` -> the same in f32; None, which means even importance, if all are zero."""
+    """`(k,)` or `(n, k)` -> the same in f32; None, which means equal importance, if all are zero."""
     if importance is None:
         return None
     if importance.shape not in ((k,), (n, k)):
@@ -305,9 +305,9 @@ def checked_importance(importance: torch.Tensor | None, n: int, k: int) -> torch
 FORMATS: Registry[Format] = Registry("format", FormatError)
 
 
-Kind = DType | Format  # what a tensor is stored in: a number type, or a format
+Kind = DType | Format  # storage of a tensor: a number type, or a format
 
 
 def kind_of(name: str) -> Kind:
-    """The name of a number type or a format -> Kind; FormatError for an unknown one, with the near names."""
+    """The name of a number type or a format -> Kind; FormatError for an unknown one, with similar names."""
     return DTYPES.get(name) or FORMATS.get(name)

@@ -1,4 +1,4 @@
-"""Cells: how a weight is cut into the groups that share one set of parameters, and how one is chosen.
+"""Cells: the groups of weights that share one set of parameters, and the choice of these parameters.
 
 A cell is `rows` x `columns` weights, None meaning all of them, as in `Plane`:
 
@@ -46,7 +46,7 @@ class Cells:
         importance = checked_importance(importance, n, k)
         if importance is None and n % rows == 0 and k % columns == 0:
             return None
-        inside = torch.ones(1 if rows == 1 else n, k)  # one row stands for all where rows stand alone
+        inside = torch.ones(1 if rows == 1 else n, k)  # one row represents all if rows are independent
         even = self.gather(pad(inside, rows, columns))
         if importance is None:
             return even.expand(ceil(n / rows), -1, -1)
@@ -98,7 +98,8 @@ class Choice:
 
 
 def tries(search: bool) -> tuple[bool, ...]:
-    """The values of `search` to try with `choose`: the result of a search must beat the plain rule's."""
+    """The values of `search` to try with `choose`: the result of a search must be better than the plain
+    rule's."""
     return (False, True) if search else (False,)
 
 

@@ -3,12 +3,12 @@
     nf4 fp4        16 levels in [-1, 1] times the largest magnitude of 64 weights, as bitsandbytes
                    codes    u8    2 codes in a byte, the first in the HIGH nibble
                    absmax   f32   one per 64 weights
-                   (nf4_g{32 ... 4096}: one per so many)
+                   (nf4_g{32 ... 4096}: other group sizes)
     nf4_dq fp4_dq  the same with absmax itself in 8 bits (double quantization):
                    absmax   u8    code of a dynamic map; absmax = map[code] * nested_absmax + offset
                    nested_absmax f32 per 256 absmax, running on over rows; offset f32, their mean
     int8_absmax    LLM.int8: the integers -127 ... 127 over 127 times the largest magnitude of the row
-                   codes    u8    two's complement; -128 means nothing
+                   codes    u8    two's complement; -128 is unused
                    absmax   f32   one per row
     pow2_{bits}    0 and +-2^-i, i = 0 ... 2^(bits-1) - 2, times a scale; a multiplication is a shift
     kmeans{bits}   2^bits levels in f16, learned for each row (`_channel`) or for all (`_tensor`)
@@ -63,8 +63,8 @@ def int8_values() -> torch.Tensor:
     return torch.cat([torch.arange(128.0), torch.tensor([torch.nan]), torch.arange(-127.0, 0.0)]) / 127
 
 
-NORMAL_BLOCK = 64  # weights under one absmax, unless the name says otherwise
-NESTED_BLOCK = 256  # absmax under one nested absmax
+NORMAL_BLOCK = 64  # weights per absmax by default
+NESTED_BLOCK = 256  # absmax per nested absmax
 
 
 def dynamic_map() -> torch.Tensor:
@@ -98,16 +98,16 @@ class NestedGrid(LevelGrid):
         return replace(self, scale=scale, absmax_codes=codes, nested_absmax=nested, offset=offset)
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> NestedGrid:
         """The better of two: new codes with the old nested absmax and offset, or all three new."""
-        weight = torch.ones_like(step) if weight is None else weight
+        weight = torch.ones_like(scale) if weight is None else weight
 
         def error(grid: NestedGrid) -> torch.Tensor:
-            return (grid.scale - step).square() * weight
+            return (grid.scale - scale).square() * weight
 
-        fresh = self.coded(*nest(step))
-        codes = nested_codes(step, self.nested_absmax, self.offset)
+        fresh = self.coded(*nest(scale))
+        codes = nested_codes(scale, self.nested_absmax, self.offset)
         moved = self.coded(codes, self.nested_absmax, self.offset)
         codes = torch.where(error(moved) < error(self), codes, self.absmax_codes)
         moved = self.coded(codes, self.nested_absmax, self.offset)
@@ -139,7 +139,7 @@ class DoubleQuantized(ScaledLevels):
         return self.nested_grid(codes, nested, offset, w.shape[1])
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
-        return scale  # f32 until it is quantized in its turn
+        return scale  # f32 until it is quantized, too
 
     def nested_grid(
         self, codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor, k: int
@@ -213,10 +213,10 @@ class LearnedGrid(Grid):
         return torch.ones(n, 1), None
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> LearnedGrid:
-        rows = 1 if self.table.shape[0] == step.shape[0] else None
-        table = self.table * mean_over_rows(step.clamp(min=0), rows, weight)
+        rows = 1 if self.table.shape[0] == scale.shape[0] else None
+        table = self.table * mean_over_rows(scale.clamp(min=0), rows, weight)
         return replace(self, table=saturate(table, torch.float16).float())
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -287,7 +287,7 @@ def fit_levels(x: torch.Tensor, weight: torch.Tensor, count: int, search: bool) 
 def companded(x: torch.Tensor, weight: torch.Tensor, count: int) -> torch.Tensor:
     """`(r, m)` sorted weights -> `(r, count)` levels whose density is the cube root of theirs.
 
-    That is how the optimal levels lie when there are many (Panter and Dite, 1951). A spacing d between
+    This is the density of optimal levels if there are many (Panter and Dite, 1951). A spacing d between
     neighbours estimates the density 1 / d, so an interval counts d * (weight / d)^(1/3).
     """
     step = x.diff(dim=1, prepend=x[:, :1])

@@ -1,4 +1,4 @@
-"""Floating point formats: plain casts, scaled few-bit floats, and the block-scaled MX and NVFP4.
+"""Floating point formats: plain casts, scaled low-bit floats, and the block-scaled MX and NVFP4.
 
 An element of E exponent and M mantissa bits is stored as its bit pattern, sign first:
 
@@ -101,10 +101,10 @@ def e8m0() -> torch.Tensor:
     return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [torch.nan], dtype=torch.float32)
 
 
-def nearest_exponent(step: torch.Tensor) -> torch.Tensor:
-    """f32 -> int32: the e of the nearest 2^e, of two the lower; the lowest exponent of f32 if step <= 0."""
-    mantissa, exponent = torch.frexp(step)
-    return torch.where(step > 0, exponent - (mantissa <= 0.75).int(), -149)
+def nearest_exponent(scale: torch.Tensor) -> torch.Tensor:
+    """f32 -> int32: the e of the nearest 2^e, of two the lower; the lowest exponent of f32 if scale <= 0."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.where(scale > 0, exponent - (mantissa <= 0.75).int(), -149)
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class PowerGrid(LevelGrid):
     exponent_max: int
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> PowerGrid:
-        exponent = nearest_exponent(step).clamp(-127, self.exponent_max)
+        exponent = nearest_exponent(scale).clamp(-127, self.exponent_max)
         return replace(self, scale=e8m0()[exponent + 127])
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -186,13 +186,13 @@ class TwoLevelGrid(LevelGrid):
         return replace(self, scale=scale, scale_codes=scale_codes, global_scale=global_scale)
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> TwoLevelGrid:
-        """The global scale is unchanged unless a step divided by it would overflow e4m3."""
-        top, widest = float(SCALES.sorted[-1]), step.amax()
+        """The global scale is unchanged unless a scale divided by it would overflow e4m3."""
+        top, widest = float(SCALES.sorted[-1]), scale.amax()
         grows = widest > top * self.global_scale
         global_scale = torch.where(grows, reciprocal_twice(widest / top), self.global_scale)
-        codes = SCALES.round(step.clamp(min=0) * inverse(global_scale))
+        codes = SCALES.round(scale.clamp(min=0) * inverse(global_scale))
         return self.coded(codes, global_scale)
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -217,12 +217,12 @@ class NVFP4(Format):
         rule = fit_table(x, weight, element.sorted, search=False, signed=False)
         top = float(SCALES.sorted[-1])
         global_scale = reciprocal_twice(rule.amax() / top).reshape(1, 1)
-        steps = [rule]
+        scales = [rule]
         if search:
-            steps.append(fit_table(x, weight, element.sorted, signed=False))
+            scales.append(fit_table(x, weight, element.sorted, signed=False))
         options = [
-            ((SCALES.round(step * inverse(global_scale)).int() + move).clamp(0, 126),)
-            for step in steps
+            ((SCALES.round(scale * inverse(global_scale)).int() + move).clamp(0, 126),)
+            for scale in scales
             for move in ((0, 1, -1) if search else (0,))
         ]
 

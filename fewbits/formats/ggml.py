@@ -1,19 +1,19 @@
-"""The GGML block types: what llama.cpp reads, as table rows.
+"""The GGML block types of llama.cpp, as table rows.
 
 A block is 32 or 256 weights of one row with their parameters, a few dozen bytes side by side. A
-type is one row of TYPES: which kind of grid its groups use, how their scales are coded, and the
-fields of its struct (`ggml_layout.py`). Three kinds of scale:
+type is one row of TYPES: the kind of grid, the coding of scales, and the fields of its struct
+(`ggml_layout.py`). Three kinds of scale:
 
     one level     Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL TQ1_0 TQ2_0    d (and m) in f16 for each block
-    two levels    Q2_K .. Q6_K IQ4_XS     group step = d * scale, group minimum = -(dmin * minimum),
-                                          d and dmin f16 a block, scale and minimum small integers
+    two levels    Q2_K .. Q6_K IQ4_XS     group scale = d * scale, group offset = -(dmin * minimum),
+                                          d and dmin f16 per block, scale and minimum small integers
     power of two  MXFP4                   2^(e - 128), e one byte
 
 Two-level types are fitted group by group (`search.py`), then the group parameters are coded, then
-d (and dmin) are refitted by least squares against the codes they led to (`ggml_fit.py`).
+d (and dmin) are refitted by least squares to the resulting codes (`ggml_fit.py`).
 
-The only plane is `blocks`, the struct's bytes: what a GGUF file stores is what the format is.
-The other IQ types choose lattice points, eight or four weights at a time: `iq.py` has their rows.
+The only plane is `blocks`, the struct's bytes as in a GGUF file. The other IQ types use lattice points for
+eight or four weights at a time; `iq.py` has their rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..errors import FormatError
 from ..lazy import gguf, torch
 from ..qtensor import Plane, QTensor
 from .base import FORMATS, Distortion, Format, Grid, checked_importance
-from .ggml_fit import exponent_step, fit_values, refit_values
+from .ggml_fit import exponent_scale, fit_values, refit_values
 from .ggml_layout import Field, Half, Runs, ScaleMin4, ScaleMin6, Ternary, Values
 from .ggml_types import GGML_TYPES
 from .grids import AffineGrid, TableGrid
@@ -46,8 +46,7 @@ class GgmlGrid(Grid):
 
     @property
     def _rows(self) -> int:
-        parameter = self.meaning.step if isinstance(self.meaning, AffineGrid) else self.meaning.scale
-        return parameter.shape[0]
+        return self.meaning.scale.shape[0]
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         return self.meaning.round(w, columns)
@@ -62,14 +61,14 @@ class GgmlGrid(Grid):
         return self.meaning.groups(n)
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> GgmlGrid:
         """Two-level types: `refit_values`."""
         shape = -1, self.format.block // self.group
-        parts = [None if part is None else part.reshape(shape) for part in (step, base, weight)]
+        parts = [None if part is None else part.reshape(shape) for part in (scale, offset, weight)]
         assert parts[0] is not None
         values = refit_values(self.format, self.values, parts[0], parts[1], parts[2])
-        return self.format.grid(values, step.shape[0], self.meaning.k)
+        return self.format.grid(values, scale.shape[0], self.meaning.k)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         n = self._rows
@@ -121,7 +120,7 @@ class Ggml(Format):
     def fit_reference(
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> GgmlGrid:
-        """`fit` in plain torch, whether or not the C++ core is there."""
+        """`fit` in plain torch, with or without the C++ core."""
         self.check(w)
         n, k = w.shape
         x = w.float().reshape(-1, self.block // self.group, self.group)
@@ -164,12 +163,12 @@ class Ggml(Format):
     def encode_reference(
         self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True
     ) -> QTensor:
-        """`encode` in plain torch, whether or not the C++ core is there."""
+        """`encode` in plain torch, with or without the C++ core."""
         grid = self.fit_reference(w, importance, search)
         return self.pack(grid, grid.round(w.float()))
 
     def decode_reference(self, q: QTensor) -> torch.Tensor:
-        """`decode` in plain torch, whether or not the C++ core is there."""
+        """`decode` in plain torch, with or without the C++ core."""
         return super().decode(q)
 
     def unpack(self, q: QTensor) -> tuple[GgmlGrid, torch.Tensor]:
@@ -190,29 +189,30 @@ class Ggml(Format):
         return values
 
     def grid(self, values: Values, n: int, k: int) -> GgmlGrid:
-        step, base = group_parameters(self, values)
+        scale, offset = group_parameters(self, values)
         rows = n, k // self.group
         meaning: AffineGrid | TableGrid
         if self.levels is not None:
-            codes = torch.tensor(self.codes, dtype=torch.uint8).to(step.device)
-            meaning = TableGrid(step.reshape(rows), self.levels.to(step.device), codes, self.group, k)
+            codes = torch.tensor(self.codes, dtype=torch.uint8).to(scale.device)
+            meaning = TableGrid(scale.reshape(rows), self.levels.to(scale.device), codes, self.group, k)
         else:
-            shift = None if base is None else base.reshape(rows)
-            meaning = AffineGrid(step.reshape(rows), shift, self.zero, self.top, self.group, k, torch.float16)
+            offset = None if offset is None else offset.reshape(rows)
+            meaning = AffineGrid(
+                scale.reshape(rows), offset, self.zero, self.top, self.group, k, torch.float16
+            )
         return GgmlGrid(self, values, meaning, self.group)
 
 
 def group_parameters(fmt: Ggml, values: Values) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Coded parameters -> step and base of each group, `(blocks, groups)` f32, as in decoding."""
+    """Coded parameters -> scale and offset of each group, `(blocks, groups)` f32, as in decoding."""
     if "exponent" in values:
-        return exponent_step(values["exponent"]), None
+        return exponent_scale(values["exponent"]), None
     if fmt.scale_range is None:
         return values["d"], values.get("m")
-    offset = -fmt.scale_range[0]
-    step = values["d"] * (values["scale"] - offset).float()
+    scale = values["d"] * (values["scale"] + fmt.scale_range[0]).float()
     if fmt.kind != "affine":
-        return step, None
-    return step, -(values["dmin"] * values["minimum"].float())
+        return scale, None
+    return scale, -(values["dmin"] * values["minimum"].float())
 
 
 def one_level(name: str, nbytes: int, **row: object) -> Ggml:

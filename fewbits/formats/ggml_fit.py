@@ -1,10 +1,10 @@
-"""Fitting the parameters of GGML blocks, and coding them in the few bits that a block has for them.
+"""Fits the parameters of GGML blocks, and codes them in the bits of a block.
 
-    x (blocks, groups, group)  ->  search.py: step, base of each group
+    x (blocks, groups, group)  ->  search.py: scale, offset of each group
                                ->  d, dmin in f16, scale and minimum in small integers
-                               ->  d, dmin, scale, minimum again, for the codes that they led to
+                               ->  d, dmin, scale, minimum again, for the resulting codes
 
-`refit_values` does the second step for steps and bases that come from elsewhere.
+`refit_values` does the second step for given scales and offsets.
 
 Reference of csrc/ggml_encode.h, equal to it bit for bit: the same operations in the same order.
 """
@@ -27,14 +27,14 @@ Moments: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tens
 Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 
 
-def exponent_step(exponent: torch.Tensor) -> torch.Tensor:
+def exponent_scale(exponent: torch.Tensor) -> torch.Tensor:
     """The E8M0 byte e -> 2^(e - 128): half the scale, since the level table is doubled."""
     bits = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), (exponent - 1) << 23)
     return bits.to(torch.int32).view(torch.float32)
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:
-    """f32 rounded to float16, the largest finite one where it would overflow; minus zero becomes zero."""
+    """f32 rounded to float16, the largest finite one on overflow; minus zero becomes zero."""
     return (x.clamp(-HALF_MAX, HALF_MAX) + 0.0).to(torch.float16).float()
 
 
@@ -43,29 +43,29 @@ def fit_values(fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search: 
     if fmt.name == "mxfp4_ggml":
         return fit_exponent(fmt, x, weight, search)
     if fmt.kind == "affine":
-        base_max = None if fmt.scale_range is None else 0.0
-        step, base = fit_affine(x, weight, fmt.top, search, base_max)
+        offset_max = None if fmt.scale_range is None else 0.0
+        scale, offset = fit_affine(x, weight, fmt.top, search, offset_max)
         if fmt.scale_range is None:
-            return {"d": to_half(step), "m": to_half(base)}
-        return code_scales_affine(fmt, x, weight, search, step, base)
+            return {"d": to_half(scale), "m": to_half(offset)}
+        return code_scales_affine(fmt, x, weight, search, scale, offset)
     if fmt.levels is not None:
-        step = fit_table(x, weight, fmt.levels.to(x.device), search)
+        scale = fit_table(x, weight, fmt.levels.to(x.device), search)
     else:
         brief = fmt.scale_range is None and weight is None
-        step = fit_symmetric(x, weight, -fmt.zero, fmt.top - fmt.zero, search, brief=brief)
+        scale = fit_symmetric(x, weight, -fmt.zero, fmt.top - fmt.zero, search, brief=brief)
     if fmt.scale_range is None:
-        return {"d": to_half(step)}
-    return code_scales_symmetric(fmt, x, weight, search, step)
+        return {"d": to_half(scale)}
+    return code_scales_symmetric(fmt, x, weight, search, scale)
 
 
 def code_scales_symmetric(
-    fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search: bool, step: torch.Tensor
+    fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search: bool, group_scale: torch.Tensor
 ) -> Values:
-    """Group steps `(blocks, groups)` -> f16 d and integer scales, both refitted to the codes."""
+    """Group scales `(blocks, groups)` -> f16 d and integer scales, both refitted to the codes."""
     assert fmt.scale_range is not None
     lo, hi = fmt.scale_range
-    d = to_half(extreme(step.T) / float(lo))
-    scale = torch.clamp(torch.round(step * inverse(d)[:, None]), lo, hi)
+    d = to_half(extreme(group_scale.T) / float(lo))
+    scale = torch.clamp(torch.round(group_scale * inverse(d)[:, None]), lo, hi)
     for _ in range(RECODE_ROUNDS if search else 0):
         cross, square = group_moments(fmt, x, weight, d[:, None] * scale)
         wanted = torch.clamp(torch.round(cross / square * inverse(d)[:, None]), lo, hi)
@@ -76,19 +76,19 @@ def code_scales_symmetric(
 
 
 def group_moments(
-    fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, step: torch.Tensor
+    fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum(w x v) and sum(w v^2) of each group, v the unscaled levels that `step` leads to."""
+    """sum(w x v) and sum(w v^2) of each group, v the unscaled levels for `scale`."""
     rows = lanes(x)
     w = torch.ones_like(rows) if weight is None else lanes(weight)
-    inv = inverse(step.reshape(-1))
+    inv = inverse(scale.reshape(-1))
     if fmt.levels is not None:
         levels = fmt.levels.to(x.device)
         v = levels[nearest(levels, rows * inv)]
     else:
         v = torch.clamp(torch.round(rows * inv), -fmt.zero, fmt.top - fmt.zero)
     wv = w * v
-    return ordered_sum(wv * rows).reshape(step.shape), ordered_sum(wv * v).reshape(step.shape)
+    return ordered_sum(wv * rows).reshape(scale.shape), ordered_sum(wv * v).reshape(scale.shape)
 
 
 def code_scales_affine(
@@ -96,15 +96,15 @@ def code_scales_affine(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     search: bool,
-    step: torch.Tensor,
-    base: torch.Tensor,
+    group_scale: torch.Tensor,
+    group_offset: torch.Tensor,
 ) -> Values:
-    """Group steps and bases -> f16 d and dmin, integer scales and minimums; all refitted to the codes."""
+    """Group scales and offsets -> f16 d and dmin, integer scales and minimums; all refitted to the codes."""
     assert fmt.scale_range is not None
     hi = fmt.scale_range[1]
-    d, dmin = to_half(step.amax(1) / float(hi)), to_half((-base).amax(1) / float(hi))
-    scale = torch.clamp(torch.round(step * inverse(d)[:, None]), 0, hi)
-    minimum = torch.clamp(torch.round(-base * inverse(dmin)[:, None]), 0, hi)
+    d, dmin = to_half(group_scale.amax(1) / float(hi)), to_half((-group_offset).amax(1) / float(hi))
+    scale = torch.clamp(torch.round(group_scale * inverse(d)[:, None]), 0, hi)
+    minimum = torch.clamp(torch.round(-group_offset * inverse(dmin)[:, None]), 0, hi)
     for _ in range(RECODE_ROUNDS if search else 0):
         moments = affine_moments(fmt, x, weight, d[:, None] * scale, dmin[:, None] * minimum)
         scale, minimum = recode_affine(moments, (d, dmin), (scale, minimum), hi)
@@ -118,32 +118,32 @@ def code_scales_affine(
 
 
 def affine_moments(
-    fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, step: torch.Tensor, drop: torch.Tensor
+    fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, scale: torch.Tensor, drop: torch.Tensor
 ) -> Moments:
-    """Sums w q^2, w q, w, w x q and w x of each group, q the codes of value = step * q - drop."""
+    """Sums w q^2, w q, w, w x q and w x of each group, q the codes of value = scale * q - drop."""
     rows = lanes(x)
     w = torch.ones_like(rows) if weight is None else lanes(weight)
-    q = torch.clamp(torch.round((rows + drop.reshape(-1)) * inverse(step.reshape(-1))), 0, fmt.top)
+    q = torch.clamp(torch.round((rows + drop.reshape(-1)) * inverse(scale.reshape(-1))), 0, fmt.top)
     wq, wx = w * q, w * rows
-    sqq, sq, sw, sxq, sx = (ordered_sum(p).reshape(step.shape) for p in (wq * q, wq, w, wx * q, wx))
+    sqq, sq, sw, sxq, sx = (ordered_sum(p).reshape(scale.shape) for p in (wq * q, wq, w, wx * q, wx))
     return sqq, sq, sw, sxq, sx
 
 
 def recode_affine(moments: Moments, halves: Pair, integers: Pair, hi: int) -> Pair:
     """Better integers for the same codes: the scale of the least-squares line, then the minimum that
-    suits the coded scale; kept for each group where the (quadratic) error falls."""
+    suits the coded scale; kept for each group if the (quadratic) error falls."""
     sqq, sq, sw, sxq, sx = moments
     d, dmin = halves[0][:, None], halves[1][:, None]
     scale, minimum = integers
     a = (sw * sxq - sx * sq) / (sw * sqq - sq * sq)
     new_scale = torch.clamp(torch.round(a * inverse(d)), 0, hi)
-    new_step = d * new_scale
-    new_minimum = torch.clamp(torch.round((new_step * sq - sx) / sw * inverse(dmin)), 0, hi)
+    new_group_scale = d * new_scale
+    new_minimum = torch.clamp(torch.round((new_group_scale * sq - sx) / sw * inverse(dmin)), 0, hi)
 
-    def error(step: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
-        return step * (step * sqq - 2.0 * (drop * sq + sxq)) + drop * (drop * sw + 2.0 * sx)
+    def error(group_scale: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
+        return group_scale * (group_scale * sqq - 2.0 * (drop * sq + sxq)) + drop * (drop * sw + 2.0 * sx)
 
-    better = error(new_step, dmin * new_minimum) < error(d * scale, dmin * minimum)
+    better = error(new_group_scale, dmin * new_minimum) < error(d * scale, dmin * minimum)
     return torch.where(better, new_scale, scale), torch.where(better, new_minimum, minimum)
 
 
@@ -164,7 +164,7 @@ def refit_affine(moments: Moments, halves: Pair, integers: Pair) -> Pair:
 
 
 def fit_exponent(fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search: bool) -> Values:
-    """MXFP4: floor(log2(amax)) - 2 as the OCP MX specification has it, and its neighbours if searching."""
+    """MXFP4: floor(log2(amax)) - 2 as in the OCP MX specification, and its neighbours if searching."""
     assert fmt.levels is not None
     levels, rows = fmt.levels.to(x.device), lanes(x)
     w = torch.ones_like(rows) if weight is None else lanes(weight)
@@ -174,55 +174,55 @@ def fit_exponent(fmt: Ggml, x: torch.Tensor, weight: torch.Tensor | None, search
     best, chosen = torch.full_like(amax, -torch.inf), exponent
     for change in (0, 1, -1) if search else (0,):
         candidate = (exponent + change).clamp(0, 254)
-        step = exponent_step(candidate)
-        v = levels[nearest(levels, rows * inverse(step))]
+        scale = exponent_scale(candidate)
+        v = levels[nearest(levels, rows * inverse(scale))]
         wv = w * v
         cross, square = ordered_sum(wv * rows), ordered_sum(wv * v)
-        score = step * (2.0 * cross - step * square)
+        score = scale * (2.0 * cross - scale * square)
         better = score > best
         best, chosen = torch.where(better, score, best), torch.where(better, candidate, chosen)
     return {"exponent": chosen[:, None]}
 
 
 def refit_values(
-    fmt: Ggml, old: Values, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None
+    fmt: Ggml, old: Values, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None
 ) -> Values:
-    """Group steps and bases `(blocks, groups)` -> the coded parameters that come nearest to them.
+    """Group scales and offsets `(blocks, groups)` -> the coded parameters that come nearest to them.
 
     Two-level types choose d, dmin and the small integers of a block together, and keep the old ones
-    where no others are nearer. weight `(blocks, groups)`: how much the error of each group counts.
+    if no others are nearer. weight `(blocks, groups)`: the weight of each group's error.
     """
     if "exponent" in old:
-        mantissa, exponent = torch.frexp(step)
+        mantissa, exponent = torch.frexp(scale)
         exponent = exponent - (mantissa <= 0.75).int() + 128
-        return {"exponent": torch.where(step > 0, exponent, 0).clamp(0, 254)}
+        return {"exponent": torch.where(scale > 0, exponent, 0).clamp(0, 254)}
     if fmt.scale_range is None:
-        d = to_half(step)
-        return {"d": d} if base is None else {"d": d, "m": to_half(base + (step - d) * (fmt.top / 2))}
-    weight = torch.ones_like(step) if weight is None else weight
+        d = to_half(scale)
+        return {"d": d} if offset is None else {"d": d, "m": to_half(offset + (scale - d) * (fmt.top / 2))}
+    weight = torch.ones_like(scale) if weight is None else weight
     lo, hi = fmt.scale_range
-    if base is None:
-        return recode_steps(old, step, weight, lo, hi)
-    return recode_lines(old, (step, base), weight, hi, fmt.top)
+    if offset is None:
+        return recode_scales(old, scale, weight, lo, hi)
+    return recode_lines(old, (scale, offset), weight, hi, fmt.top)
 
 
 # Starts of the search for d and dmin, in the integer that the widest group takes, as a share of the range.
 RECODE_STARTS = (1.0, 0.93)
 
 
-def recode_steps(old: Values, step: torch.Tensor, weight: torch.Tensor, lo: int, hi: int) -> Values:
-    """Steps -> f16 d and integers in [lo, hi] of least sum weight (d * integer - step)^2 per block."""
+def recode_scales(old: Values, group_scale: torch.Tensor, weight: torch.Tensor, lo: int, hi: int) -> Values:
+    """Group scales -> f16 d and integers in [lo, hi] with the least sum of weight (d * integer - scale)^2."""
     best_d, best = old["d"][:, 0], (old["scale"] + lo).float()
 
     def error(d: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return ((d[:, None] * scale - step).square() * weight).sum(1)
+        return ((d[:, None] * scale - group_scale).square() * weight).sum(1)
 
     least = error(best_d, best)
-    starts = [best_d, *(to_half(extreme(step.T) / (share * float(lo))) for share in RECODE_STARTS)]
+    starts = [best_d, *(to_half(extreme(group_scale.T) / (share * float(lo))) for share in RECODE_STARTS)]
     for d in starts:
         for _ in range(RECODE_ROUNDS):
-            scale = torch.clamp(torch.round(step * inverse(d)[:, None]), lo, hi)
-            up, down = (weight * scale * step).sum(1), (weight * scale * scale).sum(1)
+            scale = torch.clamp(torch.round(group_scale * inverse(d)[:, None]), lo, hi)
+            up, down = (weight * scale * group_scale).sum(1), (weight * scale * scale).sum(1)
             d = torch.where(down > 0, to_half(up / down), d)
             now = error(d, scale)
             better = now < least
@@ -232,33 +232,33 @@ def recode_steps(old: Values, step: torch.Tensor, weight: torch.Tensor, lo: int,
 
 
 def recode_lines(old: Values, line: Pair, weight: torch.Tensor, hi: int, top: int) -> Values:
-    """Steps and bases -> d, dmin and integers whose lines lie nearest over codes spread about top / 2.
+    """Scales and offsets -> d, dmin and integers whose lines are nearest for codes distributed about top / 2.
 
-    The codes of a group are taken to have mean top / 2 and deviation top / 4, as those of a normal
-    weight have; so the minimum makes good at the middle what the rounded scale missed.
+    The codes of a group are assumed to have mean top / 2 and deviation top / 4, as those of a normal
+    weight have, so the minimum compensates the error of the rounded scale at the middle.
     """
-    step, base = line
+    group_scale, group_offset = line
     mean, square = top / 2, (top / 2) ** 2 + (top / 4) ** 2
     moments = (
         weight * square,
         weight * mean,
         weight,
-        weight * (step * square + base * mean),
-        weight * (step * mean + base),
+        weight * (group_scale * square + group_offset * mean),
+        weight * (group_scale * mean + group_offset),
     )
 
     def error(d: torch.Tensor, dmin: torch.Tensor, scale: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
-        a, b = d[:, None] * scale - step, -(dmin[:, None] * drop) - base
+        a, b = d[:, None] * scale - group_scale, -(dmin[:, None] * drop) - group_offset
         return ((a * (a * square + 2.0 * mean * b) + b * b) * weight).sum(1)
 
     best = [old["d"][:, 0], old["dmin"][:, 0], old["scale"].float(), old["minimum"].float()]
     least = error(*best)
-    widest, deepest = step.amax(1).clamp(min=0), (-base).amax(1).clamp(min=0)
+    widest, deepest = group_scale.amax(1).clamp(min=0), (-group_offset).amax(1).clamp(min=0)
     starts = [(best[0], best[1])]
     starts += [(to_half(widest / (s * hi)), to_half(deepest / (s * hi))) for s in RECODE_STARTS]
     for d, dmin in starts:
-        scale = torch.clamp(torch.round(step * inverse(d)[:, None]), 0, hi)
-        minimum = torch.clamp(torch.round(-base * inverse(dmin)[:, None]), 0, hi)
+        scale = torch.clamp(torch.round(group_scale * inverse(d)[:, None]), 0, hi)
+        minimum = torch.clamp(torch.round(-group_offset * inverse(dmin)[:, None]), 0, hi)
         for _ in range(RECODE_ROUNDS):
             scale, minimum = recode_affine(moments, (d, dmin), (scale, minimum), hi)
             d, dmin = refit_affine(moments, (d, dmin), (scale, minimum))

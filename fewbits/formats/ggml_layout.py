@@ -1,4 +1,4 @@
-"""How a GGML block lies in bytes: fields in order, each packing codes or block parameters.
+"""The bytes of a GGML block: fields in order, each with codes or block parameters.
 
 Source: the block structs of ggml-common.h (llama.cpp). Tests compare every type bit for bit with the
 dequantization of the `gguf` package. Codes are unsigned here; a grid subtracts its `zero`.
@@ -134,7 +134,7 @@ class ScaleMin4:
 @dataclass(frozen=True)
 class Ternary:
     """TQ1_0: five base-3 digits a byte, stored as ceil(n * 256 / 243) so that multiplying by 3 yields
-    the first digit in bits 8 and 9. Elements 0-159 lie in 32 bytes, 160-239 in 16 (five digits, runs
+    the first digit in bits 8 and 9. Elements 0-159 are in 32 bytes, 160-239 in 16 (five digits, runs
     of 32 and 16), 240-255 in the last 4 bytes (four digits, runs of 4)."""
 
     name: ClassVar[str] = "code"

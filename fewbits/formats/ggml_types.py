@@ -1,8 +1,7 @@
-"""All types of GGML as data: the number of each in GGUF files, the weights and the bytes of its block.
+"""All types of GGML as data: the number in GGUF files, the weights and the bytes of a block.
 
-Those that are formats of ours have rows of their own in `ggml.py` and `iq.py`. The facts are those of the
-`gguf` package, which takes as long to import as everything else that reading a header needs;
-tests/formats/test_ggml.py holds them to it.
+Types that are also formats have rows in `ggml.py` and `iq.py`. The data are those of the `gguf` package,
+whose import takes as long as everything else for reading a header; tests/formats/test_ggml.py compares them.
 """
 
 from typing import NamedTuple

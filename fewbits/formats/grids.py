@@ -1,7 +1,7 @@
-"""The two kinds of grid: evenly spaced values, and a table of levels under a scale.
+"""The two kinds of grid: evenly spaced values, and a table of levels times a scale.
 
 Parameters are per row and per group of columns, `(n, g)`; group j covers columns j*group to
-(j+1)*group - 1. Where cells span several rows there is one row of parameters for each of them.
+(j+1)*group - 1. If cells span several rows, there is one row of parameters for each cell row.
 The arithmetic of `value` is exactly what decoding does, in f32.
 """
 
@@ -33,7 +33,7 @@ def spread(
 
 
 def over_rows(parameter: torch.Tensor, rows: int | None, n: int) -> torch.Tensor:
-    """`(down, g)` -> `(n, g)`, or `(1, g)` where one row of parameters serves all."""
+    """`(down, g)` -> `(n, g)`, or `(1, g)` if one row of parameters serves all."""
     if rows in (None, 1):
         return parameter
     return parameter.repeat_interleave(rows, 0)[:n]
@@ -61,14 +61,14 @@ def saturate(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class AffineGrid(Grid):
-    """value = step * (code - zero) + base, code in [0, top]; base None means no addition.
+    """value = scale * (code - zero) + offset, code in [0, top]; offset None means no addition.
 
-    Parameters are `(n, g)`, or `(1, g)` where one row serves all, and are stored as `dtype`; a step
-    may be negative where `signed`.
+    Parameters are `(n, g)`, or `(1, g)` if one row serves all, and are stored as `dtype`; a scale may
+    be negative if `signed`.
     """
 
-    step: torch.Tensor
-    base: torch.Tensor | None
+    scale: torch.Tensor
+    offset: torch.Tensor | None
     zero: torch.Tensor | int
     top: int
     group: int
@@ -79,52 +79,52 @@ class AffineGrid(Grid):
 
     @cached_property
     def _inverse(self) -> torch.Tensor:
-        return inverse(self.step)
+        return inverse(self.scale)
 
     def _of(self, parameter: torch.Tensor, columns: slice) -> torch.Tensor:
         return spread(parameter, self.group, columns, self.k, self.index)
 
     def _parameters(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | int]:
-        base = None if self.base is None else self._of(self.base, columns)
+        offset = None if self.offset is None else self._of(self.offset, columns)
         zero = self.zero if isinstance(self.zero, int) else self._of(self.zero, columns)
-        return self._of(self.step, columns), base, zero
+        return self._of(self.scale, columns), offset, zero
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        _, base, zero = self._parameters(columns)
-        w = w if base is None else w - base
+        _, offset, zero = self._parameters(columns)
+        w = w if offset is None else w - offset
         code = (w * self._of(self._inverse, columns)).round_().add_(zero)
         return code.clamp_(0, self.top).to(torch.uint8)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        step, base, zero = self._parameters(columns)
-        value = step * codes.float().sub_(zero)
-        return value if base is None else value + base
+        scale, offset, zero = self._parameters(columns)
+        value = scale * codes.float().sub_(zero)
+        return value if offset is None else value + offset
 
     def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         return codes.float() - self._parameters(columns)[2]
 
     def groups(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        g = self.step.shape[1]
-        return self.step.expand(n, g), None if self.base is None else self.base.expand(n, g)
+        g = self.scale.shape[1]
+        return self.scale.expand(n, g), None if self.offset is None else self.offset.expand(n, g)
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> AffineGrid:
-        """The base absorbs the rounding error of the step at the middle code."""
-        stored = self._stored(step if self.signed else step.clamp(min=0), weight)
-        if base is not None:
-            base = self._stored(base + (step - stored) * (self.top / 2), weight)
-        return replace(self, step=stored, base=base)
+        """The offset absorbs the rounding error of the scale at the middle code."""
+        stored = self._stored(scale if self.signed else scale.clamp(min=0), weight)
+        if offset is not None:
+            offset = self._stored(offset + (scale - stored) * (self.top / 2), weight)
+        return replace(self, scale=stored, offset=offset)
 
     def _stored(self, parameter: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        rows = 1 if self.step.shape[0] == parameter.shape[0] else None
+        rows = 1 if self.scale.shape[0] == parameter.shape[0] else None
         return saturate(mean_over_rows(parameter, rows, weight), self.dtype).float()
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        return {"step": self.step} if self.base is None else {"step": self.step, "base": self.base}
+        return {"scale": self.scale} if self.offset is None else {"scale": self.scale, "offset": self.offset}
 
     def replaced(self, parameters: dict[str, torch.Tensor]) -> AffineGrid:
-        return replace(self, step=parameters["step"], base=parameters.get("base"))
+        return replace(self, scale=parameters["scale"], offset=parameters.get("offset"))
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,9 @@ class TableGrid(Grid):
         return self.scale, None
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> TableGrid:
-        return replace(self, scale=step)
+        return replace(self, scale=scale)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {"scale": self.scale}

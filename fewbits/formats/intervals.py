@@ -1,4 +1,4 @@
-"""The interval between sorted boundaries in which a number lies: a `bucketize` that is fast for short tables.
+"""The interval between sorted boundaries that contains a number: a `bucketize` that is fast for short tables.
 
 A raster of equal cells is laid over the boundaries, fine enough that no cell holds two of them:
 

@@ -1,4 +1,4 @@
-"""The IQ types of llama.cpp: codes are points of a lattice, chosen for eight or four weights at once.
+"""The IQ types of llama.cpp: codes are points of a lattice for eight or four weights.
 
     value = d * unit * (2 scale + 1) * level        d f16 a block of 256, scale 4 bits (IQ1: 3) a group
     level = sign * table[code]                      IQ2, IQ3: a lattice of magnitudes, signs apart
@@ -47,13 +47,13 @@ class Words:
     name: str = "words"
 
     def pack(self, values: Values) -> torch.Tensor:
-        taken, at, words = Counter[str](), 0, None
+        used, at, words = Counter[str](), 0, None
         count = Counter(piece[0] for piece in self.pieces)
         for name, bits, shift in self.pieces:
-            every = values[name].long()[:, taken[name] :: count[name]]
+            every = values[name].long()[:, used[name] :: count[name]]
             part = ((every >> shift) & (2**bits - 1)) << at
             words = part if words is None else words | part
-            taken[name] += 1
+            used[name] += 1
             at += bits
         assert words is not None
         places = torch.arange(0, self.bits, 8, device=words.device)
@@ -63,15 +63,15 @@ class Words:
         per = self.bits // 8
         places = torch.arange(0, self.bits, 8, device=data.device)
         words = (data.long().reshape(len(data), -1, per) << places).sum(-1)
-        taken, at = Counter[str](), 0
+        used, at = Counter[str](), 0
         count = Counter(piece[0] for piece in self.pieces)
         for name, bits, shift in self.pieces:
             if name not in values:
                 shape = len(data), words.shape[1] * count[name]
                 values[name] = torch.zeros(shape, dtype=torch.int32, device=data.device)
             part = ((words >> at) & (2**bits - 1)) << shift
-            values[name][:, taken[name] :: count[name]] |= part.to(torch.int32)
-            taken[name] += 1
+            values[name][:, used[name] :: count[name]] |= part.to(torch.int32)
+            used[name] += 1
             at += bits
 
     def nbytes(self, counts: dict[str, int]) -> int:
@@ -98,7 +98,7 @@ class IqGrid(Grid):
         return self.format.vector
 
     @cached_property
-    def step(self) -> torch.Tensor:
+    def scale(self) -> torch.Tensor:
         """`(n, groups)` f32."""
         odd = 2 * self.values["scale"] + 1
         return (self.values["d"] * self.format.unit * odd.float()).reshape(self.n, -1)
@@ -114,7 +114,7 @@ class IqGrid(Grid):
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         fmt, v = self.format, self.format.vector
         n, c = w.shape
-        step = spread(self.step, fmt.group, columns, self.k).expand(n, c)[:, ::v].reshape(-1)
+        scale = spread(self.scale, fmt.group, columns, self.k).expand(n, c)[:, ::v].reshape(-1)
         weight = None
         if self.weight is not None:
             weight = self.weight.expand(n, self.k)[:, columns].reshape(-1, 1, v)
@@ -122,13 +122,13 @@ class IqGrid(Grid):
         if shift is not None:
             shift = shift.expand(n, c)[:, ::v].reshape(1, -1)
         tile = Tile.of(fmt, w.reshape(-1, 1, v), weight)
-        places = points_of(fmt, tile, step, shift).places
+        places = points_of(fmt, tile, scale, shift).places
         digits = fmt.lattice.on(w.device).points[places].transpose(1, 2).reshape(v, -1)
         codes = digits | tile.minus.long() << fmt.level_bits
         return codes.T.reshape(n, c).to(torch.uint8)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return spread(self.step, self.group, columns, self.k) * self.level(codes, columns)
+        return spread(self.scale, self.group, columns, self.k) * self.level(codes, columns)
 
     def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         fmt, codes = self.format, codes.long()
@@ -139,32 +139,32 @@ class IqGrid(Grid):
         return torch.where(codes >> fmt.level_bits > 0, -level, level)
 
     def groups(self, n: int) -> tuple[torch.Tensor, None]:
-        return self.step, None
+        return self.scale, None
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> IqGrid:
-        """Per block, the d and odd integers with the least sum of weight * (d * unit * odd - step)^2. The old
-        ones are a candidate."""
+        """Per block, the d and odd integers with the least sum of weight * (d * unit * odd - scale)^2.
+        The old ones are a candidate."""
         fmt = self.format
         shape = -1, fmt.block // fmt.group
-        step = step.reshape(shape)
-        w = torch.ones_like(step) if weight is None else weight.reshape(shape)
+        scale = scale.reshape(shape)
+        w = torch.ones_like(scale) if weight is None else weight.reshape(shape)
         best_d, best = self.values["d"][:, 0], (2 * self.values["scale"] + 1).float()
         hi = 2 * fmt.scale_top + 1
-        least = ((best_d[:, None] * fmt.unit * best - step).square() * w).sum(1)
-        starts = [best_d, *(to_half(step.amax(1) / (share * hi * fmt.unit)) for share in RECODE_STARTS)]
+        least = ((best_d[:, None] * fmt.unit * best - scale).square() * w).sum(1)
+        starts = [best_d, *(to_half(scale.amax(1) / (share * hi * fmt.unit)) for share in RECODE_STARTS)]
         for d in starts:
             for _ in range(2):
-                odd = nearest_odd(step, d * fmt.unit, hi)
-                up, down = (w * odd * step).sum(1), (w * odd * odd).sum(1)
+                odd = nearest_odd(scale, d * fmt.unit, hi)
+                up, down = (w * odd * scale).sum(1), (w * odd * odd).sum(1)
                 d = torch.where((up > 0) & (down > 0), to_half(up / down / fmt.unit), d)
-                now = ((d[:, None] * fmt.unit * odd - step).square() * w).sum(1)
+                now = ((d[:, None] * fmt.unit * odd - scale).square() * w).sum(1)
                 better = now < least
                 best_d, least = torch.where(better, d, best_d), torch.where(better, now, least)
                 best = torch.where(better[:, None], odd, best)
-        scale = ((best - 1) / 2).to(torch.int32)
-        return replace(self, values={**self.values, "d": best_d[:, None], "scale": scale})
+        coded = {"d": best_d[:, None], "scale": ((best - 1) / 2).to(torch.int32)}
+        return replace(self, values={**self.values, **coded})
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {"d": self.values["d"].reshape(self.n, -1)}
@@ -175,9 +175,9 @@ class IqGrid(Grid):
 
 @dataclass(frozen=True)
 class Iq(Ggml):
-    """One IQ type. signs: free | even | none. unit: a step is d * unit * an odd integer. shift: the number of
+    """One IQ type. signs: free | even | none. unit: scale = d * unit * an odd integer. shift: the number of
     weights that share a shift, 0 if there is none. last: the level of the largest weight in the plain fit.
-    starts: where the search for a group's step starts, as shares of its largest weight.
+    starts: where the search for a group's scale starts, as shares of its largest weight.
     """
 
     signs: str = "free"
@@ -244,7 +244,7 @@ class Iq(Ggml):
         odd = self.signs == "even" and bool((minus.sum(-1) % 2).any())
         if odd or bool((index < 0).any()):
             raise FormatError(
-                f"{self.name}: some codes are no points of its lattice; round {self.vector} columns together"
+                f"{self.name}: some codes are not points of its lattice; round {self.vector} columns together"
             )
         values = {**grid.values, "index": index, "sign": sign}
         d = values["d"].clamp(-65504, 65504).to(torch.float16).view(torch.int16).int()
@@ -297,8 +297,8 @@ SCALE3 = ("scale", 3, 0)
 
 
 def starts(*levels: float) -> tuple[float, ...]:
-    """Starts of the search for a step, given by the level that the largest weight has under it. A level above
-    the table's largest clips the weight; the lowest level suits weights that are all equal."""
+    """Starts of the search for a scale, given by the level of the largest weight. A level above the
+    table's largest clips the weight; the lowest level suits weights that are all equal."""
     return tuple(1 / level for level in levels)
 
 

@@ -1,13 +1,13 @@
-"""Fitting IQ blocks: signs, the step of each group, and the few bits that a block has for them.
+"""Fits IQ blocks: signs, the scale of each group, and their codes in a block.
 
-    signs     the sign of each weight; if only an even number may be minus, the cheapest flip makes it so
-    step      from several starts, each refitted by least squares to its nearest points
-    shift     (IQ1) chosen at the first start and kept, then chosen again for the first coded steps
-    block     d in f16 and odd integers that code the groups' steps, refitted to the nearest points
-    points    searched again for the steps as stored
+    signs     the sign of each weight; if the number of minus signs must be even, the cheapest flip
+    scale     from several starts, each refitted by least squares to its nearest points
+    shift     (IQ1) chosen at the first start and kept, then chosen again for the first coded scales
+    block     d in f16 and odd integers that code the groups' scales, refitted to the nearest points
+    points    searched again for the scales as stored
 
-Reference of csrc/iq_encode.h, equal to it bit for bit: the same operations in the same order. Weights lie
-group by group, `(group, G)`; vectors are runs of `dim` of them.
+Reference of csrc/iq_encode.h, equal to it bit for bit: the same operations in the same order. Weights are
+stored group by group, `(group, G)`; vectors are runs of `dim` of them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Points:
-    """The best points of groups under a step: places `(group / dim, G)`, shifts, and their moments."""
+    """The best points of groups under a scale: places `(group / dim, G)`, shifts, and their moments."""
 
     places: torch.Tensor
     shift: torch.Tensor | None
@@ -69,13 +69,13 @@ def vectors(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.reshape(-1, dim, x.shape[1]).transpose(1, 2).reshape(-1, dim)
 
 
-def points_of(fmt: Iq, t: Tile, step: torch.Tensor, shift: torch.Tensor | None = None) -> Points:
-    """step `(G,)`; shift `(shifts, G)`: 1 where levels are lowered, searched if not given."""
+def points_of(fmt: Iq, t: Tile, scale: torch.Tensor, shift: torch.Tensor | None = None) -> Points:
+    """scale `(G,)`; shift `(shifts, G)`: 1 where levels are lowered, searched if not given."""
     lattice = fmt.lattice.on(t.x.device)
     dim, count = lattice.dim, t.x.shape[0] // lattice.dim
     wx, w = t.w * t.x, t.w
-    parts = vectors(wx, dim), vectors(w, dim), step.repeat(count)
-    shape = count, len(step)
+    parts = vectors(wx, dim), vectors(w, dim), scale.repeat(count)
+    shape = count, len(scale)
     if not fmt.shift:
         places = lattice.search(*parts)[0].reshape(shape)
         lowered = None
@@ -85,7 +85,7 @@ def points_of(fmt: Iq, t: Tile, step: torch.Tensor, shift: torch.Tensor | None =
         )
         if shift is None:
             each = fmt.shift // dim
-            costs = (c.reshape(-1, each, len(step)).transpose(0, 1) for c in (cost_up, cost_down))
+            costs = (c.reshape(-1, each, len(scale)).transpose(0, 1) for c in (cost_up, cost_down))
             cost_up, cost_down = (ordered_sum(c) for c in costs)
             shift = (cost_down < cost_up).to(torch.int32)
         lowered = shift.repeat_interleave(count // len(shift), 0)
@@ -96,36 +96,36 @@ def points_of(fmt: Iq, t: Tile, step: torch.Tensor, shift: torch.Tensor | None =
     return Points(places, shift, level, ordered_sum(wx * level), ordered_sum(w * level * level))
 
 
-def fit_steps(fmt: Iq, t: Tile, search: bool) -> torch.Tensor:
-    """-> the step of each group, `(G,)`."""
+def fit_scales(fmt: Iq, t: Tile, search: bool) -> torch.Tensor:
+    """-> the scale of each group, `(G,)`."""
     edge = torch.maximum(t.x, -t.x).amax(0)
-    step = edge / fmt.last
+    scale = edge / fmt.last
     if not search:
-        return step
-    best = torch.zeros_like(step)
+        return scale
+    best = torch.zeros_like(scale)
     shift = None
     for factor in fmt.starts:
         points = points_of(fmt, t, edge * factor, shift)
-        step, best = keep_better(points, step, best)
+        scale, best = keep_better(points, scale, best)
         shift = points.shift
-    return step
+    return scale
 
 
-def keep_better(points: Points, step: torch.Tensor, best: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def keep_better(points: Points, scale: torch.Tensor, best: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     fitted = points.cross / points.square
     score = points.cross * fitted
     better = (points.cross > 0) & (score > best)
-    return torch.where(better, fitted, step), torch.where(better, score, best)
+    return torch.where(better, fitted, scale), torch.where(better, score, best)
 
 
 def fit_block(fmt: Iq, x: torch.Tensor, weight: torch.Tensor | None, search: bool) -> Values:
     """`(blocks, groups, group)` f32 -> d, scale and shift of each block."""
     t = Tile.of(fmt, x, weight)
     shape = x.shape[:2]
-    step = fit_steps(fmt, t, search).reshape(shape)
+    scale = fit_scales(fmt, t, search).reshape(shape)
     hi = 2 * fmt.scale_top + 1
-    d = to_half(step.amax(1) / (hi * fmt.unit))
-    odd = nearest_odd(step, d * fmt.unit, hi)
+    d = to_half(scale.amax(1) / (hi * fmt.unit))
+    odd = nearest_odd(scale, d * fmt.unit, hi)
     shift = None
     for _ in range(RECODE_ROUNDS if search else 0):
         points = points_of(fmt, t, ((d * fmt.unit)[:, None] * odd).reshape(-1), shift)
@@ -142,7 +142,7 @@ def fit_block(fmt: Iq, x: torch.Tensor, weight: torch.Tensor | None, search: boo
     return values
 
 
-def nearest_odd(step: torch.Tensor, unit: torch.Tensor, hi: int) -> torch.Tensor:
-    """`(blocks, groups)` steps -> the odd integers in [1, hi] that come nearest to step / unit."""
-    half = torch.round((step * inverse(unit)[:, None] - 1.0) * 0.5)
+def nearest_odd(scale: torch.Tensor, unit: torch.Tensor, hi: int) -> torch.Tensor:
+    """`(blocks, groups)` scales -> the odd integers in [1, hi] that come nearest to scale / unit."""
+    half = torch.round((scale * inverse(unit)[:, None] - 1.0) * 0.5)
     return torch.clamp(half, 0, (hi - 1) // 2) * 2.0 + 1.0

@@ -1,6 +1,6 @@
-"""Lattices: the tables of points that the IQ types choose from, eight or four weights at a time.
+"""Lattices: the tables of points of the IQ types, for eight or four weights at a time.
 
-A point is a vector of level indices. Its cost for weights x under importances w and a step s is a sum
+A point is a vector of level indices. Its cost for weights x under importances w and a scale s is a sum
 over coordinates, so it splits into two halves, and all costs of a half are few numbers:
 
     cost(point) = low[half of the first coordinates] + high[half of the last]        8^2 or 3^4 entries each
@@ -43,7 +43,7 @@ class Lattice:
         return self.points.shape[1]
 
     def on(self, device: torch.device) -> Lattice:
-        """The same where the tensors are that it is used with."""
+        """The same on another device."""
         if device == self.levels.device:
             return self
         if device not in self._elsewhere:
@@ -77,25 +77,25 @@ class Lattice:
         return self.places[self._number(digits)]
 
     def search(
-        self, wx: torch.Tensor, w: torch.Tensor, step: torch.Tensor, shift: float = 0.0
+        self, wx: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, shift: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """wx = w * x and w `(V, dim)`, step `(V,)` -> place of the nearest point, its cost `(V,)`.
+        """wx = w * x and w `(V, dim)`, scale `(V,)` -> place of the nearest point, its cost `(V,)`.
 
         The cost is sum w l (s l - 2 x), with l = level + shift: the squared error over s up to a constant.
         Of equal costs the first wins.
         """
         size = max(1, CHUNK // len(self.points))
         parts = [
-            self._search(wx[at : at + size], w[at : at + size], step[at : at + size], shift)
+            self._search(wx[at : at + size], w[at : at + size], scale[at : at + size], shift)
             for at in range(0, len(w), size)
         ]
         return torch.cat([place for place, _ in parts]), torch.cat([cost for _, cost in parts])
 
     def _search(
-        self, wx: torch.Tensor, w: torch.Tensor, step: torch.Tensor, shift: float
+        self, wx: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, shift: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         level = self.levels + shift
-        costs = level * (level * (w * step[:, None])[..., None] - (2.0 * wx)[..., None])
+        costs = level * (level * (w * scale[:, None])[..., None] - (2.0 * wx)[..., None])
         sums = list(costs.unbind(1))
         while len(sums) > 2:  # neighbours first, the earlier one counting up faster
             sums = [

@@ -22,7 +22,7 @@ from .search import fit_table, inverse
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """table: makes `values`. ties: between two levels lies the one of even code, or the one "below"."""
+    """table: makes `values`. ties: a tie goes to the even code, or to the level "below"."""
 
     table: Callable[[], torch.Tensor]
     ties: str = "even"
@@ -50,7 +50,7 @@ class Levels:
     def boundaries(self) -> torch.Tensor:
         """`(L - 1,)`: from boundary i on, the level above it is the nearest.
 
-        The midpoint is a tie. Where it belongs to the level below, the boundary is the next f32.
+        The midpoint is a tie. If it belongs to the level below, the boundary is the next f32.
         """
         middle = (self.sorted[1:] + self.sorted[:-1]) * 0.5
         down = torch.ones(len(middle), dtype=torch.bool) if self.ties == "below" else self.codes[:-1] % 2 == 0
@@ -100,9 +100,9 @@ class LevelGrid(Grid):
         return over_rows(self.scale, self.rows, n).expand(n, -1), None
 
     def refitted(
-        self, step: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None = None
+        self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> LevelGrid:
-        scale = mean_over_rows(step.clamp(min=0), self.rows, weight)
+        scale = mean_over_rows(scale.clamp(min=0), self.rows, weight)
         return replace(self, scale=saturate(scale, self.dtype).float())
 
     def parameters(self) -> dict[str, torch.Tensor]:

@@ -1,17 +1,17 @@
 """Lossless conversion: the same values in another format. Nothing is rounded.
 
-    value = step * (code - zero)          int4_g32   int8_channel   q4_0   q5_0   q8_0
-    value = step * code + base            int4_g32_asym_float   q4_1   q5_1
+    value = scale * (code - zero)         int4_g32   int8_channel   q4_0   q5_0   q8_0
+    value = scale * code + offset         int4_g32_asym_float   q4_1   q5_1
     mxfp4 and mxfp4_ggml                  the same blocks, their bytes in another order
     int4_g128_actorder                    int4_g128 and its equivalents, if its columns are in order
 
 A group may be cut into smaller groups that repeat its parameters. A symmetric code may get a zero point
-that is the same everywhere. An integer zero may become a base, if -zero * step can be stored exactly.
-`convert_lossless` decides by trying: it decodes the result and compares it with the source bit for bit.
+that is the same everywhere. An integer zero may become an offset, if -zero * scale can be stored exactly.
+`convert_lossless` tries a conversion: it decodes the result and compares it with the source bit for bit.
 
-`lossless_equivalents` lists by name which formats are worth trying, the nearest first. Some pairs always
-work (q4_0 and int4_g32); for others it depends on the numbers (q4_1 fits into int4_g32_asym only if every
-minimum is a multiple of its step).
+`lossless_equivalents` lists by name the formats to try, the nearest first. Some pairs always work
+(q4_0 and int4_g32); for others it depends on the values (q4_1 becomes int4_g32_asym only if every offset is a
+multiple of its scale).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .base import FORMATS, Format
 from .ggml import Ggml
 from .grids import AffineGrid, spread
 
-_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of 32 columns, step and base in f16
+_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of 32 columns, scale and offset in f16
 _MXFP4 = ("mxfp4", "mxfp4_ggml")
 
 
@@ -41,7 +41,7 @@ def lossless_equivalents(name: str) -> Iterator[str]:
         yield inner.name
         yield from lossless_equivalents(inner.name)
         return
-    bits, columns, based = _shape_of(FORMATS.get(name))
+    bits, columns, has_offset = _shape_of(FORMATS.get(name))
     if not bits:
         return
     source = FORMATS.get(name)
@@ -53,7 +53,7 @@ def lossless_equivalents(name: str) -> Iterator[str]:
     for group in groups:
         same = "channel" if group is None else f"g{group}"
         kinds = ("", "_asym", "_asym_float")
-        kinds = kinds[::-1] if based else ("_asym", "_asym_float", "") if zeros else kinds
+        kinds = kinds[::-1] if has_offset else ("_asym", "_asym_float", "") if zeros else kinds
         names = [f"int{bits}_{same}{kind}{dtype}" for dtype in ("", "_f32", "_bf16") for kind in kinds]
         names += blocks if group == 32 else []
         yield from (FORMATS.get(other).name for other in names if FORMATS.get(other).name != name)
@@ -80,8 +80,8 @@ def convert_lossless(q: QTensor, to: Format) -> QTensor | None:
 
 
 def _shape_of(format: Format) -> tuple[int, int | None, bool]:
-    """-> bits, columns of a group (None: a row), and whether there is a base. bits is 0 if the format is of
-    another kind."""
+    """-> bits, columns of a group (None: a row), and whether the format has an offset. bits is 0 for
+    formats of another kind."""
     if isinstance(format, Affine) and format.cells.rows == 1:
         return format.bits, format.cells.columns, format.zero == "float"
     if isinstance(format, Ggml) and format.name in _BLOCKS:
@@ -97,35 +97,35 @@ def _affine(q: QTensor, to: Format) -> QTensor | None:
     source = grid if isinstance(grid, AffineGrid) else grid.meaning
     width = _shape_of(to)[1] or k
     here = torch.arange(-(-k // width)) * width // source.group  # the source's group of each new one
-    step = source.step[:, here].contiguous()
-    base = None if source.base is None else source.base[:, here]
-    zero = torch.full_like(step, source.zero) if isinstance(source.zero, int) else source.zero[:, here]
-    if base is not None:
-        zero = torch.where(step == 0, 0.0, -base / torch.where(step == 0, 1.0, step)).round()
+    scale = source.scale[:, here].contiguous()
+    offset = None if source.offset is None else source.offset[:, here]
+    zero = torch.full_like(scale, source.zero) if isinstance(source.zero, int) else source.zero[:, here]
+    if offset is not None:
+        zero = torch.where(scale == 0, 0.0, -offset / torch.where(scale == 0, 1.0, scale)).round()
     if _shape_of(to)[2]:
-        return _packed(to, step, -zero * step if base is None else base, codes, k)
+        return _packed(to, scale, -zero * scale if offset is None else offset, codes, k)
     top = (1 << _shape_of(to)[0]) - 1
     wanted = zero.clamp(0, top) if isinstance(to, Affine) and to.zero == "int" else (top + 1) // 2
     level = codes.float() - spread(zero, width, slice(None), k)
-    level = torch.where(spread(step, width, slice(None), k) == 0, 0.0, level)
+    level = torch.where(spread(scale, width, slice(None), k) == 0, 0.0, level)
     code = level + (spread(wanted, width, slice(None), k) if isinstance(wanted, torch.Tensor) else wanted)
     if bool(((code < 0) | (code > top)).any()):
         return None
-    return _packed(to, step, wanted, code.to(torch.uint8), k)
+    return _packed(to, scale, wanted, code.to(torch.uint8), k)
 
 
 def _packed(
-    to: Format, step: torch.Tensor, other: torch.Tensor | int, codes: torch.Tensor, k: int
+    to: Format, scale: torch.Tensor, other: torch.Tensor | int, codes: torch.Tensor, k: int
 ) -> QTensor:
-    """other: the base or the zero, whichever the format `to` has."""
+    """other: the offset or the zero, whichever the format `to` has."""
     if isinstance(to, Ggml):
-        values = {"d": step.reshape(-1, 1)}
+        values = {"d": scale.reshape(-1, 1)}
         if to.kind == "affine":
             assert isinstance(other, torch.Tensor)
             values["m"] = other.reshape(-1, 1)
         return to.pack(to.grid(values, codes.shape[0], k), codes)
     assert isinstance(to, Affine)
-    parameters = (step,) if to.zero == "none" else (step, other)
+    parameters = (scale,) if to.zero == "none" else (scale, other)
     return to.pack(to.grid(parameters, k), codes)  # type: ignore[arg-type]
 
 

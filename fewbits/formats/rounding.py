@@ -1,4 +1,4 @@
-"""How a grid rounds a number, laid out for the C++ core: see `core.Rounding`."""
+"""The rounding of a grid as data for the C++ core: see `core.Rounding`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ LEVELS = 16  # a longer table is searched faster elsewhere
 
 
 def rounding_of(grid: Grid, n: int, columns: torch.Tensor) -> Rounding | None:
-    """A grid, for `columns (k,)` of it in that order -> its Rounding; None where the core has none."""
+    """A grid, for `columns (k,)` of it in that order -> its Rounding; None if the core does not support
+    it."""
     meaning = getattr(grid, "meaning", grid)
     scale, offset = (None if part is None else part.T.contiguous() for part in meaning.groups(n))
     assert scale is not None

@@ -1,21 +1,21 @@
-"""The search of block parameters: which scale (and minimum) represents a group of weights best.
+"""The search of the scale (and offset) that represents a group of weights best.
 
 A group is G weights x with importances w >= 0. Its representable values are
 
-    symmetric   step * q            q integer in [lo, hi]
-    affine      step * q + base     q integer in [0, top]
-    table       step * table[i]     a sorted table of levels
+    symmetric   scale * q              q integer in [lo, hi]
+    affine      scale * q + offset     q integer in [0, top]
+    table       scale * table[i]       a sorted table of levels
 
-and the search minimizes sum(w (x - value)^2). For fixed codes the best step and base have a closed
-form, weighted least squares. So each candidate step proposes codes, the closed form refits, and the
+and the search minimizes sum(w (x - value)^2). For fixed codes the best scale and offset have a closed
+form, weighted least squares. So each candidate scale proposes codes, the closed form refits, and the
 candidate that explains most of the energy sum(w x^2) wins:
 
     symmetric, table   (sum w x v)^2 / sum w v^2                          v = q or table[i]
-    affine             2 (step sum w x q + base sum w x) - sum w (step q + base)^2
+    affine             2 (scale sum w x q + offset sum w x) - sum w (scale q + offset)^2
 
-The candidates place the group's extreme value a little beyond or inside the last code.
+The candidates map the group's extreme value a little beyond or inside the last code.
 llama.cpp scans the same family (make_qx_quants, make_qkx2_quants); here rounds of Lloyd's
-alternation follow, each of which starts from the refitted winner and cannot make it worse.
+alternation follow, which start from the best candidate and cannot make it worse.
 
 This is the reference in plain torch of csrc/search.h, equal to it bit for bit: the same operations in
 the same order, and sums that run from the first weight of a group to its last (`ordered_sum`). All
@@ -31,13 +31,13 @@ from .intervals import pick
 
 # In codes beyond the last one. On the weights of SmolLM2-135M a scan four times as fine lowers the
 # error of 4-bit groups by less than 1 %.
-SYMMETRIC_OFFSETS = (0.0, -0.6, 0.4, -1.5, -1.0, -0.3)
-BRIEF = 3  # a brief scan tries so many of them and stops there: 0.9 % more squared error in 4 bits
-AFFINE_OFFSETS = (0.0, -1.8, -1.5, -1.2, -0.9, -0.6, -0.3, 0.3, 0.6)
-# With two magnitudes at most the best step lies far inside the extreme value.
-COARSE_OFFSETS = (0.4, 1.2, 1.8, 0.0, 0.8, 2.5)
+SYMMETRIC_MARGINS = (0.0, -0.6, 0.4, -1.5, -1.0, -0.3)
+BRIEF = 3  # number of margins in a brief scan: 0.9 % more squared error in 4 bits
+AFFINE_MARGINS = (0.0, -1.8, -1.5, -1.2, -0.9, -0.6, -0.3, 0.3, 0.6)
+# With at most two magnitudes the best scale is far inside the extreme value.
+COARSE_MARGINS = (0.4, 1.2, 1.8, 0.0, 0.8, 2.5)
 # In shares of the table's last level.
-TABLE_OFFSETS = (0.0, -0.12, -0.08, -0.04, 0.04, 0.08)
+TABLE_MARGINS = (0.0, -0.12, -0.08, -0.04, 0.04, 0.08)
 # Rounds of Lloyd's alternation after the scan.
 SCALE_ROUNDS, AFFINE_ROUNDS = 1, 2
 
@@ -66,7 +66,7 @@ def ordered_sum_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def inverse(x: torch.Tensor) -> torch.Tensor:
-    """1 / x, and 0 where that is not finite (x zero or too small to invert)."""
+    """1 / x, or 0 if that is not finite (x zero or too small to invert)."""
     y = 1.0 / x
     return torch.where(y.abs() <= torch.finfo(torch.float32).max, y, 0.0)
 
@@ -101,26 +101,26 @@ def fit_symmetric(
     signed: bool = True,
     brief: bool = False,
 ) -> torch.Tensor:
-    """Best step of value = step * q, q in [lo, hi].
+    """Best scale of value = scale * q, q in [lo, hi].
 
-    Where lo = -hi - 1 the step takes the sign that gives the extreme value the code lo. signed=False
+    If lo = -hi - 1, the scale takes the sign that gives the extreme value the code lo. signed=False
     keeps it positive, for file types whose scales must be.
     """
     shape, x = x.shape[:-1], lanes(x)
     two_sided = signed and lo != -hi
     last = float(lo) if two_sided else float(hi)
     edge = extreme(x) if two_sided else torch.maximum(x.amax(0), x.amin(0) * (float(hi) / float(lo)))
-    step = edge / last
+    scale = edge / last
     if search:
-        offsets = COARSE_OFFSETS if hi <= 1 else SYMMETRIC_OFFSETS
+        margins = COARSE_MARGINS if hi <= 1 else SYMMETRIC_MARGINS
         sign = 1.0 if last > 0 else -1.0
-        candidates = [last + sign * offset for offset in (offsets[:BRIEF] if brief else offsets)]
+        candidates = [last + sign * margin for margin in (margins[:BRIEF] if brief else margins)]
 
         def levels(inv: torch.Tensor, out: torch.Tensor) -> None:
             torch.mul(x, inv, out=out).round_().clamp_(lo, hi)
 
-        step = scan_scale(x, weight, step, inverse(edge), candidates, levels, signed)
-    return step.reshape(shape)
+        scale = scan_scale(x, weight, scale, inverse(edge), candidates, levels, signed)
+    return scale.reshape(shape)
 
 
 def fit_table(
@@ -130,28 +130,28 @@ def fit_table(
     search: bool = True,
     signed: bool = True,
 ) -> torch.Tensor:
-    """Best step of value = step * table[i]; table: sorted `(L,)`, first level negative, last positive."""
+    """Best scale of value = scale * table[i]; table: sorted `(L,)`, first level negative, last positive."""
     shape, x = x.shape[:-1], lanes(x)
     first, final = float(table[0]), float(table[-1])
     one_sided = signed and first != -final
     last = (first if -first > final else final) if one_sided else final
     edge = extreme(x) if one_sided else torch.maximum(x.amax(0), x.amin(0) * (final / first))
-    step = edge / last
+    scale = edge / last
     if search:
         boundaries = middles(table)
 
         def levels(inv: torch.Tensor, out: torch.Tensor) -> None:
             pick(table, boundaries, torch.mul(x, inv, out=out), out)
 
-        candidates = [last * (1.0 + offset) for offset in TABLE_OFFSETS]
-        step = scan_scale(x, weight, step, inverse(edge), candidates, levels, signed)
-    return step.reshape(shape)
+        candidates = [last * (1.0 + margin) for margin in TABLE_MARGINS]
+        scale = scan_scale(x, weight, scale, inverse(edge), candidates, levels, signed)
+    return scale.reshape(shape)
 
 
 def scan_scale(
     x: torch.Tensor,
     weight: torch.Tensor | None,
-    step: torch.Tensor,
+    scale: torch.Tensor,
     inverse_edge: torch.Tensor,
     candidates: Sequence[float],
     levels: Callable[[torch.Tensor, torch.Tensor], None],
@@ -159,15 +159,15 @@ def scan_scale(
 ) -> torch.Tensor:
     """The scan shared by symmetric grids and tables: propose, refit, keep the best, alternate.
 
-    levels(inv, out) writes the level nearest to each x * inv. Buffers are made once: fresh memory costs
-    more than the arithmetic.
+    levels(inv, out) writes the level nearest to each x * inv. Buffers are allocated once, because fresh
+    memory costs more than the arithmetic.
     """
     w = None if weight is None else lanes(weight)
-    best, v = torch.zeros_like(step), torch.empty_like(x)
+    best, v = torch.zeros_like(scale), torch.empty_like(x)
     terms = x.new_empty(x.shape[0], 2, *x.shape[1:])
 
     def consider(inv: torch.Tensor) -> None:
-        nonlocal step, best
+        nonlocal scale, best
         levels(inv, v)
         wv = v if w is None else torch.mul(w, v, out=terms[:, 1])
         torch.mul(wv, x, out=terms[:, 0])
@@ -178,13 +178,13 @@ def scan_scale(
         better = (square > 0) & (score > best)
         if not signed:
             better &= fitted > 0
-        step, best = torch.where(better, fitted, step), torch.where(better, score, best)
+        scale, best = torch.where(better, fitted, scale), torch.where(better, score, best)
 
     for candidate in candidates:
         consider(candidate * inverse_edge)
     for _ in range(SCALE_ROUNDS if len(candidates) > BRIEF else 0):
-        consider(inverse(step))
-    return step
+        consider(inverse(scale))
+    return scale
 
 
 def fit_affine(
@@ -192,42 +192,42 @@ def fit_affine(
     weight: torch.Tensor | None,
     top: int,
     search: bool = True,
-    base_max: float | None = None,
+    offset_max: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best (step, base) of value = step * q + base, q in [0, top]; base_max=0 keeps base <= 0."""
+    """Best (scale, offset) of value = scale * q + offset, q in [0, top]; offset_max=0 keeps offset <= 0."""
     shape, x = x.shape[:-1], lanes(x)
-    low = x.amin(0) if base_max is None else torch.clamp(x.amin(0), max=base_max)
+    low = x.amin(0) if offset_max is None else torch.clamp(x.amin(0), max=offset_max)
     y = x - low
     span = y.amax(0)
-    step, shift = span / float(top), torch.zeros_like(span)
+    scale, shift = span / float(top), torch.zeros_like(span)
     if search:
-        room = None if base_max is None else base_max - low
+        room = None if offset_max is None else offset_max - low
         w = None if weight is None else lanes(weight)
-        step, shift = scan_affine(y, w, top, step, inverse(span), room)
-    base = shift + low
-    if base_max is not None:
-        base = torch.clamp(base, max=base_max)
-    return step.reshape(shape), base.reshape(shape)
+        scale, shift = scan_affine(y, w, top, scale, inverse(span), room)
+    offset = shift + low
+    if offset_max is not None:
+        offset = torch.clamp(offset, max=offset_max)
+    return scale.reshape(shape), offset.reshape(shape)
 
 
 def scan_affine(
     y: torch.Tensor,
     w: torch.Tensor | None,
     top: int,
-    step: torch.Tensor,
+    scale: torch.Tensor,
     inverse_span: torch.Tensor,
     room: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scan of an affine grid over y >= 0; `room`: how far the base may rise above zero."""
-    shift = torch.zeros_like(step)
-    best = torch.zeros_like(step)
+    """The scan of an affine grid over y >= 0; `room`: how far the offset may rise above zero."""
+    shift = torch.zeros_like(scale)
+    best = torch.zeros_like(scale)
     q, terms = torch.empty_like(y), y.new_empty(y.shape[0], 3, *y.shape[1:])
     wy = y if w is None else w * y
     swy = ordered_sum(wy)
     sw = torch.full_like(swy, y.shape[0]) if w is None else ordered_sum(w)
 
     def consider(inv: torch.Tensor, start: torch.Tensor) -> None:
-        nonlocal step, shift, best
+        nonlocal scale, shift, best
         torch.sub(y, start, out=q).mul_(inv).round_().clamp_(0, top)
         wq = torch.mul(q, 1.0 if w is None else w, out=terms[:, 0])
         torch.mul(wq, q, out=terms[:, 1])
@@ -241,11 +241,11 @@ def scan_affine(
             a = (swyq - b * swq) / swqq
         score = 2.0 * (a * swyq + b * swy) - (a * (a * swqq + 2.0 * (b * swq)) + b * (b * sw))
         better = (det > 0) & (a > 0) & (score > best)
-        step, shift = torch.where(better, a, step), torch.where(better, b, shift)
+        scale, shift = torch.where(better, a, scale), torch.where(better, b, shift)
         best = torch.where(better, score, best)
 
-    for offset in AFFINE_OFFSETS:
-        consider((top + offset) * inverse_span, torch.zeros_like(step))
+    for margin in AFFINE_MARGINS:
+        consider((top + margin) * inverse_span, torch.zeros_like(scale))
     for _ in range(AFFINE_ROUNDS):
-        consider(inverse(step), shift)
-    return step, shift
+        consider(inverse(scale), shift)
+    return scale, shift

@@ -1,1 +1,1 @@
-"""Structure as data: which weights a model has, what they do, and what GGUF calls them."""
+"""Model structure as data: the weights of a model, their roles, and their names in GGUF."""

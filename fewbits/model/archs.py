@@ -1,12 +1,12 @@
-"""Architectures that GGUF knows, read from archs.toml, and the tensor map between the two worlds.
+"""Architectures with GGUF export, read from archs.toml, and the tensor map of Hugging Face and GGUF.
 
     Hugging Face                                        GGUF
     model.layers.3.self_attn.q_proj.weight  (n, k)  ->  blk.3.attn_q.weight       rows reordered (llama)
     model.layers.3.mlp.experts.0..E-1.up_proj.weight -> blk.3.ffn_up_exps.weight  stacked to (e, n, k)
     model.norm.weight                               ->  output_norm.weight        plus 1 (gemma)
 
-The way back is the same map read backwards: `gguf_entries` of every name that the architecture can have.
-llama.cpp rotates neighbouring pairs (x0, x1) where transformers rotates halves (x0, x[d/2]), so the
+The inverse uses the same map: `gguf_entries` of every name that the architecture can have.
+llama.cpp rotates neighbouring pairs (x0, x1), transformers rotates halves (x0, x[d/2]), so the
 rows of each head of q and k are interleaved for the `llama` architecture: see `rope_rows`.
 Names: `gguf.get_tensor_name_map`. Layouts: llama.cpp, conversion/*.py and src/models/*.cpp.
 """
@@ -29,14 +29,14 @@ from .rope import rope_factors
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _ROTATED = re.compile(r"\.([qk])_proj\.(weight|bias)$")
-# LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS in llama.cpp; and a count that lies must not be counted up to.
+# LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS in llama.cpp; they also limit the work for a wrong count.
 MOST = {"block_count": 512, "expert_count": 1024}
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
 class Key:
-    """One hyperparameter: a GGUF key (after `<arch>.`), its type, and the config fields that hold it."""
+    """One hyperparameter: a GGUF key (after `<arch>.`), its type, and its config fields."""
 
     name: str
     type: str
@@ -46,7 +46,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row of archs.toml; what each field means stands at the top of that file."""
+    """One row of archs.toml, whose fields are explained at the top of that file."""
 
     name: str
     gguf: str
@@ -65,7 +65,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class GGUFEntry:
-    """One GGUF tensor and what it is made of.
+    """One GGUF tensor and its sources.
 
     sources: Hugging Face names, several = experts stacked in that order, none = `values` (f32).
     rows: "rope" = the rows of each of `heads` heads are interleaved (`rope_rows`). add: added in f32.
@@ -114,7 +114,7 @@ def _architecture(name: str, row: dict[str, Any], common: dict[str, Any]) -> Arc
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """The architecture of a Hugging Face config, or None if GGUF export does not know it."""
+    """The architecture of a Hugging Face config, or None if GGUF export does not support it."""
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"config.json: architectures is {str(names)[:40]!r}, not a list of names")
@@ -123,7 +123,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture | None:
 
 
 def require_architecture(config: Mapping[str, Any]) -> Architecture:
-    """`architecture(config)`, checked: ModelError naming what GGUF export would need."""
+    """`architecture(config)`, checked: ModelError naming the missing parts of GGUF export."""
     arch = architecture(config)
     if arch is None:
         name = ", ".join(config.get("architectures") or ["(config.json names no architecture)"])
@@ -137,7 +137,7 @@ def require_architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def check_values(arch: Architecture, config: Mapping[str, Any]) -> None:
-    """ModelError listing each hyperparameter that is not a number of its kind, or is more than can be."""
+    """ModelError listing each hyperparameter of a wrong type, or above its limit."""
     faults = []
     for key in arch.keys:
         for field in key.fields:
@@ -187,7 +187,7 @@ def check_config(arch: Architecture, config: Mapping[str, Any]) -> None:
     if arch.gguf == "gemma3":
         faults += _gemma3_faults(fields)
     if faults:
-        faults.append("the native directory holds this model as it is: write that instead")
+        faults.append("the native directory supports this model; write that instead")
     raise_all(ModelError, f"{arch.name} to GGUF", faults)
 
 
@@ -207,7 +207,7 @@ def _gemma3_faults(fields: Mapping[str, Any]) -> list[str]:
 
 
 def engine_notes(arch: Architecture, config: Mapping[str, Any]) -> list[str]:
-    """What llama.cpp will do differently from transformers for this config; for the receipt."""
+    """Differences of llama.cpp from transformers for this config, for the receipt."""
     return [
         f"{field} = {config[field]}: {note}"
         for field, note in arch.ignored.items()
@@ -216,7 +216,7 @@ def engine_notes(arch: Architecture, config: Mapping[str, Any]) -> list[str]:
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the fields filled in that transformers derives from others."""
+    """A config with the fields that transformers derives from others."""
     fields = dict(config)
     heads = fields.get("num_attention_heads")
     if fields.get("num_key_value_heads") is None:

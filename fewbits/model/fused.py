@@ -1,11 +1,11 @@
-"""Groups of weights that engines fuse into one matrix, so that all of a group must be in one format.
+"""Groups of weights that engines fuse into one matrix, so that each group must have one format.
 
     attention    q, k, v of a block            one matrix, rows of q before those of k and v
     mlp          gate, up of a block           one matrix
     experts      all experts of a block        one tensor for gate and up, one for down
 
-vLLM loads compressed-tensors, GPTQ and AWQ checkpoints so (its fused modules); a group of two formats does
-not load there. llama.cpp and transformers keep the weights apart.
+vLLM loads compressed-tensors, GPTQ and AWQ checkpoints in this way (fused modules) and cannot load a group of
+two formats. llama.cpp and transformers keep the weights separate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Mixed:
 
 
 def fused_groups(sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:
-    """Group -> the names of the weights that an engine makes one matrix of; groups of one are left out."""
+    """Group -> the names of the weights that engines fuse; groups of one are left out."""
     groups: dict[str, list[str]] = {}
     for site in sites:
         if site.block is None:
@@ -50,12 +50,12 @@ def fused_groups(sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:
 
 
 def mixed_groups(sites: Iterable[Site], formats: Mapping[str, str]) -> list[Mixed]:
-    """The fused groups whose weights are not all in one format. formats: of each weight, by name."""
-    found = []
+    """The fused groups with more than one format. formats: of each weight, by name."""
+    mixed = []
     for group, names in fused_groups(sites).items():
         by_format: dict[str, list[str]] = {}
         for name in names:
             by_format.setdefault(formats[name], []).append(name)
         if len(by_format) > 1:
-            found.append(Mixed(group, {kind: tuple(rows) for kind, rows in by_format.items()}))
-    return found
+            mixed.append(Mixed(group, {kind: tuple(rows) for kind, rows in by_format.items()}))
+    return mixed

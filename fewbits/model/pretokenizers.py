@@ -1,8 +1,8 @@
-"""Pre-tokenizers: how byte-level BPE cuts text before it merges, and what llama.cpp calls each way.
+"""Pre-tokenizers: the splitting of text before byte-level BPE merges, and their names in llama.cpp.
 
-A tokenizer.json spells the rules out as a tree of steps; GGUF names them (`tokenizer.ggml.pre`), and
-llama.cpp holds the regular expressions of each name. The table is pretokenizers.toml; a tree is
-flattened to its successive isolating splits and looked up there. Nothing is guessed.
+A tokenizer.json has the rules as a tree of steps. GGUF has their name (`tokenizer.ggml.pre`), and llama.cpp
+the regular expressions of each name. The table is pretokenizers.toml: a tree is flattened to its successive
+isolating splits and looked up there, without guessing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pretokenizer_row(name: str | None) -> Pretokenizer:
             return row
     known = ", ".join(name for row in pretokenizers() for name in row.names)
     raise ModelError(
-        f"tokenizer.ggml.pre = {name!r} is not known here; known: {known}; give a Hugging Face tokenizer"
+        f"tokenizer.ggml.pre = {name!r} is unknown; known: {known}; give a Hugging Face tokenizer"
     )
 
 
@@ -88,4 +88,4 @@ def _splits(step: Mapping[str, Any] | None) -> list[str]:
     if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         pattern = step["pattern"]
         return [pattern["Regex"].replace(*_CONTRACTIONS) if "Regex" in pattern else pattern["String"]]
-    return [json.dumps(step)]  # in no table: reported as it stands
+    return [json.dumps(step)]  # in no table: reported unchanged

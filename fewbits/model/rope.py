@@ -1,6 +1,6 @@
-"""Rotary position embedding: one normal form of its parameters, and what of it goes to GGUF.
+"""Rotary position embedding: a normal form of its parameters, and its GGUF keys.
 
-Position p turns pair i by p * theta^(-2i/d) / f_i. The kinds differ in f and in a factor on cos, sin:
+Position p rotates pair i by p * theta^(-2i/d) / f_i. The kinds differ in f and in a factor on cos, sin:
 
     default    f = 1
     linear     f = factor                                    GGUF: rope.scaling.type, .factor
@@ -26,7 +26,7 @@ Rope = dict[str, Any]
 
 
 def rope_parameters(config: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
-    """A config of any age -> (parameters of full attention, of sliding attention or None)."""
+    """A config of any version -> (parameters of full attention, of sliding attention or None)."""
     given = config.get("rope_parameters") or {}
     full = dict(given.get("full_attention") or given)
     sliding = dict(given["sliding_attention"]) if given.get("sliding_attention") else None
@@ -47,7 +47,7 @@ def rope_parameters(config: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
 
 
 def original_context(rope: Rope, config: Mapping[str, Any]) -> int:
-    """Tokens of context before scaling, where transformers looks for it."""
+    """Tokens of context before scaling, as in transformers."""
     for place in (rope, config):
         if place.get("original_max_position_embeddings"):
             return int(place["original_max_position_embeddings"])
@@ -89,7 +89,7 @@ def _kind(rope: Rope, allowed: Sequence[str]) -> str:
     if kind != "default" and kind not in allowed:
         raise ModelError(
             f"rotary scaling {kind!r}: llama.cpp applies {', '.join(['default', *allowed])} to this "
-            "architecture and has nothing for it; the native directory holds the model as it is"
+            "architecture, not this kind; the native directory supports it"
         )
     return str(kind)
 
@@ -101,7 +101,8 @@ def _factor(rope: Rope, config: Mapping[str, Any]) -> float:
 
 
 def _yarn_keys(rope: Rope, factor: float) -> dict[str, float | int | str]:
-    """llama.cpp knows the paper's betas and attention factor; another attention factor is a ratio to it."""
+    """llama.cpp uses the paper's betas and attention factor; another attention factor is stored relative to
+    it."""
     wrong = [
         f"{name} = {rope[name]} (llama.cpp: {value})"
         for name, value in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True))
@@ -131,7 +132,7 @@ def _longrope_attention(rope: Rope, config: Mapping[str, Any]) -> float:
 
 
 def _is_plain_factors(rope: Rope) -> bool:
-    """One list of factors and nothing else: what `rope_freqs.weight` says, written as longrope."""
+    """Whether longrope has one list of factors and nothing else, like `rope_freqs.weight`."""
     return (
         rope["rope_type"] == "longrope"
         and rope["long_factor"] == rope["short_factor"]
@@ -140,7 +141,7 @@ def _is_plain_factors(rope: Rope) -> bool:
 
 
 def rope_factors(config: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """Tensors of factors that GGUF carries: `freqs`, or `long` and `short`; none for most models."""
+    """Tensors of factors in GGUF: `freqs`, or `long` and `short`; none for most models."""
     rope, _ = rope_parameters(config)
     kind = _kind(rope, allowed)
     if kind == "llama3":
@@ -168,7 +169,7 @@ def rope_from_keys(
 ) -> Rope:
     """GGUF keys (after `<arch>.`) and factor tensors -> transformers 5 `rope_parameters`.
 
-    config: has head_dim and max_position_embeddings. Exact for what `rope_keys` writes; a
+    config: has head_dim and max_position_embeddings. Exact for the output of `rope_keys`; a
     `rope_freqs.weight` other than Llama 3's own becomes a longrope with the same factors.
     """
     rope: Rope = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}

@@ -1,10 +1,10 @@
-"""Sites: the weights of a model that may be quantized, found from names and shapes alone.
+"""Sites: the weights of a model that may be quantized, from names and shapes alone.
 
     model.layers.3.self_attn.k_proj.weight          (n, k)
           block 3 | group "model.layers.3.self_attn:in", shared by q, k and v | role "k"
 
-Every two-dimensional `.weight` is a site; everything else (norms, biases, convolutions) is kept as
-it is. Whether a site is worth quantizing is the plan's decision: a router, for one, seldom is.
+Every two-dimensional `.weight` is a site; everything else (norms, biases, convolutions) is
+unchanged. The plan decides whether a site is quantized; a router usually is not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from ..errors import ModelError
 
-# role -> last part of the module's name, in the spellings of the families met in the wild
+# role -> last part of the module's name, in the spellings of known model families
 _SPELLINGS = {
     "q": "q_proj query wq q q_lin",
     "k": "k_proj key wk k k_lin",
@@ -64,8 +64,8 @@ class Site:
     role: q k v o qkv gate up gate_up down router embed position output, or "other".
     block: index of the layer, None outside. group: name of the activation it reads; sites of one group
     share their statistics. expert: index, None for a dense weight.
-    tied_to: the name that shares this weight: a table of embeddings that is the output too has
-    "lm_head.weight", a stored but tied output has the name of the embeddings.
+    tied_to: the name that shares this weight: an embedding that is also the output has
+    "lm_head.weight", a stored but tied output has the name of the embedding.
     """
 
     name: str
@@ -88,12 +88,12 @@ def sites(model: _Model) -> list[Site]:
 
 
 def kept(model: _Model) -> list[str]:
-    """The names that are no sites: stored as they are."""
+    """The names that are not sites, stored unchanged."""
     return [name for name, tensor in model.tensors.items() if not _is_site(name, tensor.shape)]
 
 
 def role_of(name: str) -> str:
-    """What a weight does, from its name: `...self_attn.q_proj.weight` -> "q"."""
+    """The role of a weight, from its name: `...self_attn.q_proj.weight` -> "q"."""
     module, _, _ = name.rpartition(".")
     return _ROLES.get(module.rsplit(".", 1)[-1], "other")
 

@@ -1,11 +1,11 @@
-"""What a file type cannot carry as it is: the same values in another format, or quantized again.
+"""Formats that a file type does not support: the same values in another format, or quantized again.
 
-    q4_0 -> gptq        int4_g32, the same numbers (formats/lossless.py), seen by trying on every weight
-    q4_k -> gptq        refused; with requantize the nearest that is carried, its error in the receipt
-    a table             most file types quantize linear weights alone: decoded, with requantize
-    huggingface         floats only: everything is decoded, which is what was asked for
+    q4_0 -> gptq        int4_g32, the same values (formats/lossless.py), checked on every weight
+    q4_k -> gptq        refused; with requantize the nearest supported format, its error in the receipt
+    an embedding        most file types quantize only linear weights: decoded, with requantize
+    huggingface         floats only: everything is decoded
 
-Only weights that come quantized, and were to stay as they are, change.
+Only weights that are already quantized and keep their format are affected.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ def carried(
     file_type: FileType,
     requantize: bool,
 ) -> dict[str, Decision]:
-    """Decisions whose format the file type carries, as far as there are any; the others as they were.
+    """Decisions with formats that the file type supports, if there are any; the others are unchanged.
 
-    No weight is read: where the same values may fit another format, `Decision.lossless` has what is to be
-    tried. PlanError names the tables that are to be quantized and may not.
-    """
-    found, faults = dict(decisions), []
+    No weight is read: `Decision.lossless` lists formats that may have the same values and are tried later.
+    PlanError names the embeddings that this file type cannot quantize."""
+    result, faults = dict(decisions), []
     tables = {site.name for site in sites(checkpoint) if site.role in ("embed", "position")}
     decode = requantize or not file_type.carries_formats
     for entry in entries:
@@ -48,10 +47,10 @@ def carried(
             continue
         if not file_type.tables and tables & set(entry.sources):
             if decode:
-                found[entry.name] = _decoded(checkpoint, kind)
+                result[entry.name] = _decoded(checkpoint, kind)
             else:
                 faults.append(
-                    f"{entry.sources[0]} is {kind.name}, this file type has quantized linear weights only: "
+                    f"{entry.sources[0]} is {kind.name}, this file type quantizes linear weights only; "
                     f"leave it in float with a rule, {entry.sources[0]}=bf16, or, in convert, pass "
                     "--requantize"
                 )
@@ -64,45 +63,45 @@ def carried(
         same = tuple(
             other
             for other in map(FORMATS.get, lossless_equivalents(kind.name))
-            if file_type.fits(other, shape)  # what it names may not be whole there
+            if file_type.fits(other, shape)  # blocks of the other format may not divide the row
         )
         again = decode
         if again:
             near = file_type.nearest(kind, shape)
-            found[entry.name] = (
+            result[entry.name] = (
                 _decoded(checkpoint, kind)
                 if isinstance(near, DType)
                 else Decision(near, near, f"quantized again, from {kind.name}")
             )
         if same:
-            found[entry.name] = replace(found[entry.name], lossless=same)
+            result[entry.name] = replace(result[entry.name], lossless=same)
     raise_all(PlanError, str(checkpoint.path), faults)
-    return found
+    return result
 
 
 def settled(
     checkpoint: Checkpoint, entries: Sequence[GGUFEntry], decisions: Mapping[str, Decision]
 ) -> dict[str, Decision]:
-    """Decisions with `lossless` formats tried on the weights themselves: the first that holds every value,
-    else what was decided without."""
-    found = dict(decisions)
+    """Decisions after `lossless` formats were tried on the weights: the first with the same values, else the
+    decision without them."""
+    result = dict(decisions)
     for entry in entries:
         decision = decisions[entry.name]
         if not decision.lossless:
             continue
         source = checkpoint.tensors[entry.sources[0]].kind.name
         exact = next((to for to in decision.lossless if _exact(checkpoint, entry, to)), None)
-        found[entry.name] = (
+        result[entry.name] = (
             replace(decision, lossless=())
             if exact is None
             else Decision(exact, exact, f"the same values as {source}", lossless=(exact,))
         )
-    return found
+    return result
 
 
 def carries_as(file_type: FileType, format: Format) -> str | None:
-    """How a file type holds a format: "yes"; another that may have the very same values, "as q4_0", with a ?
-    where that depends on the numbers; None."""
+    """How a file type supports a format: "yes"; "as q4_0" for another format with the same values, with a ?
+    if that depends on the values; None."""
     if file_type.reason(format) is None:
         return "yes"
     others = [
@@ -118,7 +117,7 @@ def carries_as(file_type: FileType, format: Format) -> str | None:
 
 
 def _decoded(checkpoint: Checkpoint, kind: Format) -> Decision:
-    """In the dtype of the model's floats, as its config says."""
+    """Decoded to the dtype of the model's floats, from its config."""
     config = checkpoint.config
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     plain = {"float32": F32, "float16": F16}.get(dtype, BF16)
@@ -126,15 +125,15 @@ def _decoded(checkpoint: Checkpoint, kind: Format) -> Decision:
 
 
 def _sample() -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights off centre, so that zero points and minima differ from group to group, and importance that
-    does not fall with the columns."""
+    """Weights with different zero points and offsets in each group, and importance that does not fall with
+    the columns."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(32, 1024, generator=generator) + torch.randn(32, 1, generator=generator)
     return w, torch.rand(1024, generator=generator)
 
 
 def _exact(checkpoint: Checkpoint, entry: GGUFEntry, to: Format) -> bool:
-    """Is every source of the entry the same in format `to`?"""
+    """Whether every source of the entry has the same values in format `to`."""
     for source in entry.sources:
         value = checkpoint.tensors[source].load()
         if not isinstance(value, QTensor) or convert_lossless(value, to) is None:

@@ -1,11 +1,11 @@
-"""From what the user asked to what each tensor of the output gets, checked before any work is done.
+"""From the user's request to the format of each tensor of the output, checked before the run.
 
     --to q4_k_m   a recipe: llama.cpp's mixture; user rules override it tensor by tensor
     --to nf4      a format: every linear weight of the blocks; embedding, output and router stay
-    plan only     what no rule names stays as it is
+    plan only     tensors without a matching rule are unchanged
 
-Recipes speak GGUF names. For an architecture without a GGUF map (or a native directory of one) each
-weight is given the name its role would have there, so that the mixture still makes sense.
+Recipes use GGUF names. For an architecture without a GGUF map, each weight gets the name of its role there,
+so that the mixture still applies.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ _OUTSIDE = {"embed": "token_embd.weight", "output": "output.weight", "position":
 
 @dataclass(frozen=True)
 class Decision:
-    """What one tensor of the output gets: asked, given, why they differ, and by which rule. lossless: the
-    source is quantized otherwise; formats that may hold its very values, to be tried on them in this
-    order."""
+    """The format of one output tensor: requested, actual, why they differ, and the rule. lossless: other
+    formats that may have the same values as the quantized source, to be tried in this order."""
 
-    asked: Kind
+    requested: Kind
     kind: Kind
     reason: str | None = None
     rule: Rule | None = None
@@ -46,7 +45,7 @@ class Decision:
 
 
 def entries_of(checkpoint: Checkpoint, arch: Architecture | None) -> list[GGUFEntry]:
-    """The tensors of a GGUF file made of this checkpoint, or what stands for them (see above)."""
+    """The tensors of a GGUF file made of this checkpoint, or their substitutes (see above)."""
     if arch is not None:
         return gguf_entries(arch, checkpoint.config, checkpoint.tensors)
     if checkpoint.gguf_keys:
@@ -71,15 +70,15 @@ def _name_by_role(site: Site) -> str:
 
 
 def hyper_of(checkpoint: Checkpoint, arch: Architecture | None) -> Hyper:
-    """What recipes ask about a model; ModelError where its config does not say."""
+    """The model facts that recipes use; ModelError if its config lacks them."""
     config: Mapping[str, Any] = checkpoint.config
     if checkpoint.gguf_keys and not config:
         keys = {name: value.value for name, value in checkpoint.gguf_keys.items()}
         name = str(keys.get("general.architecture"))
         pairs = ("block_count", "attention.head_count", "attention.head_count_kv", "expert_count")
-        found = (keys.get(f"{name}.{pair}", 0) for pair in pairs)
-        # Where layers differ the value is a list of one for each; llama.cpp's mixtures ask the first.
-        n_layer, head, n_kv, experts = (v[0] if isinstance(v, list) and v else v for v in found)
+        values = (keys.get(f"{name}.{pair}", 0) for pair in pairs)
+        # If layers differ, the value is a list with one entry each; llama.cpp's mixtures use the first.
+        n_layer, head, n_kv, experts = (v[0] if isinstance(v, list) and v else v for v in values)
         return Hyper(name, n_layer, head, n_kv or head, experts)
     text = config.get("text_config", config)
     fields = complete(text) if arch else text
@@ -100,7 +99,7 @@ def hyper_of(checkpoint: Checkpoint, arch: Architecture | None) -> Hyper:
 
 
 def plain_kind(checkpoint: Checkpoint, entry: GGUFEntry, file_type: FileType) -> Kind:
-    """What a tensor is stored in when it is not quantized: a GGUF file's own, and the file type's habit."""
+    """The number type of an unquantized tensor: that of a GGUF file, or the default of the file type."""
     source = checkpoint.tensors[entry.sources[0]] if entry.sources else None
     if source is not None and checkpoint.gguf_keys:
         return source.kind
@@ -115,11 +114,10 @@ def decide(
     file_type: FileType,
     calibrated: bool = False,
 ) -> dict[str, Decision]:
-    """-> entry name -> Decision. calibrated: statistics of activations are there, for which llama.cpp's
-    mixtures make exceptions.
+    """-> entry name -> Decision. calibrated: whether there are statistics of activations, for which
+    llama.cpp's mixtures make exceptions.
 
-    Raises PlanError listing every rule that names nothing.
-    """
+    Raises PlanError that lists every rule without a matching tensor."""
     stored = {entry.name: plain_kind(checkpoint, entry, file_type) for entry in entries}
     rules = {entry.name: plan.choose([entry.name, *entry.sources]) for entry in entries}
     if isinstance(to, Recipe):
@@ -150,8 +148,8 @@ def _from_recipe(choice: Choice, rule: Rule | None) -> Decision:
         kind = kind_of(rule.format)
         return Decision(kind, kind, None, rule)
     given = kind_of(format_of(choice.type))
-    asked = given if choice.kept else kind_of(format_of(choice.wanted))
-    return Decision(asked, given, choice.reason, None if choice.kept else rule)
+    requested = given if choice.kept else kind_of(format_of(choice.wanted))
+    return Decision(requested, given, choice.reason, None if choice.kept else rule)
 
 
 def _from_rules(
@@ -166,7 +164,7 @@ def _from_rules(
     if format is None:
         return Decision(stored, stored, "kept: no rule names it")
     if site.role in STAY:
-        return Decision(stored, stored, f"kept: {site.role} stays as it is unless a rule names it")
+        return Decision(stored, stored, f"kept: {site.role} is unchanged unless a rule names it")
     return Decision(format, format)
 
 
@@ -176,7 +174,7 @@ def _nearest(pattern: str, entries: Sequence[GGUFEntry]) -> str:
 
 
 def _check_rules(plan: Plan, entries: Sequence[GGUFEntry], decisions: Mapping[str, Decision]) -> None:
-    """Every rule must decide something: a pattern with a typing error must not pass unnoticed."""
+    """Faults of rules that decide nothing, such as patterns with a typing error."""
     used = {id(decision.rule) for decision in decisions.values()}
     faults = []
     for rule in plan.rules:
@@ -198,7 +196,7 @@ def check_feasible(
     decisions: Mapping[str, Decision],
     requantize: bool,
 ) -> None:
-    """All that would fail later, found from headers alone: PlanError lists every fault."""
+    """Faults that would occur later, found from headers: PlanError lists all of them."""
     faults, again = [], []
     for entry in entries:
         kind = decisions[entry.name].kind

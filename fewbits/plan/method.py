@@ -1,7 +1,7 @@
-"""How codes are chosen where no rule says otherwise, and the three words for it: fast, good, best.
+"""How codes are chosen for weights without a rule, and its three presets: fast, good, best.
 
-Method        an algorithm with its options, what is done to the model before, and what after
-EFFORTS       fast | good | best: which of them each word stands for; docs/methods.md has the figures
+Method        an algorithm with its options, the transforms before and the training after
+EFFORTS       fast | good | best: the method of each preset; docs/methods.md has the figures
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ REWRITES = ("rotate", *TRANSFORMS)
 
 @dataclass(frozen=True)
 class Method:
-    """What happens to every weight that no rule singles out.
+    """How weights without a rule are quantized.
 
-    algorithm, options: of `algorithms/`. transforms: rewrites of the float model, in this order.
-    sequential: within a block each site meets its input as the sites quantized before it leave it, not
-    as the float block does. gptaq: each site aims at the float model's output, not at its own
-    (mismatch is collected). learn: None, "light" or "best": rounding learned by gradients after the
-    algorithm. distill: steps of distilling block scales and norms when all blocks are done.
-    """
+    algorithm, options: of `algorithms/`. transforms: rewrites of the float model, in this order. sequential:
+    the inputs of a site are measured after the earlier sites of its block are quantized, instead of in the
+    float block. gptaq: each site approximates the float model's output (mismatch is collected). learn: None,
+    "light" or "best": rounding learned by gradients after the algorithm. distill: steps of distilling block
+    scales and norms after all blocks."""
 
     algorithm: str = "rtn"
     options: Mapping[str, Option] = field(default_factory=dict)
@@ -50,20 +49,20 @@ class Method:
             faults.append(f"distill is {self.distill} steps; it is 0 or more")
         raise_all(PlanError, "method", faults)
 
-    def asked(self) -> dict[str, Any]:
-        """What differs from plain rounding, as plain data: for the receipt and a run's fingerprint."""
+    def settings(self) -> dict[str, Any]:
+        """The differences from plain rounding as plain data, for the receipt and a run's fingerprint."""
         plain = asdict(Method())
         return {name: value for name, value in asdict(self).items() if value != plain[name]}
 
     @property
     def streams(self) -> bool:
-        """Does it need the model to be run, so that saved statistics do not suffice?"""
+        """Whether the model must be run, so that saved statistics are not enough."""
         moved = set(self.transforms) - {"rotate"}
         return bool(self.sequential or self.gptaq or self.learn or self.distill or moved)
 
     @property
     def needs_data(self) -> bool:
-        """Does it need a text, or statistics taken from one?"""
+        """Whether it needs text or saved statistics."""
         return self.streams or NEEDS.get(self.algorithm) != "nothing"
 
 
@@ -73,6 +72,6 @@ EFFORTS = {
     "best": Method("gptq", sequential=True, gptaq=True, distill=100),
 }
 
-# The words of --method: each algorithm, without what an effort adds to it, and rounding learned after one.
+# The values of --method: each algorithm without the additions of an effort, and learned rounding.
 METHODS = {name: Method(name, sequential=needs == "hessian") for name, needs in NEEDS.items()}
 METHODS["learned"] = Method("gptq", sequential=True, gptaq=True, learn="light")

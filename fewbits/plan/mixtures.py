@@ -1,8 +1,8 @@
-"""llama.cpp's file types as data: the mixture of GGML types that each one is.
+"""llama.cpp's file types as data: each is a mixture of GGML types.
 
     RECIPES     name -> default type and number (`general.file_type`)
-    ROWS        (role, recipes, conditions) -> type: where a mixture leaves its default; first that holds wins
-    FALLBACK    type -> what stands in where a row length is no multiple of its block
+    ROWS        (role, recipes, conditions) -> type: exceptions from the default; the first match wins
+    FALLBACK    type -> the substitute if a row length is no multiple of its block
     ROLES       tensor name -> role
     KEPT        names of the matrices that are never quantized
 
@@ -64,7 +64,7 @@ for _default, *_named in _lines(_DEFAULTS):
         RECIPES[_name] = Recipe(_name, int(_number), _default)
 RECIPES.update({alias: RECIPES[name] for alias, name in _ALIASES.items()})
 
-# Row length no multiple of a type's block of 256: what stands in, with blocks of 32 | for these
+# Substitutes with blocks of 32, for rows that are no multiple of a type's block of 256 | for these
 _STAND_INS = """
 iq4_nl   iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq3_xxs iq3_s iq4_xs
 q4_0     q2_k q3_k tq1_0 tq2_0
@@ -210,7 +210,7 @@ def rows_of(recipe: str, role: str) -> tuple[Row, ...]:
 # and one more bit there is nearly free. Architecture: number of blocks.
 SHARED_VALUES = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
 ONE_MORE_BIT = {"q3_k": "q5_k", "q4_k": "q5_k"}
-# These carry exceptions of their own that no row describes.
+# These have exceptions that no row describes.
 NOT_DESCRIBED = ("glm5-next", "bailingmoe3")
 # Too coarse to quantize without knowing which weights matter.
 NEEDS_IMATRIX = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"})

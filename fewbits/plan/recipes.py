@@ -1,15 +1,15 @@
 """Recipes: which GGML type each tensor gets in each of llama.cpp's file types.
 
 A file type such as `q4_k_m` is a *mixture*: a default type, and better (or, for the smallest, worse)
-types for the tensors where bits pay. Three steps give a tensor its type:
+types for the tensors that matter most (or least). Three steps give a tensor its type:
 
     kept?      one-dimensional tensors, norms, routers and a few small ones stay as stored
     mixture    the first row of `ROWS` for (role, recipe) whose conditions hold, else the default
-    fall-back  where the row length is no multiple of the type's block, the type in `FALLBACK`
+    fallback   if the row length is no multiple of the type's block, the type in `FALLBACK`
 
-Conditions speak of the model (grouped-query attention, number of experts) and of the tensor's place
-i among the n of its role, so the order of tensors matters: block by block, by name inside one.
-The result equals `llama-quantize` (llama.cpp, src/llama-quant.cpp), held by tests/engines/test_recipes.py.
+Conditions use facts of the model (grouped-query attention, number of experts) and the tensor's index i among
+the n of its role. So the order of tensors matters: block by block, by name inside a block. The result equals
+`llama-quantize` (llama.cpp, src/llama-quant.cpp; see tests/engines/test_recipes.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .mixtures import (
 
 @dataclass(frozen=True)
 class Hyper:
-    """What the mixtures ask about a model; `n_layer` counts all blocks (`ARCH.block_count`)."""
+    """The model facts that mixtures use; `n_layer` counts all blocks (`ARCH.block_count`)."""
 
     arch: str
     n_layer: int
@@ -97,8 +97,8 @@ def kept_reason(name: str, shape: Sequence[int]) -> str | None:
 @cache
 def stream_order(name: str) -> tuple[int, str]:
     """Sort key: tensors outside the blocks first, then block by block, by name inside each."""
-    found = re.match(r"blk\.(\d+)\.", name)
-    return (int(found[1]) if found else -1, name)
+    match = re.match(r"blk\.(\d+)\.", name)
+    return (int(match[1]) if match else -1, name)
 
 
 def choose_types(
@@ -111,7 +111,7 @@ def choose_types(
     """(GGUF name, shape (n, k) or (e, n, k), stored dtype) of every tensor -> its Choice, by name.
 
     overrides: the user's type for a tensor, or None. As in llama-quantize an overridden tensor leaves
-    the count of its role, kept tensors cannot be overridden, and the fall-back holds for it as well.
+    the count of its role, kept tensors cannot be overridden, and the fallback applies to it as well.
     """
     chosen = recipe(recipe_name)
     if hyper.arch in NOT_DESCRIBED:
@@ -126,11 +126,11 @@ def choose_types(
     choices = {}
     for name, shape, dtype in sorted(tensors, key=lambda tensor: stream_order(tensor[0])):
         kept = kept_reason(name, shape)
-        asked = overrides(name) if overrides and not kept else None
+        override = overrides(name) if overrides and not kept else None
         if kept:
             choices[name] = Choice(dtype, dtype, kept, True)
-        elif asked is not None:
-            choices[name] = _fit(asked, asked, shape[-1])
+        elif override is not None:
+            choices[name] = _fit(override, override, shape[-1])
         elif block_size(chosen.default) == 1:
             choices[name] = Choice(chosen.default, chosen.default)
         else:
@@ -146,7 +146,7 @@ def choose_types(
 
 
 def mixture_type(recipe: Recipe, role: str, facts: set[str]) -> str:
-    """The type that the first row which holds gives, before any fall-back."""
+    """The type of the first matching row, before any fallback."""
     row = next((row for row in rows_of(recipe.name, role) if row.holds(facts)), None)
     type_ = recipe.default if row is None or row.type == "default" else row.type
     small = fnmatchcase(recipe.name, "iq[12]_*")
@@ -179,10 +179,9 @@ def _model_facts(hyper: Hyper, has_imatrix: bool) -> set[str]:
 
 
 def _place_facts(name: str, role: str, counted: int, n_values: int, hyper: Hyper) -> set[str]:
-    """Where a tensor stands among those of its role.
+    """The position of a tensor among those of its role.
 
-    Expert models may hold several tensors of a role in one block, so there the block's number counts.
-    """
+    Expert models may have several tensors of a role in one block; then the block's number is used."""
     n = n_values if role == "v" else hyper.n_layer
     i = stream_order(name)[0] if hyper.n_expert > 1 and role in ("up", "gate", "down") else counted
     facts = {
@@ -198,7 +197,7 @@ def _place_facts(name: str, role: str, counted: int, n_values: int, hyper: Hyper
 
 
 def _fit(wanted: str, type_: str, row_length: int) -> Choice:
-    """The Choice of `type_`, or of what stands in for it where its block does not divide the row."""
+    """The Choice of `type_`, or of its substitute if its block does not divide the row."""
     if row_length % block_size(type_):
         type_ = FALLBACK.get(type_, type_)
     if row_length % block_size(type_):

@@ -1,4 +1,4 @@
-"""Plan: ordered rules that say which format and algorithm each weight gets. The first match wins.
+"""Plan: ordered rules for the format and algorithm of each weight. The first match wins.
 
     PATTERN=[ALGORITHM:]FORMAT[,OPTION=VALUE]...           a rule on the command line:
     *.down_proj=q6_k
@@ -10,8 +10,8 @@
     algorithm = "gptq"
     options = {damp = 0.05}
 
-    [run]                                what the command line says of the whole run, in its words; once,
-    to = "q4_k_m"                        before the rules; the command line wins
+    [run]                                options of the run, named as on the command line; once, before
+    to = "q4_k_m"                        the rules; the command line has priority
     method = "gptq"
 
 A pattern is a shell wildcard (`*`, `?`, `[...]`), matched against every name of a weight: its own,
@@ -37,8 +37,8 @@ Option = bool | int | float | str
 
 @dataclass(frozen=True)
 class Rule:
-    """What the weights whose name matches get. `options` are keyword arguments of the algorithm; without
-    an algorithm they get the run's own."""
+    """The format and algorithm of weights with a matching name. `options` are keyword arguments of the
+    algorithm; without an algorithm, that of the run is used."""
 
     match: str
     format: str
@@ -52,8 +52,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plan:
-    """Ordered rules, and options of the run. Raises PlanError, naming every fault, for rules that cannot
-    be followed; who reads `run` knows its keys."""
+    """Ordered rules, and options of the run. Raises PlanError with every fault for invalid rules; the reader
+    of `run` checks its keys."""
 
     rules: tuple[Rule, ...] = ()
     run: Mapping[str, Option] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class Plan:
 def parse_rule(text: str) -> Rule:
     """`PATTERN=[ALGORITHM:]FORMAT[,OPTION=VALUE]...` -> Rule.
 
-    A value is written as in TOML (`true`, `3`, `0.5`, `"text"`); anything else is a string as it stands.
+    A value is written as in TOML (`true`, `3`, `0.5`, `"text"`); anything else is a string.
     """
     match, equals, rest = text.partition("=")
     target, *options = rest.split(",")
@@ -172,7 +172,7 @@ def _rule_toml(rule: Rule) -> str:
 
 
 def _toml(value: Option) -> str:
-    """One TOML value. JSON's escapes are TOML's, but for DEL, which TOML wants escaped too."""
+    """One TOML value. JSON's escapes are TOML's, except for DEL, which TOML escapes too."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):

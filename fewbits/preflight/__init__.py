@@ -1,11 +1,11 @@
-"""Preflight: what a quantization will give and take, from headers alone, before any work.
+"""Preflight: size, memory, time and engines of a quantization, from headers alone.
 
-prepare (pipeline) -> Target, decisions         what `quantize` itself would lay out
+prepare (pipeline) -> Target, decisions         the layout that `quantize` would write
     sizes.py       output bytes by part                        exact
-    cache.py       key-value cache by token and context        exact, from the config
-    work.py        peak memory, disk and time of quantizing    a bound, and a measurement of a second
-    machines.py    tokens/s that memory bandwidth allows       a bound, of published figures
-    engines.py     who can load the result, and why not        from names and versions
+    cache.py       KV cache by token and context               exact, from the config
+    work.py        peak memory, disk and time of quantizing    a bound, and a measurement of about a second
+    machines.py    tokens/s that memory bandwidth allows       a bound, from published figures
+    engines.py     which engines load the result               from names and versions
 """
 
 from .estimate import Preflight, parameters, preflight

@@ -1,10 +1,10 @@
-"""The key-value cache of a model, from its config: what each token of the context costs while it runs.
+"""The KV cache of a model, from its config: the memory of each token of the context.
 
-    numbers a token and layer = 2 x key-value heads x head size           grouped heads share keys and values
+    numbers per token, layer  = 2 x key-value heads x head size           grouped heads share keys and values
                               = kv_lora_rank + qk_rope_head_dim            latent attention (DeepSeek)
     tokens kept by a layer    = the context, or a sliding window if that is less
 
-Layers without attention (linear attention, state spaces) keep a state of fixed size, which is not counted.
+Layers without attention (linear attention, state spaces) have a state of fixed size, which is not counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _GGUF = {
 
 @dataclass(frozen=True)
 class Layer:
-    """numbers: kept for each token. window: tokens kept at most; None: all of the context."""
+    """numbers: stored for each token. window: largest number of stored tokens; None: the whole context."""
 
     numbers: int
     window: int | None = None
@@ -50,8 +50,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class KVCache:
-    """layers: those that keep keys and values. head: size of a head, on which the bits of codes in groups
-    depend. notes: what is not counted."""
+    """layers: those with keys and values. head: size of a head, which decides the bits of codes in groups.
+    notes: what is not counted."""
 
     layers: tuple[Layer, ...]
     head: int
@@ -66,7 +66,7 @@ class KVCache:
         return float(FORMATS.get(kind).bits_per_weight())
 
     def per_token(self, kind: str) -> int:
-        """Bytes that one token more takes while no window is full."""
+        """Bytes of one more token while no window is full."""
         return round(sum(layer.numbers for layer in self.layers) * self.bits(kind) / 8)
 
     def nbytes(self, kind: str, context: int, batch: int = 1) -> int:
@@ -79,7 +79,8 @@ class KVCache:
 
 
 def fields_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config of the text model; of a GGUF file of unknown architecture, its keys in config's words."""
+    """The config of the text model; for a GGUF file of unknown architecture, its keys with the config's
+    names."""
     if checkpoint.config or not checkpoint.gguf_keys:
         return dict(checkpoint.config.get("text_config") or checkpoint.config)
     keys = {name: value.value for name, value in checkpoint.gguf_keys.items()}
@@ -88,17 +89,17 @@ def fields_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def kv_cache(config: Mapping[str, Any], windows: bool = True) -> KVCache:
-    """From a config's fields. windows: does the engine honour sliding windows? ModelError for a config that
-    does not say how many layers and heads there are."""
-    found = {name: _first(config, names) for name, names in _SPELLINGS.items()}
-    count, heads = found["layers"], found["heads"]
+    """From a config's fields. windows: whether the engine uses sliding windows. ModelError for a config
+    without the number of layers and heads."""
+    fields = {name: _first(config, names) for name, names in _SPELLINGS.items()}
+    count, heads = fields["layers"], fields["heads"]
     heads = max(heads) if isinstance(heads, list) else heads
-    head = config.get("head_dim") or (found["hidden"] // heads if found["hidden"] and heads else None)
+    head = config.get("head_dim") or (fields["hidden"] // heads if fields["hidden"] and heads else None)
     if not count or not heads or not head:
         raise ModelError(
-            "the config does not say how many layers and heads there are and how wide: no key-value cache"
+            "the config lacks the number of layers, heads or the head size, so the KV cache is unknown"
         )
-    kv = found["kv_heads"] or (1 if config.get("multi_query") else heads)
+    kv = fields["kv_heads"] or (1 if config.get("multi_query") else heads)
     kv_heads = list(kv) if isinstance(kv, list) else [kv] * count
     if config.get("kv_lora_rank"):
         numbers = [config["kv_lora_rank"] + (config.get("qk_rope_head_dim") or 0)] * count
@@ -123,10 +124,10 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 def _kinds(config: Mapping[str, Any], count: int) -> list[str]:
     """ "full", "window" or "state" of each layer."""
-    told = config.get("layer_types")
-    if told:
+    layer_types = config.get("layer_types")
+    if layer_types:
         words = {"sliding": "window", "chunked": "window", "full": "full", "attention": "full"}
-        return [words.get(str(kind).split("_")[0], "state") for kind in told]
+        return [words.get(str(kind).split("_")[0], "state") for kind in layer_types]
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
         return ["full"] * count
     pattern, first = config.get("sliding_window_pattern"), 0

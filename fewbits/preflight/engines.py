@@ -1,11 +1,11 @@
-"""Can an engine load what is to be written? Answered from names: the file type, the architecture, the types
-of the tensors, installed packages. Nothing is loaded; the answer is `None` where names do not decide.
+"""Whether an engine can load the output, from names: the file type, the architecture, the tensor types,
+installed packages. Nothing is loaded; the answer is `None` if names are not enough.
 
-    llama.cpp      GGUF; architectures of model/archs.toml; builds are known only as far as SINCE goes
-    transformers   the installed version is asked for its model types and quantization methods
-    vLLM           gptq, awq, compressed-tensors, fp8; the formats that its reader of configs takes; fused
+    llama.cpp      GGUF; architectures of model/archs.toml; builds are known as far as SINCE lists them
+    transformers   model types and quantization methods of the installed version
+    vLLM           gptq, awq, compressed-tensors, fp8; the formats that its config reader accepts; fused
                    groups in one format; architectures are not checked
-    others         the file types that name them
+    others         the file types that list them
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..formats.affine import Affine
 from ..formats.base import Format, Kind
 from ..model.fused import Mixed
 
-# An architecture or type -> the last build of llama.cpp that is known to lack it and the first that is known
-# to have it, and the same of llama-cpp-python; between them it is not known. From reports of loading:
+# An architecture or type -> the last build of llama.cpp that is known to lack it, and the first that is known
+# to have it; the same for llama-cpp-python. Between them it is unknown. From reports of loading:
 # llama.cpp issues 13157 and 15099, pull request 15091; LLamaSharp 1173; node-llama-cpp 440; jan 6068;
-# llama-cpp-python 2008, 2048, 2130. What is not here is taken to be older than any build still in use.
+# llama-cpp-python 2008, 2048, 2130. Other types are assumed to be older than any build in use.
 SINCE: Mapping[str, tuple[str, str]] = {
     "gemma3": ("0 4880", "0.3.2 0.3.16"),
     "qwen3": ("5026 5220", "0.3.8 0.3.15"),
@@ -38,11 +38,10 @@ FUSING = ("gptq", "awq", "compressed-tensors", "fp8")
 
 @dataclass(frozen=True)
 class Seen:
-    """What is to be written, as engines see it.
+    """The output as engines see it.
 
-    file: its file type. engines: those of the file type. method: quant_method of config.json, None if it says
-    nothing. gguf: architecture in GGUF's words, None if it has no row. kinds: of its tensors.
-    """
+    file: its file type. engines: those of the file type. method: quant_method of config.json, or None. gguf:
+    the architecture's name in GGUF, None if unknown. kinds: of its tensors."""
 
     file: str
     engines: tuple[str, ...]
@@ -59,7 +58,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """loads: None where it cannot be told. version: installed, or as stated; None: not installed."""
+    """loads: None if unknown. version: the installed or given one; None: not installed."""
 
     engine: str
     version: str | None
@@ -72,9 +71,8 @@ Answer = tuple[bool | None, str]
 
 
 def verdicts(output: Seen, stated: Mapping[str, str | None]) -> list[Verdict]:
-    """One for each engine. stated: name -> the version to answer for; None: the installed one.
-
-    PlanError for a name that is no engine."""
+    """One for each engine. stated: name -> the version to check; None: the installed one. PlanError for an
+    unknown engine."""
     known = {name.lower(): name for name in ANSWERS}
     unknown = [name for name in stated if name.lower() not in known]
     if unknown:
@@ -85,11 +83,11 @@ def verdicts(output: Seen, stated: Mapping[str, str | None]) -> list[Verdict]:
 
 def _verdict(name: str, output: Seen, stated: str | None) -> Verdict:
     package = ENGINES[name].packages[0]
-    found = installed(package)
-    loads, why = ANSWERS[name](output, stated, stated or found)
-    if stated is None and found is None and loads is not False:
+    version = installed(package)
+    loads, why = ANSWERS[name](output, stated, stated or version)
+    if stated is None and version is None and loads is not False:
         loads, why = None, f"not installed (pip install {package}); {why}"
-    return Verdict(name, stated or found, found is not None, loads, why)
+    return Verdict(name, stated or version, version is not None, loads, why)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -102,9 +100,9 @@ def _llamacpp(output: Seen, stated: str | None, version: str | None) -> Answer:
     if output.gguf is None:
         return None, "its architecture has no row in archs.toml; the file is written as it came"
     kinds = {kind.name.removesuffix("_ggml") for kind in output.kinds}
-    asked = [output.gguf, *sorted(kinds & SINCE.keys())]
+    names = [output.gguf, *sorted(kinds & SINCE.keys())]
     unsure = []
-    for name in asked:
+    for name in names:
         if version is None or name not in SINCE:
             continue
         lacking, having = SINCE[name]["." in version].split()
@@ -117,9 +115,9 @@ def _llamacpp(output: Seen, stated: str | None, version: str | None) -> Answer:
 
 def _transformers(output: Seen, stated: str | None, version: str | None) -> Answer:
     if stated is not None and stated != installed("transformers"):
-        return None, "only the installed version can be asked for its models"
+        return None, "only the installed version can be queried for its models"
     if version is None:
-        return None, "its models cannot be asked"
+        return None, "its models cannot be queried"
     kind = output.config.get("model_type")
     if kind not in hf.causal_models():
         return False, f"has no causal language model of type {kind!r}"
@@ -148,7 +146,7 @@ def _transformers(output: Seen, stated: str | None, version: str | None) -> Answ
 
 def _vllm(output: Seen, stated: str | None, version: str | None) -> Answer:
     if "llama.cpp" in output.engines:
-        return None, "reads GGUF through a plug-in of its own only"
+        return None, "reads GGUF only through its plug-in"
     if output.quantized and output.method not in FUSING:
         return False, f"does not read {output.file}; it reads {', '.join(FUSING)}"
     if output.mixed:
@@ -165,11 +163,11 @@ def _vllm(output: Seen, stated: str | None, version: str | None) -> Answer:
             False,
             f"has no {', '.join(lacking)} in {output.method} files; another format, or another --file",
         )
-    return None, "file type, formats and fused groups are as it wants them; its architectures are not asked"
+    return None, "file type, formats and fused groups fit; architectures are not checked"
 
 
 def _vllm_lacks(method: str | None, form: Kind) -> bool:
-    """Does vLLM 0.33 refuse a format? As its own reader of configs answers (tests/engines/test_vllm.py)."""
+    """Whether vLLM 0.33 refuses a format, as its own config reader does (tests/engines/test_vllm.py)."""
     if not isinstance(form, Format) or method not in FUSING:
         return False
     if method == "gptq":
@@ -182,7 +180,7 @@ def _own(name: str) -> Callable[[Seen, str | None, str | None], Answer]:
     def answer(output: Seen, stated: str | None, version: str | None) -> Answer:
         if name not in output.engines:
             return False, f"does not read {output.file}"
-        return None, "reads the file type; its architectures are not asked"
+        return None, "reads the file type; architectures are not checked"
 
     return answer
 
@@ -192,5 +190,5 @@ _SPECIAL: dict[str, Callable[[Seen, str | None, str | None], Answer]] = {
     "transformers": _transformers,
     "vLLM": _vllm,
 }
-# transformers is one engine here, with whatever package a quantizer of its needs.
+# transformers is one engine here, with the packages of its quantizers.
 ANSWERS = _SPECIAL | {name: _own(name) for name in ENGINES if name.partition("+")[0] not in _SPECIAL}

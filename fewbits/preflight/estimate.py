@@ -28,15 +28,15 @@ from .machines import machines, read_per_token, tokens_per_second
 from .sizes import Part, file_nbytes, parts_of, sizes_of_parameters
 from .work import Work, work_of
 
-RUNTIME = 300 * 2**20  # bytes: the engine's own code and buffers
-CHUNK = 512  # tokens of a prompt that engines take at once
+RUNTIME = 300 * 2**20  # bytes of the engine's own code and buffers
+CHUNK = 512  # tokens of a prompt that engines process at once
 MIXTURE = "q4_k_m"
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """kv: None where the config does not tell. kind: of the cache that `run_memory` counts. overhead: bytes
-    of RUNTIME, and the activations and logits of CHUNK tokens in f32. read: bytes of weights a token needs.
+    """kv: None if the config does not tell. kind: of the cache that `run_memory` counts. overhead: bytes of
+    RUNTIME, and the activations and logits of CHUNK tokens in f32. read: bytes of weights that a token reads.
     fused: groups that engines with fused modules refuse."""
 
     file: str
@@ -59,7 +59,7 @@ class Preflight:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the tensors, without the file's overhead: what the receipt will say."""
+        """Of the tensors, without the file's overhead, as in the receipt."""
         return 8 * sum(part.nbytes for part in self.parts if part.weights) / max(1, self.weights)
 
     @property
@@ -71,13 +71,13 @@ class Preflight:
         return self.output + self.cache + self.overhead
 
     def speeds(self) -> list[tuple[str, float, float | None, bool | None]]:
-        """(machine, GB/s, tokens/s at most or None, does it fit in its memory)."""
-        found = []
+        """(machine, GB/s, maximum tokens/s or None, whether it fits in its memory)."""
+        rows = []
         for machine in machines():
             fits = None if machine.gib is None else self.run_memory <= machine.gib * 2**30
             bound = tokens_per_second(machine, self.read, self.cache, self.batch)
-            found.append((machine.name, machine.gb_per_s, None if fits is False else bound, fits))
-        return found
+            rows.append((machine.name, machine.gb_per_s, None if fits is False else bound, fits))
+        return rows
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; bytes, seconds, bits."""
@@ -124,17 +124,18 @@ def preflight(
     stated: Mapping[str, str | None] | None = None,
     writes_text: bool = False,
 ) -> Preflight:
-    """What `quantize(checkpoint, out, request)` will write and need. Reads headers; measures for a second.
+    """The size and requirements of `quantize(checkpoint, out, request)`. Reads headers and measures for about
+    a second.
 
-    run: context, batch and kind of cache of running the result. stated: engine -> version to answer for.
-    writes_text: does the model write its calibration text? Raises what `quantize` would before its work.
-    """
+    run: context, batch and cache kind for running the result. stated: engine -> version to check.
+    writes_text: whether the model generates its calibration text. Raises the same errors as `quantize` at its
+    start."""
     check_method(request)
     notes = request.notes
     if "rotate" in request.method.transforms:
         checkpoint, turned = rotate(checkpoint, request.streaming.seed)
         notes += turned
-    place = Path("output")  # plays no part: nothing is looked up or written there
+    place = Path("output")  # not used: nothing is read or written there
     resolved = resolve(checkpoint, request, file_type_for(request.file, place))
     output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
     work = work_of(checkpoint, output, decisions, request, writes_text)
@@ -181,15 +182,15 @@ def _output(checkpoint: Checkpoint, output: Output, file_type: FileType) -> Seen
 def _cache(
     checkpoint: Checkpoint, config: Mapping[str, Any], file_type: FileType
 ) -> tuple[KVCache | None, tuple[str, ...]]:
-    """The cache as the engine of that file type keeps it: llama.cpp ignores some windows."""
+    """The cache in the engine of that file type: llama.cpp ignores some windows."""
     arch = architecture(checkpoint.config)
     ignored = arch is not None and {"sliding_window", "use_sliding_window"} & arch.ignored.keys()
     try:
         full = hf.known_config(checkpoint.config) if checkpoint.config else None
-        found = kv_cache(full or config, windows=not ("llama.cpp" in file_type.engines and ignored))
+        kv = kv_cache(full or config, windows=not ("llama.cpp" in file_type.engines and ignored))
     except ModelError as error:
         return None, (str(error),)
-    return found, found.notes
+    return kv, kv.notes
 
 
 def _overhead(checkpoint: Checkpoint, config: Mapping[str, Any], tokens: int) -> int:
@@ -202,7 +203,7 @@ def _overhead(checkpoint: Checkpoint, config: Mapping[str, Any], tokens: int) ->
 
 
 def parameters(count: float) -> list[tuple[str, float, float]]:
-    """(format, bits per weight, bytes) of a model of `count` parameters of which nothing else is known."""
+    """(format, bits per weight, bytes) of a model of `count` parameters."""
     return sizes_of_parameters(count, {f"{MIXTURE} (as laid out for LLaMA-65B)": _mixture_bits(MIXTURE)})
 
 

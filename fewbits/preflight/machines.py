@@ -1,9 +1,9 @@
-"""How fast at most: a decoder reads its weights and its cache once for every token of every sequence.
+"""Maximum tokens/s: a decoder reads its weights and its cache once for every step.
 
     seconds a step >= (weights read + cache of the batch) / bandwidth        tokens/s <= batch / seconds
 
-Read are all weights but the table of embeddings, of which a token takes one row (if the output is tied to
-it, the whole), and of experts those that a token is sent to: the fewest a step can do with.
+A step reads all weights, except that it reads one row of the embedding (all of it if the output is tied to
+it), and only the experts that a token is routed to, which is a lower bound.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Machine:
-    """gb_per_s: published bandwidth of its memory. gib: its size, where the machine has but one."""
+    """gb_per_s: published bandwidth of its memory. gib: its size, if the machine exists in one size."""
 
     name: str
     gb_per_s: float
@@ -50,5 +50,5 @@ def read_per_token(parts: Sequence[Part], config: Mapping[str, Any]) -> int:
 
 
 def tokens_per_second(machine: Machine, weights: int, cache: int, batch: int = 1) -> float:
-    """The bound: weights and cache are bytes, the cache that of all sequences."""
+    """The bound. weights and cache: bytes, the cache of all sequences."""
     return batch * machine.gb_per_s * GB / (weights + cache)

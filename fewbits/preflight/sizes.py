@@ -1,9 +1,9 @@
-"""How many bytes: of an output by its parts, and of so many parameters in one format.
+"""Bytes of an output by its parts, and of a number of parameters in one format.
 
     embedding   attention   mlp   experts (routers too)   norms and biases   output   other   file overhead
     '--------------------------- spans of the target ----------------------------------'   header, padding
 
-Biases are counted with the weight they belong to where its name says so; a tied output is the embedding.
+Biases count with the weight of the same name; a tied output counts as the embedding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PART_OF_ROLE = {
 
 @dataclass(frozen=True)
 class Part:
-    """Some of an output's tensors together."""
+    """A group of an output's tensors."""
 
     name: str
     weights: int
@@ -42,20 +42,20 @@ class Part:
 
 
 def part_of(job: Job) -> str:
-    """Which part of a model a tensor of the output belongs to."""
+    """The part of the model that a tensor belongs to."""
     name = job.sources[0] if job.sources else job.name
     if ".experts." in name or "_exps." in name:
         return "experts"
     role = role_of(name)
     if role == "other" and (len(job.shape) == 1 or "norm" in name):
         return NORMS
-    if ".mlp." in name and role in ("o", "v"):  # c_proj is a name of both
+    if ".mlp." in name and role in ("o", "v"):  # c_proj is used for both
         return "mlp"
     return _PART_OF_ROLE.get(role, "other")
 
 
 def file_nbytes(target: Output) -> int:
-    """Bytes of the file that holds the weights, padded as the target wants it."""
+    """Bytes of the file with the weights, including the target's padding."""
     end = max([len(target.header), *(span.offset + span.nbytes for span in target.spans)])
     return -(-end // target.align) * target.align
 
@@ -80,7 +80,7 @@ def parts_of(target: Output) -> list[Part]:
 def sizes_of_parameters(count: float, mixtures: Mapping[str, float]) -> list[tuple[str, float, float]]:
     """-> (format, bits per weight, bytes) of `count` parameters; mixtures: measured ones by name.
 
-    `int4 codes` is 4 bits and nothing else, which no file of groups is; the row below has the scales.
+    `int4 codes` is 4 bits without scales; the row below has the scales.
     """
     bits = {"fp32": 32.0, "bf16": 16.0}
     bits |= {f"{name} (scales in)": float(FORMATS.get(name).bits_per_weight()) for name in ("int8_channel",)}

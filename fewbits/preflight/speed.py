@@ -1,7 +1,7 @@
-"""A second of measuring: how fast this machine encodes a format, multiplies matrices, takes digests.
+"""Measures for about a second how fast this machine encodes a format, multiplies matrices and hashes.
 
-Random matrices of the shape that a model has most of, cut to what a fraction of a second can do; each
-step doubles the rows until the time can be trusted.
+Random matrices have the model's most common shape, reduced to a fraction of a second. Each step doubles the
+rows until the time is long enough.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..errors import FewbitsError
 from ..formats import FORMATS
 from ..formats.base import Format
 
-ENOUGH = 0.08  # seconds: so long must a measurement take
-AGAIN = 0.5  # seconds: shorter ones are taken twice
+ENOUGH = 0.08  # seconds: least duration of a measurement
+AGAIN = 0.5  # seconds: shorter measurements are repeated
 WIDEST = 1024  # columns of a measured matrix with a Hessian; the cost of wider ones is scaled
 MOST_ROWS = 4096  # of a measured matrix
 DIGESTED = 8 * 2**20  # bytes
@@ -29,8 +29,8 @@ DIGESTED = 8 * 2**20  # bytes
 
 @dataclass(frozen=True)
 class Encoding:
-    """Seconds of choosing the codes of a weight of `columns` columns and measuring the error: `fixed`, and
-    `a_row` for each row. factor: of factoring one Hessian; None where none is needed."""
+    """Seconds to choose the codes of a weight of `columns` columns and to measure the error: `fixed`, and
+    `a_row` for each row. factor: of factoring one Hessian; None if none is needed."""
 
     columns: int
     fixed: float
@@ -49,7 +49,8 @@ class Encoding:
 def encoding(
     format: Format, algorithm: str, options: Mapping[str, Any], shape: tuple[int, int], mismatch: bool = False
 ) -> Encoding:
-    """Measure an algorithm on a format for weights like `shape`. mismatch: with the float model's input?"""
+    """Measure an algorithm on a format for weights like `shape`. mismatch: whether the float model's input is
+    used."""
     n, k = shape
     hessian = NEEDS[algorithm] == "hessian"
     stats = None
@@ -71,7 +72,7 @@ def encoding(
     while (spent < ENOUGH and rows < len(weights)) or rows == few < len(weights):
         rows = min(len(weights), 8 * rows)
         spent = run(rows)
-    if spent < AGAIN:  # other work on this machine only ever adds
+    if spent < AGAIN:  # other work on this machine only adds time
         spent = min(spent, run(rows))
     a_row = max(0.0, spent - base) / (rows - few) if rows > few else spent / rows
     fixed = max(0.0, base - few * a_row)
@@ -79,7 +80,7 @@ def encoding(
 
 
 def _columns(format: Format, k: int) -> int:
-    """The widest row of at most WIDEST columns that the format can hold."""
+    """The widest row of at most WIDEST columns that the format supports."""
     if k <= WIDEST:
         return k
     for columns in range(WIDEST, 0, -1):

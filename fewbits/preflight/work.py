@@ -1,10 +1,10 @@
-"""What quantizing itself will take: memory (workflow/memory.py), disk, time.
+"""Requirements of quantizing: memory (workflow/memory.py), disk, time.
 
     time = codes (measured, by format) + passes x 2 x weights x tokens / rate + Hessians + digests
-    passes: one to measure, one through the quantized block (one for both where all batches can wait inside
-    it), and the same again for the float model beside it
+    passes: one to measure, one through the quantized block (one for both if all batches fit inside it), and
+    the same again for the float model
 
-Times are rough: attention, norms and the disk are left out, and the machine is measured for a moment only.
+Times are rough: they exclude attention, norms and the disk, and the machine is measured only briefly.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ BACKWARD = 3  # a forward and a backward pass cost three forward passes
 
 @dataclass(frozen=True)
 class Work:
-    """way: "streaming", "block by block" or "whole model". seconds: by what is done. All else in bytes.
-
-    here: what this process takes already, in peak_memory. scratch: beside the output until the end.
-    """
+    """way: "streaming", "block by block" or "whole model". seconds: by task. The rest in bytes. here: what
+    this process already uses, part of peak_memory. scratch: on disk until the end."""
 
     way: str
     peak_memory: int
@@ -59,8 +57,8 @@ def work_of(
     request: Request,
     writes_text: bool = False,
 ) -> Work:
-    """writes_text: does the model write its calibration text itself? Measures for a second or two."""
-    need = memory_need(checkpoint, target, decisions, request, writes_text)  # before anything is measured
+    """writes_text: whether the model generates its calibration text. Measures for a second or two."""
+    need = memory_need(checkpoint, target, decisions, request, writes_text)  # before any measurement
     tasks = tasks_of(checkpoint, target, decisions, request)
     walked = [task for task in tasks if task.walked]
     blocks = block_weights(checkpoint) if walked else [0]
@@ -99,7 +97,7 @@ def _seconds(
 def _walk_seconds(
     walked: Sequence[Task], weights: int, rates: Mapping[tuple[str, str], Encoding], request: Request
 ) -> dict[str, float]:
-    """The passes over the text, and the Hessians of what its weights read."""
+    """The passes over the text, and the Hessians."""
     assert request.tokens is not None
     method, streaming = request.method, request.streaming
     shape = max((task.shape for task in walked), key=prod)
@@ -122,22 +120,22 @@ def _walk_seconds(
 def _model_seconds(
     walked: Sequence[Task], weights: int, model: int, request: Request, writes_text: bool
 ) -> dict[str, float]:
-    """What runs besides: writing the text, learned rounding, distill."""
+    """The other tasks: generating text, learned rounding, distillation."""
     assert request.tokens is not None
     method, tokens = request.method, request.tokens
     shape, context = max((task.shape for task in walked), key=prod), tokens.windows.shape[1]
-    rate, found = multiplying(shape, 1024), {}
+    rate, seconds = multiplying(shape, 1024), {}
     if writes_text:
-        found["writing the text"] = (
+        seconds["writing the text"] = (
             2 * model * tokens.count / multiplying(shape, ROWS_AT_ONCE, faster_dtype())
         )
     if method.learn:
         settings = EFFORTS[method.learn]
         seen = settings.steps * settings.batch * request.streaming.batch * context * BACKWARD
-        found["learned rounding"] = 2 * weights * (seen + settings.checks * tokens.count) / rate
+        seconds["learned rounding"] = 2 * weights * (seen + settings.checks * tokens.count) / rate
     if method.distill:
         distill = DistillSettings(steps=method.distill)
         judged = (1 + ceil(distill.steps / distill.every)) * distill.held_out * context
         seen = distill.steps * distill.batch * context * BACKWARD + judged + tokens.count
-        found["distill"] = 2 * model * seen / rate
-    return found
+        seconds["distill"] = 2 * model * seen / rate
+    return seconds

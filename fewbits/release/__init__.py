@@ -1,1 +1,1 @@
-"""What follows the writing: engines, audit, receipt, card, upload."""
+"""Steps after writing: engines, audit, receipt, card, upload."""

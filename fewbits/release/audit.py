@@ -1,8 +1,7 @@
-"""audit(): is what lies beside the weights still the reference's? Tokens, template, settings, license.
+"""audit(): compares the side files with the reference: tokenizer, template, settings, license.
 
-A quantized model that answers in another format than its reference has usually lost one of these on the way,
-not its weights. Both sides are loaded as a runtime would: a GGUF file by the tokenizer that its keys
-describe.
+A quantized model that answers in another style than its reference has usually lost one of these. Both sides
+are loaded as in a runtime: for a GGUF file, the tokenizer that its keys describe.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ KEPT = ("LICENSE", "NOTICE", "USE_POLICY", "generation_config.json")
 
 
 def audit(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
-    """Every difference between the side files of both, one line each; empty where all is kept."""
-    found = _tokenizers(reference, quantized) + _vocabularies(reference, quantized)
-    if not quantized.gguf_keys:  # a file alone has no files beside it
+    """Every difference between the side files, one line each; empty if there is none."""
+    findings = _tokenizers(reference, quantized) + _vocabularies(reference, quantized)
+    if not quantized.gguf_keys:  # a single file has no side files
         missing = [
             name
             for name in reference.side_files
             if name.startswith(KEPT) and name not in quantized.side_files
         ]
-        found += [f"{name} of the reference is missing" for name in missing]
-        found += _generation(reference, quantized)
+        findings += [f"{name} of the reference is missing" for name in missing]
+        findings += _generation(reference, quantized)
     card = reference.side_files.get("README.md")
     if card is not None and card.read_bytes()[:3] == b"---" and not card_fields(card):
-        found.append("the YAML of the reference's model card cannot be read: its license is not taken over")
-    return found
+        findings.append("the YAML of the reference's model card cannot be read; its license is not copied")
+    return findings
 
 
 def _tokenizers(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
@@ -51,39 +50,39 @@ def _tokenizers(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
         theirs = load_tokenizer(quantized)
     except FewbitsError as error:
         return [f"the tokenizer cannot be loaded: {error}"]
-    found = []
+    findings = []
     for kind in TOKENS:
         a, b = (getattr(tokenizer, f"{kind}_token_id") for tokenizer in (ours, theirs))
         if a != b and not (kind == "pad" and a is None):
-            found.append(f"{kind} token is {b}, the reference's {a}")
+            findings.append(f"{kind} token is {b}, the reference's {a}")
     a, b = (bool(tokenizer.chat_template) for tokenizer in (ours, theirs))
     if a != b:
-        found.append(f"a chat template {'appeared' if b else 'is missing'}")
+        findings.append(f"a chat template {'appeared' if b else 'is missing'}")
     elif ours.chat_template != theirs.chat_template:
-        found.append("the chat template is another")
+        findings.append("the chat template differs")
     added = [set(tokenizer.get_added_vocab().items()) for tokenizer in (ours, theirs)]
     if added[0] != added[1]:
         changed = sorted(token for token, _ in added[0] ^ added[1])
-        found.append(f"{len(changed)} added tokens differ, such as {changed[0]!r}")
+        findings.append(f"{len(changed)} added tokens differ, such as {changed[0]!r}")
     for text in SAMPLES:
         if list(ours(text)["input_ids"]) != list(theirs(text)["input_ids"]):
-            found.append(f"{text[:20]!r} ... becomes other tokens")
-    return found
+            findings.append(f"{text[:20]!r} ... becomes other tokens")
+    return findings
 
 
 def _vocabularies(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
-    """Rows of the table of embeddings, padding included, and what the configs say."""
+    """Rows of the embedding, including padding, and vocab_size of the configs."""
     sizes = [c.config.get("text_config", c.config).get("vocab_size") for c in (reference, quantized)]
     rows = [
         {t.shape[0] for name, t in c.tensors.items() if name.endswith("embed_tokens.weight")}
         for c in (reference, quantized)
     ]
-    found = []
+    findings = []
     if sizes[0] != sizes[1]:
-        found.append(f"vocab_size is {sizes[1]}, the reference's {sizes[0]}")
+        findings.append(f"vocab_size is {sizes[1]}, the reference's {sizes[0]}")
     if rows[0] != rows[1]:
-        found.append(f"the table of embeddings has {sorted(rows[1])} rows, the reference's {sorted(rows[0])}")
-    return found
+        findings.append(f"the embedding has {sorted(rows[1])} rows, the reference's {sorted(rows[0])}")
+    return findings
 
 
 def _generation(reference: Checkpoint, quantized: Checkpoint) -> list[str]:

@@ -1,10 +1,10 @@
-"""The model card: README.md with the hub's YAML, made of the receipt and of the reference's own card.
+"""The model card: README.md with the hub's YAML, from the receipt and the reference's own card.
 
     ---
     base_model: org/name            base_model_relation: quantized      license: the reference's
-    library_name, tags              what the hub filters by
+    library_name, tags              filters of the hub
     ---
-    what it is, its size, what it cost, how to run it, the receipt's digest
+    the model, its size, its error, how to run it, the receipt's digest
 
 Source of the fields: the Hugging Face Hub's documentation of model cards.
 """
@@ -20,11 +20,11 @@ from ..table import Cell, size, table
 from .receipt import Receipt
 
 INHERITED = ("license", "license_name", "license_link", "language")
-QUANTIZED_BY = "fewbits"  # by which a card is known as one of ours
+QUANTIZED_BY = "fewbits"  # marks a card that fewbits wrote
 
 
 def model_card(receipt: Receipt, file_type: FileType, name: str, reference: Mapping[str, Any]) -> str:
-    """name: of the output. reference: what its own card says, and its `reference` if known."""
+    """name: of the output. reference: fields of its own card, and its `reference` if known."""
     from huggingface_hub import ModelCardData
 
     base = reference.get("reference")
@@ -58,29 +58,29 @@ def _method(receipt: Receipt) -> str:
     return f"- method: {how}" + (f"; {text.get('tokens')} tokens of {text.get('source')}" if text else "")
 
 
-def _verified(found: Mapping[str, Any]) -> str:
-    if found.get("kl") is None:
-        reason = f" ({found['reason']})" if found.get("reason") else ""
-        return f"- in its engine: {found.get('verdict', 'not checked')}{reason}"
+def _verified(check: Mapping[str, Any]) -> str:
+    if check.get("kl") is None:
+        reason = f" ({check['reason']})" if check.get("reason") else ""
+        return f"- in its engine: {check.get('verdict', 'not checked')}{reason}"
     return (
-        f"- in {found['engine']} {found['version']}: {found['verdict']}, KL divergence {found['kl']:.2g} "
-        f"from the decoded weights, largest logit difference {found['largest']:.3g}"
+        f"- in {check['engine']} {check['version']}: {check['verdict']}, KL divergence {check['kl']:.2g} "
+        f"from the decoded weights, largest logit difference {check['largest']:.3g}"
     )
 
 
-def _measured(found: Mapping[str, Any]) -> list[str]:
+def _measured(scores: Mapping[str, Any]) -> list[str]:
     """KL divergence and perplexity, if the receipt has them."""
-    if not found:
+    if not scores:
         how = "fewbits evaluate REFERENCE THIS --text FILE --record"
         return [f"- quality against the reference: not measured (`{how}`)"]
     # Receipts of 0.1.0 have the second name.
-    reference = found.get("reference_perplexity", found.get("parent_perplexity"))
-    ran = f" {found['ran']}" if found.get("ran", "").startswith("in ") else ""  # an engine
+    reference = scores.get("reference_perplexity", scores.get("parent_perplexity"))
+    ran = f" {scores['ran']}" if scores.get("ran", "").startswith("in ") else ""  # an engine
     return [
-        f"- KL divergence to the reference{ran} {found['kl']:.4f} +- {found['kl_error']:.4f}, top-1 "
-        f"agreement {100 * found['agreement']:.1f} %",
-        f"- perplexity {found['perplexity']:.3f}, the reference's {reference:.3f} "
-        f"({found['text']}, {found['tokens']} tokens scored)",
+        f"- KL divergence to the reference{ran} {scores['kl']:.4f} +- {scores['kl_error']:.4f}, top-1 "
+        f"agreement {100 * scores['agreement']:.1f} %",
+        f"- perplexity {scores['perplexity']:.3f}, the reference's {reference:.3f} "
+        f"({scores['text']}, {scores['tokens']} tokens scored)",
     ]
 
 

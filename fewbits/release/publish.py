@@ -1,4 +1,4 @@
-"""What follows the writing of an output: the engine's opinion, the audit of side files, the card, the hub.
+"""Steps after writing an output: verification, audit of side files, card, upload.
 
     output -> verify (verify.py) -> audit (audit.py) -> receipt, written again -> card (release/card.py)
 
@@ -36,7 +36,8 @@ def card_path(out: Path) -> Path:
 
 
 def finished(receipt: Receipt, reference: Checkpoint, out: Path, outcome: Outcome | None) -> Receipt:
-    """The receipt with what the engine said and the audit found, and the card: written beside the output."""
+    """The receipt with the results of verification and audit, and the card; both are written beside the
+    output."""
     quantized = open_checkpoint(out)
     notes = tuple(f"beside the weights: {difference}" for difference in audit(reference, quantized))
     about = {**receipt.about, **_about(reference)}
@@ -48,7 +49,7 @@ def finished(receipt: Receipt, reference: Checkpoint, out: Path, outcome: Outcom
 
 
 def measured(out: Path, evaluation: Mapping[str, Any]) -> Receipt:
-    """Keep what an evaluation found in the output's receipt and card."""
+    """Add the results of an evaluation to the output's receipt and card."""
     receipt = replace(read_receipt(out), evaluation=dict(evaluation))
     write_records(receipt, open_checkpoint(out), out)
     return receipt
@@ -61,7 +62,7 @@ def write_records(receipt: Receipt, quantized: Checkpoint, out: Path) -> None:
 
 
 def check_records(receipt: Path, card: Path) -> None:
-    """FileError where a file of the user's own has the name of an output's receipt or card."""
+    """FileError if a file that fewbits did not write has the name of the output's receipt or card."""
     try:
         ours = not receipt.exists() or bool(Receipt.from_json(receipt.read_text(encoding="utf-8")))
     except (FileError, OSError, ValueError):
@@ -76,25 +77,25 @@ def check_records(receipt: Path, card: Path) -> None:
 
 
 def read_receipt(out: Path) -> Receipt:
-    """The receipt of an output; FileError where there is none."""
+    """The receipt of an output; FileError if there is none."""
     path = receipt_path(out)
     try:
         return Receipt.from_json(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise FileError(
-            f"{path}: cannot be read: {error.strerror}; only what fewbits wrote has a receipt"
+            f"{path}: cannot be read: {error.strerror}; only outputs of fewbits have a receipt"
         ) from error
 
 
 def push(out: Path, repo: str, private: bool = False) -> str:
-    """Upload an output with its card and receipt -> the address; FileError for what the hub refuses.
+    """Upload an output with its card and receipt -> the address; FileError if the hub refuses it.
 
-    Refused unless the receipt and card are there and the engine, if it was asked, agreed.
+    FileError unless receipt and card exist and verification, if it was done, found no difference.
     """
     receipt = read_receipt(out)
     if receipt.verified.get("verdict") in ("differs", "failed"):
         raise FileError(
-            f"{out}: {receipt.verified.get('engine')} does not make of it what it means "
+            f"{out}: verification in {receipt.verified.get('engine')} failed "
             f"({receipt.verified.get('reason') or receipt.verified.get('kl')}); it is not uploaded"
         )
     if out.is_dir():
@@ -108,16 +109,16 @@ def push(out: Path, repo: str, private: bool = False) -> str:
 
 
 def _about(reference: Checkpoint) -> dict[str, Any]:
-    """What the reference's card says of itself, and its name on the hub where the path shows it."""
-    found = card_fields(reference.side_files.get("README.md"))
-    kept: dict[str, Any] = {key: found[key] for key in INHERITED if key in found}
+    """Fields of the reference's card, and its name on the hub if the path shows it."""
+    fields = card_fields(reference.side_files.get("README.md"))
+    kept: dict[str, Any] = {key: fields[key] for key in INHERITED if key in fields}
     hub = _HUB_FOLDER.search(str(reference.path))
     named = str(reference.config.get("_name_or_path") or "")
     if hub is not None:
         kept["reference"] = f"{hub[1]}/{hub[2]}"
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not Path(named).exists():
         kept["reference"] = named
-    elif "base_model" in found:
-        base = found["base_model"]
+    elif "base_model" in fields:
+        base = fields["base_model"]
         kept["reference"] = base if isinstance(base, str) else base[0]
     return kept

@@ -1,13 +1,13 @@
-"""Receipt: everything a user needs to trust a quantized file, or to make it again.
+"""Receipt: the record of a quantized file, with everything needed to reproduce it.
 
-    tensors    one row each: what was asked, what was done, why they differ, what it cost
+    tensors    one row each: requested and actual format, why they differ, the error
     plan       the rules as TOML, and their digest
     inputs,    file -> size and SHA-256
     outputs
     totals     bytes, bits per weight, seconds, peak memory: derived from the rows where possible
     versions   fewbits, torch, python, platform, instruction set
 
-It is plain data: `to_json` and `from_json` are exact inverses, and the same input gives the same text.
+It is plain data. `to_json` and `from_json` are exact inverses, and the same input gives the same text.
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class TensorRow:
-    """What happened to one tensor.
+    """The record of one tensor.
 
-    asked, format: names of formats; they differ only with a `reason`. relative_error: |w' - w| / |w|
-    (Frobenius). sqnr_db: 20 log10 of its inverse, None where the error is 0. max_abs_error: largest
-    change of one weight. All three are None for a tensor that was copied. tokens: how many reached this
-    weight in calibration (of stacked experts: the fewest). output_error: |(w' - w) x| / |w x| over
-    them, None where it is not known. digest: SHA-256 of the
-    bytes written; of several planes, that of their hexadecimal digests in order. rule: the pattern of
-    the user's rule that decided.
-    """
+    asked, format: names of the requested and the actual format; they differ only with a `reason`.
+    relative_error: |w' - w| / |w| (Frobenius). sqnr_db: 20 log10 of its inverse, None if the error is 0.
+    max_abs_error: largest change of one weight. All three are None for a copied tensor. tokens: how many
+    reached this weight in calibration (of stacked experts: the fewest). output_error: |(w' - w) x| / |w x|
+    over them, or None. digest: SHA-256 of the written bytes; of several planes, that of their hexadecimal
+    digests in order. rule: the pattern of the user's rule that applied."""
 
     name: str
     shape: tuple[int, ...]
@@ -75,13 +73,12 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The whole record of one run of `quantize`. Seconds are wall time; memory is peak resident bytes.
+    """The record of one run of `quantize`. Seconds are wall time; memory is peak resident bytes.
 
-    method: what is not plain rounding. calibration: source, tokens, their SHA-256. notes: what the user
-    should know besides: what an engine ignores, which types want an imatrix, which experts saw nothing.
-    verified: what the engine made of the output: engine, version, verdict, differences.
-    evaluation: against the reference, if it was measured. about: the reference's license and name.
-    """
+    method: the differences from plain rounding. calibration: source, tokens, their SHA-256. notes: other
+    facts for the user: ignored fields, types that need an imatrix, experts without tokens. verified: result
+    of the output's engine: engine, version, verdict, differences. evaluation: against the reference, if
+    measured. about: the reference's license and name."""
 
     source: str
     target: str
@@ -114,7 +111,7 @@ class Receipt:
         return 8 * self.nbytes / self.numel if self.numel else 0.0
 
     def changed(self) -> tuple[TensorRow, ...]:
-        """The tensors that did not get the format asked for."""
+        """The tensors that did not get the requested format."""
         return tuple(row for row in self.tensors if not row.done_as_asked)
 
     def to_json(self) -> str:
@@ -130,7 +127,7 @@ class Receipt:
 
     @staticmethod
     def from_json(text: str, where: str = "receipt") -> Receipt:
-        """Read a receipt; raises FileError naming `where` and every key that is missing or unknown."""
+        """Read a receipt; raises FileError naming `where` and every missing or unknown key."""
         try:
             body = json.loads(text)
         except json.JSONDecodeError as error:
@@ -151,7 +148,8 @@ class Receipt:
         return Receipt(**(body | files | notes | {"tensors": tensors}))
 
     def table(self, worst: int = 5) -> str:
-        """The receipt as text: a line for each format, the `worst` tensors, and what was not as asked."""
+        """The receipt as text: a line for each format, the `worst` tensors, and tensors without the requested
+        format."""
         parts = [_by_format(self.tensors), _totals(self)]
         if measured := [row for row in self.tensors if row.relative_error is not None]:
             parts.append(_worst(measured, worst))
@@ -201,9 +199,9 @@ def _worst(rows: list[TensorRow], count: int) -> str:
 
 
 def _reasons(rows: tuple[TensorRow, ...]) -> str:
-    """Tensors that are not as asked, counted by what happened and why."""
+    """Tensors without the requested format, counted by format and reason."""
     groups: dict[tuple[str, str, str], int] = {}
     for row in rows:
         key = (row.asked, row.format, row.reason or "no reason given")
         groups[key] = groups.get(key, 0) + 1
-    return table(["tensors", "asked", "got", "because"], [[count, *key] for key, count in groups.items()])
+    return table(["tensors", "requested", "got", "reason"], [[count, *key] for key, count in groups.items()])

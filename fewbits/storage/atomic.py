@@ -1,4 +1,4 @@
-"""Small pieces of safe writing: whole files by rename, directories, one error for a disk that refuses."""
+"""Safe writing: whole files by rename, directories, one error for a failing disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Chunk: TypeAlias = "bytes | bytearray | memoryview | torch.Tensor"
 
 
 def make_directory(path: Path) -> None:
-    """Make `path` and its parents unless they are there; FileError where that cannot be."""
+    """Make `path` and its parents if missing; FileError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -26,16 +26,16 @@ def make_directory(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file so that `path` holds either what it held before or all of `data`."""
+    """Write a small file so that `path` has either its old content or all of `data`."""
     write_file_atomic(path, [data])
 
 
 def write_file_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file, given in parts, so that `path` holds either what it held before or all of them."""
+    """Write a file, given in parts, so that `path` has either its old content or all of them."""
     path = Path(path)
     temporary = None
     try:
-        # A name that nobody can foresee, made by this process or not at all: no link is followed.
+        # An unpredictable name, created exclusively: no link is followed.
         descriptor, name = tempfile.mkstemp(".tmp", f".{path.name[:64]}.", path.parent)
         temporary = Path(name)
         with open(descriptor, "wb") as file:
@@ -56,14 +56,14 @@ def write_file_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def _umask() -> int:
-    """The mode bits that this process leaves out of new files; read by setting, as there is no other way."""
+    """The umask of this process; it can only be read by setting it."""
     current = os.umask(0o077)
     os.umask(current)
     return current
 
 
 def as_bytes(chunk: Chunk) -> memoryview:
-    """A chunk's bytes as they lie in memory, in C order."""
+    """The bytes of a chunk in C order."""
     if isinstance(chunk, torch.Tensor):
         chunk = chunk.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
     view = memoryview(chunk)
@@ -80,7 +80,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def failed(path: Path, error: OSError) -> FileError:
-    """For a file that the disk refuses; of a streamed one the unfinished part stays, if it came so far."""
+    """The error for a failed write; the unfinished part of a streamed file is kept."""
     partial = f"{path.name}.partial"
     there = os.path.exists(path.parent / partial)  # Path.exists raises for a name that is too long
     kept, resume = (f"what is done stays in {partial}: ", " to resume") if there else ("", "")

@@ -1,7 +1,7 @@
-"""The folder in which fewbits keeps what it can make again: models it fetched, text it wrote.
+"""The folder of reproducible data: downloaded models and generated text.
 
 $FEWBITS_CACHE, or ~/.cache/fewbits
-  digests/<name>.json    SHA-256 of one file, with the size and times for which it holds
+  digests/<name>.json    SHA-256 of one file, with the size and times for which it is valid
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def cache_folder() -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, taken once for each of its states (size, times, inode).
+    """SHA-256 of a file's bytes, computed once per state of the file (size, times, inode).
 
-    Raises FileError for a file that cannot be read. A cache that cannot be written costs only time.
+    Raises FileError for a file that cannot be read. An unwritable cache costs only time.
     """
     regular_size(path)
     path = path.resolve()
     status = path.stat()
     state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     kept = cache_folder() / "digests" / f"{hashlib.sha256(bytes(path)).hexdigest()[:32]}.json"
-    found = kept_object(kept)
-    if found is not None and found.get("state") == state and isinstance(found.get("sha256"), str):
-        return str(found["sha256"])
+    cached = kept_object(kept)
+    if cached is not None and cached.get("state") == state and isinstance(cached.get("sha256"), str):
+        return str(cached["sha256"])
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -48,7 +48,7 @@ def file_digest(path: Path) -> str:
 
 
 def kept_object(path: Path) -> dict[str, object] | None:
-    """A JSON object of the cache, None where there is none or it is damaged."""
+    """A JSON object of the cache, None if it is missing or damaged."""
     try:
         return read_json_object(path)
     except FileError:
@@ -56,7 +56,7 @@ def kept_object(path: Path) -> dict[str, object] | None:
 
 
 def keep_object(path: Path, value: dict[str, object]) -> bool:
-    """Put a JSON object into the cache, whole or not at all -> whether that could be done."""
+    """Write a JSON object to the cache atomically -> whether it succeeded."""
     try:
         make_directory(path.parent)
         write_atomic(path, json.dumps(value).encode())

@@ -1,4 +1,4 @@
-"""JSON from untrusted files: a regular file, bounded in size, an object at the top, no key twice."""
+"""JSON from untrusted files: a regular file of limited size, with an object without duplicate keys."""
 
 import json
 import stat
@@ -12,24 +12,24 @@ JSON_LIMIT = 100 * 2**20  # bytes; an index of a million tensors stays below it
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    table = dict(pairs)
+    if len(table) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {twice!r} stands there twice")
-    return found
+        raise ValueError(f"key {twice!r} appears twice")
+    return table
 
 
 def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
     """UTF-8 bytes -> dict; FileError naming `where` for anything else."""
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError as error:
         raise FileError(f"{where}: the JSON is nested too deeply; the file is damaged or hostile") from error
     except ValueError as error:
         raise FileError(f"{where}: not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(found, dict):
-        raise FileError(f"{where}: expected a JSON object, found {type(found).__name__}; wrong file?")
-    return found
+    if not isinstance(value, dict):
+        raise FileError(f"{where}: expected a JSON object, found {type(value).__name__}; wrong file?")
+    return value
 
 
 def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
 
 def regular_size(path: Path) -> int:
-    """Size in bytes; FileError for what is missing, or a pipe or device that would be read forever."""
+    """Size in bytes; FileError for a missing file, or a pipe or device that could be read forever."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:

@@ -1,15 +1,15 @@
-"""Map one byte range of a file as a tensor, and nothing else of it.
+"""Maps one byte range of a file as a tensor.
 
     file    |------------|####################|---------------|
                       ^  offset               offset + nbytes
             |---------|  page boundary: the map starts here     (MAP_PRIVATE: copy on write)
 
-A whole-file map keeps every page that was ever touched resident until the file is closed. Here each
-tensor owns a map of its own range, which is released when the last tensor that shares it dies, so
-resident memory follows what is held, not the size of the file. The map is made through the C
-library because Python's own `mmap` keeps a file descriptor open for each map (before 3.13), and a
-checkpoint has more tensors than a process may have descriptors. Small ranges are read instead: they
-share their pages with their neighbours anyway, and the number of maps is limited too.
+A map of the whole file keeps every page that was read resident until the file is closed. Here each tensor has
+a map of its own range, which is released with the last tensor that shares it, so resident memory depends on
+the tensors in use, not on the size of the file. The map is made through the C library because Python's `mmap`
+keeps a file descriptor open for each map (before 3.13), and a checkpoint has more tensors than a process may
+have descriptors. Small ranges are read instead: they share pages with their neighbours, and the number of
+maps is limited, too.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _opened(path: Path, end: int, name: str) -> Iterator[int]:
         if end > size:
             raise FileError(
                 f"{path}: {name!r} ends at byte {end}, the file has {size}; it changed since it "
-                "was opened: open it again, or fetch it anew"
+                "was opened: open it again, or fetch it again"
             )
         yield descriptor
     finally:
@@ -72,7 +72,7 @@ def _opened(path: Path, end: int, name: str) -> Iterator[int]:
 
 
 def read_bytes(path: Path, offset: int, nbytes: int, name: str = "range") -> bytes:
-    """Bytes `offset : offset + nbytes` of `path`, read; FileError as `map_bytes` raises it."""
+    """Bytes `offset : offset + nbytes` of `path`, read; raises FileError like `map_bytes`."""
     with _opened(path, offset + nbytes, name) as descriptor:
         return os.pread(descriptor, nbytes, offset)
 
@@ -95,13 +95,13 @@ def map_bytes(path: Path, offset: int, nbytes: int, name: str = "range") -> torc
         reason = os.strerror(ctypes.get_errno())
         raise FileError(f"{path}: {name!r}: mapping {length} bytes failed: {reason}; free memory and retry")
     pages = (ctypes.c_ubyte * length).from_address(address)
-    # At interpreter exit tensors may outlive finalizers: leave the unmapping to the system then.
+    # At interpreter exit tensors may outlive finalizers; the system unmaps them then.
     weakref.finalize(pages, _libc.munmap, address, length).atexit = False
     return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=offset - start)
 
 
 def absurd(shape: Sequence[int]) -> bool:
-    """Of an empty tensor, which takes no bytes: are its other sizes none that torch can have?"""
+    """Whether an empty tensor has other sizes that torch does not support."""
     return prod(max(1, size) for size in shape) > 2**56
 
 

@@ -5,8 +5,8 @@
                                                 "data_offsets": [begin, end]}, ...}   from byte 8 + N
 
 The tensors fill the file exactly: no gap, no overlap, nothing after the last. The header is at most
-100 MB. Checked here rather than left to a library because a file is untrusted and each fault has to
-name the tensor; and because a library's map of the whole file keeps every page it touched resident.
+100 MB. It is checked here instead of by a library, because a file is untrusted and each fault must name the
+tensor, and because a library's map of the whole file keeps every page that was read resident.
 Spec: github.com/huggingface/safetensors, section Format.
 """
 
@@ -30,7 +30,7 @@ from .mapped import absurd, map_bytes, read_bytes, view_as
 HEADER_LIMIT = 100_000_000  # bytes, the spec's own limit
 MAX_DIMS = 64  # torch's own limit
 
-# By the names that safetensors has: the lower-case ones are used throughout fewbits.
+# By safetensors' names; fewbits uses them in lower case.
 DTYPES: dict[str, DType] = {name.upper(): dtype for name, dtype in dtypes.DTYPES.items()}
 
 
@@ -83,7 +83,7 @@ def _header_length(path: Path, raw: bytes, size: int) -> int:
 
 
 def _whole_numbers(value: Any, limit: int) -> bool:
-    """Is `value` a list of at most `limit` integers in 0 .. 2**63 - 1 (true and false are not)?"""
+    """Whether `value` is a list of at most `limit` integers in 0 .. 2**63 - 1 (not true or false)."""
     return (
         isinstance(value, list)
         and len(value) <= limit
@@ -92,7 +92,7 @@ def _whole_numbers(value: Any, limit: int) -> bool:
 
 
 def _entry(name: str, row: Any, data_start: int, faults: list[str]) -> Entry | None:
-    """One row of the header -> Entry; or None, with what is wrong appended to `faults`."""
+    """One row of the header -> Entry; or None, with the fault appended to `faults`."""
     if not isinstance(row, dict):
         faults.append(f"tensor {name!r}: expected a table, found {type(row).__name__}")
         return None
@@ -113,13 +113,13 @@ def _entry(name: str, row: Any, data_start: int, faults: list[str]) -> Entry | N
         faults.append(f"tensor {name!r}: {dtype} {shape} needs {needed} bytes, data_offsets span {nbytes}")
         return None
     if not nbytes and absurd(shape):
-        faults.append(f"tensor {name!r} is empty, and {shape}, which nothing holds; damaged file")
+        faults.append(f"tensor {name!r} is empty, and {shape}, which no tensor can have; damaged file")
         return None
     return Entry(name, dtype, tuple(shape), data_start + offsets[0], nbytes)
 
 
 def _layout_faults(entries: list[Entry], data_start: int, size: int) -> list[str]:
-    """Entries in offset order: they must fill `data_start : size` without a gap or an overlap."""
+    """Entries in offset order: faults unless they fill `data_start : size` without a gap or an overlap."""
     faults, end = [], data_start
     for entry in entries:
         if entry.offset != end:

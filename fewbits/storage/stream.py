@@ -1,16 +1,15 @@
-"""One file, written piece by piece, that a kill at any moment cannot spoil.
+"""One file, written piece by piece, that survives a kill at any moment.
 
     <path>.partial   header | entry | zeros | entry ...       every byte at its final place
     <path>.journal   {"journal": 2, "layout": ..., "input": ...}      the run's fingerprint
                      {"name": ..., "nbytes": ..., "sha256": ..., "note": ...}      one line an entry
     <path>           appears by rename, when all entries are there and durable
 
-The layout is known before the start, so a piece goes to its offset in any order and gaps stay zero.
-A journal line is written only after the bytes it speaks of have reached the disk; a run that finds
-the journal of the same fingerprint checks each line's digest against the partial file, drops the
-first that does not hold and all after it, and goes on. The finished file is therefore byte-identical
-to one that was never interrupted. The journal outlives the rename if its owner still has a receipt
-to write from its notes; it is also what the lock is held on.
+The layout is fixed at the start, so pieces can be written in any order, and gaps stay zero. A journal line is
+written only after its bytes have reached the disk. A run that finds a journal with the same fingerprint
+checks each line's digest against the partial file, drops the first mismatch and all lines after it, and
+continues. The finished file is therefore byte-identical to that of an uninterrupted run. The journal remains
+after the rename if its owner still writes a receipt from its notes. It is also the lock file.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from ..errors import FileError, raise_all
 from ..lazy import torch
 from .atomic import Chunk, as_bytes, failed, sync_directory
 
-SYNC_BYTES = 256 * 2**20  # written since the last sync: more would be lost work after a power cut
+SYNC_BYTES = 256 * 2**20  # bytes written between two syncs: the work that a power cut may lose
 SYNC_SECONDS = 2.0
 SHORT = 40  # characters of a value that a message shows
-READ_BYTES = 4 * 2**20  # piece in which bytes are read back to check a digest
+READ_BYTES = 4 * 2**20  # bytes read at once to check a digest
 
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has fsync only
 
@@ -41,10 +40,10 @@ _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has fsync only
 Fingerprint: TypeAlias = "str | Mapping[str, str]"
 
 
-def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What tells two runs apart, by the names in their fingerprints; values where they are short."""
+def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The differences of two fingerprints by name, with short values."""
     before, now = (
-        side if isinstance(side, dict) else {"input": side} for side in (found.get("input"), wanted["input"])
+        side if isinstance(side, dict) else {"input": side} for side in (stored.get("input"), wanted["input"])
     )
     names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
     parts = [
@@ -57,7 +56,7 @@ def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 class Span(NamedTuple):
-    """One entry of a file: its name and the bytes that are its own."""
+    """One entry of a file: its name and its bytes."""
 
     name: str
     offset: int
@@ -65,7 +64,7 @@ class Span(NamedTuple):
 
 
 class StreamFile:
-    """The one writer of large files: resumable, atomic, locked. Made by `StreamFile.open`.
+    """The writer of large files: resumable, atomic, locked. Made by `StreamFile.open`.
 
     with StreamFile.open(path, header, entries, fingerprint) as file:
         for name in names:
@@ -103,10 +102,10 @@ class StreamFile:
     ) -> StreamFile:
         """Start or resume writing `path`: `header`, then `(name, offset, nbytes)` in offset order.
 
-        fingerprint: all that decides the content (input, plan, versions), by name; a partial file of another
-        is never continued. overwrite: replace a finished output, discard a partial one of another
+        fingerprint: the values that decide the content (input, plan, versions), by name; a partial file with
+        another one is never continued. overwrite: replace a finished output, discard a partial one of another
         fingerprint. align: the file's size is rounded up to it with zeros.
-        Raises FileError: output or another partial in the way, locked, unwritable, too little disk.
+        Raises FileError: an existing output or foreign partial file, locked, unwritable, too little disk.
         """
         path = Path(path)
         spans = [Span(*entry) for entry in entries]
@@ -124,22 +123,22 @@ class StreamFile:
         return file
 
     def _start(self, identity: dict[str, Any], overwrite: bool) -> None:
-        """Lock, then find the output complete, resume, or begin, as what lies there demands."""
+        """Lock; then the output is complete, or is resumed or begun."""
         self._log = _lock(self.journal)
         self._first = _line(identity)
-        found, rows = _read_journal(self.journal)
-        same = found == identity
+        stored, rows = _read_journal(self.journal)
+        same = stored == identity
         if same and not self.partial.exists() and self._is_complete(rows):
             self.renamed = True
             return
         if self.path.exists() and not overwrite:
             raise FileError(f"{self.path}: exists; choose another output or pass overwrite")
-        if found and not same and not overwrite:
+        if stored and not same and not overwrite:
             raise FileError(
-                f"{self.partial}: is the unfinished output of another run; {difference(found, identity)}: "
+                f"{self.partial}: is the unfinished output of another run; {difference(stored, identity)}: "
                 f"run as it was run, delete it and {self.journal.name}, or pass overwrite"
             )
-        if not found and not self._begins_ours(self.partial):
+        if not stored and not self._begins_ours(self.partial):
             raise FileError(
                 f"{self.partial}: is in the way: an unfinished output has this name, and fewbits did not "
                 "write this file; move it, or choose another output"
@@ -159,14 +158,14 @@ class StreamFile:
         sync_directory(self.path.parent)
 
     def _begins_ours(self, partial: Path) -> bool:
-        """Without a journal: is a file empty or absent, or does it begin as this output does?"""
+        """Whether a file without a journal is empty, absent, or begins like this output."""
         if partial.is_symlink() or not partial.is_file():
-            return True  # what cannot be opened is told when it is
+            return True  # what cannot be opened is reported when it is opened
         with partial.open("rb") as file:
             return file.read(len(self._header)) in (b"", self._header)
 
     def _is_complete(self, rows: list[tuple[dict[str, Any], int]]) -> bool:
-        """Was the output already renamed into place, by a run that was killed before it said so?"""
+        """Whether a killed run had already renamed the output into place."""
         if len(rows) != len(self._entries) or not self.path.is_file():
             return False
         with self.path.open("rb") as file:
@@ -176,7 +175,7 @@ class StreamFile:
         return len(self._notes) == len(self._entries)
 
     def _resume(self, path: Path, rows: list[tuple[dict[str, Any], int]]) -> None:
-        """Accept journal rows, each checked against the bytes in `path`, up to the first that fails."""
+        """Accept journal rows, checked against the bytes in `path`, up to the first mismatch."""
         self._notes.clear()
         self.digests.clear()
         self._log_end = len(self._first)
@@ -189,7 +188,7 @@ class StreamFile:
                 self._log_end = end
 
     def done(self) -> Mapping[str, Any]:
-        """Entries that stand in the file, with their notes; resumed ones were checked by digest."""
+        """Finished entries with their notes; resumed ones were checked by digest."""
         return MappingProxyType(self._notes)
 
     def spans_of(self, names: Iterable[str]) -> list[Span]:
@@ -198,9 +197,9 @@ class StreamFile:
     def write(self, name: str, chunks: Chunk | Iterable[Chunk], note: Any = None) -> None:
         """Write all bytes of one entry, in any number of pieces.
 
-        note: any JSON value; it comes back from `done()` in a run that resumes.
-        Raises FileError: unknown or finished entry, not exactly its bytes, or the disk refused (what
-        was written before stays resumable).
+        note: any JSON value; `done()` returns it in a resumed run.
+        Raises FileError: unknown or finished entry, not exactly its bytes, or a failed write (the
+        earlier entries stay resumable).
         """
         span = self._entries.get(name)
         if span is None or name in self._notes or self.renamed:
@@ -229,11 +228,11 @@ class StreamFile:
             self._sync()
 
     def _sync(self) -> None:
-        """Make the data durable, then the journal lines that speak of them."""
+        """Make the data durable, then their journal lines."""
         try:
             _sync_data(self._data)
             lines = b"".join(self._pending)
-            # At a kept position: a line torn by a full disk is overwritten by the next attempt.
+            # At a fixed position: the next attempt overwrites a line that a full disk cut off.
             _write_all(self._log, lines, self._log_end)
             _sync_data(self._log)
         except OSError as error:
@@ -244,8 +243,8 @@ class StreamFile:
     def finish(self, keep_journal: bool = False) -> None:
         """Rename the complete file into place; durable when this returns.
 
-        keep_journal: the caller still has to write what it derives from the notes, and calls
-        `close_journal()` after; until then a rerun finds everything done.
+        keep_journal: the caller still writes files from the notes and then calls `close_journal()`;
+        until then a rerun finds everything done.
         """
         missing = [f"entry {name!r} is not written" for name in self._entries if name not in self._notes]
         raise_all(FileError, str(self.path), missing)
@@ -263,7 +262,7 @@ class StreamFile:
             self.close_journal()
 
     def close_journal(self) -> None:
-        """Remove the journal: the output, and all that was derived from it, is complete."""
+        """Remove the journal: the output and all derived files are complete."""
         if not self.renamed:
             raise FileError(f"{self.path}: the journal is still needed; call finish() first")
         try:
@@ -282,7 +281,7 @@ class StreamFile:
             if self._pending:
                 self._sync()
         except FileError:
-            if error is None:  # else the error under way is the one to report
+            if error is None:  # else report the original error
                 raise
         finally:
             self._close()
@@ -331,12 +330,13 @@ def _lock(journal: Path) -> int:
             os.close(descriptor)
             raise FileError(f"{journal}: another process is writing this output; wait for it") from error
         except FileNotFoundError:
-            pass  # its last owner removed it between our open and our lock: make a new one
+            pass  # its last owner removed it between our open and our lock: create a new one
         os.close(descriptor)
 
 
 def _read_journal(journal: Path) -> tuple[dict[str, Any] | None, list[tuple[dict[str, Any], int]]]:
-    """The first line, or None if there is none yet, and `(row, end position)` up to the first torn one."""
+    """The first line, or None if there is none yet, and `(row, end position)` up to the first incomplete
+    one."""
     rows: list[tuple[dict[str, Any], int]] = []
     raw, end = journal.read_bytes(), 0
     for line in raw.splitlines(keepends=True):

@@ -1,2 +1,2 @@
-"""What gradients can still improve: rounding and block parameters of one block (`rounding`), then norms and
-block parameters of the whole model against its reference (`distill`)."""
+"""Training by gradients: rounding and block parameters of one block (`rounding`), then norms and block
+parameters of the whole model against its reference (`distill`)."""

@@ -1,32 +1,32 @@
-"""distill(): teach a quantized model its reference's distribution, without touching a single code.
+"""distill(): train a quantized model on its reference's distribution, with fixed codes.
 
-What error feedback cannot see, because it looks at one weight at a time, the last layer can: the
-quantized model's logits. So its few continuous numbers are distilled against the reference:
+Error feedback considers one weight at a time, but not the quantized model's logits. Distillation trains the
+continuous numbers of the quantized model on the reference's logits:
 
     tokens -> reference -> p  --.
-                             +--> mean over positions of KL(p || q) -> Adam -> scales, minima (codes stay)
+                             +--> mean over positions of KL(p || q) -> Adam -> scales, offsets (codes fixed)
     tokens -> quantized model  -> q  --'                                              -> norms, biases
 
-Every number is trained in units of its own size, x = x0 + unit * a with a = 0 at the start, so that one
-learning rate suits all: unit is |x0|, at least a tenth of its row's mean. All `a` lie in one flat vector;
-so do Adam's moments; these and the best `a` so far are the whole state, and a run continued from it
-is the run that was never stopped.
+Every number is trained relative to its own size, x = x0 + unit * a with a = 0 at the start, so that one
+learning rate suits all: unit is |x0|, at least a tenth of its row's mean. All `a` are in one flat vector, and
+so are Adam's moments. These and the best `a` so far are the whole state; a resumed run equals an
+uninterrupted one.
 
-What counts is what a file will hold: every few steps the numbers are packed (scales rounded to f16,
-norms to their stored dtype) and that model's KL divergence is taken on windows that no step sees. The best
-is returned; the start, if nothing beat it.
+Every few steps the numbers are packed as in a file (scales rounded to f16, norms to their stored dtype), and
+that model's KL divergence is measured on held-out windows. The best state is returned, or the start if no
+step improved it.
 
-How fast: a start far from its reference bears long steps, one chosen by error feedback short ones. A 163M
-model in q4_0, 64 windows of 256 tokens, 4 in a step, KL divergence on 8 windows held out:
+Learning rate: a start far from its reference allows large steps, codes of error feedback small ones. A 163M
+model in q4_0, 64 windows of 256 tokens, 4 per step, KL divergence on 8 held-out windows:
 
     rounded to nearest   0.575 -> 0.219 in 40 steps at lr 2e-3     (other text: 0.553 -> 0.244)
     GPTQ                 0.0947 -> 0.0880 in the first 8 of 24 steps at 6e-4, -> 0.0908 at 2e-3
 
-The reference runs once, one block in memory at a time: its last hidden states are kept, and only its output
+The reference runs once, one block in memory at a time. Its last hidden states are kept, and only its output
 layer is used again.
 
 Sources: Hinton et al., arXiv 1503.02531 (distillation); Kingma and Ba, arXiv 1412.6980 (Adam); EfficientQAT,
-arXiv 2407.11062, whose second phase trains block scales alone.
+arXiv 2407.11062, whose second phase trains only block scales.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ TINY = 1e-12  # added to Adam's root mean square: gradients of single scales are
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """How long and how fast.
+    """Duration and learning rates.
 
-    steps: of `batch` windows each. lr: the largest change of a block parameter in one step, relative;
-    lr_vectors: the same of norms and biases; both rise over a tenth of the steps and fall to a tenth on a
-    cosine. held_out: windows, the last ones, kept apart to judge; every: steps between two judgements.
-    state: file to continue from if the run is killed, written at each judgement; the caller deletes it.
-    """
+    steps: of `batch` windows each. lr: the largest relative change of a block parameter in one step;
+    lr_vectors: the same for norms and biases. Both rise over a tenth of the steps and fall to a tenth on a
+    cosine. held_out: number of windows at the end that are used for evaluation only; every: steps between two
+    evaluations. state: file to resume a killed run from, written at each evaluation; the caller deletes
+    it."""
 
     steps: int = 200
     lr: float = 5e-4
@@ -81,7 +81,8 @@ FEWEST = DistillSettings.held_out + DistillSettings.batch  # windows
 
 @dataclass(frozen=True)
 class Judgement:
-    """After `step` steps: mean KL divergence on the windows learned from since the last, and held out."""
+    """After `step` steps: mean KL divergence on the training windows since the last evaluation, and on the
+    held-out windows."""
 
     step: int
     learned: float | None
@@ -90,7 +91,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Distilled:
-    """tensors: what changed, by name: QTensors with the same codes, vectors in their stored dtype."""
+    """tensors: the changed ones by name: QTensors with the same codes, vectors in their stored dtype."""
 
     tensors: dict[str, QTensor | torch.Tensor]
     history: tuple[Judgement, ...]
@@ -112,12 +113,11 @@ def distill(
     settings: DistillSettings | None = None,
     progress: Progress | None = None,
 ) -> Distilled:
-    """Tokens `(w, c)` int64 -> the quantized model's block parameters and vectors with which its logits are
+    """Tokens `(w, c)` int64 -> the block parameters and vectors with which the quantized model's logits are
     nearest to the reference's.
 
-    Raises CalibrationError for too few windows, a quantized model with nothing to train, or a loss that is
-    not finite; FileError for a state of another run.
-    """
+    Raises CalibrationError for too few windows, a quantized model without trainable numbers, or a loss that
+    is not finite; FileError for the state of another run."""
     settings, progress = settings or DistillSettings(), progress or _silent
     _check(tokens, settings)
     teacher = Teacher(Blockwise(reference), tokens, lambda done, total: progress("reference", done, total))
@@ -151,7 +151,7 @@ def _check(tokens: torch.Tensor, settings: DistillSettings) -> None:
 
 
 class _Run:
-    """One descent: where it stands, what it has judged best."""
+    """One training run: its state and its best evaluation."""
 
     def __init__(self, teacher: Teacher, student: Student, tokens: torch.Tensor, settings: DistillSettings):
         self.teacher, self.student, self.tokens, self.settings = teacher, student, tokens, settings
@@ -187,7 +187,7 @@ class _Run:
         return [shuffled(n, seed, place // n)[place % n] for place in places]
 
     def schedule(self) -> float:
-        """Of the learning rates: up over the first tenth, then down to a tenth on a cosine."""
+        """The factor of the learning rates: linear over the first tenth, then down to a tenth on a cosine."""
         warm = ceil(self.settings.steps / 10)
         if self.step <= warm:
             return self.step / warm
@@ -195,11 +195,11 @@ class _Run:
         return 0.1 + 0.45 * (1 + cos(pi * done))
 
     def judge(self) -> None:
-        """The KL divergence, held out, of the model as it would be packed; keeps the best."""
+        """The KL divergence of the packed model on the held-out windows; keeps the best state."""
         self.student.write(self.student.rounded(self.start + self.unit * self.a))
         judges = range(self.train, len(self.tokens))
-        found = [self.student.divergence(self.tokens[i], self.teacher.log_p(i)) for i in judges]
-        held_out = sum(found) / len(found)
+        divergences = [self.student.divergence(self.tokens[i], self.teacher.log_p(i)) for i in judges]
+        held_out = sum(divergences) / len(divergences)
         self.check(held_out, f"the KL divergence held out, after {self.step} steps,")
         learned = sum(self.losses) / len(self.losses) if self.losses else None
         if self.history and held_out < min(judgement.held_out for judgement in self.history):
@@ -210,25 +210,25 @@ class _Run:
     def check(self, value: float, what: str) -> None:
         if not isfinite(value):
             raise CalibrationError(
-                f"distill: {what} is {value}; a smaller lr than {self.settings.lr} helps, unless the "
-                "checkpoint itself is damaged: `fewbits evaluate` tells"
+                f"distill: {what} is {value}; use a smaller lr than {self.settings.lr}, or check the "
+                "checkpoint with `fewbits evaluate`"
             )
 
     def result(self) -> Distilled:
-        """What was judged best, but for the tensors that it leaves as they were."""
+        """The best state, without tensors that it leaves unchanged."""
         packed, start = (self.student.pack(self.start + self.unit * a) for a in (self.best, 0 * self.best))
         changed = {name: value for name, value in packed.items() if not _same(value, start[name])}
         first, best = self.history[0].held_out, min(judgement.held_out for judgement in self.history)
-        held = f"on {self.settings.held_out} windows held out"
-        notes = [f"distill: KL divergence {first:.4g} -> {best:.4g} {held}"]
+        judged_on = f"on {self.settings.held_out} windows held out"
+        notes = [f"distill: KL divergence {first:.4g} -> {best:.4g} {judged_on}"]
         if not changed:
             notes = [
-                f"distill: nothing beat the start, a KL divergence of {first:.4g} {held}: nothing is changed"
+                f"distill: no step improved the KL divergence of {first:.4g} {judged_on}; nothing is changed"
             ]
         if self.student.fixed:
             names = self.student.fixed
             notes.append(
-                f"distill: {len(names)} quantized tensors stay as they are, no linear layer with free "
+                f"distill: {len(names)} quantized tensors are unchanged, no linear layer with free "
                 f"parameters of its own: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
             )
         return Distilled(changed, tuple(self.history), tuple(notes))
@@ -236,9 +236,10 @@ class _Run:
     # ---- the state
 
     def fingerprint(self) -> str:
-        """Of all that decides the result: settings, tokens, the student's start, the teacher's answers."""
-        said = {key: value for key, value in asdict(self.settings).items() if key != "state"}
-        digest = sha256(repr(sorted(said.items())).encode())
+        """Digest of settings, tokens, the student's start and the teacher's hidden states, which decide the
+        result."""
+        settings = {key: value for key, value in asdict(self.settings).items() if key != "state"}
+        digest = sha256(repr(sorted(settings.items())).encode())
         for part in (self.tokens, self.start, self.teacher.hidden(len(self.tokens) - 1)):
             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -247,24 +248,26 @@ class _Run:
         """Write the state, atomically."""
         from safetensors.torch import save
 
-        said = {"step": self.step, "history": [asdict(judgement) for judgement in self.history]}
-        about = {"distill": json.dumps(said), "fingerprint": self.fingerprint()}
+        record = {"step": self.step, "history": [asdict(judgement) for judgement in self.history]}
+        about = {"distill": json.dumps(record), "fingerprint": self.fingerprint()}
         state = {name: getattr(self, name) for name in STATE}
         write_atomic(path, save(state, about))
 
     def resume(self, path: Path) -> None:
-        """Go on from a state; FileError for one that is damaged or of another run."""
+        """Resume from a state; FileError for one that is damaged or of another run."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, "pt") as file:
                 about, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise FileError(f"{path}: not a distill state ({error}); delete it to start anew") from error
+            raise FileError(f"{path}: not a distill state ({error}); delete it to start again") from error
         if about.get("fingerprint") != self.fingerprint():
-            raise FileError(f"{path}: of a run with another model, text or settings; delete it to start anew")
-        said = json.loads(about["distill"])
-        self.step, self.history = said["step"], [Judgement(**row) for row in said["history"]]
+            raise FileError(
+                f"{path}: of a run with another model, text or settings; delete it to start again"
+            )
+        record = json.loads(about["distill"])
+        self.step, self.history = record["step"], [Judgement(**row) for row in record["history"]]
         for name in STATE:
             getattr(self, name).copy_(state[name])
 

@@ -1,10 +1,10 @@
-"""Halves: a causal language model cut before its output layer.
+"""Halves: a causal language model split before its output layer.
 
     tokens (b, c) --blocks--> hidden (b, c, h) --head--> logits (b, c, vocab)
 
-Logits are the largest arrays of a small model: 64 windows of 512 over 49,152 words are 6 GB, their hidden
-states 75 MB. Cut apart, hidden states can be kept, and logits made for one window at a time. The head is
-the model's own forward pass with its blocks taken out, so that scaled or capped logits stay so.
+Logits are the largest arrays of a small model: 64 windows of 512 over 49,152 tokens are 6 GB, their hidden
+states 75 MB. After the split, hidden states are kept and logits are computed for one window at a time. The
+head is the model's own forward pass without its blocks, so that scaled or capped logits are unchanged.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ..errors import ModelError
 
 
 class Halves:
-    """`blocks` and `head` of a transformers model, which is taken apart."""
+    """`blocks` and `head` of a transformers model, which is modified."""
 
     def __init__(self, model: Any, tokens: torch.Tensor):
-        """tokens `(c,)`: on them head(blocks(tokens)) must be what the whole model says, or ModelError."""
+        """tokens `(c,)`: ModelError unless head(blocks(tokens)) equals the whole model's logits."""
         with torch.no_grad():
             whole = model(input_ids=tokens[None], use_cache=False).logits
         self._blocks = getattr(model, model.base_model_prefix)
@@ -31,7 +31,7 @@ class Halves:
         if not torch.allclose(halves, whole, equal_nan=True):
             raise ModelError(
                 f"{type(model).__name__}: its output layer reads more than the last hidden states; "
-                "distill cannot cut this architecture in two"
+                "distill does not support this architecture"
             )
 
     def blocks(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -44,14 +44,14 @@ class Halves:
 
 
 class _Absent(torch.nn.Module):
-    """Stands where the blocks were, and passes on the hidden states it is given."""
+    """Replaces the blocks and returns the given hidden states."""
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> _Output:
         return _Output(inputs_embeds)
 
 
 class _Output:
-    """A base model's output with last_hidden_state alone; whatever else is asked for is None."""
+    """A base model's output with last_hidden_state; all other attributes are None."""
 
     def __init__(self, hidden: torch.Tensor):
         self.last_hidden_state = hidden

@@ -1,8 +1,8 @@
-"""learn_block(): which way to round each weight of a block, learned from what the block should compute.
+"""learn_block(): the rounding direction of each weight, learned from the output of the float block.
 
-Rounding to nearest minimizes the error of weights; what counts is the error of the block's output. So each
-weight is given an offset before it is rounded, each block parameter a factor, and both are learned
-against the float block's output:
+Rounding to nearest minimizes the error of weights, but the error of the block's output matters. Each weight
+gets an offset before it is rounded, each block parameter a factor. Both are trained on the float block's
+output:
 
     w' = round(w + V * gap; p * (1 + a)) on the format's grid      |V| <= 1/2, V = a = 0 at first
     minimize mean (block(x; w') - y)^2        V -= rate * sign(dL/dV)        a -= rate' * sign(dL/da)
@@ -11,10 +11,10 @@ gap is the spacing of the grid near a weight: rounding errors are even in +-gap 
 square error times sqrt(12) tells it for any grid, evenly spaced or not. Gradients pass the rounding
 straight through (`ste.py`); both rates fall to zero linearly, so that V can just reach either end.
 
-Codes to start from that are not the nearest (GPTQ's) get the smallest V that rounds to them, and then
-travel less: what was balanced against each other is not to be shaken. On a block of a 163M model in
-q4_0 the error left on new inputs, of that of rounding to nearest: learned 0.38, GPTQ 0.25, learned from
-GPTQ's codes 0.22; at the full rate nothing came out of those.
+Initial codes that are not the nearest (GPTQ's) get the smallest V that rounds to them and a smaller range, to
+keep their balance. On a block of a 163M model in q4_0, the error on new inputs relative to rounding to
+nearest was: learned 0.38, GPTQ 0.25, learned from GPTQ's codes 0.22; at the full rate GPTQ's codes did not
+improve.
 
 Source: AutoRound, arXiv 2309.05516, sections 3.1-3.3 (signed gradient, clipping ranges as factors).
 """
@@ -33,20 +33,20 @@ from ..formats.base import Format, Grid
 from ..qtensor import QTensor
 from .ste import straight_through
 
-REACH = 0.5  # how far a weight may be moved before it is rounded, in gaps
-NEAR = 0.1  # the same on the whole way from codes that were chosen with care
-CHOSEN = 0.01  # share of codes that are not the nearest from which they count as such
+REACH = 0.5  # largest offset of a weight before rounding, in gaps
+NEAR = 0.1  # the same when starting from codes of error feedback
+CHOSEN = 0.01  # least share of codes that are not the nearest, for which NEAR applies
 
 
 @dataclass(frozen=True)
 class RoundingSettings:
-    """How long and how far.
+    """Duration and range.
 
-    steps: at most, each on `batch` of the inputs. travel: how far V goes in all, in gaps; None: REACH, but
-    NEAR from chosen codes. scale_travel: how far the factors go, as a part of that. checks: how often,
-    evenly spread, all inputs are measured; patience: so many checks without a better one end it. While
-    the steps are long V wanders, and the best comes late: a small patience ends good runs.
-    """
+    steps: at most, each on `batch` of the inputs. travel: the total range of V in gaps; None: REACH, or NEAR
+    from given codes. scale_travel: the range of the factors, as a part of that. checks: how often, evenly
+    spread, the error on all inputs is measured; patience: the number of checks without improvement that ends
+    training. V fluctuates while steps are large and the best comes late, so a small patience ends good
+    runs."""
 
     steps: int = 200
     travel: float | None = None
@@ -66,7 +66,7 @@ EFFORTS = {"light": RoundingSettings(steps=50, checks=5, patience=3), "best": Ro
 
 
 class Runs(Protocol):
-    """What is asked of a block: its output for other weights, differentiable in them."""
+    """A block's output for other weights, differentiable in them."""
 
     def __call__(
         self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
@@ -84,25 +84,24 @@ def learn_block(
 ) -> dict[str, QTensor]:
     """Weights `(n, k)` of a block, hidden states in and out `(b, t, h)` -> a QTensor for each of `formats`.
 
-    start: the codes to begin with; a weight without is rounded to nearest. On the given inputs the result
-    is never worse than the start, as measured on what is packed. Raises CalibrationError, naming the
-    block, where inputs and targets do not match or an error is not finite.
-    """
+    start: the initial codes; other weights are rounded to nearest. On the given inputs the packed result is
+    never worse than the start. Raises CalibrationError, naming the block, if inputs and targets do not match
+    or an error is not finite."""
     settings = settings or EFFORTS["best"]
     where = getattr(block, "name", "block")
     if not inputs or len(inputs) != len(targets):
         raise CalibrationError(f"{where}: {len(inputs)} inputs and {len(targets)} targets; 1 each at least")
-    offsets = {
-        name: Offset(weights[name].float().cpu(), start.get(name) or fmt.encode(weights[name].cpu()))
+    roundings = {
+        name: LearnedRounding(weights[name].float().cpu(), start.get(name) or fmt.encode(weights[name].cpu()))
         for name, fmt in formats.items()
     }
-    descent = _Descent(block, offsets, inputs, targets, settings, where)
+    descent = _Descent(block, roundings, inputs, targets, settings, where)
     descent.go()
     return descent.best
 
 
-class Offset:
-    """One weight on its way to codes, on the CPU: V and the factors of its block parameters."""
+class LearnedRounding:
+    """The training state of one weight on the CPU: V and the factors of its block parameters."""
 
     def __init__(self, w: torch.Tensor, q: QTensor):
         self.w, self.start = w, q
@@ -123,7 +122,7 @@ class Offset:
         return straight_through(self._grid(), self.w + self.v * self.gap)
 
     def step(self, gradients: Sequence[torch.Tensor], share: float, settings: RoundingSettings) -> None:
-        """Go `share` of the whole way down the signs of the gradients of `leaves`."""
+        """Move `leaves` against the sign of their gradients by `share` of the whole range."""
         far = share * (self.travel if settings.travel is None else settings.travel)
         with torch.no_grad():
             self.v.sub_(far * gradients[0].sign()).clamp_(self.low, self.high)
@@ -142,14 +141,14 @@ class Offset:
 
 
 def _gap(grid: Grid, w: torch.Tensor) -> torch.Tensor:
-    """`(n, k)` -> `(n, k)`, alike within a group: how far apart representable values lie."""
+    """`(n, k)` -> `(n, k)`: the spacing of representable values, constant in a group."""
     error = (w - grid.value(grid.round(w))).square()
     mean = grid.sums(error) / grid.sums(torch.ones_like(w[:1]))
     return sqrt(12) * grid.spread(mean.sqrt(), w.shape[1])
 
 
 def _first(grid: Grid, w: torch.Tensor, codes: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
-    """The smallest V, of a few tried, that rounds to `codes`; 0 where the nearest code is theirs."""
+    """The smallest V, of a few tried, that rounds to `codes`; 0 for codes that are the nearest."""
     value = grid.value(codes)
     full = torch.where(gap > 0, (value - w) / gap, 0.0)
     v = torch.zeros_like(w)
@@ -163,15 +162,15 @@ class _Descent:
     def __init__(
         self,
         block: Runs,
-        offsets: Mapping[str, Offset],
+        roundings: Mapping[str, LearnedRounding],
         inputs: Sequence[torch.Tensor],
         targets: Sequence[torch.Tensor],
         settings: RoundingSettings,
         where: str,
     ):
-        self.block, self.offsets, self.inputs, self.targets = block, offsets, inputs, targets
+        self.block, self.roundings, self.inputs, self.targets = block, roundings, inputs, targets
         self.settings, self.where = settings, where
-        self.best = {name: offset.start for name, offset in offsets.items()}
+        self.best = {name: rounding.start for name, rounding in roundings.items()}
         self.error = self.measure(self.best)
 
     def go(self) -> None:
@@ -181,10 +180,10 @@ class _Descent:
             self.advance(step)
             if (step + 1) % every and step + 1 < settings.steps:
                 continue
-            found = {name: offset.pack() for name, offset in self.offsets.items()}
-            error = self.measure(found)
+            packed = {name: rounding.pack() for name, rounding in self.roundings.items()}
+            error = self.measure(packed)
             if error < self.error:
-                self.best, self.error, worse = found, error, 0
+                self.best, self.error, worse = packed, error, 0
             else:
                 worse += 1
             if worse == settings.patience:
@@ -193,19 +192,19 @@ class _Descent:
     def advance(self, step: int) -> None:
         """One step of signed gradient descent."""
         settings, n = self.settings, self.settings.steps
-        leaves = [leaf.requires_grad_() for offset in self.offsets.values() for leaf in offset.leaves()]
+        leaves = [leaf.requires_grad_() for rounding in self.roundings.values() for leaf in rounding.leaves()]
         total = [torch.zeros_like(leaf) for leaf in leaves]
         for i in self.chosen(step):
-            moved = {name: offset.weight() for name, offset in self.offsets.items()}
+            moved = {name: rounding.weight() for name, rounding in self.roundings.items()}
             loss = self.loss(i, moved)
             for sum_, gradient in zip(total, torch.autograd.grad(loss, leaves), strict=True):
                 sum_ += gradient
         for leaf in leaves:
             leaf.requires_grad_(False)
         rest = iter(total)
-        for offset in self.offsets.values():
-            gradients = [next(rest) for _ in offset.leaves()]
-            offset.step(gradients, 2 * (settings.steps - step) / (n * (n + 1)), settings)
+        for rounding in self.roundings.values():
+            gradients = [next(rest) for _ in rounding.leaves()]
+            rounding.step(gradients, 2 * (settings.steps - step) / (n * (n + 1)), settings)
 
     def loss(self, i: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The mean squared error of the block's output on input i; it must be finite."""
@@ -224,9 +223,9 @@ class _Descent:
         places = range(step * batch, (step + 1) * batch)
         return [shuffled(n, self.settings.seed, place // n)[place % n] for place in places]
 
-    def measure(self, found: Mapping[str, QTensor]) -> float:
+    def measure(self, packed: Mapping[str, QTensor]) -> float:
         """The mean squared error of the block's output over all inputs."""
-        weights = {name: q.decode() for name, q in found.items()}
+        weights = {name: q.decode() for name, q in packed.items()}
         with torch.no_grad():
             errors = [float(self.loss(i, weights)) for i in range(len(self.inputs))]
         return sum(errors) / len(errors)

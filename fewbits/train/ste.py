@@ -1,14 +1,14 @@
-"""Gradients through a grid: to its block parameters exactly, to the weights it rounds straight through.
+"""Gradients through a grid: exact for its block parameters, straight-through for the rounded weights.
 
-A weight on a grid is value = step(p) * level(code) + base(p), smooth in the block parameters p (scales,
-minima) and a staircase in whatever chose the codes. So
+A weight on a grid is value = scale(p) * level(code) + offset(p), smooth in the block parameters p (scales,
+offsets) and piecewise constant in the weights that chose the codes. So
 
     dL/dp     the chain rule with codes fixed: sums over a group of dL/dvalue * level, and of dL/dvalue,
-              then from step and base to what is stored                                  GridLinear
-    dL/dw     that of the identity wherever w is rounded                               straight_through
+              then from scale and offset to what is stored                                  GridLinear
+    dL/dw     that of the identity if w is rounded                                     straight_through
 
 (the straight-through estimator: Bengio et al., arXiv 1308.3432). Neither keeps a dense weight for the
-backward pass: it is computed again from codes and parameters, a byte a weight, when it is needed.
+backward pass: it is recomputed from codes (a byte per weight) and parameters.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class _Multiply(torch.autograd.Function):
         to_w = (rows.T @ x.flatten(0, -2).to(rows.dtype)).float()
         if not groups[0].requires_grad:  # the levels themselves are the parameters
             with torch.enable_grad():
-                found = torch.autograd.grad(grid.value(codes), leaves, to_w)
-            return (to_x, None, None, None, *found)
+                to_leaves = torch.autograd.grad(grid.value(codes), leaves, to_w)
+            return (to_x, None, None, None, *to_leaves)
         sums = [grid.sums(to_w * level)]
         if len(groups) == 2:
             sums.append(grid.sums(to_w))
@@ -88,26 +88,26 @@ def _replaced(grid: Grid, names: Sequence[str], values: Sequence[torch.Tensor]) 
 
 
 def _groups(grid: Grid, codes: torch.Tensor) -> list[torch.Tensor]:
-    """Step and, if there is one, base: `(n, g)` each."""
+    """Scale and, if there is one, offset: `(n, g)` each."""
     return [part for part in grid.groups(codes.shape[0]) if part is not None]
 
 
 def _spread(
-    grid: Grid, level: torch.Tensor, step: torch.Tensor, base: torch.Tensor | None = None
+    grid: Grid, level: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`(n, k)` levels, `(n, g)` step and base -> `(n, k)` values."""
+    """`(n, k)` levels, `(n, g)` scale and offset -> `(n, k)` values."""
     (n, k), group = level.shape, grid.group
     if grid.index is not None:
-        w = level * grid.spread(step, k)
-        return w if base is None else w + grid.spread(base, k)
+        w = level * grid.spread(scale, k)
+        return w if offset is None else w + grid.spread(offset, k)
     whole = functional.pad(level, (0, -k % group)) if k % group else level
-    w = whole.view(n, -1, group) * step[..., None]
-    return (w if base is None else w + base[..., None]).view(n, -1)[:, :k]
+    w = whole.view(n, -1, group) * scale[..., None]
+    return (w if offset is None else w + offset[..., None]).view(n, -1)[:, :k]
 
 
 def straight_through(grid: Grid, w: torch.Tensor) -> torch.Tensor:
-    """`(n, k)` f32 -> the same on the grid; the gradient of w is that of the identity, that of the grid's
-    block parameters is exact where they require one."""
+    """`(n, k)` f32 -> the same on the grid. The gradient of w is that of the identity; that of the grid's
+    block parameters is exact, if they require one."""
     with torch.no_grad():
         codes = grid.round(w)
     value = grid.value(codes)

@@ -2,8 +2,8 @@
 
 linear weights on a grid     -> GridLinear: codes fixed, block parameters trainable     kind "block"
 norms and biases, 1-D        -> trainable                                               kind "vector"
-all else                     -> fixed; if it is quantized, `fixed` names it (tables of embeddings, fused
-                                experts: their modules are not plain linear layers)
+everything else              -> fixed; `fixed` names it if quantized (embeddings, fused experts: their
+                                modules are not plain linear layers)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..qtensor import QTensor
 from .halves import Halves
 from .ste import GridLinear
 
-FLOOR = 0.1  # of its row's mean magnitude: the least unit of a number
+FLOOR = 0.1  # least unit of a number, as a share of its row's mean magnitude
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Student:
     """Made of a transformers model in f32 and the checkpoint it was loaded from."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint, tokens: torch.Tensor):
-        """tokens `(c,)`: any window, to check that the model can be cut in two."""
+        """tokens `(c,)`: any window, to check that the model can be split."""
         self.model = model.requires_grad_(False)
         self.quantized: dict[str, QTensor] = {}
         self.vectors: dict[str, torch.Tensor] = {}
@@ -89,10 +89,10 @@ class Student:
 
     def gradient(self) -> torch.Tensor:
         """-> `(p,)`: what `learn` summed since the last call."""
-        found = [torch.zeros_like(p.value) if p.value.grad is None else p.value.grad for p in self.parts]
+        gradients = [torch.zeros_like(p.value) if p.value.grad is None else p.value.grad for p in self.parts]
         for part in self.parts:
             part.value.grad = None
-        return torch.cat([value.flatten() for value in found])
+        return torch.cat([value.flatten() for value in gradients])
 
     def units(self) -> torch.Tensor:
         """-> `(p,)`: the size of each number, at least FLOOR of its row's mean."""
@@ -108,7 +108,7 @@ class Student:
         return [piece.view_as(part.value) for piece, part in zip(pieces, self.parts, strict=True)]
 
     def pack(self, flat: torch.Tensor) -> dict[str, QTensor | torch.Tensor]:
-        """`(p,)` -> each trained tensor as a file holds it: the same codes, vectors in their own dtype."""
+        """`(p,)` -> each trained tensor as stored in a file: the same codes, vectors in their own dtype."""
         values: dict[str, dict[str, torch.Tensor]] = {}
         for part, piece in zip(self.parts, self._pieces(flat), strict=True):
             values.setdefault(part.name, {})[part.key] = piece
@@ -124,20 +124,20 @@ class Student:
 
     def rounded(self, flat: torch.Tensor) -> torch.Tensor:
         """`(p,)` -> `(p,)`: the same numbers as `pack` stores them."""
-        packed, found = self.pack(flat), []
+        packed, values = self.pack(flat), []
         for part in self.parts:
             value = packed[part.name]
             if isinstance(value, QTensor):
                 value = value.format.unpack(value)[0].parameters()[part.key]
-            found.append(value.float().flatten())
-        return torch.cat(found)
+            values.append(value.float().flatten())
+        return torch.cat(values)
 
     # ---- running it
 
     def learn(self, windows: torch.Tensor, log_p: Callable[[int], torch.Tensor]) -> float:
         """Tokens `(b, c)`; log_p(i): the teacher's `(c, v)` for row i -> mean KL; its gradient is added.
 
-        The logits of one window are there at a time; their gradient, (q - p) / positions, needs no graph.
+        Only the logits of one window are in memory; their gradient, (q - p) / positions, needs no graph.
         """
         hidden = self.halves.blocks(windows)
         cut = hidden.detach().requires_grad_()

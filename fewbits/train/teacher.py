@@ -1,4 +1,4 @@
-"""Teacher: the reference model's distributions over the vocabulary, for windows that come up again and again.
+"""Teacher: the reference model's distributions over the vocabulary, for windows that are used repeatedly.
 
 Its blocks run once, one in memory at a time; the hidden states are kept, and only the output layer is used
 again.
@@ -25,10 +25,10 @@ class Teacher:
             progress(i + 1, runner.n_blocks)
 
     def hidden(self, i: int) -> torch.Tensor:
-        """Window i -> what reaches the output layer, `(1, c, h)`."""
+        """Window i -> the input of the output layer, `(1, c, h)`."""
         return self._runner.hidden[i]
 
     def log_p(self, i: int) -> torch.Tensor:
-        """Window i -> log-probabilities `(c, vocab)` f32 of what follows each token."""
+        """Window i -> log-probabilities `(c, vocab)` f32 of the token after each token."""
         with torch.no_grad():
             return self._runner.logits_of(i).log_softmax(-1)

@@ -2,7 +2,7 @@
 
 Pair transforms, of one block's weights:      find_pairs -> smooth | awq | equalize -> checked -> applied
 A rotation, of a whole checkpoint, lazily:    rotate
-Directly before plain rounding, and no rewrite that preserves the function:   clipped
+Directly before plain rounding, and not function-preserving:                 clipped
 
 The pair transforms share one signature: (weights, pairs, stats, formats, **options) -> [(Pair, scale)].
 """

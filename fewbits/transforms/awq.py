@@ -1,12 +1,12 @@
 """AWQ: columns that carry large activations are scaled up before rounding (Lin et al., arXiv 2306.00978).
 
-    s = rms(x)^a / rms(w)^b          a, b in [0, 1]; a = b = 0 leaves the weight as it is
+    s = rms(x)^a / rms(w)^b          a, b in [0, 1]; a = b = 0 leaves the weight unchanged
 
-Rounding moves a weight by about half a step whatever its size; after W s the same step is s times
-smaller where it matters, at the price of a larger step for the group. The paper searches a alone;
-columns of small weights have room to grow before they widen a group's range, which is b. Each is
-searched with the other held, from a = b = 0 on, until neither moves: on the output error of all the
-pair's consumers, as their own formats round them. The paper's search for a clipped range: clip.py.
+Rounding moves a weight by about half the scale whatever its size; after W s the same scale is s times smaller
+where it matters, but the scale of the group grows. The paper searches only a; b uses that columns of small
+weights can grow before they widen a group's range. The two are searched alternately from a = b = 0 until
+neither changes, on the output error of all the pair's consumers in their own formats. The paper's search for
+a clipped range: clip.py.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def awq(
 ) -> list[Choice]:
     """Weights of a block, statistics (with Hessian) and formats by consumer -> the pairs worth scaling.
 
-    steps: intervals of [0, 1] for each exponent. rows: sample of the consumers' rows in all. quantize: how
-    codes will be chosen. A pair that gains nothing is left out. CalibrationError without statistics.
+    steps: intervals of [0, 1] for each exponent. rows: number of sampled rows of all consumers. quantize: the
+    rounding of the search. A pair that gains nothing is left out. CalibrationError without statistics.
     """
     chosen = []
     for pair in pairs:
@@ -50,7 +50,7 @@ def awq(
 def _search(
     weights: Mapping[str, torch.Tensor], pair: Pair, readers: list[Reader], steps: int, quantize: Quantizer
 ) -> torch.Tensor | None:
-    """The best settled scale, or None where the unscaled weight is as good."""
+    """The best settled scale, or None if the unscaled weight is as good."""
     x, w = input_rms(pair, readers), column_rms(pair, readers)
 
     def scale(at: tuple[int, int]) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""A pair is used only if the block's output stays where it was: measured, not believed.
+"""A pair is used only if the block's output is unchanged, which is measured.
 
-    move = |block(rewritten) - block(as it was)| / |block(as it was)|        Frobenius, on a sample
+    move = |block(rewritten) - block(original)| / |block(original)|          Frobenius, on a sample
 
-All pairs are tried together, which is one run; only if that moves, they are added one at a time, and
-those that move it are left out. An expert that no token
-of the sample reaches is not seen by this: its pair has the structure of the others'.
+All pairs are tried together in one run. If that changes the output, they are added one at a time, and those
+that change it are dropped. An expert without tokens in the sample is not checked; its pair has the structure
+of the others.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Run = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 def checked(
     weights: Mapping[str, torch.Tensor], chosen: Sequence[Choice], run: Run, tolerance: float = TOLERANCE
 ) -> tuple[list[Choice], dict[str, float]]:
-    """Scaled pairs -> those that leave the output alone, and {name: measured move} of the dropped.
+    """Scaled pairs -> those that preserve the output, and {name: measured move} of the dropped ones.
 
-    run: tensors to replace -> the block's output on a sample, with the others as they were.
+    run: tensors to replace -> the block's output on a sample, with the others unchanged.
     """
     if not chosen:
         return [], {}

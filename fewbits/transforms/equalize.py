@@ -2,9 +2,8 @@
 
     s = sqrt(max |producer row| / max |consumer column|)       both become sqrt of their product
 
-(but for a factor that all columns of the pair share). Data-free. A weight is the consumer of one pair
-and the producer of another, so the pairs are gone through again until no scale changes by more than one
-in a hundred.
+(except for a factor that all columns of the pair share). Data-free. A weight is the consumer of one pair and
+the producer of another, so the pairs are repeated until no scale changes by more than one percent.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ def equalize(
             now |= apply(now, pair, total[pair])
         for pair in pairs:
             producer, consumer = ranges(now, pair)
-            step = ratio(producer, 0.5, consumer, 0.5)
+            change = ratio(producer, 0.5, consumer, 0.5)
             before = total[pair]
-            total[pair] = settled(weights, pair, before * step)
+            total[pair] = settled(weights, pair, before * change)
             now |= apply(now, pair, total[pair] / before)
             moved = max(moved, float((total[pair] / before).log().abs().amax()))
         if moved < CHANGE:
@@ -48,7 +47,7 @@ def equalize(
 
 
 def ranges(weights: Mapping[str, torch.Tensor], pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest |weight| of each producer row (of the norm, where there are no rows) and consumer column."""
+    """Largest |weight| of each producer row (of the norm, if there are no rows) and consumer column."""
     if pair.rows is not None:
         rows = weights[pair.rows.name][pair.rows.start : pair.rows.start + pair.size]
         producer = rows.float().abs().amax(1)

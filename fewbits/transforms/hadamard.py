@@ -1,4 +1,4 @@
-"""Orthogonal matrices that spread one coordinate over all, and cost little to apply.
+"""Orthogonal matrices that spread one coordinate over all, with a fast product.
 
 A Hadamard matrix has entries +-1 and orthogonal rows. Known orders are multiplied by Kronecker products:
 
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import torch
 
-_LARGEST_SYLVESTER = 64  # a factor of that order is a matrix product of a comfortable size
+_LARGEST_SYLVESTER = 64  # largest order of a factor
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """R `(k, k)` orthogonal, k = the product of the factors' orders. random: how many orders' worth of it
-    is a random orthogonal block for want of a Hadamard matrix (1: none)."""
+    """R `(k, k)` orthogonal, k = the product of the factors' orders. random: the order of the part
+    that is a random orthogonal block if there is no Hadamard matrix (1: none)."""
 
     signs: torch.Tensor
     factors: tuple[torch.Tensor, ...]
@@ -38,7 +38,7 @@ class Rotation:
         """`(..., m * k)` f32 -> each run of k columns times R: `w (I x R)`."""
         shape = w.shape
         x = w.reshape(-1, self.size) * self.signs.to(w.dtype)
-        for factor in self.factors:  # the first factor's axis goes to the back each time, and all come round
+        for factor in self.factors:  # the first factor's axis moves to the end each time, through all factors
             f = factor.to(w.dtype)
             x = x.reshape(x.shape[0], f.shape[0], -1).transpose(1, 2) @ f
             x = x.reshape(x.shape[0], -1)
@@ -55,7 +55,7 @@ class Rotation:
 
 
 def rotation(k: int, generator: torch.Generator) -> Rotation:
-    """The randomized rotation of order k >= 1: Hadamard where one is known, else with a random orthogonal
+    """The randomized rotation of order k >= 1: Hadamard if one is known, else with a random orthogonal
     block for the odd part of k."""
     signs = (torch.randint(0, 2, (k,), generator=generator) * 2 - 1).float()
     odd = k // (k & -k)
@@ -108,12 +108,12 @@ def _own(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _sylvester_factors(k: int) -> tuple[torch.Tensor, ...]:
     """Orthonormal Sylvester factors whose orders, at most 64 each, multiply to the power of two k."""
-    found = []
+    factors = []
     while k > 1:
         order = min(k, _LARGEST_SYLVESTER)
         matrix = torch.ones(1, 1)
         while matrix.shape[0] < order:
             matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
-        found.append(matrix / order**0.5)
+        factors.append(matrix / order**0.5)
         k //= order
-    return tuple(found)
+    return tuple(factors)

@@ -1,10 +1,10 @@
-"""What quantizing a pair's consumers costs the output, for a scale s: the loss that searches minimize.
+"""The output error from quantizing a pair's consumers with a scale s: the loss that searches minimize.
 
-    E = Q(W s) / s - W                the error of a consumer's weight, as the unscaled input meets it
+    E = Q(W s) / s - W                the error of a consumer's weight for the unscaled input
     sum over tokens |E x|^2 = count * tr(E H E^T)            H = mean x x^T of its input
 
-A few rows of each consumer stand for all: rows are quantized alone in nearly every format, and the best
-scale is a property of the columns.
+A few rows of each consumer represent all: rows are independent in nearly every format, and the best scale
+depends on the columns.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LEAST_ROWS = 16
 
 
 def weighted(w: torch.Tensor, format: Format, stats: Stats) -> QTensor:
-    """Round to nearest, block parameters searched under mean x^2."""
+    """Round to nearest, with scales searched under mean x^2."""
     return format.encode(w, stats.mean_square)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One consumer that will be quantized: a sample of its rows `(r, k)`, out of `of` rows."""
+    """One consumer to be quantized: a sample of its rows `(r, k)`, out of `of` rows."""
 
     name: str
     w: torch.Tensor
@@ -52,7 +52,7 @@ def readers_of(
     formats: Mapping[str, Format | None],
     rows: int,
 ) -> list[Reader]:
-    """The consumers that get a format and saw tokens; `rows` rows are shared out among them.
+    """The consumers that get a format and saw tokens; `rows` rows are distributed among them.
 
     Raises CalibrationError listing consumers without statistics.
     """
@@ -63,14 +63,14 @@ def readers_of(
             f"{pair.name}: no statistics of the input of {', '.join(missing)}; capture them first"
         )
     names = [name for name in names if stats[name].count > 0]
-    found = []
+    readers = []
     for name in names:
         w, format = weights[name], formats[name]
         assert format is not None
         take = min(w.shape[0], max(LEAST_ROWS, rows // len(names)))
         sample = torch.linspace(0, w.shape[0] - 1, take).long()
-        found.append(Reader(name, w[sample].float(), w.shape[0], format, stats[name]))
-    return found
+        readers.append(Reader(name, w[sample].float(), w.shape[0], format, stats[name]))
+    return readers
 
 
 def weight_loss(reader: Reader, pair: Pair, scale: torch.Tensor, quantize: Quantizer = weighted) -> float:
@@ -85,14 +85,14 @@ def weight_loss(reader: Reader, pair: Pair, scale: torch.Tensor, quantize: Quant
 
 
 def input_rms(pair: Pair, readers: list[Reader]) -> torch.Tensor:
-    """Root mean square of the pair's activation, `(size,)`, over all the tokens of all who read it."""
+    """Root mean square of the pair's activation, `(size,)`, over all tokens of all consumers."""
     count = sum(reader.stats.count for reader in readers)
     square = torch.stack([r.stats.mean_square * (r.stats.count / count) for r in readers]).sum(0)
     return pair.gathered(square, "mean").sqrt()
 
 
 def input_absmax(pair: Pair, readers: list[Reader]) -> torch.Tensor:
-    """Largest |x| of the pair's activation, `(size,)`, over all who read it."""
+    """Largest |x| of the pair's activation, `(size,)`, over all consumers."""
     return pair.gathered(torch.stack([absmax_of(reader) for reader in readers]).amax(0), "amax")
 
 
@@ -117,6 +117,6 @@ def column_rms(pair: Pair, readers: list[Reader]) -> torch.Tensor:
 
 
 def ratio(top: torch.Tensor, power: float, below: torch.Tensor, power_below: float) -> torch.Tensor:
-    """top^power / below^power_below; 1 for columns where either is zero, for nothing passes there."""
+    """top^power / below^power_below; 1 for columns with a zero, which have no effect."""
     alive = (top > 0) & (below > 0)
     return torch.where(alive, top.pow(power) / below.pow(power_below), 1.0)

@@ -1,4 +1,4 @@
-"""Pairs: places where a scale can pass from an activation into the weights that read it.
+"""Pairs: places where a scale can move from an activation to the weights that read it.
 
     producers / s  -->  x / s  -->  consumers * s          s (columns,) > 0: the function is the same
 
@@ -8,9 +8,9 @@
                                    repeated for the query heads that share it
     up       -> down               rows of up: act(gate) * up is linear in up; each expert alone
 
-A norm (or bias) is stored in few bits, so not every s is possible there: `settled` rounds norm / s to
-what will be stored and takes s from that, so that storing moves nothing. A producer or consumer that
-stays in bf16 is rounded when stored, as any rewritten weight.
+A norm (or bias) is stored with few bits, so not every s is possible: `settled` rounds norm / s to its stored
+type and derives s from the result, so that storing is exact. A producer or consumer in bf16 is rounded when
+stored, like any rewritten weight.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from .rewrite import Change, rewritten
 from .structure import Block, Part, blocks_of, norm_offset, parent_of
 
 Choice = tuple["Pair", torch.Tensor]
-# Scales further apart than this would push block scales out of f16.
+# A wider range of scales could push block scales out of f16.
 WIDEST = 2.0**12
 
 
 @dataclass(frozen=True)
 class Vector:
-    """A norm weight or bias among the producers. It acts as weight + offset; dtype: as it is stored."""
+    """A norm weight or bias among the producers, with the effective value weight + offset; dtype: as
+    stored."""
 
     name: str
     dtype: torch.dtype
@@ -56,7 +57,7 @@ class Rows:
 class Pair:
     """Producers and consumers of one activation. size: entries of its scale.
 
-    head, repeat: each run of `head` entries stands for `repeat` runs of the consumers' columns.
+    head, repeat: each run of `head` entries applies to `repeat` runs of the consumers' columns.
     """
 
     name: str
@@ -82,23 +83,23 @@ class Pair:
 
 
 def find_pairs(checkpoint: Checkpoint, block: int | None = None) -> list[Pair]:
-    """The pairs of one block, or of all: those that are exact; what is not understood is left out.
+    """The exact pairs of one block, or of all.
 
     Left out: a LayerNorm with a bias (two stored vectors cannot both be divided exactly), attention or
     experts with a norm or a matrix of unknown use inside, feed-forwards without a gate.
     """
-    found = []
+    pairs = []
     for each in blocks_of(checkpoint.tensors):
         if block is None or each.index == block:
-            found += _norm_pairs(checkpoint, each)
-            found += _value_pairs(checkpoint, each)
-            found += _up_pairs(checkpoint, each.mlp)
-    return found
+            pairs += _norm_pairs(checkpoint, each)
+            pairs += _value_pairs(checkpoint, each)
+            pairs += _up_pairs(checkpoint, each.mlp)
+    return pairs
 
 
 def settled(weights: Mapping[str, torch.Tensor], pair: Pair, scale: torch.Tensor) -> torch.Tensor:
-    """A wished scale `(size,)` -> the nearest that can be stored: geometric mean 1, range bounded, and
-    exact for the pair's vector. ModelError where it is not positive and finite."""
+    """A scale `(size,)` -> the nearest that can be stored: geometric mean 1, range bounded, and
+    exact for the pair's vector. ModelError if it is not positive and finite."""
     scale = scale.float()
     if not bool(((scale > 0) & torch.isfinite(scale)).all()):
         raise ModelError(f"{pair.name}: a scale is not positive and finite; check the statistics")
@@ -139,8 +140,8 @@ def scaled(checkpoint: Checkpoint, chosen: Sequence[Choice]) -> Checkpoint:
 
 
 def changes(pair: Pair, scale: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """name -> what a settled scale does to that tensor, f32 -> f32."""
-    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    """name -> the function that applies a settled scale to that tensor, f32 -> f32."""
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     vector, rows = pair.vector, pair.rows
 
     def divide_vector(w: torch.Tensor) -> torch.Tensor:
@@ -156,11 +157,11 @@ def changes(pair: Pair, scale: torch.Tensor) -> dict[str, Callable[[torch.Tensor
         return w
 
     if vector is not None:
-        found[vector.name] = divide_vector
+        functions[vector.name] = divide_vector
     if rows is not None:
-        found[rows.name] = divide_rows
+        functions[rows.name] = divide_rows
     columns = pair.spread(scale)
-    return found | {name: lambda w: w * columns for name in pair.consumers}
+    return functions | {name: lambda w: w * columns for name in pair.consumers}
 
 
 def rescaled(stats: Stats, pair: Pair, scale: torch.Tensor) -> Stats:
@@ -182,7 +183,7 @@ def _entries(vector: torch.Tensor, pair: Pair) -> torch.Tensor:
 
 
 def _stored(effective: torch.Tensor, vector: Vector) -> torch.Tensor:
-    """What a vector acts as -> what is stored for it, in f32."""
+    """The effective value of a vector -> its stored value, in f32."""
     return (effective - vector.offset).to(vector.dtype).float()
 
 
@@ -191,7 +192,7 @@ def _stored(effective: torch.Tensor, vector: Vector) -> torch.Tensor:
 
 def _norm_pairs(checkpoint: Checkpoint, block: Block) -> list[Pair]:
     tensors, offset = checkpoint.tensors, norm_offset(checkpoint)
-    found = []
+    pairs = []
     for norm in dict.fromkeys([block.attention.norm, block.mlp.norm]):
         if norm is None:
             continue
@@ -203,8 +204,8 @@ def _norm_pairs(checkpoint: Checkpoint, block: Block) -> list[Pair]:
         if bias or not same or not readers or any(part.strange for part in parts):
             continue
         vector = Vector(norm, _dtype(tensors[norm]), 0, offset)
-        found.append(Pair(norm.removesuffix(".weight"), size, readers, vector=vector))
-    return found
+        pairs.append(Pair(norm.removesuffix(".weight"), size, readers, vector=vector))
+    return pairs
 
 
 def _value_pairs(checkpoint: Checkpoint, block: Block) -> list[Pair]:
@@ -232,7 +233,7 @@ def _value_pairs(checkpoint: Checkpoint, block: Block) -> list[Pair]:
 
 
 def value_rows(checkpoint: Checkpoint, part: Part) -> tuple[str, int, int, int] | None:
-    """Where the values of an attention are made: weight, first row, rows, rows of a head; or None."""
+    """The rows that produce the values of an attention: weight, first row, rows, rows of a head; or None."""
     tensors, config = checkpoint.tensors, complete(checkpoint.config)
     heads, shared, head = (
         int(config.get(field) or 0) for field in ("num_attention_heads", "num_key_value_heads", "head_dim")
@@ -249,9 +250,9 @@ def value_rows(checkpoint: Checkpoint, part: Part) -> tuple[str, int, int, int] 
 
 
 def _up_pairs(checkpoint: Checkpoint, part: Part) -> list[Pair]:
-    """up -> down of every expert whose two are there with their gate."""
+    """up -> down of every expert with up, down and gate."""
     tensors = checkpoint.tensors
-    found = []
+    pairs = []
     for down in part.writers:
         parent = parent_of(down)
         beside = {role_of(name): name for name in part.readers if parent_of(name) == parent}
@@ -259,15 +260,15 @@ def _up_pairs(checkpoint: Checkpoint, part: Part) -> list[Pair]:
         between = any(name.startswith(f"{parent}.") for name in part.vectors)
         if "gate" in beside and "up" in beside:
             name, start, rows = beside["up"], 0, size
-        elif "gate_up" in beside:  # transformers cuts it in halves, the gate first
+        elif "gate_up" in beside:  # transformers splits it in halves, the gate first
             name, start, rows = beside["gate_up"], size, 2 * size
         else:
             continue
         if between or tensors[name].shape[0] != rows:
             continue
         pair = Pair(f"{parent}.up > down", size, (down,), _bias(tensors, name, start), Rows(name, start))
-        found.append(pair)
-    return found
+        pairs.append(pair)
+    return pairs
 
 
 def _bias(tensors: Mapping[str, LazyTensor], weight: str, start: int) -> Vector | None:

@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors are rewritten when they are loaded: nothing is held in memory.
+"""A checkpoint whose tensors are rewritten when they are loaded, without a copy in memory.
 
 rewritten(checkpoint, {name: [f, g]}, {name: "bf16"}).tensors[name].load()
     = g(f(checkpoint.tensors[name].load().float())).to(bf16)
@@ -22,8 +22,8 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 def rewritten(
     checkpoint: Checkpoint, changes: Mapping[str, Sequence[Change]], dtypes: Mapping[str, DType]
 ) -> Checkpoint:
-    """The checkpoint with `changes` (f32 -> f32, of the same shape) applied in order to the tensors named,
-    which are given out as `dtypes` says. ModelError listing tensors that are quantized already."""
+    """The checkpoint with `changes` (f32 -> f32, of the same shape) applied in order to the named tensors,
+    which get the types in `dtypes`. ModelError listing tensors that are already quantized."""
     bad = [name for name in changes if checkpoint.tensors[name].quantized]
     if bad:
         raise ModelError(

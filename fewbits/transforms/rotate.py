@@ -1,15 +1,15 @@
-"""Rotation: the residual stream is turned so that no coordinate stands out, and every weight with it.
+"""Rotation: the residual stream is rotated to spread outliers over all channels, and the weights accordingly.
 
-    x' = R^T x           R orthogonal; RMSNorm without weights commutes with R, for it keeps the length
+    x' = R^T x           R orthogonal; RMSNorm without weights commutes with R, which preserves the length
 
     embedding    E R                      q k v gate up router, lm_head    W diag(norm) R
     o, down      R^T W, R^T b             norms                            ones
-    v, o         the same again, a rotation of its own for each head: values' = R_v^T values
+    v, o         the same with a separate rotation inside each head: values' = R_v^T values
 
-Nothing is computed at run time: the result is an ordinary checkpoint of its architecture (QuaRot,
-arXiv 2404.00456, without its online rotations; SpinQuant, arXiv 2405.16406, with R not learned). A tied
-output layer becomes a tensor of its own, since the last norm goes into the output but not into the
-embedding. R is a randomized Hadamard matrix where its order allows: hadamard.py.
+Nothing is computed at run time: the result is an ordinary checkpoint of its architecture (QuaRot, arXiv
+2404.00456, without its online rotations; SpinQuant, arXiv 2405.16406, with R not learned). A tied output
+layer becomes a separate tensor, because the last norm is folded into the output but not into the embedding. R
+is a randomized Hadamard matrix if its order allows (hadamard.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OUTPUT = "lm_head.weight"
 
 @dataclass
 class _Plan:
-    """What happens to each tensor by name, in order; and in which dtype it is given out."""
+    """The changes of each tensor by name, in order, and its resulting dtype."""
 
     checkpoint: Checkpoint
     changes: dict[str, list[Change]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class _Plan:
 
     def stored(self, name: str) -> DType:
         kind = self.checkpoint.tensors[name].kind
-        assert isinstance(kind, DType)  # `rewritten` refuses the others by name
+        assert isinstance(kind, DType)  # `rewritten` reports the others by name
         return kind
 
 
@@ -55,7 +55,7 @@ def rotate(
     """The same model, rotated, and notes of what changed; tensors are rewritten when they are loaded.
 
     residual: the residual stream; values: between v and o, within each head. Rewritten linears and
-    biases are given out in f32; embedding, output and norms in the float type they are stored in.
+    biases are f32; embedding, output and norms keep their stored float type.
     ModelError for an architecture whose residual stream cannot be rotated, with the reasons.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ def rotate(
 def _obstacles(checkpoint: Checkpoint, arch: Architecture | None, blocks: list[Block]) -> Iterator[str]:
     if arch is None:
         yield (
-            f"architecture {checkpoint.config.get('architectures')} is not known here, so which weights read "
+            f"architecture {checkpoint.config.get('architectures')} is unknown, so which weights read "
             "and write the residual stream is not certain; use pair transforms instead"
         )
         return
@@ -103,7 +103,7 @@ def _obstacles(checkpoint: Checkpoint, arch: Architecture | None, blocks: list[B
         for part in (block.attention, block.mlp):
             if part.norm is None:
                 yield f"{block.name}: the norm before {', '.join(part.readers[:1])} is not found"
-            yield from (f"{name}: how it meets the residual stream is not known" for name in part.strange)
+            yield from (f"{name}: its relation to the residual stream is unknown" for name in part.strange)
     if not blocks:
         yield "no blocks are found"
 
@@ -132,7 +132,7 @@ def _read(plan: _Plan, part: Part, name: str, turn: Rotation, offset: float) -> 
 def _rotate_ends(
     plan: _Plan, blocks: list[Block], turn: Rotation, arch: Architecture
 ) -> tuple[Checkpoint, list[str]]:
-    """Embedding, last norm and output; a tied output gets a tensor of its own."""
+    """Embedding, last norm and output; a tied output becomes a separate tensor."""
     checkpoint, notes = plan.checkpoint, []
     embed, norm, output = arch.ends
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
@@ -148,7 +148,7 @@ def _rotate_ends(
             config={**checkpoint.config, "tie_word_embeddings": False},
         )
         notes.append(
-            f"{output} is a tensor of its own now ({source.nbytes / 2**20:.1f} MiB more before quantizing): "
+            f"{output} is now a separate tensor ({source.nbytes / 2**20:.1f} MiB more before quantizing): "
             "it was tied to the embedding, and the last norm is folded into it alone"
         )
     stored = checkpoint.tensors[output].kind
@@ -159,7 +159,7 @@ def _rotate_ends(
 
 
 def _rotate_values(plan: _Plan, blocks: list[Block], generator: torch.Generator) -> str:
-    """One rotation for the heads of all blocks; says how many blocks have it."""
+    """One rotation for the heads of all blocks; returns the number of rotated blocks."""
     done, turn = 0, None
     for block in blocks:
         part = block.attention

@@ -2,11 +2,11 @@
 
     s = absmax(x)^alpha / absmax(w)^(1 - alpha)       x / s and W s are both easy to round
 
-alpha = 0.5 shares the difficulty evenly. Without a given alpha it is searched for each pair on the
-output error with both sides rounded: exactly, where samples of the inputs are given, else by a model
-of integers whose step is set by the largest input ever seen:
+alpha = 0.5 balances both sides. Without a given alpha it is searched for each pair on the output error with
+both sides rounded: exactly if samples of the inputs are given, else by a model of integers whose scale is set
+by the largest observed input:
 
-    activation   step^2 / 12 * |W s|^2        step = max(absmax(x) / s) / 127
+    activation   scale^2 / 12 * |W s|^2       scale = max(absmax(x) / s) / 127
     weight       tr(E H E^T)                  as in loss.py
 """
 
@@ -40,7 +40,7 @@ def smooth(
     """Weights of a block, statistics and formats by consumer -> scaled pairs.
 
     alpha: in [0, 1]; None: searched, and a pair that gains nothing is left out. activation: the scheme of
-    the inputs. samples: inputs `(t, k)` by consumer. CalibrationError where statistics are missing.
+    the inputs. samples: inputs `(t, k)` by consumer. CalibrationError if statistics are missing.
     """
     if alpha is not None and not 0 <= alpha <= 1:
         raise CalibrationError(f"alpha is {alpha}, which is not between 0 and 1")
@@ -94,6 +94,6 @@ def _modelled(reader: Reader, pair: Pair, scale: torch.Tensor, scheme: Scheme) -
             f"{pair.name}: the error of {scheme.name} is not modelled from statistics; give samples or alpha"
         )
     s = pair.spread(scale)
-    step = float((absmax_of(reader) / s).amax()) / scheme.largest
-    activation = step**2 / 12 * float((reader.w * s).square().sum(dtype=torch.float64))
+    activation_scale = float((absmax_of(reader) / s).amax()) / scheme.largest
+    activation = activation_scale**2 / 12 * float((reader.w * s).square().sum(dtype=torch.float64))
     return activation * reader.share + weight_loss(reader, pair, scale)

@@ -1,11 +1,11 @@
-"""What a block's tensors do to each other, from their names and shapes alone.
+"""The structure of a block, from the names and shapes of its tensors.
 
     residual --+-- input_layernorm -- q k v -- attention -- o --+-- post_attention_layernorm -- ... down --
                '------------------------------------------------'
 
-A part (attention, feed-forward) has readers, which read the normalized residual stream, and writers,
-which write what is added to it. Where a name is not understood it is listed as strange, and whoever
-rewrites weights leaves that part alone: a guess here would change the model.
+A part (attention, feed-forward) has readers, which read the normalized residual stream, and writers, whose
+output is added to it. Unknown names are listed as strange, and transforms skip such parts, because a wrong
+guess would change the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..model.sites import role_of
 _BLOCK = re.compile(r"^(?P<prefix>(?:.*\.)?(?:layers|h|blocks)\.(?P<index>\d+))\.(?P<rest>.+)$")
 ATTENTION_READERS = ("q", "k", "v", "qkv")
 MLP_READERS = ("gate", "up", "gate_up", "router")
-# Vectors of a part that stand neither between v and o nor between up and down.
+# Vectors of a part that are neither between v and o nor between up and down.
 _HARMLESS = re.compile(r"(\.bias|\.[qk]_norm\.weight|\.sinks)$")
 
 
@@ -29,8 +29,8 @@ _HARMLESS = re.compile(r"(\.bias|\.[qk]_norm\.weight|\.sinks)$")
 class Part:
     """Attention or feed-forward of one block; all are tensor names.
 
-    norm: what its readers read, None where that is not known. strange: matrices of unknown use.
-    vectors: one-dimensional tensors that may stand between a reader and a writer.
+    norm: the input of its readers, None if unknown. strange: matrices of unknown use.
+    vectors: one-dimensional tensors that may be between a reader and a writer.
     """
 
     norm: str | None
@@ -53,17 +53,18 @@ class Block:
 
 def blocks_of(tensors: Mapping[str, LazyTensor]) -> list[Block]:
     """Every block of a checkpoint, in order."""
-    found: dict[tuple[int, str], dict[str, tuple[int, ...]]] = {}
+    blocks: dict[tuple[int, str], dict[str, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         match = _BLOCK.match(name)
         if match:
             key = (int(match["index"]), match["prefix"])
-            found.setdefault(key, {})[name] = tensor.shape
-    return [_block(prefix, index, shapes) for (index, prefix), shapes in sorted(found.items())]
+            blocks.setdefault(key, {})[name] = tensor.shape
+    return [_block(prefix, index, shapes) for (index, prefix), shapes in sorted(blocks.items())]
 
 
 def norm_offset(checkpoint: Checkpoint) -> float:
-    """What a stored norm weight lacks: gemma multiplies by 1 + weight. 0 for an unknown architecture."""
+    """The constant added to a stored norm weight: gemma multiplies by 1 + weight. 0 for an unknown
+    architecture."""
     arch = architecture(checkpoint.config)
     return 0.0 if arch is None else arch.norm_offset
 
@@ -87,14 +88,14 @@ def _block(prefix: str, index: int, shapes: Mapping[str, tuple[int, ...]]) -> Bl
 
 def _norm_names(prefix: str, norms: set[str]) -> tuple[str | None, str | None]:
     """The norms that attention and feed-forward read. `post_attention_layernorm` is the second's in most
-    families, and a norm of the first's output where another one is named after the feed-forward."""
+    families, but a norm of the first's output if another one is named after the feed-forward."""
     first = f"{prefix}.input_layernorm"
     before, after = f"{prefix}.pre_feedforward_layernorm", f"{prefix}.post_attention_layernorm"
     if before in norms:
         second: str | None = before
     elif f"{prefix}.post_feedforward_layernorm" in norms:
         second = None
-    else:  # a block with one norm computes both parts beside each other
+    else:  # a block with one norm computes both parts in parallel
         second = after if after in norms else first
     return (first if first in norms else None), (second if second in norms else None)
 

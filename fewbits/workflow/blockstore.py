@@ -4,8 +4,8 @@
                     block-0003.safetensors   planes of each tensor, as in a native directory
                     block-0003.json          formats, shapes, notes, SHA-256 of the planes; written last
 
-A block is there when its JSON is. So a run killed at any moment loses at most the block it was in, and
-what it wrote of it is written again. The folder is locked as long as a run works on it.
+A block is complete when its JSON exists. A killed run therefore loses at most the current block, which is
+written again. The folder is locked while a run works on it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ from ..storage.stream import Fingerprint, difference
 
 VERSION = 2
 NAMES = (*(f"block-{'[0-9]' * 4}.{end}" for end in ("json", "safetensors")), "distill.state", "run.json")
-OURS = (*NAMES, *(f".{name}.*.tmp" for name in NAMES))  # the second: what a kill leaves of storage/atomic.py
+OURS = (
+    *NAMES,
+    *(f".{name}.*.tmp" for name in NAMES),
+)  # the second: temporary files that a killed storage/atomic.py leaves
 Value = torch.Tensor | QTensor
 
 
 def check_ours(folder: Path) -> None:
-    """FileError for a folder that holds something and was not made by a run."""
+    """FileError for a non-empty folder that no run of fewbits made."""
     run = folder / "run.json"
     if run.is_file():
         ours = "blocks" in read_json_object(run)
@@ -49,8 +52,8 @@ def check_ours(folder: Path) -> None:
         ours = not folder.is_dir() or all(path.match(".run.json.*.tmp") for path in folder.iterdir())
     if not ours:
         raise FileError(
-            f"{folder}: is in the way: a calibrated run keeps its finished blocks under this name, and what "
-            "lies there was not made by one; move it, or choose another output"
+            f"{folder}: is in the way: a calibrated run keeps its finished blocks under this name, but "
+            "no run made this folder; move it, or choose another output"
         )
 
 
@@ -80,10 +83,10 @@ class BlockStore:
 
     def _claim(self, identity: dict[str, Any], overwrite: bool) -> None:
         run = self.folder / "run.json"
-        found = read_json_object(run) if run.exists() else None
-        if found is not None and found != identity:
+        stored = read_json_object(run) if run.exists() else None
+        if stored is not None and stored != identity:
             if not overwrite:
-                other = difference(found, identity)
+                other = difference(stored, identity)
                 raise FileError(
                     f"{self.folder}: holds the finished blocks of another run; {other}: run as it was run, "
                     "delete the folder, or pass overwrite"
@@ -95,7 +98,7 @@ class BlockStore:
         return self._index(block).exists()
 
     def write(self, block: int, tensors: Mapping[str, Value], notes: Mapping[str, Any]) -> None:
-        """Keep a block; durable when this returns. notes: any JSON values."""
+        """Store a block; it is durable on return. notes: any JSON values."""
         rows = {name: (_kind(value), tuple(value.shape)) for name, value in tensors.items()}
         header, _, _ = laid_out(NATIVE, rows)
         parts: list[bytes | memoryview] = [header]
@@ -133,13 +136,13 @@ class BlockStore:
         return indexed_tensors(path, rows), notes
 
     def remove(self) -> None:
-        """Delete the finished blocks, and the folder if nothing else lies in it: the output is written."""
+        """Delete the finished blocks, and the folder if it is empty then; the output is written."""
         self._unlink()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
     def _unlink(self) -> None:
-        """Delete what fewbits wrote here, and nothing else."""
+        """Delete only the files that fewbits wrote here."""
         for pattern in OURS:
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)

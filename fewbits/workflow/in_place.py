@@ -1,4 +1,4 @@
-"""quantize_model(): the linear weights of a float model that is loaded already, in place."""
+"""quantize_model(): quantizes the linear weights of a loaded float model in place."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def quantize_model(
 ) -> PreTrainedModel:
     """Quantize the linear weights of a loaded model's blocks, in place; returns the model.
 
-    to: a format, a llama.cpp file type, or a Plan (then only what its rules name). plan: rules that go before
-    `to`. method: rtn or hqq, which need no text. Errors: PlanError, FormatError. Arrays that are not
-    two-dimensional (fused experts) stay as they are, with a warning.
+    to: a format, a llama.cpp file type, or a Plan (then only weights that match its rules). plan: rules that
+    precede `to`. method: rtn or hqq, which need no text. Errors: PlanError, FormatError. Arrays that are not
+    two-dimensional (fused experts) are unchanged, with a warning.
 
         >>> model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
         >>> model = fewbits.quantize_model(model, "int4_g128")
@@ -44,14 +44,14 @@ def quantize_model(
     names, checkpoint = model_checkpoint(model)
     plan = to if isinstance(to, Plan) else plan or Plan()
     decisions = _decisions(checkpoint, None if isinstance(to, Plan) else to, plan)
-    found: dict[str, tuple[str, QTensor]] = {}
+    weights: dict[str, tuple[str, QTensor]] = {}
     for name, decision in decisions.items():
         if isinstance(decision.kind, Format):
             weight = checkpoint.tensors[name].load()
             assert isinstance(weight, torch.Tensor)
             q, _ = task(name, weight.cpu().float(), _spec(decision.kind, decision.rule, method))
             planes = {plane: value.to(weight.device) for plane, value in q.planes.items()}
-            found[name] = (names[name], QTensor(q.format, q.shape, planes))
+            weights[name] = (names[name], QTensor(q.format, q.shape, planes))
     fused = sorted(name for name, tensor in checkpoint.tensors.items() if len(tensor.shape) == 3)
     if fused:
         warnings.warn(
@@ -59,11 +59,11 @@ def quantize_model(
             "checkpoint instead (fewbits.quantize), which has the experts one by one",
             stacklevel=2,
         )
-    return pack_weights(model, found)
+    return pack_weights(model, weights)
 
 
 def _decisions(checkpoint: Checkpoint, to: str | None, plan: Plan) -> dict[str, Decision]:
-    """tensor -> what it gets; checked."""
+    """tensor -> its Decision, checked."""
     target = target_of(to)
     entries = entries_of(checkpoint, architecture(checkpoint.config) if isinstance(target, Recipe) else None)
     decisions = decide(checkpoint, entries, target, plan, NATIVE)
@@ -75,7 +75,7 @@ def _spec(format: Format, rule: Rule | None, method: str) -> Spec:
     spec = spec_of(format, rule, METHODS[method])
     if NEEDS[spec.algorithm] != "nothing":
         raise PlanError(
-            f"{spec.algorithm} needs a text, which a model in memory is not given; use rtn or hqq, or "
+            f"{spec.algorithm} needs calibration text, which quantize_model does not use; take rtn, hqq or "
             "fewbits.quantize on the model's directory"
         )
     return spec

@@ -1,4 +1,5 @@
-"""Options: what a user asks of `quantize`, by the names of its command line; and what that comes to."""
+"""Options: the options of `quantize`, with the names of its command line, and their conversion to a
+Request."""
 
 from __future__ import annotations
 
@@ -16,22 +17,22 @@ from ..model.archs import architecture
 from ..plan.method import EFFORTS, METHODS, Method
 from ..plan.mixtures import RECIPES
 from ..plan.rules import Option
-from .request import Asked, Request
+from .request import CommonOptions, Request
 from .resolve import file_type_for
 
 
 @dataclass(frozen=True)
-class Options(Asked):
-    """The fields of Asked, where file is by default GGUF for a llama.cpp file type and a native directory for
-    a format, and the plan's [run] table fills what is left open here.
+class Options(CommonOptions):
+    """The fields of CommonOptions. `file` defaults to GGUF for a llama.cpp file type and to a native
+    directory for a format. The plan's [run] table sets options that are None here.
 
-    effort: fast, good (default) or best; method: a word of METHODS or a Method, instead. smooth (SmoothQuant:
-    True, or its alpha), awq, rotate, equalize: transforms before. distill: steps of distillation after.
+    effort: fast, good (default) or best; method: a name of METHODS or a Method, instead. smooth (SmoothQuant:
+    True, or its alpha), awq, rotate, equalize: transforms before quantization. distill: steps of distillation
+    after it.
 
-    calibrate: a text or JSONL file, hf:NAME, "self" (default: the model writes its text), saved statistics,
-    or Tokens or Statistics. tokens, context, seed: of the text. verify: load the output in its engine at the
-    end, within verify_seconds and verify_memory bytes.
-    """
+    calibrate: a text or JSONL file, hf:NAME, "self" (default: the model generates text), saved statistics, or
+    Tokens or Statistics. tokens, context, seed: of the text. verify: load the output in its engine at the
+    end, within verify_seconds and verify_memory bytes."""
 
     effort: str | None = None
     method: str | Method | None = None
@@ -49,8 +50,7 @@ class Options(Asked):
     verify_memory: int | None = None
 
     def filled(self) -> Options:
-        """With what the [run] table of the plan says of options that are left open; PlanError for unknown
-        keys."""
+        """These options with unset ones taken from the plan's [run] table; PlanError for unknown keys."""
         known = {each.name for each in fields(self)} - {"plan", "streaming", "method"} | {"method"}
         unknown = [key for key in self.plan.run if key not in known]
         if unknown:
@@ -60,14 +60,14 @@ class Options(Asked):
 
     @property
     def by_default(self) -> bool:
-        """Is calibration nobody's wish, so that rounding may stand in where the model cannot be run?"""
+        """Whether calibration was not requested, so a model that cannot be run may be rounded to nearest."""
         transforms = (self.smooth, self.awq, self.rotate, self.equalize)
         return not (self.effort or self.method or self.calibrate or any(transforms))
 
     def chosen_method(self) -> Method:
-        """PlanError for an effort and a method at once, or an unknown one."""
+        """The Method of these options. PlanError for both an effort and a method, or an unknown one."""
         if self.effort and self.method:
-            raise PlanError("effort and method say two things; give one of them")
+            raise PlanError("effort and method exclude each other; give one of them")
         base = self._base()
         names = [name for name in ("rotate", "awq", "equalize") if getattr(self, name)]
         names += ["smooth"] if self.smooth not in (None, False) else []
@@ -84,19 +84,19 @@ class Options(Asked):
             return self.method
         if self.method is not None:
             return _known(METHODS, "method", self.method)
-        # Without search only rounding to nearest is left to be asked for.
+        # Without search only rounding to nearest is possible.
         return _known(EFFORTS, "effort", self.effort or ("good" if self.search else "fast"))
 
     def request(self) -> Request:
-        """What is asked for, but for calibration data; PlanError where that is nothing."""
+        """The request without calibration data; PlanError if neither a type nor a rule is given."""
         if self.to is None and not self.plan.rules:
-            raise PlanError("nothing asked for: give a type (--to TYPE), a rule (--rule) or a plan (--plan)")
-        same = {each.name: getattr(self, each.name) for each in fields(Asked)}
+            raise PlanError("no format is given; give a type (--to TYPE), a rule (--rule) or a plan (--plan)")
+        same = {each.name: getattr(self, each.name) for each in fields(CommonOptions)}
         streaming = replace(self.streaming, seed=self.seed or 0)
         return Request(**same | {"method": self.chosen_method(), "streaming": streaming})
 
     def place(self, path: Path, checkpoint: Checkpoint, out: Path | None) -> tuple[Path, FileType]:
-        """Where the output of the model at `path` goes, and its file type."""
+        """The output path and file type for the model at `path`."""
         if out is not None:
             return out, file_type_for(self.file, out)
         file_type = FILE_TYPES.get(self.file) if self.file else self._usual(checkpoint)

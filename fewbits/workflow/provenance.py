@@ -1,4 +1,4 @@
-"""Where an output comes from and what made it: digests of files, versions, the fingerprint of a run."""
+"""The origin of an output: digests of files, versions, the fingerprint of a run."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def input_files(checkpoint: Checkpoint) -> list[Path]:
     return sorted({root / tensor.file for tensor in checkpoint.tensors.values()})
 
 
-def fingerprint(checkpoint: Checkpoint, asked: Mapping[str, object]) -> dict[str, str]:
-    """All that decides the output's bytes besides its layout, by name; a run is resumed where it is the same.
+def fingerprint(checkpoint: Checkpoint, options: Mapping[str, object]) -> dict[str, str]:
+    """The values that decide the output's bytes besides its layout, by name. A run is resumed only if they
+    are equal.
 
-    asked: what the user asks for (`fingerprint_fields`). In, besides: the input's files and config.json (a
-    base of the rotary embedding changes what weights read), the versions of fewbits and torch, and the
-    instruction set that torch computes with. In where weights meet activations: torch's threads, for a
-    product of matrices sums in another order. Left out: the core's instruction set, which changes no bit.
-    Measured with torch 2.13, 7 formats: torch without AVX2 rounds some weights otherwise in every algorithm;
-    2 threads for 1 change gptq, and not rtn, hqq or weighted; FEWBITS_ISA changes none.
-    """
+    options: the user's request (`fingerprint_fields`). Also included: the input's files and config.json
+    (which holds the base of the rotary embedding), the versions of fewbits and torch, and the instruction set
+    of torch. If activations are used: torch's threads, because matrix products then sum in another order. Not
+    included: the core's instruction set, which changes no bit. Measured with torch 2.13 and 7 formats: torch
+    without AVX2 rounds some weights differently in every algorithm; 2 threads instead of 1 change gptq, but
+    not rtn, hqq or weighted; FEWBITS_ISA changes none."""
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in input_files(checkpoint)]
     fields = {
         "input files": _digest(stats),
         "config": _digest(checkpoint.config),
-        **asked,
+        **options,
         "fewbits": VERSION,
         "torch": torch.__version__,
         "instruction set": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -58,12 +58,12 @@ def digest_file(path: Path, stopped: Callable[[], bool] = lambda: False) -> File
 
 
 class InputDigests:
-    """SHA-256 of every input file, taken beside the work: the bytes are in the page cache anyway. Used as a
-    context: a run that fails reads no further."""
+    """SHA-256 of every input file, computed in parallel with the run, while the bytes are in the page cache.
+    A context manager: a failed run stops reading."""
 
     def __init__(self, checkpoint: Checkpoint):
         files = input_files(checkpoint)
-        self._found: list[FileDigest] = []
+        self._digests: list[FileDigest] = []
         self._failed: OSError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(files,), daemon=True)
@@ -79,7 +79,7 @@ class InputDigests:
     def _run(self, files: list[Path]) -> None:
         try:
             for path in files:
-                self._found.append(digest_file(path, self._stop.is_set))
+                self._digests.append(digest_file(path, self._stop.is_set))
         except OSError as error:
             self._failed = error
 
@@ -87,7 +87,7 @@ class InputDigests:
         self._thread.join()
         if self._failed is not None:
             raise FileError(f"input cannot be read again for its digest: {self._failed}") from self._failed
-        return tuple(self._found)
+        return tuple(self._digests)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Request: what `quantize` is asked for, and what can be said of it before a file is opened."""
+"""Request: the input of `quantize`, and the checks that need no open file."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from .task import takes
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a user asks for and a run obeys as it is: fields of Options and of Request alike.
+class CommonOptions:
+    """The options that Options and Request share and that a run uses unchanged.
 
-    to: a llama.cpp file type (`q4_k_m`) or a format (`int4_g128`); None: only what `plan` says, whose rules
-    go before `to`. file: the output's file type; None: gguf for a path that ends in .gguf, native otherwise.
-    search: search block parameters rather than take the min-max ones. requantize: accept a quantized model.
-    overwrite: replace an output that exists. strict_calibration: too few tokens are an error. streaming:
-    device of a calibrated run. memory: bytes that the process may take (None: what is free); what does not
-    fit is refused before the work starts. activations, kv_cache: schemes for the runtime, which native and
-    compressed-tensors directories can say.
-    """
+    to: a llama.cpp file type (`q4_k_m`) or a format (`int4_g128`); None: only the rules of `plan`, which
+    precede `to`. file: the output's file type; None: gguf for a path that ends in .gguf, native otherwise.
+    search: search scales and offsets instead of using min-max ones. requantize: accept a quantized model.
+    overwrite: replace an existing output. strict_calibration: too few tokens are an error. streaming: device
+    of a calibrated run. memory: limit in bytes (None: free memory); a run that needs more is refused at the
+    start. activations, kv_cache: schemes that native and compressed-tensors directories record for the
+    runtime."""
 
     to: str | None = None
     plan: Plan = field(default_factory=Plan)
@@ -46,12 +45,11 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Request(Asked):
-    """What to do with a checkpoint.
+class Request(CommonOptions):
+    """How to quantize a checkpoint.
 
-    method: how codes are chosen. tokens: the text that a method which runs the model is calibrated on.
-    statistics: saved ones, for a method that needs no more. notes: for the receipt.
-    """
+    method: how codes are chosen. tokens: calibration text for a method that runs the model. statistics: saved
+    ones, for a method that needs no text. notes: for the receipt."""
 
     method: Method = field(default_factory=Method)
     tokens: Tokens | None = None
@@ -60,22 +58,22 @@ class Request(Asked):
 
     @property
     def needs_text(self) -> bool:
-        """Is a runtime to be told what only a text tells: static ranges, the steps of a cache?"""
+        """Whether runtime schemes need calibration text: static ranges, or scales of a KV cache."""
         return self.kv_cache is not None or "static" in (self.activations or "").split("_")
 
     @property
     def calibrated(self) -> bool:
-        """Is anything known of the activations?"""
+        """Whether there is calibration text or statistics."""
         return self.tokens is not None or self.statistics is not None
 
 
 def check_algorithms(request: Request) -> None:
-    """PlanError listing each rule (and the method) whose algorithm is unknown, or takes no such option."""
+    """PlanError that lists each rule (and the method) with an unknown algorithm or an unknown option."""
     method = request.method
     faults = _algorithm_faults("method", method.algorithm, method.options, request.search)
     for rule in request.plan.rules:
         algorithm = _algorithm(rule, method)
-        search = request.search or rule.algorithm is None  # said of the method already
+        search = request.search or rule.algorithm is None  # the method's own fault is already listed
         faults += _algorithm_faults(f"rule {rule.match!r}", algorithm, rule.options, search)
     raise_all(PlanError, "plan", faults)
 
@@ -103,7 +101,7 @@ def _algorithm_faults(where: str, algorithm: str, options: Mapping[str, object],
 
 
 def check_method(request: Request) -> None:
-    """PlanError where a method needs what it is not given: a text, or statistics."""
+    """PlanError if a method lacks the text or statistics that it needs."""
     needs = needs_of(request)
     faults = []
     if (needs or request.method.streams) and not request.calibrated:
@@ -114,11 +112,11 @@ def check_method(request: Request) -> None:
         )
     if request.method.streams and request.tokens is None and request.statistics is not None:
         faults.append(
-            "this method runs the model block by block: saved statistics do not suffice; give it a text, or "
-            "turn off what needs it (sequential, gptaq, learn, distill, smooth, awq, equalize)"
+            "this method runs the model block by block, so saved statistics are not enough; give a text, or "
+            "turn off the options that need it (sequential, gptaq, learn, distill, smooth, awq, equalize)"
         )
     if "rotate" in request.method.transforms and request.tokens is None and request.statistics is not None:
-        faults.append("rotate changes what weights read: saved statistics do not hold; give it a text")
+        faults.append("rotate changes the inputs of weights, so saved statistics do not apply; give a text")
     if "hessian" in needs and request.statistics is not None and "hessian" not in request.statistics.knows:
         faults.append(
             f"{request.statistics.source}: has no Hessian, which {request.method.algorithm} needs; use "
@@ -126,14 +124,14 @@ def check_method(request: Request) -> None:
         )
     if request.method.distill and request.tokens is not None and len(request.tokens.windows) < FEWEST:
         faults.append(
-            f"distill needs {FEWEST} windows, a few of them to judge by; the text has "
-            f"{len(request.tokens.windows)}: give more tokens or a smaller context"
+            f"distill needs {FEWEST} windows, some of them held out; the text has "
+            f"{len(request.tokens.windows)}; give more tokens or a smaller context"
         )
     raise_all(PlanError, "method", faults)
 
 
 def needs_of(request: Request) -> set[str]:
-    """What the algorithms of the method and of the rules need of calibration."""
+    """The calibration data that the algorithms of the method and of the rules need."""
     return {NEEDS[name] for name in _needing(request)}
 
 
@@ -144,7 +142,7 @@ def _needing(request: Request) -> list[str]:
 
 
 def fingerprint_fields(request: Request) -> dict[str, object]:
-    """All that is asked for and decides the bytes, by the names that a refusal to resume gives them."""
+    """The options that decide the output's bytes, by the names in the error of a refused resume."""
     fields: dict[str, object] = {
         "plan": request.plan.digest(),
         "type": request.to,
@@ -152,9 +150,9 @@ def fingerprint_fields(request: Request) -> dict[str, object]:
         "requantize": request.requantize,
         "activations": request.activations,
         "kv_cache": request.kv_cache,
-        "method": request.method.asked(),
+        "method": request.method.settings(),
     }
-    if not request.method.asked() and not request.calibrated:
+    if not request.method.settings() and not request.calibrated:
         return fields
     streaming, statistics = request.streaming, request.statistics
     return fields | {
@@ -170,13 +168,13 @@ def fingerprint_fields(request: Request) -> dict[str, object]:
 
 
 def _device(name: str) -> str:
-    """A device and, of a GPU, its model."""
+    """The name of a device, with the model of a GPU."""
     known = name.startswith("cuda") and torch.cuda.is_available()
     return f"{name} {torch.cuda.get_device_name(name)}" if known else name
 
 
 def calibration_of(request: Request) -> dict[str, object]:
-    """For the receipt: the text that the result depends on."""
+    """The calibration text or statistics, for the receipt."""
     if request.tokens is not None:
         windows = request.tokens.windows
         about = {"source": request.tokens.source, "sha256": request.tokens.digest}

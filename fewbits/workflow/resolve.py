@@ -1,6 +1,6 @@
-"""resolve(): what each tensor of the output gets, from headers alone: no output path, no weight read.
+"""resolve(): the format of each tensor of the output, from headers alone: no output path, no weight read.
 
-`quantize` writes what it says, `plan` weighs it, `quantize_model` takes it for a model in memory.
+`quantize` writes the result, `plan` reports it, `quantize_model` applies it to a model in memory.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .request import Request, check_algorithms
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a request comes to. decisions: by entry. recipe: the llama.cpp file type asked for. runtime: what
-    a runtime is to do besides, a record or the name of a scheme that is yet to be measured."""
+    """The result of a request. decisions: by entry. recipe: the requested llama.cpp file type. runtime:
+    records for the runtime, or the name of a scheme that is not measured yet."""
 
     file_type: FileType
     entries: tuple[GGUFEntry, ...]
@@ -43,17 +43,17 @@ class Resolved:
     notes: tuple[str, ...]
 
     def by_output(self, checkpoint: Checkpoint) -> dict[str, Decision]:
-        """Decisions by the names that the output has: its entries, or every tensor of the checkpoint."""
+        """Decisions by the output's names: its entries, or every tensor of the checkpoint."""
         if self.file_type.writes_gguf_names:
             return dict(self.decisions)
-        found = {source: self.decisions[e.name] for e in self.entries for source in e.sources}
+        decisions = {source: self.decisions[e.name] for e in self.entries for source in e.sources}
         return {
-            name: found.get(name) or Decision(tensor.kind, tensor.kind, "kept: not part of the model")
+            name: decisions.get(name) or Decision(tensor.kind, tensor.kind, "kept: not part of the model")
             for name, tensor in checkpoint.tensors.items()
         }
 
     def lay_out(self, checkpoint: Checkpoint, out: Path) -> Output:
-        """The output before its first byte; FormatError for a format that the file type does not carry."""
+        """The output before its first byte; FormatError for a format that the file type does not support."""
         kinds: dict[str, Kind] = {name: each.kind for name, each in self.by_output(checkpoint).items()}
         about = {
             "name": model_name(checkpoint),
@@ -64,7 +64,7 @@ class Resolved:
 
 
 def file_type_for(name: str | None, out: Path) -> FileType:
-    """The file type of this name; without one, the one whose files are called like `out`, else native."""
+    """The file type of this name; without a name, the one with the suffix of `out`, else native."""
     if name is not None:
         return FILE_TYPES.get(name)
     known = (file_type for _, file_type in FILE_TYPES.items())
@@ -95,7 +95,7 @@ def resolve(checkpoint: Checkpoint, request: Request, file_type: FileType) -> Re
 
 
 def target_of(to: str | None) -> Recipe | Format | None:
-    """What `--to` names: a llama.cpp file type, a format; PlanError for neither."""
+    """The llama.cpp file type or format of `--to`; PlanError for neither."""
     if to is None:
         return None
     if to.lower() in RECIPES:
@@ -111,7 +111,7 @@ def target_of(to: str | None) -> Recipe | Format | None:
 
 
 def _mixture_of(checkpoint: Checkpoint) -> int | None:
-    """llama.cpp's number of the mixture that the input is, or that its floats amount to."""
+    """llama.cpp's file type number of the input, or of its most common float type."""
     if checkpoint.mixture is not None or checkpoint.gguf_keys:
         return checkpoint.mixture
     kinds = Counter(tensor.kind for tensor in checkpoint.tensors.values() for _ in tensor.shape[1:])
@@ -122,11 +122,10 @@ def _mixture_of(checkpoint: Checkpoint) -> int | None:
 def _with_runtime(
     checkpoint: Checkpoint, request: Request, file_type: FileType
 ) -> tuple[FileType, dict[str, Any], list[str]]:
-    """The file type that says what the runtime is to do, what that is, and what it cannot say.
+    """-> the file type with the runtime schemes, their records, and notes.
 
-    What is asked for must be said, else PlanError. What the input says of weights that keep their formats is
-    said again where the file type can; where it cannot, that is a note.
-    """
+    Requested schemes must be supported, else PlanError. Schemes recorded in the input are kept if weights
+    keep their formats and the file type supports them; otherwise a note is added."""
     wanted = {"activations": request.activations, "kv_cache": request.kv_cache}
     names = {kind: name for kind, name in wanted.items() if name is not None}
     whole = file_type.with_runtime(**names)
@@ -139,7 +138,7 @@ def _with_runtime(
         scheme = str(known["scheme"])
         try:
             if request.to or request.plan.rules:
-                raise PlanError("its weights are quantized anew")
+                raise PlanError("its weights are quantized again")
             whole = file_type.with_runtime(**names, **{kind: scheme})
         except PlanError as error:
             notes.append(f"the input's {kind} in {scheme}: not kept; {error}")

@@ -1,13 +1,12 @@
 """run() and convert(): the loop that holds one tensor at a time, resumes, and writes the receipt.
 
-    resolve (resolve.py) -> lay the output out
-         -> block by block, where the method runs the model (blockwise/): the checkpoint, quantized
+    resolve (resolve.py) -> layout of the output
+         -> block by block, if the method runs the model (blockwise/): the checkpoint, quantized
          -> for each tensor: load (mapped) -> encode -> measure -> write (journal)
          -> rename -> receipt -> side files
 
-Everything that can be refused is refused before the first byte is written. A run killed at any point
-is continued by the same command; finished tensors are recognized by digest, so the result is
-byte-identical to that of a run that was never killed.
+All checks run before the first byte is written. The same command resumes a killed run. Finished tensors are
+recognized by digest, so the result is byte-identical to that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def run(
         ) as file,
         ExitStack() as stack,
     ):
-        if file.renamed and output.receipt.exists():  # all that was left is to clean up
+        if file.renamed and output.receipt.exists():  # only cleaning up was left
             blocks = request.tokens is not None and folder.exists()
             kept = stack.enter_context(BlockStore(folder, identity)) if blocks else None
             return _cleaned(output, file, kept)
@@ -111,7 +110,7 @@ def run(
 
 
 def _cleaned(output: Output, file: StreamFile, store: BlockStore | None) -> Receipt:
-    """The receipt of an output that is whole, when what only an unfinished run needs is gone."""
+    """The receipt of a complete output, after temporary files are deleted."""
     if store is not None:
         store.remove()
     file.close_journal()
@@ -128,9 +127,9 @@ def convert(
 ) -> Receipt:
     """Write a checkpoint to another file type without quantizing: every tensor keeps its values.
 
-    A format that the file type lacks becomes another with the same values (q4_0 is int4_g32) where there
-    is one; else FormatError names the nearest. requantize: quantize to that, and tell the added error. A file
-    type that holds floats only gets them decoded.
+    A format that the file type does not support becomes another one with the same values (q4_0 is int4_g32),
+    if there is one; else FormatError names the nearest. requantize: quantize to the nearest and report the
+    added error. A file type for floats only gets decoded values.
 
         >>> receipt = fewbits.quantize(tiny, out, to="int4_g32", effort="fast")
         >>> receipt = fewbits.convert(out, out.with_suffix(".gguf"))
@@ -149,12 +148,12 @@ def rewritten(checkpoint: Checkpoint, request: Request) -> tuple[Checkpoint, tup
 
 
 def settle(checkpoint: Checkpoint, resolved: Resolved) -> Resolved:
-    """Formats that may hold the same values, tried on the weights."""
+    """Decisions after formats with the same values were tried on the weights."""
     return replace(resolved, decisions=settled(checkpoint, resolved.entries, resolved.decisions))
 
 
 def quantizes_blocks(checkpoint: Checkpoint, out: Path, request: Request) -> bool:
-    """Does any weight of the model's blocks get another format than it has?"""
+    """Whether any weight in the model's blocks gets another format."""
     resolved = resolve(checkpoint, request, file_type_for(request.file, out))
     return bool(_in_blocks(checkpoint, resolved.lay_out(checkpoint, out).jobs))
 
@@ -162,26 +161,26 @@ def quantizes_blocks(checkpoint: Checkpoint, out: Path, request: Request) -> boo
 def _measured(
     checkpoint: Checkpoint, request: Request, runtime: Mapping[str, Any]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What the runtime is told besides the weights, as records, and the same as notes."""
+    """The records of the runtime schemes, measured if needed, and their notes."""
     windows = None if request.tokens is None else request.tokens.windows
     measure = {"activations": record, "kv_cache": record_cache}
-    found = {
+    records = {
         kind: measure[kind](checkpoint, known, windows) if isinstance(known, str) else known
         for kind, known in runtime.items()
     }
     notes = []
-    for kind, each in found.items():
+    for kind, each in records.items():
         left = each.get("left", [])
         some = ", ".join(left[:3]) + (" ..." if left[3:] else "")
         kept = f"; {len(left)} inputs stay in float: {some}" if left else ""
         notes.append(f"{kind.replace('kv_', '')}: {each['scheme']}{kept}")
-    return found, tuple(notes)
+    return records, tuple(notes)
 
 
 def _receipt(
     checkpoint: Checkpoint, output: Output, request: Request, rows: tuple[TensorRow, ...]
 ) -> Receipt:
-    """What is known when the output lies in its place; the rest is the caller's."""
+    """The receipt of a finished output; the caller adds the rest."""
     return Receipt(
         source=str(checkpoint.path),
         target=str(output.path),
@@ -194,13 +193,13 @@ def _receipt(
         seconds=0.0,
         peak_memory_bytes=0,
         versions=versions(),
-        method=request.method.asked(),
+        method=request.method.settings(),
         calibration=calibration_of(request),
     )
 
 
 def _in_blocks(checkpoint: Checkpoint, jobs: Sequence[Job]) -> dict[str, Job]:
-    """The weights of the model's blocks that are to be quantized, and the jobs that they belong to."""
+    """The weights in the model's blocks that are quantized, and their jobs."""
     inside = {site.name for site in sites(checkpoint) if site.block is not None}
     return {
         source: job
@@ -218,7 +217,7 @@ def _block_by_block(
     store: BlockStore,
     progress: Progress | None,
 ) -> tuple[Checkpoint, Mapping[str, WeightRecord], tuple[str, ...]]:
-    """The checkpoint with the weights of its blocks quantized, what each cost, notes."""
+    """The checkpoint with the weights of its blocks quantized, their records, notes."""
     assert request.tokens is not None
     specs = {
         source: spec_of(job.kind, decisions[job.name].rule, request.method, request.search)
@@ -232,7 +231,7 @@ def _block_by_block(
 
 
 def check_place(checkpoint: Checkpoint, out: Path, file_type: FileType, overwrite: bool) -> None:
-    """FileError where the output would stand on its own input, or on a model of another kind."""
+    """FileError if the output would replace its own input or another kind of model."""
     file_type.check_kind(out)
     if out.exists() and any(out.samefile(path) for path in [checkpoint.path, *input_files(checkpoint)]):
         raise FileError(f"{out}: is the input itself; choose another output")

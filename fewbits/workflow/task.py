@@ -1,7 +1,7 @@
-"""One weight: `task` chooses its codes and says what that cost; `write_job` does so for a tensor of the
+"""One weight: `task` chooses its codes and measures the error; `write_job` does so for a tensor of the
 output.
 
-    task(name, weight, spec, statistics) -> (QTensor, WeightRecord)    pure: the same for every way of running
+    task(name, weight, spec, statistics) -> (QTensor, WeightRecord)    a pure function
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ..plan.rules import Rule
 from ..qtensor import QTensor
 from ..storage.stream import StreamFile
 
-PIECE = 2**22  # weights whose output error is taken at once
+PIECE = 2**22  # weights whose output error is computed at once
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What one weight is to get."""
+    """The format and algorithm of one weight."""
 
     format: Format
     algorithm: str
@@ -43,7 +43,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class WeightRecord:
-    """What happened to one weight. squared, energy, largest: of its error, its values, its largest change.
+    """The error of one weight. squared, energy, largest: of the error, of the values, of the largest change.
     tokens: how many reached it in calibration. output: mean square of its output's error, and of its
     output."""
 
@@ -77,14 +77,14 @@ class WeightRecord:
 def record_of(
     spec: Spec | None, lost: Distortion, stats: Stats | None = None, output: tuple[float, float] | None = None
 ) -> WeightRecord:
-    """spec: None where floats were cast to floats."""
+    """The record of one weight. spec: None if floats were cast to floats."""
     algorithm, options = ("cast", {}) if spec is None else (spec.algorithm, dict(spec.options))
     tokens = None if stats is None else stats.count
     return WeightRecord(algorithm, options, lost.squared, lost.energy, lost.largest, tokens, output)
 
 
 def spec_of(format: Format, rule: Rule | None, method: Method, search: bool = True) -> Spec:
-    """The algorithm of a weight and its options: the rule's where it names one, else the method's."""
+    """The algorithm and options of a weight: those of its rule, else those of the method."""
     if rule is not None and rule.algorithm is not None:
         algorithm, options = rule.algorithm, dict(rule.options)
     else:
@@ -98,7 +98,7 @@ def takes(algorithm: str) -> list[str]:
 
 
 def task(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> tuple[QTensor, WeightRecord]:
-    """`(n, k)` floats -> the weight in spec.format, and what that cost; errors name the weight."""
+    """`(n, k)` floats -> the weight in spec.format and its record; errors name the weight."""
     try:
         q = ALGORITHMS.get(spec.algorithm)(w, spec.format, stats, **spec.options)
     except (FormatError, CalibrationError) as error:
@@ -107,7 +107,7 @@ def task(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> 
 
 
 def measured(w: torch.Tensor, q: QTensor, spec: Spec, stats: Stats | None) -> WeightRecord:
-    """What codes that are chosen cost."""
+    """The record of codes that are already chosen."""
     output = None if stats is None else output_error(w, q, stats)
     return record_of(spec, q.format.distortion(w, q), stats, output)
 
@@ -135,9 +135,8 @@ def _mean_square(part: torch.Tensor, stats: Stats) -> float:
 class Work:
     """What the jobs of a run share.
 
-    method, search: for the tensors that no rule gives an algorithm. stats: of a tensor's input, by the
-    tensor's name, where they are known. done: the records of tensors that come quantized already, by name.
-    """
+    method, search: for tensors whose rule names no algorithm. stats: of a tensor's input by the tensor's
+    name, if known. done: the records of tensors that are already quantized, by name."""
 
     method: Method
     search: bool
@@ -153,7 +152,7 @@ def write_job(checkpoint: Checkpoint, job: Job, decision: Decision, work: Work, 
         "gguf_name": job.name if job.entry else None,
         "shape": list(job.shape),
         "source_dtype": checkpoint.tensors[job.sources[0]].kind.name if job.sources else "f32",
-        "asked": decision.asked.name,
+        "asked": decision.requested.name,
         "format": decision.kind.name,
         "reason": decision.reason,
         "rule": rule.match if rule else None,
@@ -172,7 +171,7 @@ def write_job(checkpoint: Checkpoint, job: Job, decision: Decision, work: Work, 
 def _pieces(
     checkpoint: Checkpoint, job: Job, rule: Rule | None, work: Work, note: dict[str, Any]
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The planes of each source in turn; when the last is out, `note` has the algorithm and the error."""
+    """The planes of each source in turn; after the last, `note` has the algorithm and the error."""
     if not job.sources:
         assert job.entry is not None
         yield (torch.tensor(job.entry.values, dtype=torch.float32),)
@@ -188,7 +187,7 @@ def _pieces(
 def _piece(
     name: str, value: torch.Tensor | QTensor, job: Job, rule: Rule | None, work: Work
 ) -> tuple[torch.Tensor | QTensor, WeightRecord | None]:
-    """What becomes of one source, and what that cost; None where it is copied."""
+    """The planes of one source and its record; None if it is copied."""
     if isinstance(value, QTensor):
         if value.format == job.kind:
             return value, work.done.get(name)
@@ -205,8 +204,8 @@ def _piece(
 
 
 def _outside(spec: Spec, rule: Rule | None, stats: Stats | None) -> Spec:
-    """What a weight outside the blocks gets: rounding to nearest where its algorithm needs statistics that
-    are not there (embeddings). A rule's own algorithm is never exchanged."""
+    """The spec of a weight outside the blocks (embeddings): rounding to nearest if the method's algorithm
+    needs statistics that are missing. A rule's own algorithm is never replaced."""
     needs = NEEDS[spec.algorithm]
     known = stats is not None and (needs != "hessian" or stats.hessian is not None)
     by_rule = rule is not None and rule.algorithm is not None
@@ -214,7 +213,7 @@ def _outside(spec: Spec, rule: Rule | None, stats: Stats | None) -> Spec:
 
 
 def _cast(name: str, w: torch.Tensor, dtype: DType) -> tuple[torch.Tensor, WeightRecord | None]:
-    """Floats in another float type; integers and the like only pass through."""
+    """Floats in another float type; other types are unchanged."""
     _check_finite(name, w)
     cast = w.to(dtype.torch) if dtype.weight else w
     if cast is w:

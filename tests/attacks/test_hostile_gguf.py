@@ -43,7 +43,7 @@ LIES = {
     "string past the end": (gguf([key("k", STRING, string("v", 2**40))], []), f"claims {2**40} bytes"),
     "key not UTF-8": (gguf([key(b"\xff\xfe", UINT8, b"\1")], []), "not UTF-8"),
     "key empty": (gguf([key("", UINT8, b"\1")], []), "is empty"),
-    "key twice": (gguf([ARCH, ARCH], []), "'general.architecture' stands there twice"),
+    "key twice": (gguf([ARCH, ARCH], []), "'general.architecture' appears twice"),
     "unknown value type": (gguf([key("k", 77, b"\1" * 8)], []), "unknown value type 77"),
     "unknown item type": (gguf([key("k", ARRAY, u32(77) + u64(1))], []), "unknown value type 77"),
     "array of numbers past the end": (
@@ -59,9 +59,9 @@ LIES = {
         f"claims {2**61} items",
     ),
     "arrays nested": (gguf([key("k", ARRAY, (u32(ARRAY) + u64(1)) * 5000)], []), "nests arrays"),
-    "alignment 24": (gguf([key("general.alignment", UINT32, u32(24))], []), "24, not a power of two"),
-    "alignment 0": (gguf([key("general.alignment", UINT32, u32(0))], []), "0, not a power of two"),
-    "alignment a string": (gguf([key("general.alignment", STRING, string("32"))], []), "not a power of two"),
+    "alignment 24": (gguf([key("general.alignment", UINT32, u32(24))], []), "24, no power of two"),
+    "alignment 0": (gguf([key("general.alignment", UINT32, u32(0))], []), "0, no power of two"),
+    "alignment a string": (gguf([key("general.alignment", STRING, string("32"))], []), "no power of two"),
     "alignment absurd": (
         gguf([key("general.alignment", UINT32, u32(2**31))], [A, B], DATA),
         "ends at byte",
@@ -72,7 +72,10 @@ LIES = {
     "removed type": (gguf([ARCH], [tensor("a", [32], 4, 0)], DATA), "'a' has unknown ggml type 4"),
     "row not a multiple": (gguf([ARCH], [tensor("a", [33], Q8_0, 0)], DATA), "33 is not a multiple of 32"),
     "product overflows": (gguf([ARCH], [tensor("a", [2**63, 2, 2, 1], F32, 0)], DATA), "'a' (f32"),
-    "empty and absurd": (gguf([ARCH], [tensor("a", [2**63 + 32, 0], Q8_0, 0)], DATA), "which nothing holds"),
+    "empty and absurd": (
+        gguf([ARCH], [tensor("a", [2**63 + 32, 0], Q8_0, 0)], DATA),
+        "which no tensor can have",
+    ),
     "negative size": (gguf([ARCH], [tensor("a", [HUGE], F32, 0)], DATA), "ends at byte"),
     "offset misaligned": (gguf([ARCH], [A, tensor("b", [4], F32, 97)], DATA), "97 is not a multiple"),
     "offset past the end": (gguf([ARCH], [tensor("a", [4], F32, 2**62)], DATA), "ends at byte"),
@@ -82,7 +85,7 @@ LIES = {
         gguf([ARCH], [tensor("a", [28], F32, 0), tensor("b", [4], F32, 32), tensor("c", [4], F32, 64)], DATA),
         "'c' at byte",
     ),
-    "name twice": (gguf([ARCH], [A, tensor("a", [4], F32, 96)], DATA), "'a' stands there twice"),
+    "name twice": (gguf([ARCH], [A, tensor("a", [4], F32, 96)], DATA), "'a' appears twice"),
     "no name": (gguf([ARCH], [tensor("", [4], F32, 0)], DATA), "has no name"),
 }
 
@@ -142,7 +145,7 @@ def test_missing_parts_are_listed(tmp_path):
     [
         (split(0, 2, 2, [B], DATA), "says it is part 0 of 2"),
         (split(1, 3, 2, [B], DATA), "says it is part 1 of 3"),
-        (split(1, 2, 2, [A], DATA), "'a' stands in two parts"),
+        (split(1, 2, 2, [A], DATA), "'a' is in two parts"),
         (split(1, 2, 2, [], b""), "hold 1 tensors, split.tensors.count says 2"),
         (gguf([ARCH], [B], DATA), "says it is part None of None"),
     ],

@@ -8,7 +8,7 @@ its own row fails; `python -m tests.contracts.figures` prints the rows anew, for
     live         the same over every second column of one half, the only ones that have importance
     search       squared error after the search over that of the plain rule, the worst of four seeds
     importance   weighted squared error with the importance known over that without, mean of four seeds
-    refit        how far steps and bases are stored from where `refitted` is to put them, relative
+    refit        how far scales and offsets are stored from where `refitted` is to put them, relative
     closed_form  squared error after refitting by least squares over that before, of three seeds together
     gradient     difference of values against their gradient, in 2^-24 of the sum of the values' magnitudes
     beyond       largest error over largest weight, where scales underflow or saturate
@@ -107,12 +107,12 @@ def importance(format: Format) -> float:
 def refit(format: Format) -> float:
     """Half-way to the groups of another weight."""
     grid = format.fit(sample(format))
-    (step, base), (far, deep) = (part.groups(ROWS) for part in (grid, format.fit(sample(format, 1))))
-    step = (step + far) / 2
-    base = None if base is None or deep is None else (base + deep) / 2
-    got, got_base = grid.refitted(step, base).groups(ROWS)
-    assert (base is None) == (got_base is None)
-    pairs = [(got, step)] if base is None else [(got, step), (got_base, base)]
+    (scale, offset), (far, deep) = (part.groups(ROWS) for part in (grid, format.fit(sample(format, 1))))
+    scale = (scale + far) / 2
+    offset = None if offset is None or deep is None else (offset + deep) / 2
+    got, got_offset = grid.refitted(scale, offset).groups(ROWS)
+    assert (offset is None) == (got_offset is None)
+    pairs = [(got, scale)] if offset is None else [(got, scale), (got_offset, offset)]
     return max(float((got - wanted).norm() / wanted.norm()) for got, wanted in pairs)
 
 

@@ -32,15 +32,15 @@ def unpack_inverts_pack(format: Format) -> None:
 
 
 def value_is_linear_in_step_and_base(format: Format) -> None:
-    """Bit for bit, one f32 multiplication and, where there is a base, one addition."""
+    """Bit for bit, one f32 multiplication and, where there is an offset, one addition."""
     for k in (columns_of(format), columns_of(format) + format.block * (format.block < 32)):
         w = weights(0, ROWS, k)
         grid = format.fit(w, uneven(k))
         codes = grid.round(w)
-        step, base = grid.groups(ROWS)
-        assert step.shape == (ROWS, -(-k // grid.group)) and step.dtype == torch.float32
-        value = grid.spread(step, k) * grid.level(codes)
-        value = value if base is None else value + grid.spread(base, k)
+        scale, offset = grid.groups(ROWS)
+        assert scale.shape == (ROWS, -(-k // grid.group)) and scale.dtype == torch.float32
+        value = grid.spread(scale, k) * grid.level(codes)
+        value = value if offset is None else value + grid.spread(offset, k)
         assert torch.equal(value, grid.value(codes))
         for columns in (slice(5, 6), slice(31, 200), slice(3, 250, 7)):
             part = codes[:, columns]
@@ -67,10 +67,10 @@ def refitting_to_its_own_groups_changes_nothing(format: Format) -> None:
     w = sample(format)
     grid = format.fit(w, uneven(w.shape[1]))
     codes = grid.round(w)
-    step, base = grid.groups(ROWS)
-    for weight in (None, torch.rand(step.shape, generator=torch.Generator().manual_seed(0))):
+    scale, offset = grid.groups(ROWS)
+    for weight in (None, torch.rand(scale.shape, generator=torch.Generator().manual_seed(0))):
         assert same_planes(
-            format, format.pack(grid.refitted(step, base, weight), codes), format.pack(grid, codes)
+            format, format.pack(grid.refitted(scale, offset, weight), codes), format.pack(grid, codes)
         )
 
 

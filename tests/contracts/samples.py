@@ -35,7 +35,7 @@ def uneven(k: int) -> torch.Tensor:
 
 
 def rounding_codes(grid: Grid) -> torch.Tensor | None:
-    """The codes that rounding may give, `(L,)`; None where they are too many to list."""
+    """The codes that rounding may give, `(L,)`; None if they are too many to list."""
     grid = getattr(grid, "meaning", grid)
     if isinstance(grid, AffineGrid):
         return torch.arange(grid.top + 1, dtype=torch.uint8)
@@ -77,17 +77,17 @@ def same_planes(format: Format, a, b) -> bool:
 def closed_form(
     w: torch.Tensor, grid: Grid, codes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The least-squares step and base of each group for these codes, and what an error of the step costs."""
-    x, v, step = w.double(), grid.level(codes).double(), grid.groups(ROWS)[0]
+    """The least-squares scale and offset of each group for these codes, and the cost of scale errors."""
+    x, v, scale = w.double(), grid.level(codes).double(), grid.groups(ROWS)[0]
     index = grid.group_of(torch.arange(w.shape[1]))
 
     def total(part: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(step.shape, dtype=torch.float64).index_add_(1, index, part)
+        return torch.zeros(scale.shape, dtype=torch.float64).index_add_(1, index, part)
 
     xv, vv = total(x * v), total(v * v)
     if grid.groups(ROWS)[1] is None:
-        return torch.where(vv > 0, xv / vv, step).float(), None, vv.float()
+        return torch.where(vv > 0, xv / vv, scale).float(), None, vv.float()
     count, sx, sv = total(torch.ones_like(x)), total(x), total(v)
     vv, xv = vv - sv * sv / count, xv - sx * sv / count
-    slope = torch.where(vv > 0, xv / vv, step)
+    slope = torch.where(vv > 0, xv / vv, scale)
     return slope.float(), ((sx - slope * sv) / count).float(), vv.float()

@@ -120,5 +120,5 @@ def test_a_method_that_no_layout_reads_is_named(tmp_path):
     path = write_directory(tmp_path / "m", "native", {"model.norm.weight": torch.randn(4).bfloat16()})
     (path / "fewbits.json").unlink()
     (path / "config.json").write_text('{"quantization_config": {"quant_method": "aqlm"}}')
-    with pytest.raises(FileError, match=r"'aqlm'; read are .*gptq"):
+    with pytest.raises(FileError, match=r"'aqlm'; supported: .*gptq"):
         open_checkpoint(path)

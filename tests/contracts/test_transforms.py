@@ -1,4 +1,4 @@
-"""Every transform on one model of each structure; what the promises are stands in transform_contract.py."""
+"""Every transform on one model of each structure; transform_contract.py lists the promises."""
 
 from collections.abc import Callable
 from functools import cache, partial

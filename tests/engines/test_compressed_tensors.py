@@ -4,7 +4,7 @@ What the engine computes, and why a difference is what it is:
 
     integers and e4m3     decoded in the type of the scales, or of the model where that is loaded first
     e2m1 and e2m3         decoded to bf16, whatever the model's type
-    inputs, dynamic int8  step = largest / 127.5, codes -128 ... 127; ours have 127 and -127 ... 127
+    inputs, dynamic int8  scale = largest / 127.5, codes -128 ... 127; ours have 127 and -127 ... 127
 
 `golden()` makes tests/golden/compressed_tensors, which tests/files/test_compressed.py reads:
 
@@ -248,8 +248,8 @@ def theirs_dynamic(scheme):
     def change(site, x, weight):
         if scheme.floating:
             return quantize_dequantize(x, scheme, fit(x, scheme))
-        step = x.abs().amax(-1, keepdim=True) / 127.5
-        return (x / step).round().clamp(-128, 127) * step
+        scale = x.abs().amax(-1, keepdim=True) / 127.5
+        return (x / scale).round().clamp(-128, 127) * scale
 
     return change
 
@@ -287,14 +287,14 @@ def test_static_activations_run(tmp_path, to, activations):
     group = validated(path).config_groups["group_0"]
     assert not group.input_activations.dynamic
     theirs, ours, scheme = loaded(path), load_model(open_checkpoint(path)), SCHEMES.get(activations)
-    steps = dict(theirs.named_parameters())
+    fixed = dict(theirs.named_parameters())
 
     def change(site, x, weight):
         module = site.removesuffix(".weight")
-        step, zero = steps[f"{module}.input_scale"], steps.get(f"{module}.input_zero_point", torch.zeros(1))
+        scale, zero = fixed[f"{module}.input_scale"], fixed.get(f"{module}.input_zero_point", torch.zeros(1))
         if scheme.floating:
-            return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
-        return ((x / step + zero.float()).round().clamp(-128, 127) - zero.float()) * step
+            return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        return ((x / scale + zero.float()).round().clamp(-128, 127) - zero.float()) * scale
 
     with changed_inputs(ours, change):
         expected = logits(ours)
@@ -305,7 +305,7 @@ def test_static_activations_run(tmp_path, to, activations):
 
 
 def test_a_cache_in_fp8_is_read_as_it_is_told(tmp_path):
-    """The steps lie where the package looks for them, and its keys and values are then ours. (0.20 knows an
+    """The scales lie where the package looks for them, and its keys and values are then ours. (0.20 knows an
     attention by its argument past_key_values, which transformers has renamed in 5.24: run it with 5.23.)"""
     from compressed_tensors.modeling.kvcache import QuantizedKVCache
     from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
@@ -314,20 +314,20 @@ def test_a_cache_in_fp8_is_read_as_it_is_told(tmp_path):
     path = written(tmp_path, "int4_g128", kv_cache="fp8", tokens=tokens)
     scheme = validated(path).kv_cache_scheme
     assert (scheme.num_bits, scheme.type, scheme.strategy, scheme.dynamic) == (8, "float", "tensor", False)
-    steps = open_checkpoint(path).metadata["kv_cache"]["steps"]
+    scales = open_checkpoint(path).metadata["kv_cache"]["steps"]
     ours = load_model(open_checkpoint(path))
     if not is_cached_attention_module(ours.model.layers[0].self_attn):
         pytest.skip("compressed-tensors does not find the attentions of this transformers")
     theirs = loaded(path)
     caches = {name: module for name, module in theirs.named_modules() if isinstance(module, QuantizedKVCache)}
     print(f"{len(caches)} caches of the package are hooked")
-    for module, (of_keys, of_values) in steps.items():
+    for module, (of_keys, of_values) in scales.items():
         attention = theirs.get_submodule(module)
         assert (attention.k_scale.item(), attention.v_scale.item()) == pytest.approx((of_keys, of_values))
         x = torch.randn(1, 2, 5, 64)
         keys, values = caches[f"{module}.kv_cache"](x, 2 * x, 0)
         assert torch.equal(keys, to_e4m3(x, of_keys)) and torch.equal(values, to_e4m3(2 * x, of_values))
-    with changed_attention(ours, simulated(CACHES.get("fp8"), [*steps.values()])):
+    with changed_attention(ours, simulated(CACHES.get("fp8"), [*scales.values()])):
         expected = logits(ours)
     off, apart = (float((a - b).norm() / expected.norm()) for a, b in
                   ((logits(theirs), expected), (logits(ours), expected)))  # fmt: skip

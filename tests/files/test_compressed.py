@@ -213,7 +213,7 @@ def group(**weights):
         ({"model.int3_asym.weight_shape": None}, {}, ["int3_asym.*'weight_shape' is missing"]),
         ({"model.int4_g32.weight_shape": torch.tensor([20, -1])}, {}, ["weight_shape is 20 x -1"]),
         ({"model.int4_g32.weight_shape": torch.tensor([20, 192])}, {}, ["'weight_packed' is I32 .*needs"]),
-        ({"model.int4_g32.weight_shape": torch.tensor([20, 150])}, {}, ["no whole groups of 32"]),
+        ({"model.int4_g32.weight_shape": torch.tensor([20, 150])}, {}, ["not whole groups of 32"]),
         ({"model.fp8.weight": None, "model.int8.weight": None}, {}, ["fp8: plane 'weight'", "int8: plane"]),
         ({}, {"ignore": ["model.int8", "re:.*fp4$"]}, ["int8: .*ignore leaves", "nvfp4", "mxfp4"]),
         ({}, {"config_groups": {}}, ["int8: .*no config group"]),
@@ -287,6 +287,6 @@ def test_columns_in_another_order_are_in_act_order(tmp_path):
     moved = open_checkpoint(changed(tmp_path / "z", {f"{name}_g_idx": index})).tensors[name].load()
     assert moved.format.name == "int4_g32_asym_actorder" and torch.equal(moved.planes["g_idx"][0], index)
     group = index.long()
-    assert torch.equal(moved.decode(), grid.step[:, group] * (codes.float() - grid.zero[:, group]))
+    assert torch.equal(moved.decode(), grid.scale[:, group] * (codes.float() - grid.zero[:, group]))
     with pytest.raises(FileError, match="weight_g_idx"):
         open_checkpoint(changed(tmp_path / "bad", {key: groups + 1}))

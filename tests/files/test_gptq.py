@@ -75,7 +75,7 @@ def test_another_version_is_detected_by_its_zeros(tmp_path):
         ({"bits": 8}, r"plane 'scales' is F16 \(2, 32\), int8_channel \(32, 32\) needs F16 \(1, 32\)"),
         ({"group_size": 0}, "group_size 0"),
         ({"group_size": 16}, r"plane 'scales' is F16 \(2, 32\), int4_g16 .* needs F16 \(4, 32\)"),
-        ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'.*read are gptq and gptq_v2"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'.*supported: gptq and gptq_v2"),
         ({"checkpoint_format": "gptq_p"}, "checkpoint_format 'gptq_p'"),
         ({"format": "gptq_v2"}, "checkpoint_format 'gptq', format 'gptq_v2'"),
         ({"pack_dtype": "int16"}, "pack_dtype 'int16'"),

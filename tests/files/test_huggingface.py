@@ -91,5 +91,5 @@ def test_two_shards_that_hold_a_tensor_the_index_does_not_know(tmp_path):
     for number in (1, 2):
         path = model / f"model-{number:05d}-of-00003.safetensors"
         save_file({**WEIGHTS, "ghost": torch.zeros(1)}, path)
-    with pytest.raises(FileError, match="'ghost' stands in model-00001-of-00003"):
+    with pytest.raises(FileError, match="'ghost' is in model-00001-of-00003"):
         open_checkpoint(model)

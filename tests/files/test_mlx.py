@@ -58,7 +58,7 @@ def test_other_settings_of_a_module(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "mxfp4"}, f"{A}: mode 'mxfp4', 4 bits, group_size 32; read are affine"),
+        ({"mode": "mxfp4"}, f"{A}: mode 'mxfp4', 4 bits, group_size 32; supported: affine"),
         ({"bits": 7}, "7 bits"),
         ({"group_size": 16}, "group_size 16"),
         ({"group_size": 64}, r"plane 'scales' is F16 \(8, 2\), .* needs F16 \(8, 1\)"),
@@ -78,7 +78,7 @@ def test_what_contradicts_is_told(tmp_path, settings, message):
 def test_biases_that_are_no_zeros_are_told(tmp_path):
     settings = {"group_size": 32, "bits": 4, "fewbits": {"format": "int4_g32_asym"}}
     path = community(tmp_path / "m", {A: "4.float32"}, settings)
-    with pytest.raises(FormatError, match=r"of 16 biases are no whole multiple.*without it they open"):
+    with pytest.raises(FormatError, match=r"of 16 biases are no multiples.*without it they open"):
         open_checkpoint(path).tensors[f"{A}.weight"].load()
 
 

@@ -65,11 +65,11 @@ def test_symmetric_rule_puts_the_extreme_on_the_longer_end():
 
 @pytest.mark.parametrize("shift", [5.0, -5.0, 0.1])
 def test_integer_zero_holds_zero_wherever_the_weights_lie(shift):
-    """One-sided groups stretch to zero: half a step of that range is the largest error."""
+    """One-sided groups stretch to zero: half a scale of that range is the largest error."""
     w = weights().clamp(-1, 1) + shift
     decoded = FORMATS.get("int8_g64_asym_f32").encode(w, search=False).decode()
     span = w.amax().clamp(min=0) - w.amin().clamp(max=0)
-    # The zero itself is rounded: another half step where the range meets its end.
+    # The zero itself is rounded: another half scale where the range meets its end.
     assert (decoded - w).abs().max() <= span / 255 * (1 + 2**-10)
 
 
@@ -83,8 +83,8 @@ def test_integer_zero_search_comes_near_trying_every_zero(bits):
     x, top = w.reshape(-1, 64), 2**bits - 1
     least = torch.full((len(x),), torch.inf)
     for zero in range(1, top):
-        step = fit_symmetric(x, None, -zero, top - zero, signed=False)[:, None]
-        value = torch.clamp(torch.round(x / step), -zero, top - zero) * step
+        scale = fit_symmetric(x, None, -zero, top - zero, signed=False)[:, None]
+        value = torch.clamp(torch.round(x / scale), -zero, top - zero) * scale
         least = torch.minimum(least, (value - x).square().sum(1))
     assert (found.decode() - w).square().sum() <= 1.01 * least.sum()
 

@@ -20,59 +20,59 @@ def weights(n: int, k: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name, rows", [("int8_tensor", 200), ("fp8_e4m3_block128", 128)])
 def test_shared_steps_become_the_weighted_mean(name, rows):
     grid = FORMATS.get(name).fit(weights(200, 128))
-    step = torch.rand(200, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    scale = torch.rand(200, 1, generator=torch.Generator().manual_seed(1)) + 0.5
     weight = torch.rand(200, 1, generator=torch.Generator().manual_seed(2))
-    for w in (torch.ones_like(step), weight):
-        got, _ = grid.refitted(step, None, None if w is not weight else w).groups(200)
+    for w in (torch.ones_like(scale), weight):
+        got, _ = grid.refitted(scale, None, None if w is not weight else w).groups(200)
         for part in (slice(0, rows), slice(rows, 200)):
             if part.start < 200:
-                mean = (step[part].double() * w[part]).sum() / w[part].sum()
+                mean = (scale[part].double() * w[part]).sum() / w[part].sum()
                 assert torch.allclose(got[part].double(), mean, rtol=2**-11, atol=0)  # half an ulp of f16
 
 
 @pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"])
 def test_a_group_that_counts_is_stored_nearer(name):
-    """Of steps all over the range, in blocks of one weight in ten thousand but for one group."""
+    """Of scales all over the range, in blocks of one weight in ten thousand but for one group."""
     grid = FORMATS.get(name).fit(weights(64, 256))
-    step, base = grid.groups(64)
-    step = step * (0.3 + torch.rand(step.shape, generator=torch.Generator().manual_seed(1)))
-    weight = torch.full(step.shape, 1e-4)
+    scale, offset = grid.groups(64)
+    scale = scale * (0.3 + torch.rand(scale.shape, generator=torch.Generator().manual_seed(1)))
+    weight = torch.full(scale.shape, 1e-4)
     weight[:, 3] = 1.0
-    even, weighted = (grid.refitted(step, base, w).groups(64)[0][:, 3] for w in (None, weight))
-    assert (weighted - step[:, 3]).square().sum() < (even - step[:, 3]).square().sum() / 2
+    even, weighted = (grid.refitted(scale, offset, w).groups(64)[0][:, 3] for w in (None, weight))
+    assert (weighted - scale[:, 3]).square().sum() < (even - scale[:, 3]).square().sum() / 2
 
 
 @pytest.mark.parametrize("name", ["int4_g64_asym_float", "q4_1"])
 def test_the_base_makes_good_what_the_step_missed(name):
-    """At the middle code the line is off by the rounding of the base alone: half an ulp of f16."""
+    """At the middle code the line is off by the rounding of the offset alone: half an ulp of f16."""
     grid = FORMATS.get(name).fit(weights(16, 256))
-    step, base = (part * 1.0123 for part in grid.groups(16))
-    got, got_base = grid.refitted(step, base).groups(16)
-    missed = (got - step) * 7.5 + (got_base - base)
-    assert bool((missed.abs() <= 2**-11 * base.abs() * (1 + 2**-8)).all())
-    assert missed.square().sum() < ((step.half() - step) * 7.5).square().sum() * 4
+    scale, offset = (part * 1.0123 for part in grid.groups(16))
+    got, got_offset = grid.refitted(scale, offset).groups(16)
+    missed = (got - scale) * 7.5 + (got_offset - offset)
+    assert bool((missed.abs() <= 2**-11 * offset.abs() * (1 + 2**-8)).all())
+    assert missed.square().sum() < ((scale.half() - scale) * 7.5).square().sum() * 4
 
 
 @pytest.mark.parametrize("name", ["int4_g64", "q4_0", "q3_k"])
 def test_a_symmetric_step_may_be_negative(name):
     grid = FORMATS.get(name).fit(weights(4, 256))
-    step, _ = grid.groups(4)
-    assert torch.equal(torch.sign(grid.refitted(-step, None).groups(4)[0]), -torch.sign(step))
+    scale, _ = grid.groups(4)
+    assert torch.equal(torch.sign(grid.refitted(-scale, None).groups(4)[0]), -torch.sign(scale))
 
 
 @pytest.mark.parametrize("name", ["int4_g64_asym", "nf4", "nvfp4", "mxfp4", "mxfp4_ggml"])
 def test_other_steps_may_not(name):
     grid = FORMATS.get(name).fit(weights(4, 256))
-    step, _ = grid.refitted(-grid.groups(4)[0], None).groups(4)
-    assert bool((step >= 0).all()) and bool((step < 1e-30).all())
+    scale, _ = grid.refitted(-grid.groups(4)[0], None).groups(4)
+    assert bool((scale >= 0).all()) and bool((scale < 1e-30).all())
 
 
 def test_the_global_scale_of_nvfp4_grows_where_it_must():
     format, w = FORMATS.get("nvfp4"), weights(4, 64)
     grid = format.fit(w)
-    step, _ = grid.groups(4)
-    got, _ = grid.refitted(step * 100, None).groups(4)
-    assert bool(((got / (step * 100) - 1).abs() <= 2**-4).all())  # e4m3 has three bits of mantissa
+    scale, _ = grid.groups(4)
+    got, _ = grid.refitted(scale * 100, None).groups(4)
+    assert bool(((got / (scale * 100) - 1).abs() <= 2**-4).all())  # e4m3 has three bits of mantissa
 
 
 @pytest.mark.parametrize("factor", [0.51, 0.74, 0.76, 1.0, 1.49, 1.51])

@@ -36,10 +36,10 @@ def test_search_finds_the_cheapest_of_all_points(fmt: Iq) -> None:
     generator = torch.Generator().manual_seed(0)
     lattice = fmt.lattice
     x, w = (torch.rand(50, lattice.dim, generator=generator) for _ in range(2))
-    step = torch.rand(50, generator=generator) / lattice.levels.abs().max()
+    scale = torch.rand(50, generator=generator) / lattice.levels.abs().max()
     values = lattice.levels[lattice.points].double()
-    every = (w[:, None] * (values[None] * step[:, None, None] - x[:, None]).square()).sum(2)
-    place, _ = lattice.search(w * x, w, step)
+    every = (w[:, None] * (values[None] * scale[:, None, None] - x[:, None]).square()).sum(2)
+    place, _ = lattice.search(w * x, w, scale)
     chosen = every.gather(1, place[:, None])[:, 0]
     assert bool((chosen <= every.amin(1) + 2**-20).all())
 
@@ -63,7 +63,7 @@ def test_an_odd_number_of_signs_is_refused_and_never_chosen(fmt: Iq) -> None:
     minus = (codes >> fmt.level_bits).long().unflatten(1, (-1, 8)).sum(2)
     assert not bool((minus % 2).any())
     codes[0, 0] ^= 1 << fmt.level_bits
-    with pytest.raises(FormatError, match="no points"):
+    with pytest.raises(FormatError, match="not points"):
         fmt.pack(grid, codes)
 
 
@@ -79,7 +79,7 @@ def test_the_flipped_sign_costs_little_more_than_the_best(fmt: Iq) -> None:
         size = x.abs().clone()
         size[..., flips] *= -1  # what stays even is rounded as it is: its signs come from the sizes
         allowed = odd if flips else ~odd
-        level = grid.step.repeat_interleave(fmt.group, 1).unflatten(1, (-1, 8))
+        level = grid.scale.repeat_interleave(fmt.group, 1).unflatten(1, (-1, 8))
         flat = [part.reshape(-1, fmt.lattice.dim) for part in (size, torch.ones_like(size))]
         each = level.reshape(-1, fmt.lattice.dim)[:, 0]
         place, _ = fmt.lattice.search(*flat, each)

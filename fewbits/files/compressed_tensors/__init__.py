@@ -1,1 +1,1 @@
-"""compressed-tensors directories: arrays, config groups, what they tell a runtime."""
+"""compressed-tensors directories: arrays, config groups, schemes for the runtime."""

@@ -1,4 +1,4 @@
-"""The arrays of compressed-tensors: formats, and for each how a weight of ours becomes them and comes back.
+"""The arrays of compressed-tensors: conversion of our formats to them and back.
 
     pack-quantized       weight_packed  i32 (n, k * bits / 32)    one bit stream a row, the first code lowest
                          weight_scale   (n, groups)               in f16, bf16 or f32; (1,) for the tensor
@@ -12,10 +12,10 @@
     mxfp4-, mxfp6-pack-  weight_packed  u8                        weight_scale u8 (n, k / 32), E8M0
     mxfp8-quantized      weight         e4m3 (n, k)               weight_scale u8 (n, k / 32)
 
-Integers are signed in the package and stored with 2^(bits-1) added, zero points too, which makes them our
-codes and zeros. pack-quantized cuts a row's last words, so that there are ceil(k * bits / 32) of them.
-Our NVFP4 multiplies by its global scale: what is stored is the reciprocal, and a global scale that the
-reciprocal of its reciprocal is not has none here. Source: compressed-tensors 0.20, compressors/.
+Integers are signed in the package and stored with 2^(bits-1) added, also zero points, which gives our codes
+and zeros. pack-quantized truncates a row to ceil(k * bits / 32) words. Our NVFP4 multiplies by its global
+scale, so the file stores the reciprocal. A global scale that differs from the reciprocal of its reciprocal is
+an error. Source: compressed-tensors 0.20, compressors/.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ Part = tuple[str, str, tuple[int, ...]]
 
 def _scales(format: Format, shape: Shape) -> tuple[int, ...]:
     """The shape of weight_scale: our plane's, or (1,) for the whole tensor."""
-    found = next(plane.shape(*shape) for plane in format.planes if plane.name == "scale")
-    return (1,) if format.cells.rows is None else found  # type: ignore[attr-defined]
+    size = next(plane.shape(*shape) for plane in format.planes if plane.name == "scale")
+    return (1,) if format.cells.rows is None else size  # type: ignore[attr-defined]
 
 
 def _whole_groups(format: Format, shape: Shape, name: str) -> None:
     columns = format.cells.columns  # type: ignore[attr-defined]
     if columns and shape[1] % columns and format.cells.rows == 1:  # type: ignore[attr-defined]
         raise FormatError(
-            f"{name}: {shape[1]} columns are no whole groups of {columns}, which {METHOD} needs; leave this "
+            f"{name}: {shape[1]} columns are not whole groups of {columns}, which {METHOD} needs; leave this "
             "tensor in float with a rule, or use a format whose groups divide it"
         )
 
@@ -185,7 +185,7 @@ def _unpack_microscaled(format: Format, shape: Shape, arrays: Sequence[torch.Ten
 
 
 def _words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """`(r, k)` u8 -> `(r, ceil(k * bits / 32))` i32: whole cells, less the words that hold no code."""
+    """`(r, k)` u8 -> `(r, ceil(k * bits / 32))` i32: whole cells, without words that have no code."""
     return pack(codes, bits, torch.int32)[:, : ceil(codes.shape[1] * bits / 32)].contiguous()
 
 

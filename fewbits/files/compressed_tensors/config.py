@@ -1,4 +1,4 @@
-"""The words of compressed-tensors: what its quantization_config says of a weight, and our formats in them.
+"""quantization_config of compressed-tensors: its schemes of weights, and our formats as schemes.
 
     weights    {"num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 128}
     strategy   tensor, channel (a row), group, block ([128, 128]), tensor_group (groups and one for all)
@@ -8,8 +8,8 @@
                nvfp4-pack-quantized  e2m1            mxfp4-, mxfp6-pack-...   e2m1, e2m3, scales E8M0
                naive-quantized       either of int-quantized and float-quantized
 
-Groups of modules have schemes; a module takes the first that names it, then the first whose regex ("re:",
-matched from the start) fits, then the one of its class. Source: compressed-tensors 0.20, quantization/
+Groups of modules have schemes. A module uses the first that names it, else the first whose regex ("re:",
+matched from the start) matches, else the one of its class. Source: compressed-tensors 0.20, quantization/
 quant_args.py and quant_scheme.py (defaults), utils/match.py (order), compressors/format.py (formats).
 """
 
@@ -42,7 +42,7 @@ _KNOWN: dict[str | None, set[tuple[int, str]]] = {
 }
 """bits and strategies that we have formats for, of integers and by format"""
 
-# Input activations by the name of our scheme. Those of a dynamic one are quantized token by token.
+# Input activations by the name of our scheme; dynamic ones are quantized token by token.
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     name: {
         "num_bits": 4 if name.startswith("int4") else 8,
@@ -56,19 +56,19 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# Of keys and values, by the name of our scheme: what vLLM 0.33 takes (validate_kv_cache_scheme).
+# Of keys and values, by the name of our scheme: accepted by vLLM 0.33 (validate_kv_cache_scheme).
 CACHES: dict[str, dict[str, Any]] = {
     "fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 }
 
 
-def said_as(known: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any]) -> str | None:
-    """The name of the scheme that these quantization args say; None for one that we have not."""
+def scheme_name(known: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any]) -> str | None:
+    """The name of the scheme with these quantization args; None for an unknown one."""
     default = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
-    said = {**default, **{key: value for key, value in args.items() if value is not None}}
-    if "strategy" not in said:
-        said["strategy"] = "tensor" if "group_size" not in said else "group"
-    names = (name for name, row in known.items() if all(said[key] == value for key, value in row.items()))
+    settings = {**default, **{key: value for key, value in args.items() if value is not None}}
+    if "strategy" not in settings:
+        settings["strategy"] = "tensor" if "group_size" not in settings else "group"
+    names = (name for name, row in known.items() if all(settings[key] == value for key, value in row.items()))
     return next(names, None)
 
 
@@ -83,33 +83,33 @@ def scale_dtype(format: Format) -> str:
 
 
 def weights_of(format: Format) -> dict[str, Any]:
-    """A format that the file type carries, as the `weights` of a scheme."""
-    said: dict[str, Any] = {"type": "float", "symmetric": True, "dynamic": False}
+    """A supported format as the `weights` of a scheme."""
+    args: dict[str, Any] = {"type": "float", "symmetric": True, "dynamic": False}
     if isinstance(format, NVFP4):
         of_scale = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
-        return said | {"num_bits": 4, "strategy": "tensor_group", "group_size": format.block, **of_scale}
+        return args | {"num_bits": 4, "strategy": "tensor_group", "group_size": format.block, **of_scale}
     if isinstance(format, Microscaling):
         of_scale = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
-        return said | {
+        return args | {
             "num_bits": format.element.bits,
             "strategy": "group",
             "group_size": format.block,
             **of_scale,
         }
     assert isinstance(format, Affine | ScaledLevels)
-    said["num_bits"] = format.bits
+    args["num_bits"] = format.bits
     if isinstance(format, Affine):
-        said |= {"type": "int", "symmetric": format.zero == "none"}
+        args |= {"type": "int", "symmetric": format.zero == "none"}
     rows, columns = format.cells.rows, format.cells.columns
     if rows == BLOCK:
-        return said | {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
+        return args | {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
     if columns is not None:
-        return said | {"strategy": "group", "group_size": columns}
-    return said | {"strategy": "tensor" if rows is None else "channel"}
+        return args | {"strategy": "group", "group_size": columns}
+    return args | {"strategy": "tensor" if rows is None else "channel"}
 
 
 def storage_of(format: Format, in_bytes: int) -> str:
-    """Which format of the package holds ours; integers of `in_bytes` bits or more lie in bytes."""
+    """The package's format for ours; integers of `in_bytes` bits or more are stored in bytes."""
     if isinstance(format, NVFP4):
         return TWO_LEVELS
     if isinstance(format, Microscaling):
@@ -123,8 +123,8 @@ def storage_of(format: Format, in_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a group of modules has: args of the weights, with defaults, and the format that holds them.
-    inputs: our scheme of their inputs, None where they are float, "" for one that we have not."""
+    """The scheme of a group of modules: args of the weights, with defaults, and their storage format. inputs:
+    our scheme of their inputs, None if they are float, "" for an unknown one."""
 
     group: str
     targets: tuple[str, ...]
@@ -137,7 +137,7 @@ class Scheme:
     inputs: str | None = None
 
     def format(self, dtype: str, ordered: bool = False) -> Format:
-        """Of weights whose scales are `dtype` (f16 ...), in act order or not; FormatError where we have
+        """Of weights whose scales are `dtype` (f16 ...), in act order or not; FormatError if we have
         none."""
         if self.storage in (PACKED, BYTES, FLOAT) and dtype not in SCALE_TYPES:
             raise FormatError(
@@ -157,7 +157,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Schemes:
-    """The groups of a quantization_config, and what it leaves in float."""
+    """The groups of a quantization_config, and the modules in float."""
 
     schemes: tuple[Scheme, ...]
     ignore: tuple[str, ...]
@@ -181,7 +181,7 @@ class Schemes:
 
 
 def matches(module: str, target: str) -> bool:
-    """Does a target name this module, or fit it?"""
+    """Whether a target matches this module."""
     if not target.startswith("re:"):
         return target == module
     try:
@@ -191,23 +191,21 @@ def matches(module: str, target: str) -> bool:
 
 
 def read_schemes(config: Mapping[str, Any], faults: list[str]) -> Schemes:
-    """A quantization_config -> its schemes; what is wrong with it is appended to `faults`."""
+    """A quantization_config -> its schemes; faults are appended to `faults`."""
     groups = config.get("config_groups")
     if not isinstance(groups, dict):
-        faults.append(
-            "quantization_config has no config_groups; they say what the weights are: write it anew"
-        )
+        faults.append("quantization_config has no config_groups, which describe the weights; write it again")
         groups = {}
     for key, what in (("transform_config", "rotates activations"), ("sparsity_config", "has sparse weights")):
-        said = config.get(key)
-        if said and not (isinstance(said, dict) and said.get("format") in ("dense",)):
+        settings = config.get(key)
+        if settings and not (isinstance(settings, dict) and settings.get("format") in ("dense",)):
             faults.append(
                 f"{key}: this model {what} when it runs, which fewbits does not read; use its engine"
             )
-    found = [_scheme(name, group, config, faults) for name, group in groups.items()]
+    schemes = [_scheme(name, group, config, faults) for name, group in groups.items()]
     ignore = config.get("ignore") or []
     named = tuple(str(target) for target in ignore) if isinstance(ignore, list) else ()
-    return Schemes(tuple(scheme for scheme in found if scheme is not None), named)
+    return Schemes(tuple(scheme for scheme in schemes if scheme is not None), named)
 
 
 def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str]) -> Scheme | None:
@@ -215,14 +213,14 @@ def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str])
     targets = group.get("targets") if isinstance(group, dict) else None
     if not isinstance(weights, dict) or not isinstance(targets, list):
         if not isinstance(group, dict) or weights is not None:
-            faults.append(f"config_groups: {name} is {str(group)[:60]}; it has to say targets and weights")
-        return None  # a group of activations alone says nothing of weights
+            faults.append(f"config_groups: {name} is {str(group)[:60]}; it needs targets and weights")
+        return None  # a group of activations only has no weights
     bits, columns = weights.get("num_bits", 8), weights.get("group_size")
     integer, strategy = weights.get("type", "int") == "int", weights.get("strategy")
     if strategy is None and (columns is None or type(columns) is int):
         strategy = "tensor" if columns is None else "channel" if columns == -1 else "group"
-    said = group.get("format") or config.get("format")
-    storage = {NAIVE: BYTES if integer else FLOAT}.get(said, said) if isinstance(said, str) else None
+    named = group.get("format") or config.get("format")
+    storage = {NAIVE: BYTES if integer else FLOAT}.get(named, named) if isinstance(named, str) else None
     of_block = weights.get("block_structure") in ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}")
     known = _KNOWN.get("int" if integer else storage, ())
     fits = type(bits) is int and (storage in (PACKED, BYTES)) == integer and (bits, str(strategy)) in known
@@ -231,7 +229,7 @@ def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str])
     if not fits or (strategy == "block" and not of_block):
         what = {"num_bits": bits, "type": weights.get("type"), "strategy": strategy, "group_size": columns}
         faults.append(
-            f"config_groups: {name} has weights {str(what)[:120]} and format {str(said)[:40]!r}, which "
+            f"config_groups: {name} has weights {str(what)[:120]} and format {str(named)[:40]!r}, which "
             "fewbits does not read; load it with the tool that wrote it, or quantize the float model"
         )
         return None
@@ -245,5 +243,5 @@ def _scheme(name: str, group: Any, config: Mapping[str, Any], faults: list[str])
         str(strategy),
         columns or None,
         str(storage),
-        (said_as(ACTIVATIONS, given) or "") if isinstance(given, dict) else None,
+        (scheme_name(ACTIVATIONS, given) or "") if isinstance(given, dict) else None,
     )

@@ -4,18 +4,17 @@
                    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {...}, ...}},
                    "ignore": ["lm_head"], ...}}
 
-What the config's words mean is in compressed_config.py, the arrays are in compressed_arrays.py. Integers
-lie packed unless integer activations meet them (W8A8): then those of 8 bits lie in bytes, which is what
-the engines have kernels for. A static scheme adds input_scale f32 (1,) to each weight, and
-input_zero_point i8 where it is asymmetric. Engines hold the scales of integers in the model's type: those
-of a bf16 model are rounded to it unless the format has them so (int4_g128_bf16).
+The fields of the config are in config.py, the arrays in arrays.py. Integers are packed, except for those of 8
+bits with integer activations (W8A8): these are stored in bytes, for which engines have kernels. A static
+scheme adds input_scale f32 (1,) to each weight, and input_zero_point i8 if it is asymmetric. Engines convert
+the scales of integers to the model's type: those of a bf16 model are rounded to bf16 unless the format has
+bf16 scales (int4_g128_bf16).
 
-One scheme has the target "Linear"; of several, each names its modules, for vLLM looks at the class before
-it takes q, k, v apart (find_matched_target). vLLM holds those three in one matrix, gate and up too, and
-all experts of a block: they must have one scheme. A cache of keys and values in fp8 adds k_scale and
-v_scale f32 (1,) to each attention and a kv_cache_scheme to the config. Weights in act order (weight_g_idx,
-actorder "group") are read and not written: the package has taken them out in 0.20, and refuses a config that
-says so.
+A single scheme has the target "Linear". Several schemes list their modules, because vLLM checks the class
+before it splits q, k, v (find_matched_target). vLLM fuses q, k and v into one matrix, gate and up too, and
+all experts of a block: these must have one scheme. A KV cache in fp8 adds k_scale and v_scale f32 (1,) to
+each attention and a kv_cache_scheme to the config. Weights in act order (weight_g_idx, actorder "group") are
+read but not written: the package removed them in 0.20 and refuses such a config.
 
 Source: compressed-tensors 0.20, quantization/lifecycle/; vLLM, quantization/compressed_tensors/utils.py.
 """
@@ -64,9 +63,9 @@ from .config import (
     storage_of,
     weights_of,
 )
-from .runtime import cached_by, read_runtime, step_key
+from .runtime import cached_by, read_runtime, scale_key
 
-NEVER = 9  # no integer of ours has so many bits
+NEVER = 9  # more bits than any of our integers
 INPUTS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 _STEPS = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 _NUMBER = re.compile(r"\.\d+")
@@ -74,8 +73,8 @@ _NUMBER = re.compile(r"\.\d+")
 
 @dataclass(frozen=True)
 class Compressed(Directory):
-    """in_bytes: integers of so many bits or more lie in bytes. activations: the scheme they meet, by name.
-    kv_cache: that of keys and values."""
+    """in_bytes: integers with at least this many bits are stored in bytes. activations, kv_cache: names of
+    schemes."""
 
     in_bytes: int = NEVER
     activations: str | None = None
@@ -107,19 +106,19 @@ class Compressed(Directory):
         return "it holds integers with whole zero points, e4m3, MX and NVFP4, columns in order"
 
     def layout_of(self, name: str) -> Compressed:
-        """The layout of one weight: what is outside the blocks, and a router, meets activations in float."""
+        """The layout of one weight. Weights outside the blocks and routers have float activations."""
         return self if _NUMBER.search(name) and role_of(name) != "router" else Compressed()
 
     def arrays(self, name: str, format: Format, shape: Shape) -> list[Array]:
         module, layout = module_of(name), self.layout_of(name) if self.activations else self
-        step = step_key(module) if self.kv_cache else None
-        found = ARRAYS[storage_of(format, layout.in_bytes)](format, shape, name)
+        cache_scale = scale_key(module) if self.kv_cache else None
+        parts = ARRAYS[storage_of(format, layout.in_bytes)](format, shape, name)
         if layout.static:
-            found.append(("input_scale", "f32", (1,)))
+            parts.append(("input_scale", "f32", (1,)))
             if not ACTIVATIONS[str(self.activations)]["symmetric"]:
-                found.append(("input_zero_point", "i8", (1,)))
-        arrays = [Array(f"{module}.{part}", dtype, size) for part, dtype, size in found]
-        return arrays + ([] if step is None else [Array(step, "f32", (1,))])
+                parts.append(("input_zero_point", "i8", (1,)))
+        arrays = [Array(f"{module}.{part}", dtype, size) for part, dtype, size in parts]
+        return arrays + ([] if cache_scale is None else [Array(cache_scale, "f32", (1,))])
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         return PACK[storage_of(q.format, self.in_bytes)](q)
@@ -130,14 +129,14 @@ class Compressed(Directory):
     def packer(self, name: str, about: Mapping[str, Any]) -> Callable[[QTensor], tuple[torch.Tensor, ...]]:
         layout, more = self.layout_of(name), []
         if layout.static:
-            step, zero = _pair(about, "activations", "ranges", name)
-            more.append(torch.tensor([step], dtype=torch.float32))
+            scale, zero = _pair(about, "activations", "ranges", name)
+            more.append(torch.tensor([scale], dtype=torch.float32))
             if not ACTIVATIONS[str(self.activations)]["symmetric"]:
                 more.append(torch.tensor([zero], dtype=torch.int8))
         cached = cached_by(module_of(name)) if self.kv_cache else None
         if cached is not None:
-            step = _pair(about, "kv_cache", "steps", cached[0])[cached[1]]
-            more.append(torch.tensor([step], dtype=torch.float32))
+            scale = _pair(about, "kv_cache", "steps", cached[0])[cached[1]]
+            more.append(torch.tensor([scale], dtype=torch.float32))
         return (lambda q: (*layout.pack(q), *more)) if more else layout.pack
 
     def settings(
@@ -146,10 +145,10 @@ class Compressed(Directory):
         quantized = {name: kind for name, (kind, _) in rows.items() if isinstance(kind, Format)}
         formats = {name: quantized[name].name if name in quantized else "float" for name in rows}
         shapes = {name: SimpleNamespace(shape=shape) for name, (_, shape) in rows.items()}
-        found = sites(SimpleNamespace(tensors=shapes, config=config))
+        all_sites = sites(SimpleNamespace(tensors=shapes, config=config))
         faults = [
             f"{mixed}: they are one matrix in vLLM; give all of them one format"
-            for mixed in mixed_groups(found, formats)
+            for mixed in mixed_groups(all_sites, formats)
         ]
         faults += [
             f"{name}: embeddings in {quantized[name].name} are not loaded; leave them in float with a rule"
@@ -157,14 +156,14 @@ class Compressed(Directory):
             if role_of(name) in ("embed", "position")
         ]
         if self.kv_cache is not None:
-            faults += _without_steps(rows, quantized)
+            faults += _without_scales(rows, quantized)
         if self.static:
             faults += [
                 f"{site.name}: the inputs of experts have no range of their own; use a dynamic scheme"
-                for site in found
+                for site in all_sites
                 if site.expert is not None and site.name in quantized
             ]
-        left = _left(found, (about.get("activations") or {}).get("left", ()))
+        left = _left(all_sites, (about.get("activations") or {}).get("left", ()))
         groups: dict[str, list[str]] = {}
         for name, format in quantized.items():
             scheme = self.layout_of(name)._scheme(name, format, name in left, faults)
@@ -172,11 +171,11 @@ class Compressed(Directory):
         raise_all(PlanError, METHOD, faults)
         if not groups:
             return {"config.json": config}
-        said = {**_settings(groups, rows), "kv_cache_scheme": self.kv_cache and CACHES[self.kv_cache]}
-        return {"config.json": {**config, "quantization_config": said}}
+        written = {**_settings(groups, rows), "kv_cache_scheme": self.kv_cache and CACHES[self.kv_cache]}
+        return {"config.json": {**config, "quantization_config": written}}
 
     def _scheme(self, name: str, format: Format, left: bool, faults: list[str]) -> dict[str, Any]:
-        """weights, input_activations and format, as a config group has them."""
+        """weights, input_activations and format of a config group."""
         weights, inputs = weights_of(format), None
         if self.activations is not None and not left:
             inputs = dict(ACTIVATIONS[self.activations])
@@ -185,7 +184,9 @@ class Compressed(Directory):
             ):
                 faults.append(f"{name}: no engine multiplies {format.name} with {self.activations}")
             if weights["type"] == "float" and not is_e4m3(format):
-                faults.append(f"{name}: {format.name} cannot meet {self.activations}; leave activations out")
+                faults.append(
+                    f"{name}: {format.name} does not support {self.activations}; leave activations out"
+                )
         storage = storage_of(format, self.in_bytes)
         return {
             "weights": weights,
@@ -200,17 +201,17 @@ class Compressed(Directory):
         schemes = read_schemes(config, faults)
         if faults:
             return {}
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
         for module in _modules(places):
             scheme = schemes.of(module)
             if scheme is None or schemes.ignores(module):
                 why = "ignore leaves it in float" if scheme else "no config group has it as a target"
                 faults.append(f"{module}: is quantized, and {why}; the config is of another model")
                 continue
-            held = _entry(module, scheme, places, faults)
-            if held is not None:
-                found[f"{module}.weight"] = held
-        return found
+            entry = _entry(module, scheme, places, faults)
+            if entry is not None:
+                entries[f"{module}.weight"] = entry
+        return entries
 
     def read_runtime(self, config: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
         return read_runtime(config, read_schemes(config, []), _modules(places), places)
@@ -221,32 +222,32 @@ class Compressed(Directory):
 
 def _pair(about: Mapping[str, Any], kind: str, part: str, name: str) -> Sequence[float]:
     """The two numbers that a record has for a weight or an attention."""
-    found: Sequence[float] | None = about[kind].get(part, {}).get(name)
-    if found is None:
+    pair: Sequence[float] | None = about[kind].get(part, {}).get(name)
+    if pair is None:
         raise PlanError(f"{name}: the record of {kind} has no {part} for it; quantize the model again")
-    return found
+    return pair
 
 
-def _without_steps(rows: Mapping[str, Stored], quantized: Mapping[str, Format]) -> list[str]:
-    """Where the steps of a cache have no place: they lie beside quantized k_proj and v_proj."""
-    beside = [name for name in rows if step_key(module_of(name)) is not None]
+def _without_scales(rows: Mapping[str, Stored], quantized: Mapping[str, Format]) -> list[str]:
+    """Faults of a model without a place for cache scales, which lie beside quantized k_proj and v_proj."""
+    beside = [name for name in rows if scale_key(module_of(name)) is not None]
     if not beside:
-        return ["the steps of a cache lie beside k_proj and v_proj, which this model has not"]
+        return ["the scales of a KV cache lie beside k_proj and v_proj, which this model does not have"]
     return [
-        f"{name}: stays in float, and the steps of a cache lie beside quantized k_proj and v_proj; give it a "
+        f"{name}: stays in float, but scales of a KV cache lie beside quantized k_proj and v_proj; give it a "
         "format or leave the cache in float"
         for name in beside
         if name not in quantized
     ]
 
 
-def _left(found: Sequence[Site], said: Sequence[str]) -> set[str]:
-    """The weights whose inputs stay in float: those said, and all of a group that an engine fuses. Experts
-    may be said as one, as in `layers.0.mlp.experts.down_proj`."""
-    left = set(said)
-    experts = {name.split(".experts.")[0] for name in said if ".experts." in name}
-    left |= {site.name for site in found if site.name.split(".experts.")[0] in experts}
-    for group in fused_groups(found).values():
+def _left(all_sites: Sequence[Site], named: Sequence[str]) -> set[str]:
+    """The weights whose inputs stay in float: those named, and all of a group that an engine fuses. Experts
+    may be named as one, as in `layers.0.mlp.experts.down_proj`."""
+    left = set(named)
+    experts = {name.split(".experts.")[0] for name in named if ".experts." in name}
+    left |= {site.name for site in all_sites if site.name.split(".experts.")[0] in experts}
+    for group in fused_groups(all_sites).values():
         left |= set(group) if left & set(group) else set()
     return left
 
@@ -264,33 +265,33 @@ def _settings(groups: Mapping[str, Sequence[str]], rows: Mapping[str, Stored]) -
     ]
     if not any(role_of(name) == "output" for name in rows):
         left.append("lm_head")  # a linear layer that shares the weight of the embeddings
-    found = {}
+    config_groups = {}
     for i, (scheme, modules) in enumerate(groups.items()):
         others = {*left, *quantized} - {*modules}
         targets = ["Linear"] if len(groups) == 1 else _targets(modules, others)
-        found[f"group_{i}"] = {"targets": targets, **json.loads(scheme)}
-    storages = {group["format"] for group in found.values()}
+        config_groups[f"group_{i}"] = {"targets": targets, **json.loads(scheme)}
+    storages = {group["format"] for group in config_groups.values()}
     return {
         "quant_method": METHOD,
         "format": storages.pop() if len(storages) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": found,
+        "config_groups": config_groups,
         "ignore": _targets(left, quantized),
     }
 
 
 def _targets(modules: Sequence[str], others: Set[str]) -> list[str]:
-    """Modules by name, or those that differ in numbers alone by one regex, where it fits none of `others`."""
-    taken = {_NUMBER.sub(".*", module) for module in others}
-    found = []
+    """Modules by name; those that differ only in numbers by one regex, if it matches none of `others`."""
+    other_patterns = {_NUMBER.sub(".*", module) for module in others}
+    patterns = []
     for module in modules:
         pattern = _NUMBER.sub(".*", module)
         regex = r"\.\d+".join(map(re.escape, pattern.split(".*")))
-        found.append(module if pattern == module or pattern in taken else f"re:{regex}$")
-    return list(dict.fromkeys(found))
+        patterns.append(module if pattern == module or pattern in other_patterns else f"re:{regex}$")
+    return list(dict.fromkeys(patterns))
 
 
-# ---- the weights that are found ----------------------------------------------------------------------
+# ---- reading quantized weights ----------------------------------------------------------------------
 
 
 def _modules(places: Mapping[str, Place]) -> list[str]:
@@ -299,7 +300,7 @@ def _modules(places: Mapping[str, Place]) -> list[str]:
 
 
 def _marks(key: str, place: Place) -> bool:
-    """Does this array belong to a quantized weight?"""
+    """Whether this array belongs to a quantized weight."""
     tail = key.rpartition(".")[2]
     return tail in ("weight_packed", "weight_scale") or (
         tail == "weight" and place.entry.dtype in ("I8", "F8_E4M3")
@@ -334,8 +335,8 @@ def _entry(
 
 
 def _moves(key: str, columns: int, k: int, places: Mapping[str, Place], faults: list[str]) -> bool:
-    """Does a weight_g_idx, the group of each of k columns, put any elsewhere than its place does? Files of
-    columns in order may have -1 for all of them."""
+    """Whether weight_g_idx, the group of each of k columns, differs from columns in order. Files in order may
+    have -1 for all columns."""
     shape = places[key].entry.shape
     index = read_integers(*places[key]) if shape == (k,) else ()
     if index and (index == in_order(k, columns) or max(index) == -1):
@@ -353,13 +354,13 @@ def _shape(module: str, scheme: Scheme, places: Mapping[str, Place], faults: lis
     """(n, k) of a weight, or None and a fault."""
     plain = scheme.storage in (BYTES, FLOAT, MICROSCALED["e4m3"])
     key = f"{module}.weight" if plain else f"{module}.weight_packed"
-    said = places.get(f"{module}.weight_shape")
+    stored = places.get(f"{module}.weight_shape")
     if (
         scheme.storage == PACKED
-        and said is not None
-        and (said.entry.dtype, said.entry.shape) == ("I64", (2,))
+        and stored is not None
+        and (stored.entry.dtype, stored.entry.shape) == ("I64", (2,))
     ):
-        n, k = read_integers(*said)
+        n, k = read_integers(*stored)
         if 0 < n < 2**31 and 0 < k < 2**31:
             return n, k
         faults.append(f"{module}: weight_shape is {n} x {k}; it is damaged")

@@ -1,1 +1,1 @@
-"""GGUF: its header, its metadata, its tokenizer; a model in it."""
+"""GGUF: its header, its metadata, its tokenizer, and models in it."""

@@ -1,7 +1,7 @@
 """GGUF: models in one file or in parts, maps by range, and the header for writing.
 
-The layout is drawn in `gguf_parse`. A model may be split into `name-00001-of-00003.gguf` ...: the
-first part holds the metadata, and each part says `split.no` (from 0), `split.count` and
+The layout is described in parse.py. A model may be split into `name-00001-of-00003.gguf` ...: the
+first part holds the metadata, and each part has `split.no` (from 0), `split.count` and
 `split.tensors.count`. Written files are v3.
 Spec: github.com/ggml-org/ggml, docs/gguf.md; parts: llama.cpp, tools/gguf-split.
 """
@@ -62,7 +62,7 @@ def read_gguf(path: Path) -> GGUFFile:
     name = _SPLIT_NAME.fullmatch(path.name)
     if not name or int(name[3]) != count:
         raise FileError(
-            f"{path}: says it is one of {count} parts, so it must be called like "
+            f"{path}: is one of {count} parts, so it must be named like "
             f"NAME-00001-of-{count:05d}.gguf for the others to be found; restore the names"
         )
     paths = [path.with_name(f"{name[1]}-{number:05d}-of-{name[3]}.gguf") for number in range(1, count + 1)]
@@ -82,7 +82,7 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
                 f"{part.path.name}: says it is part {says.get('split.no')} of {says.get('split.count')} "
                 f"(counted from 0), its name says {number} of {len(parts)}"
             )
-        faults += [f"tensor {name!r} stands in two parts" for name in part.tensors if name in tensors]
+        faults += [f"tensor {name!r} is in two parts" for name in part.tensors if name in tensors]
         tensors |= part.tensors
     total = first.metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):
@@ -105,11 +105,11 @@ def map_gguf_tensor(tensor: GGUFTensor, rows: slice | None = None) -> torch.Tens
     start, stop, step = (rows or slice(None)).indices(height)
     if step != 1:
         raise FileError(f"{tensor.file}: {tensor.name!r}: rows are mapped with step 1, not {step}")
-    taken = max(stop - start, 0)
-    raw = map_bytes(tensor.file, tensor.offset + start * row_bytes, taken * row_bytes, tensor.name)
+    n_rows = max(stop - start, 0)
+    raw = map_bytes(tensor.file, tensor.offset + start * row_bytes, n_rows * row_bytes, tensor.name)
     if tensor.type_name not in PLAIN_TYPES:
-        return raw.view(taken, row_bytes)
-    shape = tensor.shape if rows is None else (taken, row_length)
+        return raw.view(n_rows, row_bytes)
+    shape = tensor.shape if rows is None else (n_rows, row_length)
     return view_as(raw, PLAIN_TYPES[tensor.type_name].torch, shape)
 
 

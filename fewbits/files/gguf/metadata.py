@@ -1,7 +1,7 @@
 """The GGUF keys of a model: hyperparameters, rotary embedding, tokenizer, template, `general.*`.
 
-Which config field is which key is data (model/archs.toml, model/rope.py); this module turns it into
-typed values and back. A source that is GGUF itself keeps its own keys.
+The mapping of config fields to keys is data (model/archs.toml, model/rope.py); this module converts values in
+both directions. A GGUF source keeps its own keys.
 Spec: github.com/ggml-org/ggml, docs/gguf.md; key names: `gguf.constants.Keys`.
 """
 
@@ -70,9 +70,9 @@ def gguf_metadata(
 ) -> dict[str, GGUFValue]:
     """Every key of the GGUF file of a checkpoint, typed.
 
-    arch: None is for a source that is GGUF itself, whose keys are carried over whatever it is.
+    arch: None for a GGUF source, whose keys are copied for every architecture.
     file_type: llama.cpp's number of the mixture (`general.file_type`). pre: names the pre-tokenizer
-    where it is not recognized. Raises ModelError for what GGUF cannot say of this model.
+    if it is not recognized. Raises ModelError for facts that GGUF cannot express.
     """
     if checkpoint.gguf_keys:
         keys = {key: value for key, value in checkpoint.gguf_keys.items() if not _DROPPED.match(key)}
@@ -87,7 +87,7 @@ def gguf_metadata(
 
 
 def general_keys(checkpoint: Checkpoint, arch: Architecture) -> dict[str, GGUFValue]:
-    """`general.*`: architecture, name, size, and license and base model where a README says them."""
+    """`general.*`: architecture, name, size, and license and base model from a README."""
     keys = {
         Keys.General.ARCHITECTURE: text(arch.gguf),
         Keys.General.TYPE: text("model"),
@@ -110,7 +110,7 @@ def general_keys(checkpoint: Checkpoint, arch: Architecture) -> dict[str, GGUFVa
 
 
 def model_name(checkpoint: Checkpoint) -> str:
-    """What the model is called: by itself, by the native directory it went through, or by its path."""
+    """The model's name: its own, that in a native directory, or that of its path."""
     if Keys.General.NAME in checkpoint.gguf_keys:
         return str(checkpoint.gguf_keys[Keys.General.NAME].value)
     if isinstance(checkpoint.metadata.get("name"), str):
@@ -120,7 +120,7 @@ def model_name(checkpoint: Checkpoint) -> str:
 
 
 def _size_label(checkpoint: Checkpoint, experts: int) -> str:
-    """Parameters, rounded: 163M, or 8x7B with the shared ones counted to each expert."""
+    """Rounded parameter count: 163M, or 8x7B with shared parameters counted for each expert."""
     counts = {name: prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     routed = sum(count for name, count in counts.items() if ".experts." in name)
     total = sum(counts.values())
@@ -128,10 +128,10 @@ def _size_label(checkpoint: Checkpoint, experts: int) -> str:
 
 
 def _card(readme: Path | None) -> dict[str, str]:
-    """`license` and `base_model` of a model card; the first where there are more."""
+    """`license` and `base_model` of a model card; the first if there are several."""
     known = card_fields(readme)
-    found = {field: known[field] for field in ("license", "base_model") if field in known}
-    return {field: value if isinstance(value, str) else value[0] for field, value in found.items()}
+    fields = {field: known[field] for field in ("license", "base_model") if field in known}
+    return {field: value if isinstance(value, str) else value[0] for field, value in fields.items()}
 
 
 def hyperparameter_keys(config: Mapping[str, Any], arch: Architecture) -> dict[str, GGUFValue]:
@@ -160,7 +160,7 @@ def hyperparameter_keys(config: Mapping[str, Any], arch: Architecture) -> dict[s
 
 
 def _window_pattern(fields: Mapping[str, Any]) -> dict[str, GGUFValue]:
-    """Every p-th layer sees everything: p, if the layers follow such a pattern, else a flag for each."""
+    """p if every p-th layer has full attention, else a flag for each layer."""
     layers = int(fields["num_hidden_layers"])
     period = fields.get("_sliding_window_pattern") or fields.get("sliding_window_pattern") or 6
     types = fields.get("layer_types")
@@ -198,21 +198,21 @@ def _tokenizer(checkpoint: Checkpoint, pre: str | None) -> dict[str, GGUFValue]:
 
 
 def _special_ids(settings: Mapping[str, Any], config: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
-    """bos, eos ... -> id: the tokenizer's own word first, then the config's."""
+    """bos, eos ... -> id: from the tokenizer, else from the config."""
     index = {token: i for i, token in enumerate(tokens)}
-    found = {}
+    ids = {}
     for name in _SPECIAL:
         token = settings.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         number = index.get(token) if token is not None else config.get(f"{name}_token_id")
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and 0 <= number < len(tokens):
-            found[name] = number
-    return found
+            ids[name] = number
+    return ids
 
 
 def _adds_special(spec: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, bool]:
-    """Whether the tokenizer itself puts BOS before and EOS behind a text."""
+    """Whether the tokenizer itself adds BOS before and EOS after a text."""
     from tokenizers import Tokenizer
 
     around = Tokenizer.from_str(json.dumps(spec)).encode("a").ids
@@ -239,7 +239,7 @@ def _templates(jinja: Path | None, settings: Mapping[str, Any]) -> dict[str, GGU
 
 
 def architecture_of(metadata: Mapping[str, Any]) -> Architecture | None:
-    """The architecture of a GGUF file's plain keys, or None if it is not known."""
+    """The architecture of a GGUF file's plain keys, or None if it is unknown."""
     name = metadata.get(Keys.General.ARCHITECTURE)
     for arch in architectures().values():
         if arch.gguf == name and all(metadata.get(f"{name}.{key}") for key in arch.when):
@@ -252,8 +252,8 @@ def config_from_keys(
 ) -> dict[str, Any]:
     """Plain GGUF keys -> a Hugging Face config.
 
-    factors: values of the rotary factor tensors there are. names: the file's tensor names, which say
-    whether there are biases and an output of its own. ModelError lists required keys that are missing.
+    factors: values of rotary factor tensors. names: the file's tensor names, which decide whether there
+    are biases and a separate output. ModelError lists required keys that are missing.
     """
     prefix = f"{arch.gguf}."
     keys = {key.removeprefix(prefix): _shortest(v) for key, v in metadata.items() if key.startswith(prefix)}
@@ -284,7 +284,7 @@ def config_from_keys(
 
 
 def _check_tokenizer_types(metadata: Mapping[str, Any]) -> None:
-    """ModelError listing each key of the tokenizer that is not of the type it must have."""
+    """ModelError that lists each key of the tokenizer with a wrong type."""
     lists: dict[str, type | tuple[type, ...]] = {
         Keys.Tokenizer.LIST: str,
         Keys.Tokenizer.MERGES: str,
@@ -302,7 +302,7 @@ def _check_tokenizer_types(metadata: Mapping[str, Any]) -> None:
 
 
 def side_files_from_keys(metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """Plain GGUF keys -> tokenizer.json, tokenizer_config.json and template, for a directory of its own."""
+    """Plain GGUF keys -> tokenizer.json, tokenizer_config.json and template, for a directory."""
     tokens = metadata[Keys.Tokenizer.LIST]
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, key in _SPECIAL.items():

@@ -1,12 +1,12 @@
 """Models in GGUF files, in Hugging Face names and layouts.
 
-    blk.3.attn_q.weight       ->  model.layers.3.self_attn.q_proj.weight        rows put back in order
+    blk.3.attn_q.weight       ->  model.layers.3.self_attn.q_proj.weight        rows in the original order
     blk.3.ffn_up_exps.weight  ->  ...mlp.experts.E.up_proj.weight, (n, k) each  rows e*n : (e+1)*n
     output_norm.weight        ->  model.norm.weight                             minus 1 (gemma)
 
-Nothing is read before `LazyTensor.load()`, which maps that tensor's bytes only. The map of names is
-`model.archs.gguf_entries` read backwards. An unknown architecture keeps its GGUF names and has an
-empty config: it can be inspected and quantized to the native directory, not evaluated.
+Nothing is read before `LazyTensor.load()`, which maps only that tensor's bytes. The map of names is the
+inverse of `model.archs.gguf_entries`. An unknown architecture keeps its GGUF names and has an empty config:
+it can be inspected and quantized to the native directory, not evaluated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FACTORS = {
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """A GGUF file, or any part of a split one -> Checkpoint. `metadata` holds typed GGUFValues."""
+    """A GGUF file, or any part of a split one -> Checkpoint. `metadata` has typed GGUFValues."""
     from .filetype import GGUF_FILE
 
     file = read_gguf(Path(path))
@@ -74,10 +74,10 @@ def _read_factors(tensor: GGUFTensor) -> tuple[float, ...]:
 
 
 def _tensors(file: GGUFFile, arch: Architecture, config: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """Every tensor of the file under its Hugging Face name; ModelError lists what does not fit."""
+    """Every tensor of the file under its Hugging Face name; ModelError lists every mismatch."""
     loose = {**config, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default"}}
     entries = {entry.name: entry for entry in gguf_entries(arch, loose, every_name(arch, config))}
-    found: dict[str, LazyTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     faults = []
     for name, tensor in file.tensors.items():
         if name in _FACTORS:
@@ -88,13 +88,13 @@ def _tensors(file: GGUFFile, arch: Architecture, config: Mapping[str, Any]) -> d
         elif len(entry.sources) > 1 and (len(tensor.shape) != 3 or tensor.shape[0] != len(entry.sources)):
             faults.append(f"tensor {name!r} is {tensor.shape}, ({len(entry.sources)}, n, k) is needed")
         else:
-            found |= _sources(tensor, entry)
+            tensors |= _sources(tensor, entry)
     raise_all(ModelError, str(file.path), faults)
-    return found
+    return tensors
 
 
 def _sources(tensor: GGUFTensor, entry: GGUFEntry) -> dict[str, LazyTensor]:
-    """One GGUF tensor -> the Hugging Face tensors it is made of."""
+    """One GGUF tensor -> its Hugging Face tensors."""
     if len(entry.sources) == 1:
         return {entry.sources[0]: _lazy(tensor, entry.sources[0], _restored(_whole(tensor), entry))}
     n = tensor.shape[1]
@@ -140,7 +140,7 @@ def _rows(tensor: GGUFTensor, rows: slice | None) -> Callable[[], torch.Tensor |
 def _restored(
     load: Callable[[], torch.Tensor | QTensor], entry: GGUFEntry
 ) -> Callable[[], torch.Tensor | QTensor]:
-    """Undo what the entry does to its source: row order, then the added constant."""
+    """Undo the entry's changes: row order, then the added constant."""
     if entry.rows is None and entry.add == 0.0:
         return load
 

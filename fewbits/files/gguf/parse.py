@@ -8,7 +8,7 @@
 
 A string is u64 length and UTF-8. `ne` counts the fastest dimension first: a weight (out, in) is
 ne = [in, out], so shapes here, in torch's order, are ne reversed: (n, k), or (experts, n, k).
-Everything is checked against the bytes that are there before it is allocated or believed.
+Every count is checked against the size of the file before memory is allocated.
 Spec: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
@@ -30,14 +30,14 @@ from ...storage.mapped import absurd
 
 DEFAULT_ALIGNMENT = 32
 HEADER_LIMIT = 2**27  # bytes of keys and tensor infos; a tokenizer of 262,144 tokens takes about 2**24
-MAX_NESTING = 2  # arrays in arrays; the spec allows them, llama.cpp reads none
+MAX_NESTING = 2  # depth of nested arrays; the spec allows them, llama.cpp reads none
 MAX_DIMS = 4
 _SMALLEST_KEY = 8 + 4 + 1  # bytes: empty name, type, one u8
 _SMALLEST_TENSOR = 8 + 4 + 4 + 8  # bytes: empty name, no dimensions, type, offset
 
 
 class GGUFValueType(IntEnum):
-    """What a value is, by the number that stands before it."""
+    """The type of a value, by the number before it."""
 
     UINT8 = 0
     INT8 = 1
@@ -143,7 +143,7 @@ def read_part(path: Path) -> GGUFFile:
 
 
 class _Cursor:
-    """A position in the header that never passes its end."""
+    """A position in the header that never exceeds its end."""
 
     def __init__(self, path: Path, buffer: mmap.mmap):
         self.path = path
@@ -153,7 +153,7 @@ class _Cursor:
         self.position = 4
 
     def advance(self, nbytes: int, what: str) -> int:
-        """Step over `nbytes`; return where they start."""
+        """Skip `nbytes`; return their start."""
         start = self.position
         if nbytes > self.end - start:
             rule = "the file ends there" if self.end == self.size else "the limit of a header"
@@ -206,7 +206,7 @@ class _Cursor:
         return GGUFValue(kind, list(numbers), item)
 
     def expect(self, count: int, smallest: int, what: str) -> None:
-        """Refuse a count of items, of at least `smallest` bytes each, that cannot be there."""
+        """Refuse a count of items, of at least `smallest` bytes each, that exceeds the file."""
         left = self.end - self.position
         if count * smallest > left:
             raise FileError(
@@ -219,7 +219,9 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFFile:
     """Walk the header."""
     version = cursor.number("I", "version")
     if version & 0xFFFF == 0:
-        raise FileError(f"{path}: big-endian GGUF (version reads {version}); convert it on its own machine")
+        raise FileError(
+            f"{path}: big-endian GGUF (version reads {version}); convert it on a big-endian machine"
+        )
     if version not in (2, 3):
         raise FileError(f"{path}: GGUF version {version}; 2 and 3 are read: convert the model again")
     tensor_count = cursor.number("Q", "tensor count")
@@ -229,7 +231,7 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFFile:
     for _ in range(key_count):
         key = cursor.string("a key's name")
         if not key or key in values:
-            fault = "stands there twice" if key else "is empty"
+            fault = "appears twice" if key else "is empty"
             raise FileError(f"{path}: key {key!r} {fault}; the file is damaged")
         values[key] = cursor.value(cursor.value_type(f"key {key!r}"), f"key {key!r}")
     alignment = alignment_of(path, values)
@@ -243,10 +245,10 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFFile:
 def alignment_of(path: Path, values: Mapping[str, GGUFValue]) -> int:
     if "general.alignment" not in values:
         return DEFAULT_ALIGNMENT
-    found = values["general.alignment"].value
-    if type(found) is not int or found <= 0 or found & (found - 1):
-        raise FileError(f"{path}: general.alignment is {str(found)[:40]}, not a power of two; damaged file")
-    return found
+    alignment = values["general.alignment"].value
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise FileError(f"{path}: general.alignment is {str(alignment)[:40]}, no power of two; damaged file")
+    return alignment
 
 
 _Row = tuple[str, tuple[int, ...], int, int]  # name, shape, ggml type number, offset in the data
@@ -263,13 +265,13 @@ def _tensor_row(cursor: _Cursor) -> _Row:
 
 
 def _place(path: Path, rows: list[_Row], data_start: int, alignment: int, size: int) -> dict[str, GGUFTensor]:
-    """Check what the tensor infos claim against the file; all faults at once."""
+    """Check the tensor infos against the file; all faults at once."""
     faults: list[str] = []
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, number, offset in rows:
         what = f"tensor {name!r}"
         if not name or name in tensors:
-            faults.append(f"{what} {'stands there twice' if name else 'has no name'}")
+            faults.append(f"{what} {'appears twice' if name else 'has no name'}")
             continue
         type_name = _NAMES.get(number)
         if type_name is None:
@@ -281,7 +283,7 @@ def _place(path: Path, rows: list[_Row], data_start: int, alignment: int, size: 
             faults.append(f"{what}: {error}")
             continue
         if not nbytes and absurd(shape):
-            faults.append(f"{what} is empty, and {shape}, which nothing holds; damaged file")
+            faults.append(f"{what} is empty, and {shape}, which no tensor can have; damaged file")
             continue
         if offset % alignment:
             faults.append(f"{what}: offset {offset} is not a multiple of the alignment {alignment}")

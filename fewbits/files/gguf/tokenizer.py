@@ -3,14 +3,14 @@
 Two families, and the keys that hold them:
 
     BPE  tokenizer.ggml.model = "gpt2"   tokens in byte-level letters, merges "a b" in order of rank,
-                                         pre = the name of the cutting rules (model/pretokenizers.toml)
+                                         pre = the name of the pre-tokenizer (model/pretokenizers.toml)
     SPM  tokenizer.ggml.model = "llama"  pieces with "▁" for a space, a score each, <0xHH> byte tokens;
                                          the best-scored adjacent pair is merged first
 
 Token types are numbers of `gguf.TokenType`. A tokenizer.json of the SPM family has merges instead of
 scores; minus the rank of a piece's first merge is a score with the same order. Ids without a token are
-filled with unused `[PADi]`. What was written is read back and both tokenizers are compared on a probe:
-a tokenizer that GGUF cannot express is an error, never a wrong file.
+filled with unused `[PADi]`. The written tokenizer is read back and compared on a probe text, so a
+tokenizer that GGUF cannot express is an error, never a wrong file.
 Facts: llama.cpp, src/llama-vocab.cpp. tokenizer.json: the `tokenizers` library.
 """
 
@@ -45,8 +45,8 @@ def tokenizer_keys(
 ) -> dict[str, GGUFValue]:
     """tokenizer.json as a dictionary -> model, pre, tokens, token types, scores or merges, add_space_prefix.
 
-    vocab_size: rows of the embedding. pre: name the pre-tokenizer instead of recognizing it (then
-    nothing is compared). sentencepiece: a tokenizer.model whose scores are taken, if the package is there.
+    vocab_size: rows of the embedding. pre: the pre-tokenizer's name instead of recognizing it (then
+    nothing is compared). sentencepiece: a tokenizer.model with scores, used if the package is installed.
     Raises ModelError for a tokenizer that GGUF cannot express.
     """
     model = spec.get("model", {})
@@ -69,11 +69,11 @@ def _is_spm(spec: Mapping[str, Any]) -> bool:
     return bool(spec["model"].get("byte_fallback"))
 
 
-# ---- what a tokenizer.json says ------------------------------------------------------------------
+# ---- reading tokenizer.json -------------------------------------------------------------------------
 
 
 def _tokens(spec: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
-    """Every id's text and type; ids that have none become unused `[PADi]`."""
+    """The text and type of every id; ids without a token become unused `[PADi]`."""
     vocab = {index: text for text, index in spec["model"]["vocab"].items()}
     added = {token["id"]: token for token in spec.get("added_tokens", [])}
     count = max([*vocab, *added], default=-1) + 1
@@ -127,7 +127,7 @@ def _bpe_keys(spec: Mapping[str, Any], vocab_size: int, pre: str) -> dict[str, G
     merges = _merges(spec)
     faults = []
     normalizer = (spec.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):  # llama.cpp has none; NFC leaves ordinary text as it is
+    if normalizer not in (None, "NFC"):  # llama.cpp has none; NFC does not change ordinary text
         faults.append(f"normalizer {normalizer!r}: llama.cpp has none for byte-level BPE")
     if any(" " in left or " " in right for left, right in merges):
         faults.append("a merge contains a space; the merges are not byte-level")
@@ -180,7 +180,8 @@ def _model_scores(path: Path | None) -> dict[int, float]:
 
 
 def _adds_space(spec: Mapping[str, Any]) -> bool:
-    """Is a space put before the text: a Prepend normalizer, or a Metaspace pre-tokenizer that prepends?"""
+    """Whether a space is added before the text: a Prepend normalizer, or a Metaspace pre-tokenizer that
+    prepends."""
     normalizer, pre = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer])
     metaspace = [step for step in pre.get("pretokenizers", [pre]) if step.get("type") == "Metaspace"]
@@ -190,7 +191,7 @@ def _adds_space(spec: Mapping[str, Any]) -> bool:
 
 
 def _compare(spec: Mapping[str, Any], keys: Mapping[str, GGUFValue]) -> None:
-    """Both tokenizers must cut the probe and the vocabulary's own pieces the same way."""
+    """ModelError unless both tokenizers split the probe and the vocabulary's own pieces alike."""
     from tokenizers import Tokenizer
 
     theirs = Tokenizer.from_str(json.dumps(spec))
@@ -212,10 +213,10 @@ def _compare(spec: Mapping[str, Any], keys: Mapping[str, GGUFValue]) -> None:
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """GGUF keys with plain values -> a tokenizer.json that cuts text as llama.cpp does.
+    """GGUF keys with plain values -> a tokenizer.json that splits text like llama.cpp.
 
     Unlike other converters it keeps every split of the pre-tokenizer (the single digits of `smollm`).
-    Raises ModelError for a tokenizer model or pre-tokenizer that is not known here.
+    Raises ModelError for a tokenizer model or pre-tokenizer that is unknown.
     """
     model = metadata.get(Keys.Tokenizer.MODEL)
     builders = {"gpt2": _bpe_json, "llama": _spm_json}
@@ -229,8 +230,8 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if len(types) != len(tokens):
         raise ModelError(f"{Keys.Tokenizer.TOKEN_TYPE} has {len(types)} entries for {len(tokens)} tokens")
     spec: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None}
-    found = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-    spec["added_tokens"] = [_added(i, tokens[i], types[i]) for i in range(len(tokens)) if types[i] in found]
+    special = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    spec["added_tokens"] = [_added(i, tokens[i], types[i]) for i in range(len(tokens)) if types[i] in special]
     spec |= builders[model](metadata, tokens, types)
     spec["post_processor"] = _post_processor(metadata, tokens, model)
     return spec
@@ -265,7 +266,7 @@ def _bpe_json(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequenc
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    """llama.cpp looks for the separating space from the second character on."""
+    """llama.cpp searches the separating space from the second character on."""
     cut = merge.find(" ", 1)
     if cut < 0:
         raise ModelError(f"{Keys.Tokenizer.MERGES}: {merge!r} is not two tokens with a space between")
@@ -308,7 +309,7 @@ def _spm_json(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequenc
 
 
 def _vocab(tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:
-    """Text -> id; what only fills an id (see `_tokens`) is no token."""
+    """Text -> id, without ids that have no token (see `_tokens`)."""
     filler = {i for i, kind in enumerate(types) if kind == TokenType.UNUSED and tokens[i] == f"[PAD{i}]"}
     return {text: i for i, text in enumerate(tokens) if i not in filler}
 
@@ -330,7 +331,7 @@ def _model(vocab: Mapping[str, int], merges: Sequence[Sequence[str]], **given: A
 
 
 def _post_processor(metadata: Mapping[str, Any], tokens: Sequence[str], model: str) -> dict[str, Any] | None:
-    """BOS before and EOS behind where the metadata asks for them, llama.cpp's defaults where it is silent."""
+    """BOS before and EOS after the text according to the metadata, else llama.cpp's defaults."""
     adds_bos = model == "llama" or pretokenizer_row(metadata.get(Keys.Tokenizer.PRE)).add_bos
     wanted = [
         ("bos", metadata.get(Keys.Tokenizer.ADD_BOS, adds_bos), metadata.get(Keys.Tokenizer.BOS_ID)),

@@ -1,13 +1,13 @@
-"""What config.json and the tensors say of a decoder of the llama family, checked for its ONNX graph.
+"""Checks config.json and the tensors of a decoder of the llama family for its ONNX graph.
 
-    config.json   -> Decoder: sizes, rotary frequencies, windows; or all that the graph cannot say
-    the tensors   -> each in its place and shape; or all that are missing, misshapen or unknown
-    both          -> genai_config.json, by which onnxruntime-genai runs the graph: what the graph's inputs and
-                     outputs are called, which tokens end a text, how long it may grow
+    config.json   -> Decoder: sizes, rotary frequencies, windows; or all that the graph cannot express
+    the tensors   -> each with its shape; or all that are missing, misshapen or unknown
+    both          -> genai_config.json for onnxruntime-genai: names of the graph's inputs and outputs, tokens
+                     that end a text, its greatest length
 
-Both checks come before the first byte is written: a graph that says less than the model means would run, and
-give other tokens.
-Source of the keys: onnxruntime.ai/docs/genai/reference/config; which of them it needs was tried with 0.18.
+Both checks run before the first byte is written: a graph that lacks a property of the model would run, but
+generate other tokens.
+Source of the keys: onnxruntime.ai/docs/genai/reference/config; the required ones were tried with 0.18.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PER_BLOCK = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Decoder:
-    """What the graph needs of config.json. frequencies: of the head_dim / 2 pairs, radians a token. windows:
-    of each block, tokens; None: all. context: tokens that a text may have."""
+    """The values of config.json for the graph. frequencies: of the head_dim / 2 pairs, radians a token.
+    windows: of each block, tokens; None: all. context: tokens that a text may have."""
 
     hidden: int
     heads: int
@@ -46,7 +46,7 @@ class Decoder:
 
 
 def decoder_of(config: Mapping[str, Any]) -> Decoder:
-    """config.json -> Decoder; PlanError lists all that this graph cannot say."""
+    """config.json -> Decoder; PlanError lists all that this graph cannot express."""
     kind, faults = config.get("model_type"), []
     if kind not in MODELS:
         raise PlanError(
@@ -85,7 +85,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _frequencies(rope: Mapping[str, Any], dim: int, faults: list[str]) -> tuple[float, ...]:
-    """Radians a token, as transformers computes them in f32."""
+    """Radians a token, computed in f32 like transformers."""
     kind = rope["rope_type"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         faults.append("rotary embedding of a part of each head; the graph turns all of it")
@@ -100,7 +100,7 @@ def _frequencies(rope: Mapping[str, Any], dim: int, faults: list[str]) -> tuple[
 
 
 def _windows(config: Mapping[str, Any], blocks: int, faults: list[str]) -> tuple[int | None, ...]:
-    """mistral has its window in every block; qwen2 and qwen3 where layer_types say so."""
+    """mistral has its window in every block; qwen2 and qwen3 according to layer_types."""
     window, types = config.get("sliding_window"), config.get("layer_types")
     if config["model_type"] == "llama" or window is None:
         return (None,) * blocks
@@ -116,7 +116,7 @@ def _windows(config: Mapping[str, Any], blocks: int, faults: list[str]) -> tuple
 
 
 def check_rows(decoder: Decoder, rows: Mapping[str, Stored]) -> None:
-    """PlanError with every tensor that the decoder lacks, has in another shape, or has no place for."""
+    """PlanError with every tensor that is missing, misshapen or unknown."""
     needed, optional = _shapes(decoder, rows)
     faults = [f"tensor {name!r} is missing" for name in needed if name not in rows]
     known = needed | optional
@@ -134,7 +134,7 @@ def check_rows(decoder: Decoder, rows: Mapping[str, Stored]) -> None:
 def _shapes(
     d: Decoder, rows: Mapping[str, Stored]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Tensors that must be there, and those that may, with their shapes."""
+    """Required and optional tensors, with their shapes."""
     vocabulary = rows[TABLE][1][0] if TABLE in rows else 0
     needed: dict[str, tuple[int, ...]] = {TABLE: (vocabulary, d.hidden)}
     needed["model.norm.weight"] = (d.hidden,)
@@ -193,13 +193,13 @@ def genai_config(config: Mapping[str, Any], rows: Mapping[str, Stored], graph: s
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that config.json has (null and -1 are none); padding is an end of text where it has no own."""
+    """Those of config.json (null and -1 are none); the padding token defaults to an end token."""
     ends = config.get("eos_token_id")
     ends = [token for token in (ends if isinstance(ends, list) else [ends]) if _is_token(token)]
-    found = {key: config[key] for key in ("bos_token_id", "pad_token_id") if _is_token(config.get(key))}
+    tokens = {key: config[key] for key in ("bos_token_id", "pad_token_id") if _is_token(config.get(key))}
     if not ends:
-        return found
-    return {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": ends[0], **found}
+        return tokens
+    return {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": ends[0], **tokens}
 
 
 def _is_token(value: Any) -> bool:

@@ -1,25 +1,25 @@
-"""ONNX: the graph of a decoder, and its weights in a file beside it, as onnxruntime reads them.
+"""ONNX: the graph of a decoder, and its weights in a separate file, for onnxruntime.
 
     model.onnx          the graph (onnx_graph.py); metadata "fewbits": {"version": 1, "tensors": {name:
                         {"format": "int4_g32", "shape": [n, k]}, ...}}
-    model.onnx.data     arrays, each at a multiple of 4096 bytes, where a system can map it
+    model.onnx.data     arrays, each at a multiple of 4096 bytes, so that it can be mapped
     genai_config.json   for onnxruntime-genai: the graph's inputs, special tokens (onnx_decoder.py)
 
     int4, int8 in groups      <tensor>.codes  u8 (n, groups, group * bits / 8)   first code in the low bits
       of 16 to 256 columns    <tensor>.scale  (n * groups)                       f16, bf16 or f32
       (MatMulNBits)           <tensor>.zero   u8 (n * ceil(groups * bits / 8))   without it: 2^(bits-1)
-    int8 by row or tensor     <tensor>.codes  (n, k)     i8, code - 128; u8, the code, where it has a zero
+    int8 by row or tensor     <tensor>.codes  (n, k)     i8, code - 128; u8, the code, if it has a zero
       (DequantizeLinear)      <tensor>.scale  (n) or ()
                               <tensor>.zero   u8, of the scales' shape
-    float                     <tensor>        as it is
+    float                     <tensor>        unchanged
 
-onnxruntime makes its own MatMulNBits of a DequantizeLinear with zeros, and rounds the inputs to 8 bits there,
-unless the session's qdq_matmulnbits_accuracy_level is 0; all else is multiplied in f32.
+onnxruntime replaces a DequantizeLinear with zeros by its own MatMulNBits and rounds the inputs to 8 bits
+there, unless the session's qdq_matmulnbits_accuracy_level is 0. All other products are in f32.
 
-Only directories that fewbits wrote are read: in another graph a weight has no name that tells what it is.
-Of those the arrays and the metadata count, not the nodes: one whose graph has no cache, as fewbits wrote it
-first, opens as well. MatMulNBits has 4 bits since onnxruntime 1.17 and 8 since 1.22 (pull requests 17890,
-24491); both tried with 1.32. Source: onnxruntime, docs/ContribOperators.md; onnx, docs/ExternalData.md.
+Only directories that fewbits wrote are read, because weights in other graphs have no known names. The arrays
+and the metadata are used, not the nodes: a graph without a cache, from an older fewbits, opens as well.
+MatMulNBits has 4 bits since onnxruntime 1.17 and 8 since 1.22 (pull requests 17890, 24491); both tried with
+1.32. Source: onnxruntime, docs/ContribOperators.md; onnx, docs/ExternalData.md.
 """
 
 from __future__ import annotations
@@ -103,19 +103,19 @@ class Onnx(Directory):
         assert isinstance(format, Affine)
         n, k = shape
         if format.cells.columns is None:
-            parts = (n,) if format.cells.rows == 1 else ()
+            cells = (n,) if format.cells.rows == 1 else ()
             codes = "i8" if format.zero == "none" else "u8"
-            sizes: list[tuple[int, ...]] = [(n, k), parts, parts]
+            sizes: list[tuple[int, ...]] = [(n, k), cells, cells]
         else:
             group, codes = format.cells.columns, "u8"
             groups = -(-k // group)
-            sizes = [
-                (n, groups, group * format.bits // 8),
-                (n * groups,),
-                (n * -(-groups * format.bits // 8),),
-            ]
-        found = [Array(f"{name}.codes", codes, sizes[0]), Array(f"{name}.scale", format.scale_type, sizes[1])]
-        return found + ([Array(f"{name}.zero", "u8", sizes[2])] if format.zero == "int" else [])
+            zeros = n * -(-groups * format.bits // 8)
+            sizes = [(n, groups, group * format.bits // 8), (n * groups,), (zeros,)]
+        parts = [("codes", codes), ("scale", format.scale_type), ("zero", "u8")]
+        parts = parts if format.zero == "int" else parts[:2]
+        return [
+            Array(f"{name}.{part}", dtype, size) for (part, dtype), size in zip(parts, sizes, strict=False)
+        ]
 
     def pack(self, q: QTensor) -> tuple[torch.Tensor, ...]:
         arrays = self.arrays("", q.format, q.shape)
@@ -154,39 +154,39 @@ class Onnx(Directory):
             for name, (kind, shape) in rows.items()
             if isinstance(kind, Format)
         }
-        said = json.dumps({"version": VERSION, "tensors": quantized})
-        graph = decoder_graph(config, rows, self.container(arrays)[1], DATA, said)
+        metadata = json.dumps({"version": VERSION, "tensors": quantized})
+        graph = decoder_graph(config, rows, self.container(arrays)[1], DATA, metadata)
         return {"config.json": config, GENAI: genai_config(config, rows, GRAPH), GRAPH: graph}
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
         """config: {"tensors": the rows of the metadata "fewbits"}."""
-        found: dict[str, QuantizedEntry | FloatEntry] = {}
-        for name, held in NATIVE.find(config, places, faults).items():
-            fault = self.refusal(held.format, held.shape) if isinstance(held, QuantizedEntry) else None
+        entries: dict[str, QuantizedEntry | FloatEntry] = {}
+        for name, entry in NATIVE.find(config, places, faults).items():
+            fault = self.refusal(entry.format, entry.shape) if isinstance(entry, QuantizedEntry) else None
             if fault is None:
-                found[name] = held
+                entries[name] = entry
             else:
                 faults.append(f"tensor {name!r}: {fault}")
-        return found
+        return entries
 
 
 ONNX = Onnx()
 
 
 def open_onnx(path: Path) -> Checkpoint:
-    """A directory of ours with model.onnx -> Checkpoint; all that disagrees in one FileError."""
+    """A directory of ours with model.onnx -> Checkpoint; FileError with every disagreement."""
     path = Path(path)
     config = read_json_object(path / "config.json")
     model = _parsed(path / GRAPH)
-    said = [prop.value for prop in model.metadata_props if prop.key == "fewbits"]
-    if len(said) != 1:
+    records = [prop.value for prop in model.metadata_props if prop.key == "fewbits"]
+    if len(records) != 1:
         raise FileError(
-            f"{path / GRAPH}: was not written by fewbits; of other ONNX models the weights cannot be told "
-            "apart from what the graph does with them: give the model directory that it was made of"
+            f"{path / GRAPH}: was not written by fewbits; fewbits opens only its own ONNX "
+            "files; give the model directory that it was made from"
         )
-    index = parse_json_object(said[0].encode(), f"{path / GRAPH}: metadata 'fewbits'")
+    index = parse_json_object(records[0].encode(), f"{path / GRAPH}: metadata 'fewbits'")
     if index.get("version") != VERSION or not isinstance(index.get("tensors"), dict):
         raise FileError(
             f"{path / GRAPH}: version {str(index.get('version'))[:40]}, this program reads {VERSION}; use "
@@ -204,8 +204,8 @@ def open_onnx(path: Path) -> Checkpoint:
 
 
 def _parsed(path: Path) -> Any:
-    """A ModelProto without the data outside it."""
-    onnx_helper()  # says how to install the package
+    """A ModelProto without external data."""
+    onnx_helper()  # its error has the pip command
     from google.protobuf.message import DecodeError
     from onnx import ModelProto
 
@@ -223,8 +223,8 @@ def _parsed(path: Path) -> Any:
 
 
 def _places(tensors: Iterable[Any], path: Path) -> dict[str, Place]:
-    """The initializers that lie outside, each within the data file and apart from the others; a constant of
-    the graph lies in it."""
+    """The external initializers, each inside the data file and without overlap; constants are in the
+    graph."""
     from onnx import TensorProto
 
     kinds = {getattr(TensorProto, name): dtype for dtype, name in TYPES.items()}
@@ -239,31 +239,31 @@ def _places(tensors: Iterable[Any], path: Path) -> dict[str, Place]:
         if end > size:
             faults.append(f"tensor {entry.name!r}: ends at byte {end}, {DATA} has {size}; fetch it again")
     names = [entry.name for entry in entries]
-    faults += [f"tensor {name!r} stands there twice" for name in sorted(set(names)) if names.count(name) > 1]
+    faults += [f"tensor {name!r} appears twice" for name in sorted(set(names)) if names.count(name) > 1]
     raise_all(FileError, str(path / GRAPH), faults)
     return {entry.name: Place(path / DATA, entry) for entry in entries}
 
 
 def _entry(tensor: Any, kinds: Mapping[int, str], faults: list[str]) -> Entry | None:
-    """An initializer -> where it lies; or None, with what is wrong appended to `faults`."""
-    said, before = {entry.key: entry.value for entry in tensor.external_data}, len(faults)
+    """An initializer -> its place; or None, with the fault appended to `faults`."""
+    fields, before = {entry.key: entry.value for entry in tensor.external_data}, len(faults)
     dtype, shape = kinds.get(tensor.data_type), tuple(tensor.dims)
     if dtype is None:
         faults.append(
-            f"tensor {tensor.name!r}: type {tensor.data_type}; read are {', '.join(TYPES.values())}"
+            f"tensor {tensor.name!r}: type {tensor.data_type}; supported: {', '.join(TYPES.values())}"
         )
-    if said.get("location") != DATA:
-        faults.append(f"tensor {tensor.name!r}: lies in {said.get('location', '')[:80]!r}; read is {DATA!r}")
+    if fields.get("location") != DATA:
+        faults.append(f"tensor {tensor.name!r}: lies in {fields.get('location', '')[:80]!r}, not in {DATA!r}")
     if len(shape) > MAX_DIMS or any(size < 0 for size in shape):
         faults.append(f"tensor {tensor.name!r}: shape {str(shape)[:80]} is not a list of sizes")
-    where = [said.get(key, "") for key in ("offset", "length")]
+    where = [fields.get(key, "") for key in ("offset", "length")]
     if not all(value.isascii() and value.isdecimal() and len(value) < 20 for value in where):
         faults.append(f"tensor {tensor.name!r}: offset and length {str(where)[:80]} are no bytes")
     if dtype is None or len(faults) > before:
         return None
     nbytes, length = prod(shape) * DTYPES[dtype].itemsize, int(where[1])
     if not nbytes and absurd(shape):
-        faults.append(f"tensor {tensor.name!r} is empty, and {shape}, which nothing holds; damaged file")
+        faults.append(f"tensor {tensor.name!r} is empty, and {shape}, which no tensor can have; damaged file")
         return None
     if nbytes != length:
         faults.append(f"tensor {tensor.name!r}: {dtype} {shape} needs {nbytes} bytes, its length is {length}")

@@ -1,23 +1,22 @@
-"""The ONNX graph of a decoder of the llama family, and how its weights meet their inputs there.
+"""The ONNX graph of a decoder of the llama family.
 
     input_ids        (b, t) i64         Gather -> blocks -> norm -> output -> logits (b, t, vocabulary) f32
-    attention_mask   (b, past + t) i64  1 a token, 0 padding: no query sees its key
-    position_ids     (b, t) i64         the angle that a query and its key are turned by
+    attention_mask   (b, past + t) i64  1 a token, 0 padding: no query reads its key
+    position_ids     (b, t) i64         the position of a query and its key for the rotary embedding
     past_key_values.i.key, .value       (b, kv heads, past, head_dim) f32 of block i; past may be 0
-    present.i.key, .value               the same with those of the t tokens behind them: the next call's past
+    present.i.key, .value               the same with those of the t new tokens: the next call's past
 
     block     x + o(attention(q, k, v of norm(x)));   x + down(silu(gate) * up) of norm(x)
     weight    groups: MatMulNBits(x, codes, scales[, zeros]) of com.microsoft; a row or the tensor: x times
               the transpose of DequantizeLinear(codes, scales[, zeros]); float: of the weight itself
 
-Keys are kept turned by their positions, so a new token turns one key and passes over the others. How far a
-key lies behind a query is counted in tokens of attention_mask, not in places of the cache: what is behind, or
-within a window, does not depend on where a row is padded. Names and axes are those of Optimum's exports, and
-the defaults of onnxruntime-genai. All arithmetic is f32: what is stored in f16 or bf16 passes a Cast, which
-onnxruntime does once, when it loads. Queries that share a key are rows of one product: no key is repeated.
-Constants of the graph lie in it; all arrays that are a tensor's lie outside, under the tensor's name.
-Spec: onnx.ai/onnx/operators, opset 18; onnxruntime, docs/ContribOperators.md; optimum,
-exporters/onnx/config.py; onnxruntime-genai, src/config.h.
+Keys are stored after the rotary embedding, so a new token rotates only its own key. The distance of a key
+from a query is counted in tokens of attention_mask, not in cache positions, so causality and windows do not
+depend on padding. Names and axes are those of Optimum's exports, and the defaults of onnxruntime-genai. All
+arithmetic is f32: arrays in f16 or bf16 pass a Cast, which onnxruntime evaluates once, when it loads. Queries
+that share a key are rows of one product: no key is repeated. Constants are stored in the graph, all tensors
+in the data file under their names. Spec: onnx.ai/onnx/operators, opset 18; onnxruntime,
+docs/ContribOperators.md; optimum, exporters/onnx/config.py; onnxruntime-genai, src/config.h.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from ...version import VERSION
 from ..directory import Stored
 from .decoder import INPUTS, TABLE, Decoder, check_rows, decoder_of, past, present
 
-OPSET, IR = 18, 8  # the first with ReduceMean's axes as an input; what came with it
+OPSET, IR = 18, 8  # the first with ReduceMean's axes as an input, and its IR version
 TYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "U8": "UINT8", "I8": "INT8"}
 """dtypes of arrays, as safetensors and as ONNX name them"""
-LOWEST = -(2 - 2**-23) * 2.0**127  # of a row that sees no key -inf would make NaN
+LOWEST = -(2 - 2**-23) * 2.0**127  # -inf would give NaN for a row without keys
 END = 2**31 - 1  # of a Slice: to the last
 
 
@@ -123,8 +122,8 @@ class Graph:
 
 @dataclass(frozen=True)
 class Positions:
-    """cos, sin: `(b, 1, t, head_dim / 2)`. masks, by window: `(b, 1, t, past + t)`, 0 where the query of
-    a row sees the key of a column, else LOWEST."""
+    """cos, sin: `(b, 1, t, head_dim / 2)`. masks, by window: `(b, 1, t, past + t)`, 0 if the query of a
+    row reads the key of a column, else LOWEST."""
 
     cos: str
     sin: str
@@ -165,7 +164,7 @@ def _turned(g: Graph, x: str, at: Positions) -> str:
 
 
 def _attention(g: Graph, x: str, i: int, at: Positions) -> str:
-    """Of block i. In the shapes of a Reshape 0 is the size of the input's own axis, -1 what remains."""
+    """Of block i. In the shapes of a Reshape 0 is the size of the input's own axis, -1 the rest."""
     d, attention = g.decoder, f"model.layers.{i}.self_attn"
     q = _heads(g, g.linear(x, f"{attention}.q_proj"), d.heads, f"{attention}.q_norm.weight")
     k = _heads(g, g.linear(x, f"{attention}.k_proj"), d.kv_heads, f"{attention}.k_norm.weight")
@@ -191,11 +190,11 @@ def _mlp(g: Graph, x: str, block: str) -> str:
 
 
 def decoder_graph(
-    config: Mapping[str, Any], rows: Mapping[str, Stored], entries: Sequence[Entry], data: str, said: str
+    config: Mapping[str, Any], rows: Mapping[str, Stored], entries: Sequence[Entry], data: str, metadata: str
 ) -> bytes:
-    """The model.onnx of these tensors, whose arrays lie in the file `data` as `entries` say.
+    """The model.onnx of these tensors, whose arrays are in the file `data` at `entries`.
 
-    said: JSON, kept as metadata under "fewbits". PlanError for what the graph cannot say.
+    metadata: JSON, stored in the model's metadata as "fewbits". PlanError for what the graph cannot express.
     """
     decoder = decoder_of(config)
     check_rows(decoder, rows)
@@ -219,7 +218,7 @@ def decoder_graph(
     opsets = [g.helper.make_opsetid("", OPSET), g.helper.make_opsetid("com.microsoft", 1)]
     model = g.helper.make_model(graph, opset_imports=opsets, ir_version=IR)
     model.producer_name, model.producer_version = "fewbits", VERSION
-    g.helper.set_model_props(model, {"fewbits": said})
+    g.helper.set_model_props(model, {"fewbits": metadata})
     return bytes(model.SerializeToString(deterministic=True))
 
 
@@ -238,7 +237,7 @@ def _signature(g: Graph, vocabulary: int) -> tuple[list[Any], list[Any]]:
 
 
 def _outside(types: Any, entry: Entry, data: str) -> Any:
-    """An initializer whose bytes lie in the file `data`."""
+    """An initializer whose bytes are in the file `data`."""
     kind = getattr(types, TYPES[entry.dtype])
     tensor = types(name=entry.name, data_type=kind, dims=entry.shape, data_location=types.EXTERNAL)
     for key, value in (("location", data), ("offset", entry.offset), ("length", entry.nbytes)):
@@ -247,7 +246,7 @@ def _outside(types: Any, entry: Entry, data: str) -> Any:
 
 
 def onnx_helper() -> tuple[Any, Any]:
-    """onnx.helper and TensorProto; FileError where the package is not installed."""
+    """onnx.helper and TensorProto; FileError if the package is not installed."""
     try:
         from onnx import TensorProto, helper
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a runtime is told besides weights, activations and caches in few bits, and what becomes of it."""
+"""Schemes for activations and the KV cache in files: written, read, converted, evaluated."""
 
 import json
 
@@ -28,7 +28,7 @@ ATTENTION = "model.layers.{}.self_attn"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("told") / "m")
+    return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("recorded") / "m")
 
 
 def written(source, out, **asked):
@@ -36,7 +36,7 @@ def written(source, out, **asked):
     return out
 
 
-def said(path):
+def metadata_of(path):
     return open_checkpoint(path).metadata
 
 
@@ -51,8 +51,8 @@ def test_steps_are_the_largest_over_448():
         model(WINDOWS)
     found = ranges(model, WINDOWS)
     assert list(found) == [ATTENTION.format(i) for i in range(2)]
-    for steps, peaks in zip(found.values(), largest, strict=True):
-        assert steps == pytest.approx([peak / 448 for peak in peaks], rel=1e-6)
+    for scales, peaks in zip(found.values(), largest, strict=True):
+        assert scales == pytest.approx([peak / 448 for peak in peaks], rel=1e-6)
 
 
 def test_what_is_stored_is_the_nearest_e4m3():
@@ -62,31 +62,31 @@ def test_what_is_stored_is_the_nearest_e4m3():
 
 def test_every_block_reads_its_own_steps():
     cache, x = CACHES.get("fp8"), torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(1))
-    steps = [(0.01, 0.02), (0.5, 1.0)]
-    attend = attention(cache, steps)
-    for of_keys, of_values in steps + steps:
+    scales = [(0.01, 0.02), (0.5, 1.0)]
+    attend = attention(cache, scales)
+    for of_keys, of_values in scales + scales:
         expected = scaled_dot_product_attention(x, to_e4m3(x, of_keys), to_e4m3(x, of_values), is_causal=True)
         assert torch.equal(attend(x, x, x, is_causal=True), expected)
-    with pytest.raises(CalibrationError, match="fixed step for each block"):
+    with pytest.raises(CalibrationError, match="fixed scale for each block"):
         attention(cache)
 
 
 @pytest.mark.parametrize("file", ["compressed-tensors", "native"])
 def test_a_cache_is_told_and_read_again(source, tmp_path, file):
     out = written(source, tmp_path / "out", file=file, kv_cache="fp8")
-    found = said(out)["kv_cache"]
+    found = metadata_of(out)["kv_cache"]
     assert found["scheme"] == "fp8" and list(found["steps"]) == [ATTENTION.format(i) for i in range(2)]
     expected = ranges(load_model(open_checkpoint(out)), WINDOWS)
-    for module, steps in found["steps"].items():
-        assert steps == pytest.approx(expected[module], rel=1e-6)
+    for module, scales in found["steps"].items():
+        assert scales == pytest.approx(expected[module], rel=1e-6)
     if file == "compressed-tensors":
         config = json.loads((out / "config.json").read_text())["quantization_config"]
         assert config["kv_cache_scheme"] == {
             "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False,
         }  # fmt: skip
         arrays = load_file(out / "model.safetensors")
-        for module, steps in found["steps"].items():
-            assert [arrays[f"{module}.{part}_scale"].item() for part in "kv"] == pytest.approx(steps)
+        for module, scales in found["steps"].items():
+            assert [arrays[f"{module}.{part}_scale"].item() for part in "kv"] == pytest.approx(scales)
 
 
 @pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_static", "int8_asymmetric_static"])
@@ -94,8 +94,11 @@ def test_a_conversion_keeps_what_it_can_say(source, tmp_path, scheme):
     first = written(source, tmp_path / "a", file="compressed-tensors", activations=scheme, kv_cache="fp8")
     convert(first, tmp_path / "b", "native")
     convert(tmp_path / "b", tmp_path / "c", "compressed-tensors")
-    told = [{key: said(path)[key] for key in ("activations", "kv_cache")} for path in (first, tmp_path / "b")]
-    assert told[0] == told[1] and told[0]["activations"]["scheme"] == scheme
+    recorded = [
+        {key: metadata_of(path)[key] for key in ("activations", "kv_cache")}
+        for path in (first, tmp_path / "b")
+    ]
+    assert recorded[0] == recorded[1] and recorded[0]["activations"]["scheme"] == scheme
     assert load_file(first / "model.safetensors").keys() == load_file(tmp_path / "c/model.safetensors").keys()
     for key, value in load_file(tmp_path / "c" / "model.safetensors").items():
         assert torch.equal(value, load_file(first / "model.safetensors")[key]), key
@@ -110,9 +113,9 @@ def test_what_is_not_kept_is_a_note(source, tmp_path):
     assert any("activations in int8_dynamic: not kept" in note for note in notes)
     assert any("kv_cache in fp8: not kept" in note for note in notes)
     notes = convert(first, tmp_path / "c.gguf").notes
-    assert sum("a GGUF file cannot say anything of" in note for note in notes) == 2
+    assert sum("a GGUF file cannot record" in note for note in notes) == 2
     request = Request(to="int4_g32", requantize=True)
-    assert sum("quantized anew" in note for note in quantize(first, tmp_path / "d", request).notes) == 2
+    assert sum("quantized again" in note for note in quantize(first, tmp_path / "d", request).notes) == 2
 
 
 @pytest.mark.parametrize(
@@ -141,22 +144,22 @@ def test_what_no_record_says_is_told(source, tmp_path):
     group["input_activations"] |= {"strategy": "group", "group_size": 16}
     config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "int", "symmetric": True}
     (out / "config.json").write_text(json.dumps(config))
-    unread = said(out)["unread"]
+    unread = metadata_of(out)["unread"]
     assert len(unread) == 2 and "inputs of weights" in unread[0] and "cache of keys" in unread[1]
     notes = convert(out, tmp_path / "b", "native").notes
     assert [note for note in notes if note.startswith("the input: ")] == [f"the input: {x}" for x in unread]
 
 
 def test_it_is_refused_where_it_cannot_be_said(source, tmp_path):
-    with pytest.raises(PlanError, match="gptq directory cannot say anything of a cache"):
+    with pytest.raises(PlanError, match="gptq directory cannot record a scheme of the KV cache"):
         written(source, tmp_path / "a", file="gptq", kv_cache="fp8")
-    with pytest.raises(PlanError, match="GGUF file cannot say anything"):
+    with pytest.raises(PlanError, match="GGUF file cannot record"):
         written(source, tmp_path / "a.gguf", kv_cache="fp8")
     with pytest.raises(PlanError, match="a cache of keys and values in int4; it can say fp8"):
         written(source, tmp_path / "a", file="compressed-tensors", kv_cache="int4")
-    with pytest.raises(PlanError, match="nothing is to be told of it; told is fp8"):
+    with pytest.raises(PlanError, match="no file records it; use fp8"):
         written(source, tmp_path / "a", file="native", kv_cache="int4")
-    with pytest.raises(CalibrationError, match="steps from a text"):
+    with pytest.raises(CalibrationError, match="scales measured on calibration text"):
         request = Request(to="int8_channel", file="compressed-tensors", kv_cache="fp8")
         quantize(source, tmp_path / "b", request)
     plan = [
@@ -167,7 +170,7 @@ def test_it_is_refused_where_it_cannot_be_said(source, tmp_path):
 
 
 def test_evaluate_runs_a_quantized_as_its_directory_says(source, tmp_path):
-    """A static scheme and a cache, by the steps that lie in the directory, without any text to calibrate."""
+    """A static scheme and a cache, with the scales in the directory, without any text to calibrate."""
     out = written(
         source, tmp_path / "a", file="compressed-tensors", activations="int8_static", kv_cache="fp8"
     )
@@ -177,10 +180,10 @@ def test_evaluate_runs_a_quantized_as_its_directory_says(source, tmp_path):
     found = evaluate(
         open_checkpoint(source), [open_checkpoint(p) for p in (out, tmp_path / "plain")], text, settings
     )
-    told, plain = found.quantized_models
-    assert told.simulated.activations == "int8_static" and told.simulated.cache == "fp8"
-    assert told.simulated.sites == 14 and plain.simulated is None
-    assert told.fidelity.kl.value > plain.fidelity.kl.value
+    recorded, plain = found.quantized_models
+    assert recorded.simulated.activations == "int8_static" and recorded.simulated.cache == "fp8"
+    assert recorded.simulated.sites == 14 and plain.simulated is None
+    assert recorded.fidelity.kl.value > plain.fidelity.kl.value
     asked = Simulation(cache="fp8", calibration=WINDOWS)
     again = evaluate(open_checkpoint(source), [open_checkpoint(tmp_path / "plain")], text,
                      Settings(context=32, prompts=0, simulation=asked))  # fmt: skip
@@ -189,7 +192,7 @@ def test_evaluate_runs_a_quantized_as_its_directory_says(source, tmp_path):
 
 
 def test_a_text_is_read_where_only_the_runtime_is_told_of_it(source, tmp_path):
-    """--effort fast rounds without a text, and the steps of a cache still come from the one that is given."""
+    """--effort fast rounds without a text, and the scales of a cache still come from the given one."""
     (tmp_path / "text.txt").write_text("a quick brown fox jumps over the lazy dog; " * 200)
     command = ["quantize", str(source), "--to", "int8_channel", "--file", "compressed-tensors", "--no-verify"]
     command += [
@@ -207,6 +210,6 @@ def test_a_text_is_read_where_only_the_runtime_is_told_of_it(source, tmp_path):
         == 0
     )
     assert main([*command, "--activations", "int8_dynamic", "--out", str(tmp_path / "b")]) == 0
-    told = said(tmp_path / "a")
-    assert len(told["kv_cache"]["steps"]) == 2 and len(told["activations"]["ranges"]) == 14
-    assert said(tmp_path / "b")["activations"]["scheme"] == "int8_dynamic"
+    recorded = metadata_of(tmp_path / "a")
+    assert len(recorded["kv_cache"]["steps"]) == 2 and len(recorded["activations"]["ranges"]) == 14
+    assert metadata_of(tmp_path / "b")["activations"]["scheme"] == "int8_dynamic"
