@@ -192,7 +192,7 @@ def test_a_name_that_is_none_is_refused(reference, output):
 @pytest.mark.parametrize(("outcome", "code"), [(SAME, 0), (replace(SAME, verdict="differs", kl=5.0), 4)])
 def test_the_engine_has_the_last_word(reference, tmp_path, monkeypatch, capsys, outcome, code):
     for module in ("fewbits.cli.verify", "fewbits.workflow.quantize"):
-        monkeypatch.setattr(f"{module}.verify", lambda *given: outcome)
+        monkeypatch.setattr(f"{module}.verify", lambda *given, **named: outcome)
     out, again = tmp_path / "m.gguf", tmp_path / "again.gguf"
     assert (
         main(["quantize", str(reference.path), "--to", "q8_0", "--effort", "fast", "--out", str(out)]) == code
