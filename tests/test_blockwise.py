@@ -5,7 +5,7 @@ import re
 import shutil
 import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from fewbits.plan import Plan
 from fewbits.plan.method import EFFORTS, METHODS, Method
 from fewbits.plan.rules import parse_rule
 from fewbits.release.receipt import Receipt, TensorRow
+from fewbits.transforms import checked
 from fewbits.workflow.blockwise import Streaming
 from fewbits.workflow.blockwise import job as job_module
 from fewbits.workflow.request import Request
@@ -165,6 +166,25 @@ def test_every_option_is_followed_and_recorded(llama, plain_error, tmp_path, nam
         assert 0 < after <= before and bool(distilled) == (after < before)
     if method.algorithm == "gptq":  # what weighs columns alone may lose more of the logits
         assert 0 < logit_error(llama, tmp_path / "n", tokens_of()) < plain_error
+
+
+@pytest.mark.parametrize("name", ["awq", "smooth", "equalize"])
+def test_a_transform_keeps_its_pairs_where_the_model_runs_in_bf16(llama, tmp_path, name):
+    """The check of a pair is in f32: in bf16 every output moves by more than a wrong pair's does."""
+    kept = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        request = asked(method=OPTIONS[name][0], streaming=Streaming(dtype=dtype))
+        notes = quantize(llama, tmp_path / str(dtype), request).notes
+        kept[dtype] = [note for note in notes if note.startswith(("scaled: ", "dropped: "))]
+    assert kept[torch.float32] == kept[torch.bfloat16] and kept[torch.float32][0].startswith("scaled: ")
+
+
+def test_a_transform_that_changes_nothing_is_a_warning_with_the_reason(llama, tmp_path, monkeypatch):
+    """Here because every pair moves the output."""
+    monkeypatch.setattr("fewbits.workflow.blockwise.job.checked", partial(checked, tolerance=-1.0))
+    with pytest.warns(CalibrationWarning, match=r"smooth changed nothing: dropped: .* moved by"):
+        receipt = quantize(llama, tmp_path / "n", asked(method=OPTIONS["smooth"][0]))
+    assert any(note.startswith("smooth changed nothing: dropped: ") for note in receipt.notes)
 
 
 def test_a_rule_gives_one_weight_its_own_format_and_algorithm(llama, tmp_path):

@@ -59,14 +59,21 @@ class Block:
         return [name for made_of in self._made_of.values() for name in made_of]
 
     def __call__(
-        self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+        self,
+        hidden: torch.Tensor,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """`(b, t, h)` -> `(b, t, h)`. weights: replace the block's own in this call, by checkpoint name;
-        the result is differentiable with respect to them."""
-        hidden = hidden.to(self.device, self.dtype)
+        the result is differentiable with respect to them. dtype: of this call's arithmetic, where all the
+        weights are given (default: the block's)."""
+        dtype = dtype or self.dtype
+        hidden = hidden.to(self.device, dtype)
         call = self._call(hidden)
-        stand_ins = self._substitutes(weights or {})
-        result = functional_call(self.module, stand_ins, (hidden, *call.args), call.kwargs)
+        stand_ins = self._substitutes(weights or {}, dtype)
+        args = tuple(_cast(value, dtype) for value in (hidden, *call.args))
+        kwargs = {key: _cast(value, dtype) for key, value in call.kwargs.items()}
+        result = functional_call(self.module, stand_ins, args, kwargs)
         output = result[0] if isinstance(result, tuple) else result
         if output.shape != hidden.shape:
             raise ModelError(f"{self.name}: {tuple(hidden.shape)} came out as {tuple(output.shape)}")
@@ -112,13 +119,15 @@ class Block:
         raise_all(ModelError, self.name, sorted(faults))
         return {name: places[name] for name in weights}
 
-    def _substitutes(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _substitutes(
+        self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         """The module's parameters made of the weights; fused ones are completed with the block's own."""
         made: dict[str, torch.Tensor] = {}
         for name, (key, place) in self._places(weights).items():
-            weight = weights[name].to(self.device, self.dtype)
+            weight = weights[name].to(self.device, dtype)
             if place and key not in made:
-                made[key] = get_tensor(self.module, key).detach().clone()
+                made[key] = get_tensor(self.module, key).detach().to(dtype, copy=True)
             if place:
                 made[key][place] = weight
             else:
@@ -178,6 +187,15 @@ class _LinearWatch(TorchFunctionMode):
             self._rows[x] = x.detach().reshape(-1, x.shape[-1])
         for name in names:
             self._watch(name, self._rows[x])
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The floats of an argument, nested ones too, as `dtype`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(part, dtype) for part in value)
+    return value
 
 
 def get_tensor(module: torch.nn.Module, key: str) -> torch.Tensor:

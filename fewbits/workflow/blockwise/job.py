@@ -79,8 +79,8 @@ class BlockJob:
         self.result |= {name: value for name, value in new.items() if name not in self.run.specs}
 
     def _sample(self, hidden: torch.Tensor) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
-        """Weights to replace -> the block's output on one sequence."""
-        return lambda changed: self.block(hidden[:1], changed)
+        """Weights to replace -> the block's output on one sequence, in f32: bf16 hides small changes."""
+        return lambda changed: self.block(hidden[:1], {**self.weights, **changed}, torch.float32)
 
     def quantize(self, stage: Sequence[Site], captured: Capture) -> None:
         """Choose codes for the sites of one stage, and put them into the block."""

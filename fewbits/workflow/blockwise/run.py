@@ -17,12 +17,14 @@ pass more. Finished blocks of a resumed run are only run, not quantized again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
+from ...algorithms import CalibrationWarning
 from ...blocks.activations import Activations
 from ...blocks.block import Block
 from ...blocks.model import BlockModel
@@ -31,6 +33,7 @@ from ...files.checkpoint import Checkpoint, LazyTensor
 from ...model.sites import Site, sites
 from ...qtensor import QTensor
 from ...train.distill import DistillSettings, distill
+from ...transforms import TRANSFORMS
 from ..blockstore import BlockStore
 from ..task import Spec, WeightRecord, measured
 from .job import BlockJob, Records, decoded
@@ -62,7 +65,21 @@ def quantize_blocks(
             quantized = replace(run.checkpoint, tensors=dict(tensors))
             _distill(run, quantized, records, store, n, progress)
         _take(store, n, tensors, records, notes)
+    notes += _without_pairs(run, notes)
     return replace(run.checkpoint, tensors=tensors), records, _gathered(notes)
+
+
+def _without_pairs(run: Run, notes: Sequence[Note]) -> list[Note]:
+    """A note, which is a warning too, where transforms were asked for and none of their pairs was scaled."""
+    asked = [name for name in run.method.transforms if name in TRANSFORMS]
+    if not asked or any(note.kind == "scaled" for note in notes):
+        return []
+    reason = next(
+        (note.text for note in notes if note.kind in ("dropped", "no pairs")), "no pair gained by it"
+    )
+    text = f"{', '.join(asked)} changed nothing: {reason}"
+    warnings.warn(text, CalibrationWarning, stacklevel=2)
+    return [Note(text)]
 
 
 def _take(
