@@ -74,8 +74,8 @@ def gptq(
     for start in range(0, n, step):
         target = hessian.target(w[start : start + step], stats, gptaq)
         if format.ordered:
-            taken = replace(hessian, order=torch.arange(k, device=order.device))
-            q = format.arranged(fed_back(target[:, order], inner, taken, width, fit), order)
+            in_order = replace(hessian, order=torch.arange(k, device=order.device))
+            q = format.arranged(fed_back(target[:, order], inner, in_order, width, fit), order)
         else:
             q = fed_back(target, format, hessian, width, fit)
         parts.append(descended(q, target, hessian.hessian, descent) if descent else q)
@@ -111,10 +111,10 @@ def feed_back(
     def quantize(start: int, stop: int) -> None:
         here = slice(start, stop)
         inner = factor[here, here]
-        found, _, errors[here] = quantize_columns(
+        chosen, _, errors[here] = quantize_columns(
             grid, state[here], inner, columns[here], pivot=inner.diagonal()
         )
-        codes.append(found)
+        codes.append(chosen)
 
     blocked_update(state, factor, errors, quantize, UNIT)
     return format.pack(grid, torch.cat(codes)[columns.argsort()].T.contiguous()), errors

@@ -212,12 +212,14 @@ def write_rows(
         documents = Documents(starts, heads, ends_of(checkpoint, tokenizer), len(tokenizer))
         heat = torch.tensor([TEMPERATURES[(len(rows) + i) % len(TEMPERATURES)] for i in range(len(starts))])
 
-        def told(done: int, _: int, before: int = len(rows), now: int = len(starts)) -> None:
+        def report(done: int, _: int, before: int = len(rows), now: int = len(starts)) -> None:
             if step:
                 step(before * length + now * done, wanted * length)
 
         try:
-            written = sample(decoder, torch.tensor(starts), length, generator, heat[:, None], documents, told)
+            written = sample(
+                decoder, torch.tensor(starts), length, generator, heat[:, None], documents, report
+            )
         except CalibrationError as error:
             raise CalibrationError(f"{checkpoint.path}: {error}: {damage_of(checkpoint)}") from error
         for row in written.tolist():
@@ -260,8 +262,8 @@ def _heads(
 def ends_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens with which the model ends a text."""
     eos = checkpoint.config.get("text_config", checkpoint.config).get("eos_token_id")
-    found = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    return frozenset(token for token in found if token is not None)
+    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    return frozenset(token for token in ids if token is not None)
 
 
 def writer_of(checkpoint: Checkpoint, memory: int | None = None) -> Writer:
@@ -272,15 +274,15 @@ def writer_of(checkpoint: Checkpoint, memory: int | None = None) -> Writer:
     memory = free_memory() if memory is None else memory
     most = ROWS_AT_ONCE * _row_nbytes(model_config(checkpoint).get_text_config(), 4, ROW)
     kinds = ("bf16" if faster_dtype() == torch.bfloat16 else "f32", "bf16", *COPIES)
-    found = []
+    writers = []
     for kind in dict.fromkeys(kinds):
         weights, loading = weight_nbytes(checkpoint, kind)
         for cache in (min(most, CACHE_BYTES), min(most, LEAST_CACHE)):
-            found.append(Writer(kind, cache, weights + max(loading, cache + WORKING)))
-    for writer in found:
+            writers.append(Writer(kind, cache, weights + max(loading, cache + WORKING)))
+    for writer in writers:
         if writer.nbytes <= memory:
             return writer
-    least = min(writer.nbytes for writer in found)
+    least = min(writer.nbytes for writer in writers)
     raise CalibrationError(
         f"{checkpoint.path}: to write its own text the model needs {least / 2**30:.2f} GiB of memory, "
         f"{memory / 2**30:.2f} GiB are free; give a text file (--calibrate FILE), with which it is run block "

@@ -115,10 +115,10 @@ def _paged(end: int) -> int:
     return -(-end // PAGE) * PAGE
 
 
-def _longer(held: torch.Tensor, end: int) -> torch.Tensor:
-    b, g, n, d = held.shape
-    longer = held.new_empty(b, g, _paged(end), d)
-    longer[:, :, :n] = held
+def _longer(cached: torch.Tensor, end: int) -> torch.Tensor:
+    b, g, n, d = cached.shape
+    longer = cached.new_empty(b, g, _paged(end), d)
+    longer[:, :, :n] = cached
     longer[:, :, n:] = 0  # what is masked must be finite
     return longer
 

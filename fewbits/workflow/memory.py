@@ -50,7 +50,7 @@ def tasks_of(
 ) -> list[Task]:
     """Every weight that gets new codes."""
     known = {site.name: site for site in sites(checkpoint)}
-    found = []
+    tasks = []
     for job in target.jobs:
         for name in job.sources:
             tensor = checkpoint.tensors[name]
@@ -64,8 +64,8 @@ def tasks_of(
             if NEEDS[spec.algorithm] != "nothing" and not (inside and request.calibrated):
                 spec = Spec(kind, "rtn", {"search": request.search})
             shape = (prod(tensor.shape[:-1]), tensor.shape[-1])
-            found.append(Task(site, shape, kind.name, spec.algorithm, spec.options, walked))
-    return found
+            tasks.append(Task(site, shape, kind.name, spec.algorithm, spec.options, walked))
+    return tasks
 
 
 def memory_need(
@@ -148,20 +148,20 @@ def _limit(request: Request, here: int) -> int:
 
 def block_weights(checkpoint: Checkpoint) -> list[int]:
     """Weights of each block, norms and biases left out."""
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for site in sites(checkpoint):
         if site.block is not None:
-            found[site.block] = found.get(site.block, 0) + prod(site.shape)
-    return list(found.values()) or [0]
+            counts[site.block] = counts.get(site.block, 0) + prod(site.shape)
+    return list(counts.values()) or [0]
 
 
 def _block_nbytes(checkpoint: Checkpoint) -> int:
     """Bytes that the largest block takes in its file."""
-    found: dict[int, int] = {}
+    nbytes: dict[int, int] = {}
     for site in sites(checkpoint):
         if site.block is not None:
-            found[site.block] = found.get(site.block, 0) + checkpoint.tensors[site.name].nbytes
-    return max(found.values(), default=0)
+            nbytes[site.block] = nbytes.get(site.block, 0) + checkpoint.tensors[site.name].nbytes
+    return max(nbytes.values(), default=0)
 
 
 def _job_peak(checkpoint: Checkpoint) -> Any:
@@ -176,20 +176,20 @@ def _job_peak(checkpoint: Checkpoint) -> Any:
 def _source_peak(checkpoint: Checkpoint, job: Job, name: str) -> int:
     tensor = checkpoint.tensors[name]
     count, turned = prod(tensor.shape), job.entry is not None and (job.entry.rows or job.entry.add)
-    held = tensor.nbytes * (2 if turned else 1)
+    nbytes = tensor.nbytes * (2 if turned else 1)
     if tensor.quantized and tensor.kind != job.kind:
-        held += 4 * count  # decoded
+        nbytes += 4 * count  # decoded
     if tensor.kind == job.kind:
-        return held
+        return nbytes
     if not isinstance(job.kind, Format):
-        return held + 4 * min(count, 2 * CHUNK) + 4 * count
+        return nbytes + 4 * min(count, 2 * CHUNK) + 4 * count
     format, (n, k) = job.kind, (prod(tensor.shape[:-1]), tensor.shape[-1])
     inner = format.ordered or format
     if format.ordered:
-        held += tensor.nbytes + 2 * count  # columns in the order of groups, and their codes put back
+        nbytes += tensor.nbytes + 2 * count  # columns in the order of groups, and their codes put back
     alone = all(plane.flat is None and plane.rows == 1 for plane in inner.planes)
     rows = min(n, max(1, CHUNK // k)) if alone else n
-    return held + 2 * format.nbytes(n, k) + ROWS_IN_F32 * 4 * rows * k
+    return nbytes + 2 * format.nbytes(n, k) + ROWS_IN_F32 * 4 * rows * k
 
 
 def _hidden_nbytes(checkpoint: Checkpoint, request: Request) -> int:
@@ -205,12 +205,12 @@ def _walk_peak(checkpoint: Checkpoint, walked: Sequence[Task], hidden: int, requ
     read from; hidden states; Hessians, or what else is made of a block's inputs."""
     dtype = request.streaming.dtype
     copies = 4 + (0 if dtype.itemsize == 4 else dtype.itemsize)
-    held = 2 * copies * max(block_weights(checkpoint)) + _block_nbytes(checkpoint)
+    nbytes = 2 * copies * max(block_weights(checkpoint)) + _block_nbytes(checkpoint)
     widest = max((t.shape[1] for t in walked if NEEDS[t.algorithm] == "hessian"), default=0)
     states = max(hidden, waiting(walked, request)) if request.method.sequential else hidden
     states = min(states, request.streaming.activation_memory)
     squares = 4 if request.method.gptaq else 3  # the Hessian, what is made of it twice, the mismatch
-    return held + states + max(ALLOWANCE, squares * 4 * widest**2 + BESIDE)
+    return nbytes + states + max(ALLOWANCE, squares * 4 * widest**2 + BESIDE)
 
 
 def waiting(walked: Sequence[Task], request: Request) -> int:

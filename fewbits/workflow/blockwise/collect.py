@@ -40,20 +40,20 @@ def collect(
     Raises ModelError for a model that cannot be run, CalibrationError naming block and site for
     activations that are not finite, FileError for too small a disk.
     """
-    told = progress or (lambda stage, done, total: None)
+    report = progress or (lambda stage, done, total: None)
     inside = {site.name: site for site in sites(checkpoint) if site.block is not None}
     if not inside:
         raise CalibrationError(f"{checkpoint.path}: no weight of its blocks is known; nothing to calibrate")
     model = BlockModel(checkpoint, streaming.dtype, streaming.device)
     if hessian:
         _check_disk(inside, parts)
-    found = []
+    saved = []
     with torch.no_grad(), Activations((), streaming.activation_memory, streaming.scratch) as x:
         widest = max(max(site.shape) for site in inside.values())
         for batch in tokens.windows.split(streaming.rows(tokens.windows.shape[1], widest)):
             x.append(model.embed(batch))
         for i in range(model.n_blocks):
-            told("block", i, model.n_blocks)
+            report("block", i, model.n_blocks)
             block = model.block(i, model.weights(i))
             wanted = [inside[name] for name in model.names(i) if name in inside]
             seen = capture(block, x, wanted, hessian, outputs=x)
@@ -63,10 +63,10 @@ def collect(
             )  # fmt: skip
             path = parts / f"block-{i:04d}.safetensors"
             save_statistics(part, path)
-            found.append(load_statistics(path))
+            saved.append(load_statistics(path))
             del block, seen, part
-        told("block", model.n_blocks, model.n_blocks)
-    return join(found)
+        report("block", model.n_blocks, model.n_blocks)
+    return join(saved)
 
 
 def _check_disk(inside: dict[str, Site], folder: Path) -> None:

@@ -63,10 +63,10 @@ class BlockJob:
         for name in asked:
             options = self.run.method.transform_options if name == "smooth" else {}
             now = {key: value.cpu() for key, value in self.weights.items()} | applied(self.weights, chosen)
-            found = TRANSFORMS.get(name)(now, pairs, stats, formats, **options)
-            for pair, scale in found:
+            scaled = TRANSFORMS.get(name)(now, pairs, stats, formats, **options)
+            for pair, scale in scaled:
                 stats |= {key: rescaled(stats[key], pair, scale) for key in pair.consumers if key in stats}
-            chosen += found
+            chosen += scaled
         kept, dropped = checked(self.weights, chosen, self._sample(x[0]))
         self.notes += [
             Note(f"dropped: {name}: the block's output moved by {moved:.2g}", "dropped")
@@ -147,13 +147,13 @@ class BlockJob:
         formats = {site.name: self.run.specs[site.name].format for site in wanted}
         start = {name: value for name in formats if isinstance(value := self.result[name], QTensor)}
         with torch.enable_grad():
-            found = learn_block(self.block, self.weights, formats, start, x, targets, EFFORTS[level])
+            learned = learn_block(self.block, self.weights, formats, start, x, targets, EFFORTS[level])
         for site in wanted:
-            old, q = self.records[site.name], found[site.name]
+            old, q = self.records[site.name], learned[site.name]
             spec = Spec(q.format, old.algorithm, {**old.options, "learn": level})
             w = self.weights[site.name].cpu()
             self._accept(site, q, measured(w, q, spec, self.stats.get(site.name)))
-        self.block.set({name: q.decode() for name, q in found.items()})
+        self.block.set({name: q.decode() for name, q in learned.items()})
 
 
 def decoded(value: torch.Tensor | QTensor) -> torch.Tensor:

@@ -85,8 +85,8 @@ def _without_pairs(run: Run, notes: Sequence[Note]) -> list[Note]:
 def _take(
     store: BlockStore, i: int, tensors: dict[str, LazyTensor], records: Records, notes: list[Note]
 ) -> None:
-    found, kept = store.read(i)
-    tensors.update(found)
+    entries, kept = store.read(i)
+    tensors.update(entries)
     records.update({name: WeightRecord.from_dict(row) for name, row in kept["records"].items()})
     notes += [Note(*note) for note in kept["notes"]]
 
@@ -165,8 +165,8 @@ class _Walk:
                 self._tell(i, "done before: ", self.sites[name], None)
         if floats is not None:
             advance(block, floats, floats)
-        found, _ = self.store.read(i)
-        block.set({name: decoded(tensor.load()) for name, tensor in found.items()})
+        entries, _ = self.store.read(i)
+        block.set({name: decoded(tensor.load()) for name, tensor in entries.items()})
         return block
 
     def _quantize(
@@ -207,8 +207,8 @@ class _Walk:
             return False
         width = 6 * x[0].shape[-1] + max(site.shape[1] for site in wanted)
         streams = 1 if floats is None else 2
-        held = self.run.tokens.windows.numel() * width * x[0].element_size() * streams
-        return held <= self.run.streaming.activation_memory
+        nbytes = self.run.tokens.windows.numel() * width * x[0].element_size() * streams
+        return nbytes <= self.run.streaming.activation_memory
 
     def _tell(self, i: int, what: str, site: Site, error: float | None) -> None:
         short = ".".join(site.name.removesuffix(".weight").rsplit(".", 2)[-2:])

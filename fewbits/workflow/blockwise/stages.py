@@ -87,11 +87,11 @@ def _finish(each: Paused, block: Block, i: int, stream: Activations | None) -> N
 
 def _differences(groups: Sequence[Sequence[str]], sites: dict[str, Site]) -> list[str]:
     """Where the inputs observed differ from what the names of the sites say."""
-    said: dict[str, set[str]] = {}
+    by_name: dict[str, set[str]] = {}
     for site in sites.values():
-        said.setdefault(site.group, set()).add(site.name)
+        by_name.setdefault(site.group, set()).add(site.name)
     return [
         f"{', '.join(names)} read one input, their names say otherwise"
         for names in groups
-        if set(names) not in said.values()
+        if set(names) not in by_name.values()
     ]
