@@ -46,3 +46,15 @@ def test_what_answers_at_once_imports_nothing_large(models, arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout and done.stderr.split() == []
+
+
+def test_rounding_to_nearest_does_not_import_torchs_compiler(models, tmp_path):
+    """`torch.compiler.disable` imports it, and that takes as long as the rest."""
+    command = ["quantize", str(models / "float"), "--to", "q4_0", "--effort", "fast", "--no-verify"]
+    code = (
+        "import sys; from fewbits.cli.main import main\n"
+        f"main({[*command, '--out', str(tmp_path / 'x.gguf')]!r})\n"
+        "print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True False"

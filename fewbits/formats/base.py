@@ -28,6 +28,8 @@ from ..registry import Registry
 SCALE_TYPES = tuple(dtype.name for dtype in (F32, F16, BF16))
 # Weights encoded at once if rows are independent. A search takes some 100 bytes for each.
 CHUNK = 2**20
+# Weights that a matrix product decodes at once.
+AT_ONCE = 2**24
 
 
 class Grid(ABC):

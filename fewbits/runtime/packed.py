@@ -22,9 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..formats.base import AT_ONCE
 from ..qtensor import QTensor
-
-AT_ONCE = 2**24  # weights that a product decodes at once: a table of the vocabulary comes in pieces
 
 
 class PackedWeight(nn.Module):

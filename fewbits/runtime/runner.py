@@ -28,11 +28,10 @@ from ..engines import engines_of
 from ..engines.process import Process
 from ..errors import KernelError, ModelError, PlanError
 from ..files.checkpoint import Checkpoint
-from ..formats.base import Format
+from ..formats.base import AT_ONCE, Format
 from ..memory import free_memory
 from ..model.sites import sites
 from .load import load_packed
-from .packed import AT_ONCE
 
 SLICE = 128  # positions whose logits are computed at once
 SPARE = 256 * 2**20  # what a forward pass takes besides: activations, buffers of products
