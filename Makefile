@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 , = ,
 
-.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 memory bench bench-methods support gptqmodel mlx vllm clean
+.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 memory bench bench-methods support gptqmodel mlx vllm converter clean
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -82,7 +82,7 @@ aarch64: build/driver.expected
 	$(call driver,aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static,qemu-aarch64,portable)
 
-engine: $(VENV)/engine
+engine: $(VENV)/engine converter
 	$(RUN) -m pytest -m engine
 
 # Memory of quantizing, verifying and evaluating a model of 7B's shape with few blocks, against its targets.
@@ -131,6 +131,20 @@ $(CACHE)/vllm/ready:
 		aiohttp cachetools cbor2 cloudpickle diskcache einops fastapi gguf llguidance loguru msgspec openai \
 		openai-harmony partial-json-parser pillow prometheus_client psutil py-cpuinfo pybase64 pyzmq uvloop xgrammar
 	$(CACHE)/vllm/bin/python -m pip install -q --no-deps vllm==0.33.0
+	touch $@
+
+# llama.cpp's converter of Hugging Face models: the engine's source, with the versions that it asks for. An
+# output of an architecture that model/archs.toml lacks is made with it.
+converter: $(CACHE)/converter/ready
+
+$(CACHE)/converter/ready:
+	$(PYTHON) -m venv $(CACHE)/converter
+	$(CACHE)/converter/bin/python -m pip install -q torch==2.13.0 transformers==4.57.6 'numpy~=2.2.6' \
+		'protobuf>=4.21,<5' sentencepiece==0.2.1
+	$(CACHE)/converter/bin/python -m pip download -q --no-deps --no-binary :all: -d $(CACHE)/converter $(LLAMA)
+	tar -xzf $(CACHE)/converter/llama_cpp_python-*.tar.gz -C $(CACHE)/converter --wildcards --strip-components 2 \
+		'*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
+	rm $(CACHE)/converter/llama_cpp_python-*.tar.gz
 	touch $@
 
 mlx: $(CACHE)/mlx/ready

@@ -117,6 +117,28 @@ class QTensor:
         return QTensor(self.format, (n if order is None else int(order.numel()), self.shape[1]), moved)
 
     @staticmethod
+    def join_rows(parts: Sequence[QTensor]) -> QTensor:
+        """Weights `(n_i, k)` of one format below each other -> `(sum of n_i, k)`. Exact: see `take_rows`."""
+        format, k = parts[0].format, parts[0].shape[1]
+        faults = [
+            f"part {i} is {part.format.name} of {part.shape[1]} columns, part 0 {format.name} of {k}"
+            for i, part in enumerate(parts)
+            if (part.format, part.shape[1]) != (format, k)
+        ]
+        faults += [
+            f"plane {plane.name!r} has cells of several rows"
+            for plane in format.planes
+            if len(parts) > 1 and (plane.flat is not None or plane.rows != 1)
+        ]
+        raise_all(FormatError, f"{format.name}: parts cannot be joined; quantize the whole weight", faults)
+        if len(parts) == 1:
+            return parts[0]
+        planes = {
+            plane.name: torch.cat([part.planes[plane.name] for part in parts]) for plane in format.planes
+        }
+        return QTensor(format, (sum(part.shape[0] for part in parts), k), planes)
+
+    @staticmethod
     def join_columns(parts: Sequence[QTensor]) -> QTensor:
         """Weights `(n, k_i)` of one format side by side -> `(n, sum of k_i)`. The planes are concatenated, so
         this is exact. Raises FormatError if a cell of a plane would span two parts."""

@@ -32,7 +32,7 @@ from gguf.constants import GGUFType, Keys
 from ..errors import CalibrationError, FileError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.gguf.file import GGUFTensor, GGUFValue, GGUFValueType, gguf_header, map_gguf_tensor, read_gguf
-from ..model.archs import architecture, gguf_entries, require_architecture
+from ..model.archs import architecture, gguf_entries, own_entries, require_architecture
 from ..model.sites import sites
 from ..storage.atomic import write_atomic
 from ..storage.cache import file_digest
@@ -108,7 +108,7 @@ def _gguf_names(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     """GGUF name -> its sites in the checkpoint, in order of their expert."""
     arch = architecture(checkpoint.config)
     if arch is None and checkpoint.gguf_keys:  # an unknown architecture keeps its GGUF names
-        return {site.name: (site.name,) for site in sites(checkpoint)}
+        return {e.name: e.sources for e in own_entries(site.name for site in sites(checkpoint))}
     arch = arch or require_architecture(checkpoint.config)
     known = {site.name for site in sites(checkpoint)}
     entries = gguf_entries(arch, checkpoint.config, checkpoint.tensors)

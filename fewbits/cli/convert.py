@@ -9,7 +9,8 @@ from ..adapters.hub import resolve
 from ..files.open import FILE_TYPES, open_checkpoint
 from ..workflow.options import Options
 from ..workflow.quantize import conclude
-from ..workflow.run import convert
+from ..workflow.request import Request
+from ..workflow.run import run as convert
 from .progress import ByteProgress
 from .verify import concluded, verify_arguments
 
@@ -40,7 +41,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(resolve(given.model, given.cache_dir))
     with ByteProgress("convert") as progress:
-        receipt = convert(checkpoint, given.out, given.to, given.overwrite, progress, given.requantize)
+        request = Request(file=given.to, overwrite=given.overwrite, requantize=given.requantize)
+        receipt = convert(checkpoint, given.out, request, progress)
     options = Options(
         verify=not given.no_verify, verify_seconds=given.verify_seconds, verify_memory=given.verify_memory
     )

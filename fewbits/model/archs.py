@@ -279,6 +279,22 @@ def gguf_entries(arch: Architecture, config: Mapping[str, Any], hf_names: Iterab
     return entries + _computed(arch, fields)
 
 
+def own_names(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """A tensor under its GGUF name -> names of what is in it: each expert's weight, or itself."""
+    stem, _, kind = name.rpartition(".")
+    if len(shape) != 3 or shape[0] == 1 or not stem.endswith("_exps"):
+        return (name,)
+    return tuple(f"{stem}.experts.{e}.{kind}" for e in range(shape[0]))
+
+
+def own_entries(names: Iterable[str]) -> list[GGUFEntry]:
+    """The inverse of `own_names`: the tensors of a file whose architecture is unknown."""
+    stacks: dict[str, list[str]] = {}
+    for name in names:
+        stacks.setdefault(_EXPERT.sub(".", name), []).append(name)
+    return [GGUFEntry(name, tuple(stack)) for name, stack in stacks.items()]
+
+
 @cache
 def _name_map(arch: str, layers: int) -> gguf.TensorNameMap:
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)

@@ -22,7 +22,15 @@ from ..files.filetype import FileType
 from ..files.output import entry_shape
 from ..formats.base import Format, Kind, kind_of
 from ..formats.ggml import Ggml, format_of
-from ..model.archs import Architecture, GGUFEntry, architecture, complete, expert_count, gguf_entries
+from ..model.archs import (
+    Architecture,
+    GGUFEntry,
+    architecture,
+    complete,
+    expert_count,
+    gguf_entries,
+    own_entries,
+)
 from ..model.sites import GGUF_PARTS, Site, sites
 from .mixtures import Recipe
 from .recipes import Choice, Hyper, choose_types
@@ -49,7 +57,7 @@ def entries_of(checkpoint: Checkpoint, arch: Architecture | None) -> list[GGUFEn
     if arch is not None:
         return gguf_entries(arch, checkpoint.config, checkpoint.tensors)
     if checkpoint.gguf_keys:
-        return [GGUFEntry(name, (name,)) for name in checkpoint.tensors]
+        return own_entries(checkpoint.tensors)
     stacks: dict[str, list[str]] = {}
     by_name = {site.name: site for site in sites(checkpoint)}
     for name in checkpoint.tensors:

@@ -97,14 +97,16 @@ def verify(
     memory: int | None = None,
     engine: str | None = None,
     our_memory: int | None = None,
+    decoded: Checkpoint | None = None,
 ) -> Outcome:
     """Load an output in its engine, in a process of its own, and compare.
 
     memory: bytes the process may take (default: four times the model in f32, and 4 GiB). engine: another than
     the first of the file type. our_memory: bytes that our forward pass may take (default: what is free). An
-    engine that fails is an Outcome, not an error.
+    engine that fails is an Outcome, not an error. decoded: the output's values under
+    the names of a model, where its own name none that we can run.
     """
-    return next(outcomes(path, seconds, memory, engine, our_memory))
+    return next(outcomes(path, seconds, memory, engine, our_memory, decoded))
 
 
 def outcomes(
@@ -113,16 +115,20 @@ def outcomes(
     memory: int | None = None,
     engine: str | None = None,
     our_memory: int | None = None,
+    decoded: Checkpoint | None = None,
 ) -> Iterator[Outcome]:
     """An Outcome for each engine of the file type, in its order; at least one."""
     checkpoint = open_checkpoint(Path(path))
     chosen = engines_of(checkpoint, engine)
-    ours = Decoded(checkpoint, our_memory)
+    ours = Decoded(decoded or checkpoint, our_memory)
     for each in chosen:
         try:
             process = Process(each, checkpoint, seconds, memory)
         except KernelError as error:
             yield Outcome(each.name, "not checked", reason=str(error))
+            continue
+        if not (each.parses or ours.checkpoint.config):
+            yield Outcome(each.name, "not checked", reason="only the engine knows the file's architecture")
             continue
         yield _parsed(process) if each.parses else _compared(process, ours)
     if not chosen:

@@ -21,6 +21,7 @@ from ..memory import Need, left_of
 from ..release.publish import finished
 from ..release.receipt import Receipt
 from ..release.verify import Outcome, verification_nbytes, verify
+from .converted import clean, planned, restored
 from .memory import fitted, with_verification
 from .options import Options
 from .request import Request
@@ -82,8 +83,8 @@ def prepared(
     place, file_type = options.place(path, checkpoint, out)
     request = replace(options.request(), file=file_type.name)
     request = with_text(request, checkpoint, options, stand_in(options))
-    resolved = resolve(checkpoint, request, file_type)
-    check_place(checkpoint, place, resolved.file_type, request.overwrite)
+    check_place(checkpoint, place, file_type, request.overwrite)
+    resolved = resolve(checkpoint, *planned(checkpoint, request, file_type))
     output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
     _, need = fitted(checkpoint, output, decisions, request, writes_text(request, options))
     if options.verify and file_type.verified:
@@ -99,7 +100,20 @@ def conclude(
     file_type: FileType = file_type_at(out)
     outcome = None
     if options.verify and file_type.verified:
-        outcome = verify(
-            out, options.verify_seconds, options.verify_memory, our_memory=left_of(options.memory)
-        )
+        outcome = _verified(source, out, options)
+    clean(out)
     return finished(receipt, source, out, outcome), outcome
+
+
+def _verified(source: Checkpoint, out: Path, options: Options) -> Outcome:
+    limits = (options.verify_seconds, options.verify_memory, None, left_of(options.memory))
+    known = restored(source, out)
+    if known is None:
+        return verify(out, *limits)
+    decoded, floats = known
+    outcome = verify(out, *limits, decoded=decoded)
+    if outcome.verdict in ("differs", "failed"):
+        before = verify(floats, *limits, decoded=source).line()
+        reason = "; ".join(filter(None, (outcome.reason, f"the converter's float file: {before}")))
+        outcome = replace(outcome, reason=reason)
+    return outcome

@@ -24,7 +24,7 @@ from ..calibrate.statistics import coverage_notes
 from ..errors import FileError
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
-from ..files.open import open_checkpoint
+from ..files.open import GGUF_FILE, open_checkpoint
 from ..files.output import Job, Output
 from ..formats.base import Format
 from ..memory import peak_memory, reset_peak_memory
@@ -38,6 +38,7 @@ from ..storage.stream import StreamFile
 from ..transforms.rotate import rotate
 from .blockstore import BlockStore, check_ours
 from .blockwise import Run, quantize_blocks
+from .converted import clean, needs_converter, planned, run_converted
 from .memory import fitted
 from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
 from .request import Request, calibration_of, check_method, fingerprint_fields, needs_of, stats_of
@@ -55,11 +56,18 @@ def run(
     progress: called with (tensor name, bytes read, bytes in all). Raises PlanError, ModelError, FormatError
     or FileError; a started output stays resumable.
     """
-    start = time.monotonic()
-    reset_peak_memory()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
     out = Path(out)
     check_method(request)
+    if needs_converter(checkpoint, file_type_for(request.file, out)):
+        check_place(checkpoint, out, GGUF_FILE, request.overwrite)
+        return run_converted(checkpoint, out, request, progress, run)
+    return _run(checkpoint, out, request, progress)
+
+
+def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress | None) -> Receipt:
+    start = time.monotonic()
+    reset_peak_memory()
     checkpoint, notes = rewritten(checkpoint, request)
     resolved = settle(checkpoint, resolve(checkpoint, request, file_type_for(request.file, out)))
     check_place(checkpoint, out, resolved.file_type, request.overwrite)
@@ -136,7 +144,9 @@ def convert(
         >>> sorted({row.format for row in receipt.tensors if row.reason})
         ['f32', 'q4_0']
     """
-    return run(source, out, Request(file=file, overwrite=overwrite, requantize=requantize), progress)
+    receipt = run(source, out, Request(file=file, overwrite=overwrite, requantize=requantize), progress)
+    clean(Path(out))
+    return receipt
 
 
 def rewritten(checkpoint: Checkpoint, request: Request) -> tuple[Checkpoint, tuple[str, ...]]:
@@ -154,7 +164,7 @@ def settle(checkpoint: Checkpoint, resolved: Resolved) -> Resolved:
 
 def quantizes_blocks(checkpoint: Checkpoint, out: Path, request: Request) -> bool:
     """Whether any weight in the model's blocks gets another format."""
-    resolved = resolve(checkpoint, request, file_type_for(request.file, out))
+    resolved = resolve(checkpoint, *planned(checkpoint, request, file_type_for(request.file, out)))
     return bool(_in_blocks(checkpoint, resolved.lay_out(checkpoint, out).jobs))
 
 

@@ -5,8 +5,8 @@
     output_norm.weight        ->  model.norm.weight                             minus 1 (gemma)
 
 Nothing is read before `LazyTensor.load()`, which maps only that tensor's bytes. The map of names is the
-inverse of `model.archs.gguf_entries`. An unknown architecture keeps its GGUF names and has an empty config:
-it can be inspected and quantized to the native directory, not evaluated.
+inverse of `model.archs.gguf_entries`. An unknown architecture keeps its GGUF names, experts one weight each
+(`blk.3.ffn_up_exps.experts.E.weight`), and has an empty config: it is quantized without text, not evaluated.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ...formats.base import FORMATS, kind_of
 from ...formats.ggml import format_of
 from ...lazy import torch
 from ...model.archs import Architecture, GGUFEntry, every_name, gguf_entries, rope_rows_back
+from ...model.archs import own_names as pieces
 from ...qtensor import QTensor
 from ..checkpoint import Checkpoint, LazyTensor
 from ..side_files import describe_files
@@ -36,16 +37,18 @@ _FACTORS = {
 }
 
 
-def open_gguf(path: Path) -> Checkpoint:
-    """A GGUF file, or any part of a split one -> Checkpoint. `metadata` has typed GGUFValues."""
+def open_gguf(path: Path, own_names: bool = False) -> Checkpoint:
+    """A GGUF file, or any part of a split one -> Checkpoint. own_names: as of an unknown architecture."""
     from .filetype import GGUF_FILE
 
     file = read_gguf(Path(path))
     plain = file.metadata
-    arch = architecture_of(plain)
+    arch = None if own_names else architecture_of(plain)
     factors = {_FACTORS[name]: _read_factors(t) for name, t in file.tensors.items() if name in _FACTORS}
     if arch is None:
-        tensors = {name: _lazy(tensor, name, _whole(tensor)) for name, tensor in file.tensors.items()}
+        tensors: dict[str, LazyTensor] = {}
+        for name, tensor in file.tensors.items():
+            tensors |= _sources(tensor, GGUFEntry(name, pieces(name, tensor.shape)))
         config: dict[str, Any] = {}
     else:
         try:
