@@ -35,6 +35,7 @@ from ..model.archs import architecture, own_entries, own_names
 from ..model.pretokenizers import pretokenizer_name
 from ..model.sites import sites
 from ..plan import Plan, Rule
+from ..plan.choices import entries_of
 from ..plan.method import Method
 from ..qtensor import QTensor
 from ..release.receipt import Receipt, TensorRow
@@ -57,9 +58,9 @@ def needs_converter(checkpoint: Checkpoint, file_type: FileType) -> bool:
 
 
 def planned(checkpoint: Checkpoint, request: Request, file_type: FileType) -> tuple[Request, FileType]:
-    """What is resolved before a run: the request itself, or all weights in a format that fits any of them, where
-    the file's names are not known yet. ModelError if the converter is needed and missing, or does not know the
-    architecture."""
+    """What is resolved before a run: the request itself, or all weights in a format that fits any of them,
+    where the file's names are not known yet. ModelError if the converter is needed and missing, or does not
+    know the architecture."""
     if not needs_converter(checkpoint, file_type):
         return request, file_type
     check_converts(checkpoint.config)
@@ -225,7 +226,6 @@ def _model_rules(model: Checkpoint, converted: Converted, resolved: Resolved) ->
     """The rules of the file's tensors for the model's: of the one that has most of its rows."""
     rows: dict[str, Counter[str]] = {}
     asked: dict[str, Rule] = {}
-    known = {site.name for site in sites(model)}
     for entry in resolved.entries:
         decision = resolved.decisions[entry.name]
         if not isinstance(decision.kind, Format):
@@ -233,10 +233,14 @@ def _model_rules(model: Checkpoint, converted: Converted, resolved: Resolved) ->
         rule = decision.rule or Rule("*", decision.kind.name)
         asked[entry.name] = replace(rule, format=decision.kind.name)
         for part in (part for name in entry.sources for part in converted.parts.get(name, ())):
-            if part.source in known:
-                rows.setdefault(part.source, Counter())[entry.name] += len(part.rows)
-    most = {source: asked[counts.most_common(1)[0][0]] for source, counts in rows.items()}
-    return tuple(replace(rule, match=glob.escape(source)) for source, rule in most.items())
+            rows.setdefault(part.source, Counter())[entry.name] += len(part.rows)
+    rules, known = [], {site.name for site in sites(model)}
+    for entry in entries_of(model, None):  # experts of a block have one format
+        counts = sum((rows.get(name, Counter()) for name in entry.sources), Counter())
+        if counts and entry.sources[0] in known:
+            most = asked[counts.most_common(1)[0][0]]
+            rules.append(replace(most, match=glob.escape(entry.sources[0])))
+    return tuple(rules)
 
 
 def _check_all_found(base: Checkpoint, converted: Converted) -> None:

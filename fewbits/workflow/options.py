@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from ..adapters.llamacpp_convert import converted_architectures
 from ..calibrate.statistics import Statistics
 from ..calibrate.tokens import Tokens
 from ..errors import PlanError
@@ -104,7 +105,9 @@ class Options(CommonOptions):
         return file_type.default_path(stem, self.to or "plan"), file_type
 
     def _usual(self, checkpoint: Checkpoint) -> FileType:
+        names = checkpoint.config.get("architectures") or []
         known = bool(checkpoint.gguf_keys) or architecture(checkpoint.config) is not None
+        known = known or any(name in converted_architectures() for name in names)
         return GGUF_FILE if (self.to or "").lower() in RECIPES and known else NATIVE
 
 
