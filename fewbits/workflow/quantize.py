@@ -85,7 +85,7 @@ def prepared(
     resolved = resolve(checkpoint, request, file_type)
     check_place(checkpoint, place, resolved.file_type, request.overwrite)
     output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
-    _, need = fitted(checkpoint, output, decisions, request, writes_text(request, options))
+    _, need = fitted(checkpoint, output, decisions, request, writes_text(request))
     if options.verify and file_type.verified:
         need = with_verification(need, checkpoint, request, verification_nbytes(checkpoint, file_type))
     return place, request, need
