@@ -73,6 +73,9 @@ def _measured(scores: Mapping[str, Any]) -> list[str]:
     if not scores:
         how = "fewbits evaluate REFERENCE THIS --text FILE --record"
         return [f"- quality against the reference: not measured (`{how}`)"]
+    if "figures" in scores:  # of a model without a language model's head
+        figures = ", ".join(f"{name} {value:.5g}" for name, value in scores["figures"].items())
+        return [f"- against the reference: {figures} ({scores['text']}, {scores['texts']} texts)"]
     # Receipts of 0.1.0 have the second name.
     reference = scores.get("reference_perplexity", scores.get("parent_perplexity"))
     ran = f" {scores['ran']}" if scores.get("ran", "").startswith("in ") else ""  # an engine
