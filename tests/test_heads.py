@@ -137,3 +137,26 @@ def test_files_of_sentence_transformers_make_an_embedding_model_and_are_kept(tmp
     fewbits.quantize(bert, tmp_path / "out", to="int8_channel", effort="fast")
     assert (tmp_path / "out/1_Pooling/config.json").read_text() == '{"pooling_mode_cls_token": true}'
     assert json.loads((tmp_path / "out/config.json").read_text())["hidden_size"] == 64
+
+
+def test_card_and_transformers_loader_have_the_class(saved, tmp_path):
+    import fewbits.transformers  # noqa: F401
+
+    out = tmp_path / "out"
+    fewbits.quantize(saved("DistilBertForSequenceClassification"), out, to="int8_channel", effort="fast")
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert "AutoModelForSequenceClassification.from_pretrained('out')" in card
+    model, ids = transformers.AutoModelForSequenceClassification.from_pretrained(out), torch.tensor([[2, 9, 3]])
+    assert type(model.distilbert.transformer.layer[0].ffn.lin1.weight).__name__ == "PackedWeight"
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, fewbits.load(out)(ids).logits)
+    assert "has no next tokens to compare" in fewbits.verify(out).reason
+
+
+def test_what_generates_text_alone_is_left_out_or_refused(saved, tmp_path):
+    path = saved("BertModel")
+    receipt = fewbits.quantize(path, tmp_path / "out", to="int4_g32", effort="best", tokens=256)
+    assert any("not distilled" in note for note in receipt.notes)
+    with pytest.raises(ModelError, match="use evaluate_head"):
+        fewbits.evaluate(path, [path], "text " * 600)

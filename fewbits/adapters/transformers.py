@@ -255,11 +255,11 @@ def known_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return fields
 
 
-def causal_models() -> set[str]:
-    """The model types of which the installed transformers has a causal language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def known_models() -> set[str]:
+    """The model types of which the installed transformers has a model of one of HEADS."""
+    from transformers.models.auto import modeling_auto
 
-    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return {kind for mapping in HEADS.values() for kind in getattr(modeling_auto, f"{mapping}_NAMES")}
 
 
 def quantization_methods() -> set[str]:

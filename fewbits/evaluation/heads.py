@@ -147,7 +147,7 @@ class _Run:
         self.head, self.settings, self.progress = head_of(reference), settings, progress
         self.pooling = pooling_of(reference)
         model = Whole(reference).model
-        self.batches = list(_batches(reference, model, examples.texts, settings, self.head, self.pooling))
+        self.batches = list(text_batches(reference, model, examples.texts, settings, self.head, self.pooling))
         self.targets = self._targets(model, examples)
         self.expected, seconds = self._rows(reference, model)
         self.reference = self._scores(reference, seconds, self._absolute(self.expected))
@@ -160,7 +160,7 @@ class _Run:
             raise ModelError(
                 f"{checkpoint.path}: gives {tuple(rows.shape)}, the reference {tuple(self.expected.shape)}"
             )
-        figures = _similar if self.head == "embedding" else _distributed
+        figures = similar if self.head == "embedding" else _distributed
         found = self._scores(checkpoint, seconds, figures(self.expected, rows) | self._absolute(rows))
         return replace(found, simulated=record[0]) if record[0] != Simulated() else found
 
@@ -199,7 +199,7 @@ class _Run:
         return HeadScores(checkpoint.path.name, nbytes, 8 * nbytes / weights, seconds, figures)
 
 
-def _batches(
+def text_batches(
     checkpoint: Checkpoint,
     model: Any,
     texts: Sequence[str],
@@ -267,7 +267,7 @@ def _distributed(p: torch.Tensor, q: torch.Tensor) -> dict[str, float]:
     return {"KL mean": kl.value, "+-": kl.error, "agree %": 100 * agree}
 
 
-def _similar(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+def similar(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
     """Embeddings of length 1: each one's cosine to the reference's, and the order of all pairs."""
     cosine = (a.double() * b.double()).sum(1)
     found = {"cosine": float(cosine.mean()), "lowest": float(cosine.min())}

@@ -47,12 +47,21 @@ def with_text(request: Request, checkpoint: Checkpoint, options: Options, read: 
         return from_statistics(request, open_statistics(Path(source), checkpoint))
     try:
         BlockModel(checkpoint)
+        request = with_what_its_head_allows(request, checkpoint)
         return replace(request, tokens=read(str(source or default_source(checkpoint))))
     except ModelError as error:
         if not options.by_default:
             raise
         note = f"not calibrated, rounded to nearest instead: {error}"
         return replace(request, method=EFFORTS["fast"], notes=(note,))
+
+
+def with_what_its_head_allows(request: Request, checkpoint: Checkpoint) -> Request:
+    """The request without distillation, which compares next tokens, for a model that predicts none."""
+    if not request.method.distill or head_of(checkpoint) == "causal":
+        return request
+    note = "not distilled: only a model that generates text is"
+    return replace(request, method=replace(request.method, distill=0), notes=(*request.notes, note))
 
 
 def with_read_text(
