@@ -140,14 +140,15 @@ def test_files_of_sentence_transformers_make_an_embedding_model_and_are_kept(tmp
 
 
 def test_card_and_transformers_loader_have_the_class(saved, tmp_path):
-    import fewbits.transformers  # noqa: F401
+    import fewbits.transformers
 
     out = tmp_path / "out"
     fewbits.quantize(saved("DistilBertForSequenceClassification"), out, to="int8_channel", effort="fast")
     card = (out / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card
     assert "AutoModelForSequenceClassification.from_pretrained('out')" in card
-    model, ids = transformers.AutoModelForSequenceClassification.from_pretrained(out), torch.tensor([[2, 9, 3]])
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    ids = torch.tensor([[2, 9, 3]])
     assert type(model.distilbert.transformer.layer[0].ffn.lin1.weight).__name__ == "PackedWeight"
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, fewbits.load(out)(ids).logits)

@@ -184,7 +184,7 @@ def _from_vocabulary(
     generator = torch.Generator().manual_seed(seed)
     pool = torch.tensor(ordinary_tokens(checkpoint, tokenizer, generator))
     drawn = pool[torch.randint(len(pool), (needed,), generator=generator)]
-    notes = ["calibrated on random tokens, no text: the model generates none; --calibrate FILE is better"]
+    notes = ["calibrated on random tokens: no text was given; --calibrate FILE is better"]
     return drawn.tolist(), f"random tokens of the vocabulary (seed {seed})", notes
 
 

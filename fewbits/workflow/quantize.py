@@ -42,9 +42,9 @@ def quantize(
 
     model: a Hugging Face directory, a GGUF file, a hub name, or what `fewbits.open` gives. out: the output's
     path (default: by the model's name and the type). given: fields of Options, such as to="q4_k_m". The
-    default is calibrated (GPTQ) on text that the model writes itself. receipt.verified has what the output's
-    engine made of it. progress: called with (stage or tensor, done, all). Errors: those of `run`,
-    CalibrationError.
+    default is calibrated (GPTQ) on text that the model writes itself, or on random tokens where it writes
+    none. receipt.verified has what the output's engine made of it. progress: called with (stage or tensor,
+    done, all). Errors: those of `run`, CalibrationError.
 
         >>> receipt = fewbits.quantize(tiny, out, to="int4_g64", effort="fast")
         >>> {row.format for row in receipt.tensors if row.relative_error}
