@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 , = ,
 
-.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 memory bench bench-methods support gptqmodel mlx vllm converter clean
+.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 memory bench bench-methods support gptqmodel mlx vllm converter clean bench-encoder
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -92,6 +92,10 @@ memory: $(VENV)/engine
 bench: $(VENV)/engine
 	$(RUN) bench/encode
 	$(RUN) bench/memory
+
+# An embedding model beside torch.ao; MODEL: its directory.
+bench-encoder: $(VENV)/ready
+	$(RUN) bench/encoder $(MODEL)
 
 # Every format through every file type into its engines. GPTQModel, mlx-lm and vLLM have environments apart.
 support: $(VENV)/engine gptqmodel mlx vllm

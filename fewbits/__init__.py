@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         ModelError,
         PlanError,
     )
-    from .evaluation import evaluate
+    from .evaluation import evaluate, evaluate_head
     from .files.checkpoint import Checkpoint
     from .files.open import open_checkpoint as open
     from .formats import FORMATS, Format
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "errors": "CalibrationError FewbitsError FileError FormatError KernelError ModelError PlanError",
-    "evaluation": "evaluate",
+    "evaluation": "evaluate evaluate_head",
     "calibrate.tokens": "Tokens read_tokens",
     "files.checkpoint": "Checkpoint",
     "files.open": "open_checkpoint",
@@ -92,6 +92,7 @@ __all__ = [
     "__version__",
     "convert",
     "evaluate",
+    "evaluate_head",
     "load",
     "open",
     "quantize",

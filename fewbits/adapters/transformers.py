@@ -24,7 +24,17 @@ from ..storage.json import read_json_object
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+HEADS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "sequence": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "token": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING",
+    "embedding": "MODEL_MAPPING",
+}
+"""what a model gives -> transformers' table of classes, config -> class"""
+POOLING = "modules.json"  # of sentence-transformers: what follows the hidden states
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # here -> in GGUF's key
+_ENCODERS = ("cls", "sep", "mask")  # tokens that encoders have besides
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -50,7 +60,7 @@ def filled_model(
     checkpoint: Checkpoint, config: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
     """The model of a config with these weights; ModelError lists every mismatch."""
-    cls = _causal_class(checkpoint, config)
+    cls = model_class(checkpoint, config)
     with _quiet():
         model, info = cls.from_pretrained(
             None,
@@ -72,7 +82,8 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """A checkpoint -> its transformers model in evaluation mode, without weights.
 
     Every parameter is on the meta device and takes no memory; buffers (rotary frequencies, scales of
-    embeddings) are real. Attention is "sdpa"; experts run one after the other, each a plain linear.
+    embeddings) are real. Attention is "sdpa" where the class has it; experts run one after the other, each a
+    plain linear.
     """
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -80,8 +91,8 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
         return torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
     config = model_config(checkpoint)
-    cls = _causal_class(checkpoint, config)
-    config._attn_implementation = "sdpa"
+    cls = model_class(checkpoint, config)
+    config._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
     config._experts_implementation = "eager"
     hook = register_module_parameter_registration_hook(hollow)
     try:
@@ -91,15 +102,38 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
         hook.remove()
 
 
-def _causal_class(checkpoint: Checkpoint, config: Any) -> Any:
-    """transformers' class of causal language models for a config."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def model_class(checkpoint: Checkpoint, config: Any) -> Any:
+    """transformers' class that runs a checkpoint: the one that its config names, or AutoModel's where a
+    directory of sentence-transformers pools hidden states; else the first of HEADS that has this config."""
+    return _head(checkpoint, config)[1]
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+
+def head_of(checkpoint: Checkpoint, config: Any = None) -> str:
+    """What a checkpoint's model gives: a key of HEADS."""
+    return _head(checkpoint, model_config(checkpoint) if config is None else config)[0]
+
+
+def _head(checkpoint: Checkpoint, config: Any) -> tuple[str, Any]:
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, Any] = {}
+    for head, mapping in HEADS.items():
+        classes = getattr(modeling_auto, mapping)
+        if type(config) in classes:
+            found[head] = classes[type(config)]
+    named = checkpoint.config.get("architectures") or ()
+    if POOLING in checkpoint.side_files and "embedding" in found:
+        return "embedding", found["embedding"]
+    for head, cls in found.items():
+        if getattr(cls, "__name__", None) in named:
+            return head, cls
+    if not found or (named and "causal" not in found):
+        known = ", ".join(f"{cls.__name__} ({head})" for head, cls in found.items() if isinstance(cls, type))
         raise ModelError(
-            f"{checkpoint.path}: transformers has no causal language model for {config.model_type!r}"
+            f"{checkpoint.path}: config.json names {', '.join(named) or 'no architecture'}; of "
+            f"{config.model_type!r} these can be run: {known or 'none'}"
         )
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return next(iter(found.items()))
 
 
 def next_logits(model: Any, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
@@ -130,7 +164,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
                 "tokenizer.json there"
             ) from error
     settings = read_json_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
-    given = {f"{name}_token": _content(settings.get(f"{name}_token")) for name in _SPECIAL}
+    given = {f"{name}_token": _content(settings.get(f"{name}_token")) for name in (*_SPECIAL, *_ENCODERS)}
     template = settings.get("chat_template")
     if "chat_template.jinja" in files:
         template = files["chat_template.jinja"].read_text(encoding="utf-8")
@@ -221,11 +255,11 @@ def known_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return fields
 
 
-def causal_models() -> set[str]:
-    """The model types of which the installed transformers has a causal language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def known_models() -> set[str]:
+    """The model types of which the installed transformers has a model of one of HEADS."""
+    from transformers.models.auto import modeling_auto
 
-    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return {kind for mapping in HEADS.values() for kind in getattr(modeling_auto, f"{mapping}_NAMES")}
 
 
 def quantization_methods() -> set[str]:

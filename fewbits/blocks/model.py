@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -90,10 +91,16 @@ class BlockModel:
         }
         modules = {id(module): name for name, module in self._model.named_modules()}
         table = self._model.get_input_embeddings()
-        table.padding_idx = None  # it is called with a few of its rows, in another order
+        table.padding_idx = None  # it has a few of its rows, in another order: ids are translated for it
+        table.register_forward_pre_hook(lambda module, ids: (self._row_of(*ids),))
+        self._rows: torch.Tensor | None = None
         self._table = f"{modules[id(table)]}.weight"
-        self._output = f"{modules[id(self._model.get_output_embeddings())]}.weight"
-        self._tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
+        output = modules.get(id(self._model.get_output_embeddings()))  # None: no language model's head
+        self._output = None if output is None else f"{output}.weight"
+        self._copies = self._model.all_tied_weights_keys  # tied tensor -> the one that it is
+        self._made_of |= {copy: self._made_of[source] for copy, source in self._copies.items()}
+        known = signature(self._model.forward).parameters
+        self._no_cache = {"use_cache": False} if "use_cache" in known else {}
         self._check_names()
         _move_buffers(self._model, self.device)
         self._blocks = list(blocks)
@@ -116,9 +123,9 @@ class BlockModel:
             raise CalibrationError(
                 f"tokens from {low} to {high}: {name} has {size} rows; use the model's own tokenizer"
             )
-        rows, ids = tokens.cpu().unique(return_inverse=True)
-        table = _rows(self.checkpoint.tensors[name].load(), rows).to(self.device, self.dtype)
-        ran = self._ahead({self._table: table}, input_ids=ids.to(self.device))
+        self._rows = tokens.unique().cpu()
+        table = _rows(self.checkpoint.tensors[name].load(), self._rows).to(self.device, self.dtype)
+        ran = self._ahead({self._table: table}, input_ids=tokens.to(self.device))
         assert ran.hidden is not None
         if not _same(ran.calls, self._calls_for(ran.hidden)):
             raise ModelError(
@@ -126,6 +133,11 @@ class BlockModel:
                 f"{self._model.config.model_type!r} cannot be run block by block"
             )
         return ran.hidden
+
+    def _row_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids -> rows of the table, which holds those of `_rows` alone."""
+        assert self._rows is not None
+        return torch.searchsorted(self._rows.to(ids.device), ids)
 
     def names(self, i: int) -> list[str]:
         """Checkpoint names of block i's tensors, in the order of its modules; experts one by one."""
@@ -158,12 +170,14 @@ class BlockModel:
         Their weights stay in memory until the next call of `weights` or `block`.
         """
         hidden = hidden.to(self.device, self.dtype)
+        if self._output is None:
+            raise ModelError(f"{self.checkpoint.path}: {type(self._model).__name__} has no logits of tokens")
         if self._head is None:
-            name = next(iter(self._made_of[self._table if self._tied else self._output]))
+            name = next(iter(self._made_of[self._output]))
             self._head = self._around() | {self._output: self._decode(name, self.dtype)}
         running = _Pass(self.n_blocks, give=hidden)
         with self._filled(self._head), self._standing_in(running):
-            logits = self._model(inputs_embeds=hidden, use_cache=False).logits
+            logits = self._model(inputs_embeds=hidden, **self._no_cache).logits
         if logits.shape[:2] != hidden.shape[:2]:
             raise ModelError(
                 f"{self.checkpoint.path}: hidden states {tuple(hidden.shape)} gave logits "
@@ -177,7 +191,8 @@ class BlockModel:
         """The arguments of each block for hidden states of this batch and length."""
         shape = tuple(hidden.shape)
         if shape not in self._calls:
-            empty = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            width = self._model.get_input_embeddings().embedding_dim  # not always the hidden states'
+            empty = torch.zeros((*shape[:-1], width), dtype=self.dtype, device=self.device)
             self._calls[shape] = self._ahead({}, inputs_embeds=empty).calls
         return self._calls[shape]
 
@@ -187,7 +202,7 @@ class BlockModel:
         running = _Pass(self.n_blocks)
         with self._filled(self._around() | weights), self._standing_in(running):
             try:
-                self._model(**inputs, use_cache=False)
+                self._model(**inputs, **self._no_cache)
             except _Arrived:
                 return running
         raise ModelError(
@@ -246,11 +261,10 @@ class BlockModel:
             for name, place in self._made_of[key].items():
                 wanted[name] = tuple(empty[place].shape)
         tensors = self.checkpoint.tensors
-        if self._tied:
-            wanted.pop(self._output)
-        ignored = "|".join(
-            [re.escape(self._output)] * self._tied + [*self._model._keys_to_ignore_on_load_unexpected]
-        )
+        skipped = [*map(re.escape, self._copies), *self._model._keys_to_ignore_on_load_unexpected]
+        if any(name.endswith("position_ids") for name, _ in self._model.named_buffers()):
+            skipped.append(r"(^|\.)position_ids$")  # as transformers does
+        ignored = "|".join(skipped)
         known = {name for name in tensors if name in wanted or (ignored and re.search(ignored, name))}
         faults = [f"tensor {name!r} is missing" for name in wanted if name not in tensors]
         faults += [f"tensor {name!r} is not one of the model's" for name in tensors if name not in known]

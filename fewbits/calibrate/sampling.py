@@ -240,7 +240,16 @@ def write_rows(
 def _heads(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, bos: int | None, generator: torch.Generator
 ) -> Heads:
-    """Ordinary tokens: found again when their own text is read; not special, not half a letter."""
+    eos = tokenizer.eos_token_id
+    between = [] if bos is not None or eos is None else [eos]
+    pool = ordinary_tokens(checkpoint, tokenizer, generator)
+    return Heads(pool, [] if bos is None else [bos], between, generator)
+
+
+def ordinary_tokens(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
+) -> list[int]:
+    """Some tokens that are found again when their own text is read; not special, not half a letter."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     drawn = torch.randperm(len(tokenizer), generator=generator)[:POOL].tolist()
     drawn = [token for token in drawn if token not in special]
@@ -253,10 +262,7 @@ def _heads(
             f"{checkpoint.path}: none of {len(drawn)} tokens is found again when its text is read, so the "
             "model cannot be given a start; give a text file"
         )
-    eos = tokenizer.eos_token_id
-    return Heads(
-        pool, [] if bos is None else [bos], [] if bos is not None or eos is None else [eos], generator
-    )
+    return pool
 
 
 def ends_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -3,11 +3,13 @@
     text file      t t t t t t t t t t t t ...              unchanged, from the start
     documents      [bos] t t t [eos] [bos] t t [eos] ...    shuffled by the seed, one after the other
     self           [bos] t t t t t t ... [bos] t t t t      see sampling.py
+    vocabulary     t t t t t t t t t t t t                  drawn at random, for models that generate no text
                    |   window    |   window    |            without overlap, the rest is dropped
 
 If the tokenizer starts every text with bos, each window starts with it, in place of its first token, as in
-the model's training. If it separates documents by neither bos nor eos, eos is inserted. Documents are
-shuffled among the first `SHUFFLE` times the needed text, so that a huge file is not read completely.
+the model's training; an encoder's begins and ends with its own two tokens ([CLS], [SEP]). If it separates
+documents by neither bos nor eos, eos is inserted. Documents are shuffled among the first `SHUFFLE` times the
+needed text, so that a huge file is not read completely.
 """
 
 from __future__ import annotations
@@ -22,18 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapters.transformers import load_tokenizer
+from ..adapters.transformers import head_of, load_tokenizer
 from ..errors import CalibrationError, raise_all
 from ..files.checkpoint import Checkpoint
 from .documents import Document, read_characters, read_dataset, read_json_lines
 from .kept import keep, read_kept, text_file
-from .sampling import ROW, Writing, write_rows, writer_of
+from .sampling import ROW, Writing, ordinary_tokens, write_rows, writer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]
 
+SELF, VOCABULARY = "self", "vocabulary"  # sources that are no file
 SHUFFLE = 8
 CHARACTERS = 6  # a token, at most, in a first guess of how much to read
 MARGIN = 64  # tokens beyond the last one needed: where a text is cut, its last tokens are not the whole's
@@ -71,18 +74,20 @@ def read_tokens(
     """Calibration text for a model -> at least `n_tokens` tokens in windows of `context`.
 
     memory: limit in bytes for generating text (default: free memory).
-    spec: "self", the path of a text or JSON lines file, or hf:NAME[:CONFIG][:SPLIT]. A shorter
+    spec: "self", "vocabulary", the path of a text or JSON lines file, or hf:NAME[:CONFIG][:SPLIT]. A shorter
     text gives all its whole windows and a note with both numbers. Raises CalibrationError for less
     than one window, and FileError for a file that cannot be read.
     """
-    _check(checkpoint, n_tokens, context)
+    _check(checkpoint, spec, n_tokens, context)
     wanted = ceil(n_tokens / context)
     needed = wanted * context
     tokenizer = load_tokenizer(checkpoint)
     bos = bos_of(tokenizer)
-    if spec == "self":
+    if spec == SELF:
         writing = Writing(needed, min(context, ROW), writer_of(checkpoint, memory), seed)
         stream, source, notes = _from_self(checkpoint, tokenizer, writing, progress)
+    elif spec == VOCABULARY:
+        stream, source, notes = _from_vocabulary(checkpoint, tokenizer, needed, seed)
     elif spec.startswith("hf:"):
         stream, notes = _from_documents(tokenizer, read_dataset(spec), needed, seed, progress)
         source = f"{spec} (seed {seed})"
@@ -94,6 +99,8 @@ def read_tokens(
     windows = _cut(checkpoint, stream, source, wanted, context)
     if bos is not None:
         windows[:, 0] = bos
+    if frame := frame_of(tokenizer):
+        windows[:, 0], windows[:, -1] = frame
     if len(windows) < wanted:
         notes.append(
             f"{source} holds {len(stream)} tokens, {needed} were requested: calibrating on "
@@ -108,8 +115,16 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return bos if bos is not None and bos in empty[:1] else None
 
 
-def _check(checkpoint: Checkpoint, n_tokens: int, context: int) -> None:
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
+    """The tokens that the tokenizer puts around a text for an encoder, or None."""
+    empty, pair = tokenizer("").input_ids, (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    return pair if None not in pair and tuple(empty) == pair else None
+
+
+def _check(checkpoint: Checkpoint, spec: str, n_tokens: int, context: int) -> None:
     faults = []
+    if spec == SELF and (head := head_of(checkpoint)) != "causal":
+        faults.append(f"the model generates no text (its head: {head}); give a text file (--calibrate FILE)")
     if n_tokens < 1:
         faults.append(f"{n_tokens} tokens requested, at least 1 is needed")
     if context < 8:
@@ -157,6 +172,20 @@ def _from_text(tokenizer: PreTrainedTokenizerBase, path: Path, needed: int) -> l
         if len(tokens) >= needed + MARGIN:
             return tokens[:needed]
         enough *= 2
+
+
+# ---- the vocabulary -------------------------------------------------------------------------------
+
+
+def _from_vocabulary(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, needed: int, seed: int
+) -> tuple[list[int], str, list[str]]:
+    """Ordinary tokens drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.tensor(ordinary_tokens(checkpoint, tokenizer, generator))
+    drawn = pool[torch.randint(len(pool), (needed,), generator=generator)]
+    notes = ["calibrated on random tokens: no text was given; --calibrate FILE is better"]
+    return drawn.tolist(), f"random tokens of the vocabulary (seed {seed})", notes
 
 
 # ---- documents -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ..storage.atomic import make_directory
 from ..table import Cell, size, table
 from ..workflow.blockwise.collect import collect
 from ..workflow.options import Options
-from ..workflow.text import reader
+from ..workflow.text import default_source, reader
 from .options import streaming_of, text_arguments
 from .progress import StageProgress
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         hessian = out.suffix == ".safetensors" and not options.no_hessian
         streaming = streaming_of(options)
         settings = Options(tokens=options.tokens, context=options.context, seed=options.seed)
-        tokens = reader(checkpoint, settings, progress)(options.calibrate or "self")
+        tokens = reader(checkpoint, settings, progress)(options.calibrate or default_source(checkpoint))
         statistics = collect(checkpoint, tokens, streaming, parts, hessian, progress)
         for other in saved:
             statistics = merge(statistics, other)

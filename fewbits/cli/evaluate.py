@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters.hub import resolve
-from ..errors import FileError
+from ..errors import FileError, PlanError
 from ..files.open import open_checkpoint
 from ..memory import left_of
 from .progress import StageProgress
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 CALIBRATION, WINDOW = 4096, 512  # tokens to calibrate activations on, and in a window
 EXAMPLES = """Windows and scoring are those of llama-perplexity: windows of --context tokens, the second half
-scored. REFERENCE and QUANTIZED are Hugging Face or native directories, .gguf files, hub names, in any
+scored. Classifiers, masked models and embeddings are compared on single texts, one a line of --text, or in
+--labels. REFERENCE and QUANTIZED are Hugging Face or native directories, .gguf files, hub names, in any
 combination.
 
 examples:
@@ -30,7 +31,9 @@ examples:
   fewbits evaluate demo:smollm2 smollm2-Q4_K_M.gguf smollm2-Q3_K_M.gguf --sample 4096 --json
   fewbits evaluate ./Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --text wiki.test.raw --engine llama.cpp
   fewbits evaluate REFERENCE QUANTIZED --text wiki.test.raw --activations int8_dynamic
-  fewbits evaluate REFERENCE QUANTIZED --text wiki.test.raw --context 2048 --kv-cache int4"""
+  fewbits evaluate REFERENCE QUANTIZED --text wiki.test.raw --context 2048 --kv-cache int4
+  fewbits evaluate ./distilbert-sst2 distilbert-int8 --labels dev.jsonl
+  fewbits evaluate ./all-MiniLM-L6-v2 minilm-int4 --text sentences.txt"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +44,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--sample", type=int, metavar="N", help="score N tokens sampled from the reference itself"
     )
+    text.add_argument(
+        "--labels", type=Path, metavar="FILE",
+        help='of a classifier of texts: JSON lines, {"text": ..., "label": name or number of a class}',
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of --sample (default 0)")
     parser.add_argument(
         "--context", type=int, default=512, metavar="N", help="tokens in a window (default 512)"
@@ -127,7 +134,7 @@ def _announce(models: Sequence[Checkpoint], text: Text, settings: Settings, writ
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..adapters.transformers import load_tokenizer
+    from ..adapters.transformers import head_of, load_tokenizer
     from ..evaluation import Settings, blank_text, evaluate, read_text, self_text
 
     reference = open_checkpoint(resolve(options.reference, options.cache_dir))
@@ -143,6 +150,10 @@ def run(options: argparse.Namespace) -> int:
         memory=options.memory,
         engine=options.engine,
     )
+    if head_of(reference) != "causal":
+        return _run_head(options, reference, quantized_models, settings)
+    if options.labels is not None:
+        raise PlanError(f"--labels is for classifiers; {reference.path} generates text: --text, or --sample")
     if options.text is not None:
         text = read_text(reference, read_file(options.text), str(options.text))
     else:
@@ -163,6 +174,30 @@ def run(options: argparse.Namespace) -> int:
     print(result.to_json() if options.json else result.table())
     if options.show and not options.json:
         print(f"\n{result.samples()}")
+    return 0
+
+
+def _run_head(
+    options: argparse.Namespace, reference: Checkpoint, models: Sequence[Checkpoint], settings: Settings
+) -> int:
+    """A model without a language model's head: texts one by one."""
+    from ..evaluation import evaluate_head, labelled, lines_of
+    from ..release.publish import measured
+
+    path = options.labels or options.text
+    if path is None:
+        raise PlanError(f"--sample: {reference.path} generates no text; give --text FILE, a text a line")
+    examples = (labelled if options.labels else lines_of)(read_file(path), str(path))
+    with StageProgress() as progress:
+        simulation = _calibrated(settings.simulation, options, reference, progress)
+        result = evaluate_head(
+            reference, models, examples, replace(settings, simulation=simulation), progress
+        )
+    if options.record:
+        for place, found in zip(options.quantized_models, result.quantized_models, strict=True):
+            about = {"text": result.source, "texts": result.texts, "rows": result.rows}
+            measured(Path(place), {**about, "figures": dict(found.figures)})
+    print(result.to_json() if options.json else result.table())
     return 0
 
 

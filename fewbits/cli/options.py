@@ -94,7 +94,8 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibrate", metavar="SOURCE",
         help="calibration text: a text or JSONL file, hf:NAME[:CONFIG][:SPLIT], or self (default): generated "
-        "by the model; or statistics saved by `fewbits calibrate` or llama-imatrix",
+        "by the model, or vocabulary (the default of models that generate no text): random tokens; or "
+        "statistics saved by `fewbits calibrate` or llama-imatrix",
     )  # fmt: skip
     group.add_argument("--tokens", type=int, metavar="N", help="number of tokens (default 32768)")
     group.add_argument("--context", type=int, metavar="N", help="tokens per window (default 512)")

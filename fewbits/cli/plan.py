@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     request = with_text(request, checkpoint, choices, stand_in(choices))
     stated = dict(engine_of(text) for text in options.engine)
     place = options.run_context, options.batch, options.run_cache
-    report = preflight(checkpoint, request, place, stated, writes_text(request, choices))
+    report = preflight(checkpoint, request, place, stated, writes_text(request))
     unfit = objections(report, stated, options.memory)
     if options.json:
         print(json.dumps(report.as_dict() | {"unfit": unfit}, indent=1, ensure_ascii=False))

@@ -24,7 +24,8 @@ demo:smollm2.
 GGUF) or a format (int4_g128, nf4, mxfp4 ...: written as a native directory). `fewbits formats` lists both.
 
 --effort fast rounds to nearest (seconds). good, the default, runs the model block by block over
-calibration text (GPTQ). best adds distillation. Without --calibrate the model generates the text.
+calibration text (GPTQ). best adds distillation. Without --calibrate the model generates the text;
+classifiers and embeddings cannot: give them --calibrate FILE (default: random tokens).
 
 The same command resumes a killed run and gives a byte-identical result.
 
@@ -36,6 +37,7 @@ examples:
   fewbits quantize ./Llama-3.2-1B --to q4_0 --method weighted --calibrate imatrix.gguf
   fewbits quantize ./Llama-3.2-1B --to int8_channel --activations int8_dynamic --smooth
   fewbits quantize ./Llama-3.2-1B --to int4_g128 --file compressed-tensors --kv-cache fp8
+  fewbits quantize ./distilbert-sst2 --to int8_channel --activations int8_dynamic --calibrate reviews.txt
   fewbits quantize model-BF16.gguf --to q5_k_m --out model-Q5_K_M.gguf"""
 
 

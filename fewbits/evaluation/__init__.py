@@ -10,21 +10,32 @@ against the token that follows each.
 
 What parity means: a quantized model equal to its reference has a KL divergence of exactly 0, agreement 1,
 perplexity ratio 1 and no divergence in any greedy continuation.
+
+Models without a language model's head (classifiers, masked models, embeddings) are compared by
+`evaluate_head` on single texts (heads.py).
 """
 
 from .compare import evaluate, memory_need
+from .examples import Examples, labelled, lines_of
+from .heads import HeadEvaluation, HeadScores, evaluate_head
 from .results import Evaluation, ModelScores, Settings
 from .simulated import Simulation
 from .text import Text, blank_text, read_text, self_text
 
 __all__ = [
     "Evaluation",
+    "Examples",
+    "HeadEvaluation",
+    "HeadScores",
     "ModelScores",
     "Settings",
     "Simulation",
     "Text",
     "blank_text",
     "evaluate",
+    "evaluate_head",
+    "labelled",
+    "lines_of",
     "memory_need",
     "read_text",
     "self_text",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.transformers import head_of
 from ..blocks.activations import DEFAULT_LIMIT
 from ..errors import CalibrationError, FileError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
@@ -53,6 +54,8 @@ def evaluate(
         given if isinstance(given, Checkpoint) else open_checkpoint(Path(given))
         for given in (reference, *quantized_models)
     )
+    if (head := head_of(reference)) != "causal":
+        raise ModelError(f"{reference.path}: generates no text (its head: {head}); use evaluate_head")
     text = read_text(reference, text, "the text given") if isinstance(text, str) else text
     settings = settings or Settings()
     vocabulary = _check_models(reference, quantized_models, settings)

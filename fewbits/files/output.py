@@ -20,7 +20,7 @@ from ..errors import FileError
 from ..formats.base import Format, Kind
 from ..model.archs import GGUFEntry, rope_rows
 from ..qtensor import QTensor
-from ..storage.atomic import write_atomic
+from ..storage.atomic import make_directory, write_atomic
 from ..storage.stream import Span
 from .checkpoint import Checkpoint
 
@@ -103,6 +103,7 @@ def copy_side_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
             data = source if isinstance(source, bytes) else source.read_bytes()
         except OSError as error:
             raise FileError(f"{source!s}: cannot be read: {error.strerror}") from error
+        make_directory((directory / name).parent)
         write_atomic(directory / name, data)
 
 

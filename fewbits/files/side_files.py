@@ -21,6 +21,11 @@ SIDE_FILES = (
     "chat_template*",
     "generation_config.json",
     "*processor_config.json",
+    "modules.json",  # sentence-transformers: what follows the hidden states, a folder for each step
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/config.json",
+    "[0-9]_*/model.safetensors",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -29,9 +34,10 @@ SIDE_FILES = (
 
 
 def find_side_files(path: Path) -> dict[str, Path]:
-    """Tokenizer, templates, generation settings and licenses of a model directory: name -> path."""
-    files = {file.name: file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
-    return dict(sorted(files.items()))
+    """Tokenizer, templates, generation settings and licenses of a model directory: name (of a file in a
+    folder: FOLDER/NAME) -> path."""
+    files = {file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
+    return {file.relative_to(path).as_posix(): file for file in sorted(files)}
 
 
 def card_fields(readme: Path | None) -> dict[str, str | list[str]]:

@@ -29,9 +29,13 @@ _SPELLINGS = {
     "down": "down_proj w2 fc2 dense_4h_to_h fc_out lin2",
     "router": "gate router shared_expert_gate",
     "embed": "embed_tokens wte word_embeddings tok_embeddings token_embd",
-    "position": "wpe embed_positions position_embeddings",
+    "position": "wpe embed_positions position_embeddings rel_embeddings relative_attention_bias",
+    "segment": "token_type_embeddings",
     "output": "lm_head output embed_out",
 }
+# Parts of the names of a head's modules, outside the blocks
+_HEADS = {"classifier", "pre_classifier", "score", "pooler", "predictions", "lm_head", "head"}
+_HEADS |= {"vocab_transform", "vocab_projector"}
 _ROLES = {spelling: role for role, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 GGUF_PARTS = {
     "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "qkv": "attn_qkv",
@@ -61,7 +65,8 @@ class _Model(Protocol):
 class Site:
     """One weight `(n, k)` that may be quantized.
 
-    role: q k v o qkv gate up gate_up down router embed position output, or "other".
+    role: q k v o qkv gate up gate_up down router embed position segment output (every matrix of a head), or
+    "other".
     block: index of the layer, None outside. group: name of the activation it reads; sites of one group
     share their statistics. expert: index, None for a dense weight.
     tied_to: the name that shares this weight: an embedding that is also the output has
@@ -95,6 +100,8 @@ def kept(model: _Model) -> list[str]:
 def role_of(name: str) -> str:
     """The role of a weight, from its name: `...self_attn.q_proj.weight` -> "q"."""
     module, _, _ = name.rpartition(".")
+    if not _BLOCK.search(name) and _HEADS.intersection(module.split(".")):
+        return "output"
     return _ROLES.get(module.rsplit(".", 1)[-1], "other")
 
 
@@ -107,7 +114,11 @@ def _tied(model: _Model) -> dict[str, str]:
     if not model.config.get("tie_word_embeddings"):
         return {}
     embed = [name for name in model.tensors if role_of(name) == "embed"]
-    output = [name for name in model.tensors if role_of(name) == "output"]
+    output = [
+        name
+        for name, tensor in model.tensors.items()
+        if role_of(name) == "output" and embed and tensor.shape == model.tensors[embed[0]].shape
+    ]
     if len(embed) != 1 or len(output) > 1:
         raise ModelError(
             f"config says tie_word_embeddings, found {len(embed)} tables of embeddings {embed} and "

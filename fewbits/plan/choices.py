@@ -1,7 +1,7 @@
 """From the user's request to the format of each tensor of the output, checked before the run.
 
     --to q4_k_m   a recipe: llama.cpp's mixture; user rules override it tensor by tensor
-    --to nf4      a format: every linear weight of the blocks; embedding, output and router stay
+    --to nf4      a format: every linear weight of the blocks; embeddings, output (the head) and router stay
     plan only     tensors without a matching rule are unchanged
 
 Recipes use GGUF names. For an architecture without a GGUF map, each weight gets the name of its role there,
@@ -36,7 +36,7 @@ from .mixtures import Recipe
 from .recipes import Choice, Hyper, choose_types
 from .rules import Plan, Rule
 
-STAY = {"router", "embed", "output", "position"}
+STAY = {"router", "embed", "output", "position", "segment"}
 _OUTSIDE = {"embed": "token_embd.weight", "output": "output.weight", "position": "position_embd.weight"}
 
 

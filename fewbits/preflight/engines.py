@@ -119,8 +119,8 @@ def _transformers(output: Seen, stated: str | None, version: str | None) -> Answ
     if version is None:
         return None, "its models cannot be queried"
     kind = output.config.get("model_type")
-    if kind not in hf.causal_models():
-        return False, f"has no causal language model of type {kind!r}"
+    if kind not in hf.known_models():
+        return False, f"has no model of type {kind!r}"
     if "llama.cpp" in output.engines:
         known = output.gguf in hf.gguf_architectures()
         return known, f"{'decodes' if known else 'does not read'} GGUF of {output.gguf}" + (

@@ -20,22 +20,37 @@ from ..table import Cell, size, table
 from .receipt import Receipt
 
 INHERITED = ("license", "license_name", "license_link", "language")
+TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "Model": "feature-extraction",
+}
+"""end of a class's name -> the hub's name of the task"""
 QUANTIZED_BY = "fewbits"  # marks a card that fewbits wrote
 
 
-def model_card(receipt: Receipt, file_type: FileType, name: str, reference: Mapping[str, Any]) -> str:
-    """name: of the output. reference: fields of its own card, and its `reference` if known."""
+def model_card(
+    receipt: Receipt,
+    file_type: FileType,
+    name: str,
+    reference: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+) -> str:
+    """name: of the output. reference: fields of its own card, and its `reference` if known. config: of the
+    output."""
     from huggingface_hub import ModelCardData
 
     base = reference.get("reference")
     coded = [row for row in receipt.tensors if row.relative_error is not None]
+    task, auto = task_of(config)
     tags = ["fewbits", file_type.name, *(row.format for row in sorted(coded, key=lambda row: -row.numel)[:1])]
     fields = ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
         **{key: reference[key] for key in INHERITED if key in reference},
         library_name=file_type.library,
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         quantized_by=QUANTIZED_BY,
         tags=tags,
     )
@@ -46,10 +61,20 @@ def model_card(receipt: Receipt, file_type: FileType, name: str, reference: Mapp
     lines += [_verified(receipt.verified), *_measured(receipt.evaluation)]
     lines += [f"- receipt: SHA-256 {hashlib.sha256(receipt.to_json().encode()).hexdigest()}", ""]
     lines += ["## What each format holds", "", "```", _formats(receipt), "```", ""]
-    lines += ["## Run it", "", "```", file_type.run.format(name=name), "```", ""]
+    run = file_type.run.format(name=name).replace("AutoModelForCausalLM", auto)
+    lines += ["## Run it", "", "```", run, "```", ""]
     if receipt.notes:
         lines += ["## Notes", "", *(f"- {note}" for note in receipt.notes), ""]
     return "\n".join(lines)
+
+
+def task_of(config: Mapping[str, Any] | None) -> tuple[str, str]:
+    """The hub's name of what a model does, and transformers' class that loads it."""
+    named = [str(name) for name in (config or {}).get("architectures") or ()]
+    for ending, task in TASKS.items():
+        if any(name.endswith(ending) for name in named):
+            return task, "AutoModel" if ending == "Model" else f"AutoModel{ending}"
+    return "text-generation", "AutoModelForCausalLM"
 
 
 def _method(receipt: Receipt) -> str:
@@ -73,6 +98,9 @@ def _measured(scores: Mapping[str, Any]) -> list[str]:
     if not scores:
         how = "fewbits evaluate REFERENCE THIS --text FILE --record"
         return [f"- quality against the reference: not measured (`{how}`)"]
+    if "figures" in scores:  # of a model without a language model's head
+        figures = ", ".join(f"{name} {value:.5g}" for name, value in scores["figures"].items())
+        return [f"- against the reference: {figures} ({scores['text']}, {scores['texts']} texts)"]
     # Receipts of 0.1.0 have the second name.
     reference = scores.get("reference_perplexity", scores.get("parent_perplexity"))
     ran = f" {scores['ran']}" if scores.get("ran", "").startswith("in ") else ""  # an engine

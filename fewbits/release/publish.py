@@ -17,7 +17,7 @@ from ..adapters.hub import upload
 from ..errors import FileError
 from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
-from ..files.side_files import card_fields
+from ..files.side_files import card_fields, find_side_files
 from ..storage.atomic import write_atomic
 from .audit import audit
 from .card import INHERITED, QUANTIZED_BY, model_card
@@ -57,7 +57,7 @@ def measured(out: Path, evaluation: Mapping[str, Any]) -> Receipt:
 
 def write_records(receipt: Receipt, quantized: Checkpoint, out: Path) -> None:
     write_atomic(receipt_path(out), receipt.to_json().encode())
-    card = model_card(receipt, quantized.file_type, out.name, receipt.about)
+    card = model_card(receipt, quantized.file_type, out.name, receipt.about, quantized.config)
     write_atomic(card_path(out), card.encode())
 
 
@@ -100,6 +100,7 @@ def push(out: Path, repo: str, private: bool = False) -> str:
         )
     if out.is_dir():
         files = {path.name: path for path in sorted(out.iterdir()) if path.is_file() and path.name[0] != "."}
+        files |= find_side_files(out)  # those of sentence-transformers lie in folders
     else:
         files = {out.name: out, "README.md": card_path(out), receipt_path(out).name: receipt_path(out)}
     missing = [str(path) for path in files.values() if not path.exists()]

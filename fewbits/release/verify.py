@@ -44,6 +44,7 @@ from ..files.filetype import FileType
 from ..files.open import open_checkpoint
 from ..memory import Need, free_memory, resident_memory
 from ..runtime.runner import Blockwise, Runner, Whole, choose
+from .card import task_of
 
 TEXT = "The capital of France is Paris, and the first ten prime numbers are 2, 3, 5, 7, 11, 13, 17, 19 and"
 TOKENS, NEW = 32, 8
@@ -119,6 +120,9 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """An Outcome for each engine of the file type, in its order; at least one."""
     checkpoint = open_checkpoint(Path(path))
+    if (task := task_of(checkpoint.config)[0]) != "text-generation":
+        yield Outcome("none", "not checked", reason=f"a model for {task} has no next tokens to compare")
+        return
     chosen = engines_of(checkpoint, engine)
     ours = Decoded(decoded or checkpoint, our_memory)
     for each in chosen:

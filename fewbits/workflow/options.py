@@ -31,9 +31,10 @@ class Options(CommonOptions):
     True, or its alpha), awq, rotate, equalize: transforms before quantization. distill: steps of distillation
     after it.
 
-    calibrate: a text or JSONL file, hf:NAME, "self" (default: the model generates text), saved statistics, or
-    Tokens or Statistics. tokens, context, seed: of the text. verify: load the output in its engine at the
-    end, within verify_seconds and verify_memory bytes."""
+    calibrate: a text or JSONL file, hf:NAME, "self" (the default: the model generates text), "vocabulary"
+    (random tokens: the default of models that generate none), saved statistics, or Tokens or Statistics.
+    tokens, context, seed: of the text. verify: load the output in its engine at the end, within
+    verify_seconds and verify_memory bytes."""
 
     effort: str | None = None
     method: str | Method | None = None

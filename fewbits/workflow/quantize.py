@@ -43,9 +43,9 @@ def quantize(
 
     model: a Hugging Face directory, a GGUF file, a hub name, or what `fewbits.open` gives. out: the output's
     path (default: by the model's name and the type). given: fields of Options, such as to="q4_k_m". The
-    default is calibrated (GPTQ) on text that the model writes itself. receipt.verified has what the output's
-    engine made of it. progress: called with (stage or tensor, done, all). Errors: those of `run`,
-    CalibrationError.
+    default is calibrated (GPTQ) on text that the model writes itself, or on random tokens where it writes
+    none. receipt.verified has what the output's engine made of it. progress: called with (stage or tensor,
+    done, all). Errors: those of `run`, CalibrationError.
 
         >>> receipt = fewbits.quantize(tiny, out, to="int4_g64", effort="fast")
         >>> {row.format for row in receipt.tensors if row.relative_error}
@@ -86,7 +86,7 @@ def prepared(
     check_place(checkpoint, place, file_type, request.overwrite)
     resolved = resolve(checkpoint, *planned(checkpoint, request, file_type))
     output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
-    _, need = fitted(checkpoint, output, decisions, request, writes_text(request, options))
+    _, need = fitted(checkpoint, output, decisions, request, writes_text(request))
     if options.verify and file_type.verified:
         need = with_verification(need, checkpoint, request, verification_nbytes(checkpoint, file_type))
     return place, request, need

@@ -10,10 +10,11 @@ from uuid import uuid4
 
 import torch
 
+from ..adapters.transformers import head_of
 from ..blocks.model import BlockModel
 from ..calibrate.imatrix import open_statistics
 from ..calibrate.statistics import Statistics
-from ..calibrate.tokens import Tokens, read_tokens
+from ..calibrate.tokens import SELF, VOCABULARY, Tokens, read_tokens
 from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
 from ..memory import left_of
@@ -23,7 +24,7 @@ from .request import Request, needs_of
 from .run import quantizes_blocks
 
 STATISTICS = {".safetensors", ".gguf", ".dat", ".imatrix"}
-TOKENS, CONTEXT = 32768, 512
+TOKENS, CONTEXT, PARAGRAPH = 32768, 512, 128
 Read = Callable[[str], Tokens]  # the text of a source
 Stage = Callable[[str, int, int], None]
 
@@ -37,21 +38,30 @@ def with_text(request: Request, checkpoint: Checkpoint, options: Options, read: 
         return request
     if not quantizes_blocks(checkpoint, Path(uuid4().hex), request):
         return replace(request, method=Method())
-    source = "self" if options.calibrate is None else options.calibrate
+    source = options.calibrate
     if isinstance(source, Statistics):
         return from_statistics(request, source)
     if isinstance(source, Tokens):
         return replace(request, tokens=source)
-    if Path(source).suffix in STATISTICS:
+    if source is not None and Path(source).suffix in STATISTICS:
         return from_statistics(request, open_statistics(Path(source), checkpoint))
     try:
         BlockModel(checkpoint)
-        return replace(request, tokens=read(str(source)))
+        request = with_what_its_head_allows(request, checkpoint)
+        return replace(request, tokens=read(str(source or default_source(checkpoint))))
     except ModelError as error:
         if not options.by_default:
             raise
         note = f"not calibrated, rounded to nearest instead: {error}"
         return replace(request, method=EFFORTS["fast"], notes=(note,))
+
+
+def with_what_its_head_allows(request: Request, checkpoint: Checkpoint) -> Request:
+    """The request without distillation, which compares next tokens, for a model that predicts none."""
+    if not request.method.distill or head_of(checkpoint) == "causal":
+        return request
+    note = "not distilled: only a model that generates text is"
+    return replace(request, method=replace(request.method, distill=0), notes=(*request.notes, note))
 
 
 def with_read_text(
@@ -66,10 +76,10 @@ def with_read_text(
 
 def reader(checkpoint: Checkpoint, options: Options, progress: Stage | None = None) -> Read:
     """-> a function that reads a source, or lets the model generate text."""
-    count, context = options.tokens or TOKENS, options.context or CONTEXT
+    count = options.tokens or TOKENS
 
     def read(source: str) -> Tokens:
-        memory = left_of(options.memory)
+        memory, context = left_of(options.memory), options.context or default_context(checkpoint)
         return read_tokens(checkpoint, source, count, context, options.seed or 0, progress, memory)
 
     return read
@@ -79,12 +89,23 @@ def stand_in(options: Options) -> Read:
     """Zeros in place of the text's tokens, for estimates."""
     context = options.context or CONTEXT
     windows = torch.zeros(ceil((options.tokens or TOKENS) / context), context, dtype=torch.int64)
-    return lambda source: Tokens.of(windows, "not read")
+    return lambda source: Tokens.of(windows, source)
 
 
-def writes_text(request: Request, options: Options) -> bool:
-    """Whether the model generates the text of this request itself."""
-    return request.tokens is not None and options.calibrate in (None, "self")
+def writes_text(request: Request) -> bool:
+    """Whether the model generates the text of this request, which has a stand-in for it, itself."""
+    return request.tokens is not None and request.tokens.source == SELF
+
+
+def default_source(checkpoint: Checkpoint) -> str:
+    """The calibration text where none is given: the model's own, or of a model that generates none the tokens
+    of its vocabulary."""
+    return SELF if head_of(checkpoint) == "causal" else VOCABULARY
+
+
+def default_context(checkpoint: Checkpoint) -> int:
+    """Tokens of a window where none are given: those of a paragraph for a model that generates no text."""
+    return CONTEXT if head_of(checkpoint) == "causal" else PARAGRAPH
 
 
 def from_statistics(request: Request, statistics: Statistics) -> Request:
