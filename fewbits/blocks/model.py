@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.as_loaded import as_loaded
 from ..adapters.transformers import empty_model
 from ..errors import CalibrationError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
@@ -81,6 +82,7 @@ class BlockModel:
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> None:
+        checkpoint = as_loaded(checkpoint)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self._model = empty_model(checkpoint)
         self.path, blocks = _find_blocks(self._model, checkpoint)
@@ -245,7 +247,7 @@ class BlockModel:
         for key, empty in self._model.state_dict().items():
             for name, place in self._made_of[key].items():
                 wanted[name] = tuple(empty[place].shape)
-        tensors = self.checkpoint.tensors
+        tensors = {n: t for n, t in self.checkpoint.tensors.items() if n not in self.checkpoint.aside}
         if self._tied:
             wanted.pop(self._output)
         ignored = "|".join(

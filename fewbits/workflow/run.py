@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..activations.record import record, record_cache
+from ..adapters.as_loaded import as_loaded
 from ..calibrate.statistics import coverage_notes
 from ..errors import FileError
 from ..files.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ def run(
     """
     start = time.monotonic()
     reset_peak_memory()
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
+    checkpoint = as_loaded(source if isinstance(source, Checkpoint) else open_checkpoint(Path(source)))
     out = Path(out)
     check_method(request)
     checkpoint, notes = rewritten(checkpoint, request)
