@@ -177,3 +177,30 @@ def test_a_file_type_of_llamacpp_is_a_gguf_file_or_said_not_to_be(tmp_path: Path
     edited(path, architectures=["UnknownForCausalLM"])
     with pytest.raises(ModelError, match="--file native"):
         fewbits.quantize(path, to="q4_0", effort="fast")
+
+
+# ---- files of other tools ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["gptq", "compressed-tensors"])
+def test_biases_of_zeros_that_autogptq_adds_change_nothing(file: str, tmp_path: Path) -> None:
+    path = save_tiny("LlamaForCausalLM", tmp_path / "in")
+    fewbits.quantize(path, tmp_path / "q", to="int4_g64", file=file, effort="fast", verify=False)
+    wanted = ours(tmp_path / "q")
+    parts = ("self_attn.q_proj", "mlp.down_proj")
+    zeros = {f"model.layers.{i}.{part}.bias": torch.zeros(256) for i in (0, 1) for part in parts}
+    edited(tmp_path / "q", lambda tensors: tensors | zeros)
+    assert torch.equal(ours(tmp_path / "q"), wanted)
+    receipt = fewbits.convert(tmp_path / "q", tmp_path / "q.gguf", requantize=True)
+    assert any("_proj.bias" in note for note in receipt.notes)
+    assert nats(wanted, engine_logits(tmp_path / "q.gguf", TOKENS[0])) < 0.05
+
+
+def test_weights_of_quanto_are_refused_by_name(tmp_path: Path) -> None:
+    def split(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        codes = tensors.pop("lm_head.weight").mul(10).to(torch.int8)
+        return tensors | {"lm_head.weight._data": codes, "lm_head.weight._scale": torch.ones(600, 1)}
+
+    path = edited(save_tiny("LlamaForCausalLM", tmp_path / "in"), split)
+    with pytest.raises(FileError, match=r"lm_head\.weight\._data is I8.*nothing says how"):
+        fewbits.open(path)
