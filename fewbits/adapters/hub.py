@@ -31,7 +31,7 @@ def resolve(reference: str, cache_dir: Path | None = None) -> Path:
 
         return smollm2.obtain(cache_dir)
     path = Path(reference).expanduser()
-    if path.exists():
+    if path.exists() or path.is_symlink():
         return path
     name = _HUB_NAME.fullmatch(reference)
     if name is None or reference.endswith(".gguf"):

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import fields
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
     Raises ModelError for an architecture that transformers does not have, and one that lists every
     tensor that is missing, unexpected or of another shape.
     """
+    from .as_loaded import as_loaded
+
+    checkpoint = as_loaded(checkpoint)
     config = model_config(checkpoint)
     weights = {
         name: decoded(tensor.load(), dtype) for name, tensor in needed_tensors(checkpoint, config).items()
@@ -51,9 +55,11 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
 
 
 def needed_tensors(checkpoint: Checkpoint, config: Any) -> dict[str, LazyTensor]:
-    """The tensors that fill a model: all, except for a stored but tied output."""
-    tied = getattr(config, "tie_word_embeddings", False)
-    return {n: tensor for n, tensor in checkpoint.tensors.items() if not (tied and n == "lm_head.weight")}
+    """The tensors that fill a model: all of its own, except for a stored but tied output."""
+    left = checkpoint.aside
+    if getattr(config, "tie_word_embeddings", False):
+        left |= {"lm_head.weight"}
+    return {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left}
 
 
 def filled_model(
@@ -147,18 +153,22 @@ def next_logits(model: Any, ids: torch.Tensor, cache: Any = None) -> tuple[torch
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, with its special tokens and chat template."""
+    """The checkpoint's tokenizer, with its special tokens and chat template: that of AutoTokenizer, or of
+    tokenizer.json alone where transformers does not know its class."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if checkpoint.gguf_keys:
         return _gguf_tokenizer(checkpoint)
     files = checkpoint.side_files
-    if "tokenizer.json" not in files:
-        if not files:
-            raise ModelError(f"{checkpoint.path}: no tokenizer files; copy the model's tokenizer.json there")
-        try:
-            return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
-        except (OSError, ValueError, LookupError, ImportError) as error:
+    if not files:
+        raise ModelError(f"{checkpoint.path}: no tokenizer files; copy the model's tokenizer.json there")
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(
+                checkpoint.path, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        if "tokenizer.json" not in files:
             raise ModelError(
                 f"{checkpoint.path}: transformers makes no tokenizer of its files; copy the model's "
                 "tokenizer.json there"
@@ -201,7 +211,7 @@ def _content(token: Any) -> str | None:
 
 def model_config(checkpoint: Checkpoint) -> Any:
     """The checkpoint's config as transformers' own class."""
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     kind = checkpoint.config.get("model_type")
     if kind is None:
@@ -217,7 +227,21 @@ def model_config(checkpoint: Checkpoint) -> Any:
     given = deepcopy(checkpoint.config)  # transformers changes its argument
     given.pop("quantization_config", None)
     with _quiet():
-        return CONFIG_MAPPING[kind].from_dict(given)
+        return CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(given))
+
+
+def default_fields(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that config.json leaves to the class, with the values that it derives; and under the usual names
+    (num_hidden_layers) those that the class calls otherwise (n_layer)."""
+    from transformers import PreTrainedConfig
+
+    common = {field.name for field in fields(PreTrainedConfig)}
+    own = {field.name for field in fields(type(config))} - common
+    known = {name: value for name, value in config.to_dict().items() if name in own}
+    known |= {usual: known.get(name) for usual, name in type(config).attribute_map.items()}
+    known = {name: value for name, value in known.items() if given.get(name) is None and value is not None}
+    encoded: dict[str, Any] = config._encode_special_floats(known)  # as config.json has infinities
+    return encoded
 
 
 def decoded(value: torch.Tensor | QTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -244,13 +268,13 @@ def _quiet() -> Iterator[None]:
 def known_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """A config with every field that the installed transformers derives (layer types, windows), or None for a
     model type that it does not have."""
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     given = {key: value for key, value in deepcopy(dict(config)).items() if key != "quantization_config"}
     if given.get("model_type") not in CONFIG_MAPPING:
         return None
     with _quiet():
-        full = CONFIG_MAPPING[given["model_type"]].from_dict(given)
+        full = CONFIG_MAPPING[given["model_type"]].from_dict(PreTrainedConfig._decode_special_floats(given))
     fields: dict[str, Any] = full.get_text_config().to_dict()
     return fields
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.as_loaded import as_loaded
 from ..adapters.transformers import empty_model
 from ..errors import CalibrationError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
@@ -82,6 +83,7 @@ class BlockModel:
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> None:
+        checkpoint = as_loaded(checkpoint)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self._model = empty_model(checkpoint)
         self.path, blocks = _find_blocks(self._model, checkpoint)
@@ -260,7 +262,7 @@ class BlockModel:
         for key, empty in self._model.state_dict().items():
             for name, place in self._made_of[key].items():
                 wanted[name] = tuple(empty[place].shape)
-        tensors = self.checkpoint.tensors
+        tensors = {n: t for n, t in self.checkpoint.tensors.items() if n not in self.checkpoint.aside}
         skipped = [*map(re.escape, self._copies), *self._model._keys_to_ignore_on_load_unexpected]
         if any(name.endswith("position_ids") for name, _ in self._model.named_buffers()):
             skipped.append(r"(^|\.)position_ids$")  # as transformers does

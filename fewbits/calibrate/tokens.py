@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..adapters.as_loaded import as_loaded
 from ..adapters.transformers import head_of, load_tokenizer
 from ..errors import CalibrationError, raise_all
 from ..files.checkpoint import Checkpoint
@@ -78,6 +79,7 @@ def read_tokens(
     text gives all its whole windows and a note with both numbers. Raises CalibrationError for less
     than one window, and FileError for a file that cannot be read.
     """
+    checkpoint = as_loaded(checkpoint)
     _check(checkpoint, spec, n_tokens, context)
     wanted = ceil(n_tokens / context)
     needed = wanted * context

@@ -50,7 +50,9 @@ class Checkpoint:
     side_files: tokenizer, chat template, generation config, license: name -> path.
     metadata: other fields of the file: activations, kv_cache, unread, and those of fewbits in a native
     directory. gguf_keys: keys and typed values of a GGUF file. mixture: llama.cpp's number of its
-    file type. provenance: reference, file type, files with sizes, for the receipt.
+    file type. provenance: reference, file type, files with sizes, for the receipt. aside: tensors that are
+    not the model's, kept as they are. notes: for the receipt. as_loaded: whether transformers was asked for
+    names, ties and defaults (`adapters/as_loaded.py`).
     """
 
     path: Path
@@ -62,3 +64,6 @@ class Checkpoint:
     gguf_keys: Mapping[str, GGUFValue] = field(default_factory=dict)
     mixture: int | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    aside: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    as_loaded: bool = False

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ..dtypes import DTYPES, F32
+from ..dtypes import BF16, DTYPES, F32
 from ..errors import FileError, FormatError, raise_all
 from ..formats.base import Format, Kind
 from ..model.archs import GGUFEntry
@@ -292,9 +292,16 @@ def open_tensors(
 
 
 def lazy_tensor(file: Path, entry: Entry) -> LazyTensor:
-    """A safetensors entry as a float tensor of a checkpoint."""
+    """A safetensors entry as a float tensor of a checkpoint. fp8 becomes bf16, which has all its values."""
+    if entry.dtype in ("F8_E4M3", "F8_E5M2"):
+        widened = partial(_widened, file, entry)
+        return LazyTensor(entry.name, entry.shape, BF16, entry.nbytes, file.name, widened)
     load = partial(map_tensor, file, entry)
     return LazyTensor(entry.name, entry.shape, DTYPES[entry.dtype.lower()], entry.nbytes, file.name, load)
+
+
+def _widened(file: Path, entry: Entry) -> torch.Tensor:
+    return map_tensor(file, entry).bfloat16()
 
 
 def _keys(file_type: Directory, name: str, entry: QuantizedEntry | FloatEntry) -> set[str]:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, int]
 USUAL: Shape = (4096, 4096)  # if the shape of a weight is unknown
+_SEPARATE = {
+    "gptq": "quantize_config.json", "awq": "quant_config.json", "modelopt": "hf_quant_config.json",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,17 @@ class Probe:
 
 
 def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Remove the quantization settings from config.json. AutoGPTQ and AutoAWQ kept them in separate files,
-    mlx-lm keeps them twice."""
-    settings = config.pop("quantization_config", None)
+    """Remove the quantization settings from config.json. Multimodal models have them in a part, compressed-
+    tensors named them differently, AutoGPTQ, AutoAWQ and ModelOpt keep them in other files, mlx-lm twice."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    given = [part.pop("quantization_config", None) for part in parts]
+    settings = next((each for each in given if each is not None), None)
+    older = config.pop("compression_config", None)
+    if settings is None and isinstance(older, dict):
+        settings = {"quant_method": "compressed-tensors", **older}
     if isinstance(mlx := config.get("quantization"), dict) and "group_size" in mlx:
         settings = config.pop("quantization")
-    for method, file in (("gptq", "quantize_config.json"), ("awq", "quant_config.json")):
+    for method, file in _SEPARATE.items():
         if settings is None and (path / file).is_file():
             settings = {"quant_method": method, **read_json_object(path / file)}
     return settings if isinstance(settings, dict) else None if settings is None else {}

@@ -33,6 +33,7 @@ from .directory import (
     QuantizedEntry,
     Shape,
     Stored,
+    module_of,
     open_tensors,
 )
 from .filetype import Probe, quantization_of
@@ -41,6 +42,7 @@ from .torch_bin import read_torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LEFT_OVER = "config.json has a quantization_config ({}), but all weights are plain floats: it is dropped"
 BIN = "pytorch_model.bin"  # in shards: BIN.index.json
 
 
@@ -74,27 +76,62 @@ class Floats(Directory):
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
     ) -> dict[str, QuantizedEntry | FloatEntry]:
+        faults += [
+            f"{name} is {place.entry.dtype}{_with_scales(name, places)}, and nothing says how it was "
+            "quantized (quantization_config in config.json); load it with the tool that wrote it, or use the "
+            "float model"
+            for name, place in places.items()
+            if _quantized(name, place, places)
+        ]
         return {}
 
 
 HUGGINGFACE = Floats()
 
 
+def _quantized(name: str, place: Place, places: Mapping[str, Place]) -> bool:
+    """Whether a matrix is codes of another tool: integers, or fp8 under scales. fp8 alone is a float."""
+    dtype, shape = place.entry.dtype, place.entry.shape
+    if len(shape) < 2 or dtype in ("F64", "F32", "F16", "BF16", "BOOL"):
+        return False
+    if dtype in ("F8_E4M3", "F8_E5M2"):
+        return bool(_with_scales(name, places))
+    return "weight" in name
+
+
+def _with_scales(name: str, places: Mapping[str, Place]) -> str:
+    parts = (f"{name}_scale", f"{name}_scale_inv", f"{module_of(name)}.scale", f"{module_of(name)}.scales")
+    found = next((part for part in parts if part in places), None)
+    return f" under {found}" if found else ""
+
+
+def holds_floats(path: Path) -> bool:
+    """Whether a directory has plain weights only, whatever its quantization settings say."""
+    return not _any_quantized(_places(path, *_weight_files(path)))
+
+
+def _any_quantized(places: Mapping[str, Place]) -> bool:
+    return any(_quantized(name, place, places) for name, place in places.items())
+
+
 def open_directory(path: Path, file_type: Directory) -> Checkpoint:
     """A directory of the type in its config -> Checkpoint; FileError with every missing shard and tensor."""
     path = Path(path)
     config = read_json_object(path / "config.json")
-    settings = quantization_of(path, config) or {}
+    settings = quantization_of(path, config)
     files, weight_map = _weight_files(path)
     places = _places(path, files, weight_map)
+    metadata = file_type.read_runtime(settings or {}, places)
+    left_over = settings is not None and not metadata.keys() - {"unread"} and not _any_quantized(places)
     return Checkpoint(
         path,
         file_type,
-        open_tensors(file_type, settings, places, path),
+        open_tensors(file_type, settings or {}, places, path),
         config,
         side_files=find_side_files(path),
-        metadata=file_type.read_runtime(settings, places),
+        metadata={} if left_over else metadata,
         provenance=describe_files(path, "huggingface", [path / "config.json", *files]),
+        notes=(LEFT_OVER.format(str((settings or {}).get("quant_method"))[:40]),) if left_over else (),
     )
 
 

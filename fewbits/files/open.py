@@ -15,10 +15,11 @@ from .filetype import FILE_TYPES, FileType, Probe
 from .fp8 import FP8
 from .gguf.filetype import GGUF_FILE
 from .gptq import GPTQ_V1, GPTQ_V2
-from .huggingface import HUGGINGFACE
+from .huggingface import HUGGINGFACE, holds_floats
 from .mlx import MLX_DIRECTORY
 from .native import NATIVE
 from .onnx.filetype import ONNX
+from .side_files import check_links
 
 for _file_type in (
     GGUF_FILE, NATIVE, HUGGINGFACE, GPTQ_V1, GPTQ_V2, AWQ_DIRECTORY, COMPRESSED_TENSORS, BITSANDBYTES, FP8,
@@ -44,6 +45,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def file_type_at(path: str | Path) -> FileType:
     """The type of the file or directory at `path`, by its content; FileError for anything else."""
+    check_links(Path(path))
     probe = Probe(Path(path))
     known = [file_type for _, file_type in FILE_TYPES.items()]
     # Types that are marked by a separate file precede those in config.json.
@@ -51,6 +53,8 @@ def file_type_at(path: str | Path) -> FileType:
     match = next((file_type for file_type in known if file_type.recognizes(probe)), None)
     if match is not None:
         return match
+    if probe.has("config.json") and holds_floats(probe.path):
+        return HUGGINGFACE
     if probe.has("config.json"):
         methods = sorted({t.method for t in known if isinstance(t, Directory) and t.method})
         method = str((probe.quantization or {}).get("quant_method"))[:40]

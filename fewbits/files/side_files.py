@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError
+from ..errors import FileError, raise_all
 from ..storage.json import regular_size
 
 CARD_LIMIT = 2**20  # bytes of a model card: YAML is read slowly
 
+_NEEDED = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".gguf"}
 SIDE_FILES = (
     "tokenizer*.json",
     "tokenizer*.model",
@@ -38,6 +39,17 @@ def find_side_files(path: Path) -> dict[str, Path]:
     folder: FOLDER/NAME) -> path."""
     files = {file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
     return {file.relative_to(path).as_posix(): file for file in sorted(files)}
+
+
+def check_links(path: Path) -> None:
+    """FileError that lists the links to files that are not there, as an interrupted download leaves them."""
+    files = [path, *path.iterdir()] if path.is_dir() else [path]
+    broken = [
+        f"{file.name} is a link to {file.readlink()}, which is not there"
+        for file in files
+        if file.is_symlink() and not file.exists() and file.suffix in _NEEDED
+    ]
+    raise_all(FileError, str(path), [*broken, "fetch the model again, or copy the files"] if broken else [])
 
 
 def card_fields(readme: Path | None) -> dict[str, str | list[str]]:

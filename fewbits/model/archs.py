@@ -130,7 +130,7 @@ def require_architecture(config: Mapping[str, Any]) -> Architecture:
         raise ModelError(
             f"{name}: GGUF export does not know this architecture: its hyperparameter keys, tensor layout "
             f"and rotary order are missing from archs.toml; known: {', '.join(architectures())}. "
-            "The native directory holds any architecture: write that instead"
+            "The native directory holds any architecture: write that instead (--file native)"
         )
     check_config(arch, config)
     return arch
@@ -143,7 +143,7 @@ def check_values(arch: Architecture, config: Mapping[str, Any]) -> None:
         for field in key.fields:
             value = config.get(field)
             most = MOST.get(key.name, 2**32 - 1)
-            if value is None or (key.optional and value is False):
+            if value is None or (key.optional and not value):
                 continue
             if key.type == "u32" and not (type(value) is int and 0 < value <= most):
                 faults.append(f"{field} is {str(value)[:40]!r}, not a whole number from 1 to {most}")

@@ -69,8 +69,8 @@ def pretokenizer_name(spec: Mapping[str, Any]) -> str:
             return row.names[0]
     raise ModelError(
         f"tokenizer.json: no pre-tokenizer of llama.cpp known here has the splits {split} with "
-        f"ignore_merges={ignore}; name the right one explicitly (pre=...), one of "
-        f"{', '.join(row.names[0] for row in pretokenizers())}, or add a row to pretokenizers.toml"
+        f"ignore_merges={ignore}; known: {', '.join(row.names[0] for row in pretokenizers())}; a native "
+        "directory keeps any tokenizer (--file native)"
     )
 
 

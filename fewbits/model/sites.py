@@ -85,10 +85,11 @@ class Site:
 def sites(model: _Model) -> list[Site]:
     """Every weight of a checkpoint that may be quantized, in the checkpoint's order."""
     tied = _tied(model)
+    aside = getattr(model, "aside", ())
     return [
         _site(name, (tensor.shape[0], tensor.shape[1]), tied.get(name))
         for name, tensor in model.tensors.items()
-        if _is_site(name, tensor.shape)
+        if _is_site(name, tensor.shape) and name not in aside
     ]
 
 

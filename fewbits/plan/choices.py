@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from typing import Any
 
 from ..dtypes import DType
@@ -36,6 +37,7 @@ from .mixtures import Recipe
 from .recipes import Choice, Hyper, choose_types
 from .rules import Plan, Rule
 
+FEW = 0.05
 STAY = {"router", "embed", "output", "position", "segment"}
 _OUTSIDE = {"embed": "token_embd.weight", "output": "output.weight", "position": "position_embd.weight"}
 
@@ -52,15 +54,22 @@ class Decision:
     lossless: tuple[Format, ...] = ()
 
 
-def entries_of(checkpoint: Checkpoint, arch: Architecture | None) -> list[GGUFEntry]:
-    """The tensors of a GGUF file made of this checkpoint, or their substitutes (see above)."""
+def entries_of(checkpoint: Checkpoint, arch: Architecture | None, needs_gguf: bool = True) -> list[GGUFEntry]:
+    """The tensors of a GGUF file made of this checkpoint, or their substitutes (see above).
+
+    needs_gguf: whether names that GGUF does not have are faults."""
+    own = [name for name in checkpoint.tensors if name not in checkpoint.aside]
     if arch is not None:
-        return gguf_entries(arch, checkpoint.config, checkpoint.tensors)
+        try:
+            return gguf_entries(arch, checkpoint.config, own)
+        except ModelError:
+            if needs_gguf:
+                raise
     if checkpoint.gguf_keys:
         return own_entries(checkpoint.tensors)
     stacks: dict[str, list[str]] = {}
     by_name = {site.name: site for site in sites(checkpoint)}
-    for name in checkpoint.tensors:
+    for name in own:
         site = by_name.get(name)
         target = name if site is None else _name_by_role(site)
         if target in stacks and (site is None or site.expert is None):
@@ -141,6 +150,7 @@ def decide(
     else:
         quantizable = {site.name: site for site in sites(checkpoint)}
         decisions = {e.name: _from_rules(e, quantizable, rules[e.name], to, stored[e.name]) for e in entries}
+        decisions |= _unfit(checkpoint, entries, decisions, file_type, stored)
     _check_rules(plan, entries, decisions)
     return decisions
 
@@ -174,6 +184,30 @@ def _from_rules(
     if site.role in STAY:
         return Decision(stored, stored, f"kept: {site.role} is unchanged unless a rule names it")
     return Decision(format, format)
+
+
+def _unfit(
+    checkpoint: Checkpoint,
+    entries: Sequence[GGUFEntry],
+    decisions: Mapping[str, Decision],
+    file_type: FileType,
+    stored: Mapping[str, Kind],
+) -> dict[str, Decision]:
+    """The few weights whose shape the format or file type cannot have, kept in float; none where they are
+    more than `FEW` of all: then another format suits the model, and the refusal says so."""
+    kept, total, few = {}, 0, 0
+    for entry in entries:
+        decision = decisions[entry.name]
+        if not isinstance(decision.kind, Format) or decision.rule is not None:
+            continue
+        *experts, n, k = entry_shape(checkpoint, entry)
+        total += (size := n * k * prod(experts))
+        if file_type.reason(decision.kind) is None and not file_type.fits(decision.kind, (n, k)):
+            few += size
+            reason = f"kept: {n} x {k} is no shape for {decision.kind.name} in {file_type.where}"
+            reason = reason.format(name=file_type.name)
+            kept[entry.name] = Decision(decision.kind, stored[entry.name], reason)
+    return kept if few <= FEW * total else {}
 
 
 def _nearest(pattern: str, entries: Sequence[GGUFEntry]) -> str:
@@ -214,12 +248,12 @@ def check_feasible(
         if kind == source.kind:
             continue
         try:
-            kind.check_shape(source.shape[-2], source.shape[-1], entry.name)
+            kind.check_shape(source.shape[-2], source.shape[-1], entry.sources[0])
         except FewbitsError as error:
             faults.append(str(error))
             continue
         if source.quantized and not requantize and not decisions[entry.name].lossless:
-            again.append(f"{entry.name} is {source.kind.name}")
+            again.append(f"{entry.sources[0]} is {source.kind.name}")
     if again:
         faults.append(
             f"{len(again)} tensors are already quantized, such as {again[0]}; quantize the original float "

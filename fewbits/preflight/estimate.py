@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import transformers as hf
+from ..adapters.as_loaded import as_loaded
 from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
 from ..files.directory import Directory
@@ -131,7 +132,7 @@ def preflight(
     writes_text: whether the model generates its calibration text. Raises the same errors as `quantize` at its
     start."""
     check_method(request)
-    notes = request.notes
+    checkpoint, notes = as_loaded(checkpoint), request.notes
     if "rotate" in request.method.transforms:
         checkpoint, turned = rotate(checkpoint, request.streaming.seed)
         notes += turned

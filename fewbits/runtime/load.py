@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve
 from ..adapters.transformers import decoded, filled_model, model_config, needed_tensors
 from ..dtypes import dtype_of
@@ -59,6 +60,7 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     """
     from transformers import GenerationConfig
 
+    checkpoint = as_loaded(checkpoint)
     config = model_config(checkpoint)
     weights: dict[str, torch.Tensor] = {}
     kinds: dict[str, Stored] = {}

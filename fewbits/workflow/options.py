@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from ..adapters.llamacpp_convert import converted_architectures
 from ..calibrate.statistics import Statistics
 from ..calibrate.tokens import Tokens
 from ..errors import PlanError
@@ -14,7 +13,6 @@ from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
 from ..files.native import NATIVE
 from ..files.open import FILE_TYPES, GGUF_FILE
-from ..model.archs import architecture
 from ..plan.method import EFFORTS, METHODS, Method
 from ..plan.mixtures import RECIPES
 from ..plan.rules import Option
@@ -101,15 +99,12 @@ class Options(CommonOptions):
         """The output path and file type for the model at `path`."""
         if out is not None:
             return out, file_type_for(self.file, out)
-        file_type = FILE_TYPES.get(self.file) if self.file else self._usual(checkpoint)
+        file_type = FILE_TYPES.get(self.file) if self.file else self._usual()
         stem = path.resolve().name.removesuffix(GGUF_FILE.suffix)
         return file_type.default_path(stem, self.to or "plan"), file_type
 
-    def _usual(self, checkpoint: Checkpoint) -> FileType:
-        names = checkpoint.config.get("architectures") or []
-        known = bool(checkpoint.gguf_keys) or architecture(checkpoint.config) is not None
-        known = known or any(name in converted_architectures() for name in names)
-        return GGUF_FILE if (self.to or "").lower() in RECIPES and known else NATIVE
+    def _usual(self) -> FileType:
+        return GGUF_FILE if (self.to or "").lower() in RECIPES else NATIVE
 
 
 def _known(words: dict[str, Method], what: str, name: str) -> Method:

@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve as resolve_model
 from ..errors import PlanError
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
+from ..files.native import NATIVE
 from ..files.open import file_type_at, open_checkpoint
 from ..memory import Need, left_of
+from ..plan.mixtures import RECIPES
 from ..release.publish import finished
 from ..release.receipt import Receipt
 from ..release.verify import Outcome, verification_nbytes, verify
@@ -80,8 +83,12 @@ def prepared(
     Everything that can be refused before a text is read or written is: FileError for what is in the way,
     ModelError or CalibrationError where there is not enough memory.
     """
+    checkpoint = as_loaded(checkpoint)
     place, file_type = options.place(path, checkpoint, out)
     request = replace(options.request(), file=file_type.name)
+    if file_type is NATIVE and options.file is None and (options.to or "").lower() in RECIPES:
+        note = f"{options.to} is written as a native directory; llama.cpp reads --out {place.name}.gguf"
+        request = replace(request, notes=(*request.notes, note))
     request = with_text(request, checkpoint, options, stand_in(options))
     check_place(checkpoint, place, file_type, request.overwrite)
     resolved = resolve(checkpoint, *planned(checkpoint, request, file_type))

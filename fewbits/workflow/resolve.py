@@ -78,7 +78,7 @@ def resolve(checkpoint: Checkpoint, request: Request, file_type: FileType) -> Re
     arch = architecture(checkpoint.config)
     if arch is not None:
         check_complete(arch, checkpoint.config, checkpoint.tensors.keys())
-    entries = entries_of(checkpoint, arch)
+    entries = entries_of(checkpoint, arch, file_type.writes_gguf_names)
     to = target_of(request.to)
     decisions = decide(checkpoint, entries, to, request.plan, file_type, request.calibrated)
     decisions = carried(checkpoint, entries, decisions, file_type, request.requantize)
@@ -130,7 +130,8 @@ def _with_runtime(
     names = {kind: name for kind, name in wanted.items() if name is not None}
     whole = file_type.with_runtime(**names)
     runtime: dict[str, Any] = dict(names)
-    notes = [f"the input: {line}" for line in checkpoint.metadata.get("unread", ())]
+    unread = checkpoint.metadata.get("unread", ())
+    notes = [*checkpoint.notes, *(f"the input: {line}" for line in unread)]
     for kind in (kind for kind in wanted if kind not in names):
         known = record_of(checkpoint.metadata, kind)
         if known is None:

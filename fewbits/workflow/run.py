@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..activations.record import record, record_cache
+from ..adapters.as_loaded import as_loaded
 from ..calibrate.statistics import coverage_notes
 from ..errors import FileError
 from ..files.checkpoint import Checkpoint
@@ -56,7 +57,7 @@ def run(
     progress: called with (tensor name, bytes read, bytes in all). Raises PlanError, ModelError, FormatError
     or FileError; a started output stays resumable.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
+    checkpoint = as_loaded(source if isinstance(source, Checkpoint) else open_checkpoint(Path(source)))
     out = Path(out)
     check_method(request)
     if needs_converter(checkpoint, file_type_for(request.file, out)):

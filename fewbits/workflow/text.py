@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import torch
 
+from ..adapters.as_loaded import as_loaded
 from ..adapters.transformers import head_of
 from ..blocks.model import BlockModel
 from ..calibrate.imatrix import open_statistics
@@ -33,6 +34,7 @@ def with_text(request: Request, checkpoint: Checkpoint, options: Options, read: 
     """The request with the text or the statistics that its method or runtime schemes need.
 
     If calibration was not requested, a model that cannot be run is rounded to nearest, with a note."""
+    checkpoint = as_loaded(checkpoint)
     measured = request.needs_text or (request.activations is not None and options.calibrate is not None)
     if not (request.method.needs_data or needs_of(request) or measured):
         return request

@@ -32,7 +32,7 @@ from ...storage.json import read_json_object
 from ..checkpoint import Checkpoint
 from ..side_files import card_fields
 from .file import GGUFValue, GGUFValueType
-from .tokenizer import strings, tokenizer_json, tokenizer_keys
+from .tokenizer import strings, tokenizer_json, tokenizer_keys, with_added
 
 _TYPES = {"u32": GGUFValueType.UINT32, "f32": GGUFValueType.FLOAT32}
 _DROPPED = re.compile(r"^(split\.|general\.(alignment|file_type|quantization_version)$)")
@@ -144,7 +144,7 @@ def hyperparameter_keys(config: Mapping[str, Any], arch: Architecture) -> dict[s
             raise ModelError(
                 f"config field {' or '.join(key.fields)} is missing (GGUF key {arch.gguf}.{key.name})"
             )
-        if value is not None:
+        if value is not None and not (key.optional and not value):
             keys[key.name] = GGUFValue(_TYPES[key.type], value)
     for name, number in rope_keys(fields, arch.rope).items():
         keys[name] = (
@@ -188,12 +188,14 @@ def _tokenizer(checkpoint: Checkpoint, pre: str | None) -> dict[str, GGUFValue]:
         )
     spec = read_json_object(files["tokenizer.json"])
     settings = read_json_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    spec = with_added(spec, settings)
     keys = tokenizer_keys(spec, int(config["vocab_size"]), pre, files.get("tokenizer.model"))
     ids = _special_ids(settings, config, keys[Keys.Tokenizer.LIST].value)
     keys |= {_SPECIAL[name]: u32(index) for name, index in ids.items()}
     adds = _adds_special(spec, ids)
-    keys[Keys.Tokenizer.ADD_BOS] = flag(settings.get("add_bos_token", adds["bos"]) and "bos" in ids)
-    keys[Keys.Tokenizer.ADD_EOS] = flag(settings.get("add_eos_token", adds["eos"]) and "eos" in ids)
+    for name, key in (("bos", Keys.Tokenizer.ADD_BOS), ("eos", Keys.Tokenizer.ADD_EOS)):
+        said = settings.get(f"add_{name}_token")
+        keys[key] = flag((adds[name] if said is None else said) and name in ids)
     return keys | _templates(files.get("chat_template.jinja"), settings)
 
 
@@ -262,7 +264,11 @@ def config_from_keys(
         keys.setdefault("vocab_size", len(metadata[Keys.Tokenizer.LIST]))
     config: dict[str, Any] = {"architectures": [arch.name], "model_type": arch.model_type}
     config |= {field: rule["is"] for field, rule in arch.fixed.items()}
-    config |= {key.fields[0]: keys[key.name] for key in arch.keys if key.name in keys}
+    config |= {
+        key.fields[0]: keys[key.name]
+        for key in arch.keys
+        if key.name in keys and (keys[key.name] or not key.optional)
+    }
     check_values(arch, config)
     config = complete(config)
     missing = [key.name for key in arch.keys if not key.optional and config.get(key.fields[0]) is None]

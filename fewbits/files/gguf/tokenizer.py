@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import hexdigits
 from typing import Any
 
 from gguf import TokenType
@@ -62,6 +63,17 @@ def tokenizer_keys(
     if pre is None:
         _compare(spec, keys)
     return keys
+
+
+def with_added(spec: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer.json with the tokens that only tokenizer_config.json has (added_tokens_decoder)."""
+    known = {token["id"]: token for token in spec.get("added_tokens", [])}
+    more = settings.get("added_tokens_decoder") or {}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    for index, token in more.items():
+        said = {field: token[field] for field in (*flags, "content") if field in token}
+        known.setdefault(int(index), {"id": int(index), **flags, **said})
+    return {**spec, "added_tokens": [known[index] for index in sorted(known)]}
 
 
 def _is_spm(spec: Mapping[str, Any]) -> bool:
@@ -109,7 +121,7 @@ def _repeated(tokens: Sequence[str]) -> list[str]:
 def _byte(text: str) -> int | None:
     """`<0x0A>` -> 10; None for any other text."""
     if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-        return int(text[3:5], 16)
+        return int(text[3:5], 16) if set(text[3:5]) <= set(hexdigits) else None
     return None
 
 
@@ -205,7 +217,7 @@ def _compare(spec: Mapping[str, Any], keys: Mapping[str, GGUFValue]) -> None:
             raise ModelError(
                 f"tokenizer.json: GGUF cannot express this tokenizer: on a probe of {len(wanted)} tokens its "
                 f"rules differ from token {at} on ({wanted[at : at + 4]}, through GGUF {got[at : at + 4]}); "
-                "the native directory keeps it, or name the pre-tokenizer (pre=...) to accept this"
+                "a native directory keeps it (--file native)"
             )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ...adapters.as_loaded import as_loaded
 from ...blocks.activations import Activations
 from ...blocks.model import BlockModel
 from ...calibrate.capture import capture
@@ -41,6 +42,7 @@ def collect(
     activations that are not finite, FileError for too small a disk.
     """
     report = progress or (lambda stage, done, total: None)
+    checkpoint = as_loaded(checkpoint)
     inside = {site.name: site for site in sites(checkpoint) if site.block is not None}
     if not inside:
         raise CalibrationError(f"{checkpoint.path}: no weight of its blocks is known; nothing to calibrate")
