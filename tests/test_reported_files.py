@@ -164,10 +164,14 @@ def test_one_weight_that_does_not_fit_stays_in_float_with_the_reason(file: str, 
     assert sum(row.format == to for row in receipt.tensors) == 28
 
 
-def test_a_format_that_fits_few_weights_is_refused(tmp_path: Path) -> None:
-    path = save_tiny("LlamaForCausalLM", tmp_path / "in", hidden_size=192, num_attention_heads=4)
-    with pytest.raises(FewbitsError, match="128"):
-        fewbits.quantize(path, tmp_path / "out", to="int4_g128_asym", file="awq", effort="fast")
+@pytest.mark.parametrize(("to", "file"), [("int4_g128_asym", "awq"), ("nf4", "bitsandbytes")])
+def test_a_format_that_fits_few_weights_is_refused_under_their_own_names(
+    to: str, file: str, tmp_path: Path
+) -> None:
+    path = save_tiny("LlamaForCausalLM", tmp_path / "in", hidden_size=200, intermediate_size=300)
+    with pytest.raises(FewbitsError, match=r"model\.layers\.0\.\S+_proj\.weight: ") as caught:
+        fewbits.quantize(path, tmp_path / "out", to=to, file=file, effort="fast")
+    assert "blk." not in str(caught.value)
 
 
 def test_a_file_type_of_llamacpp_is_a_gguf_file_or_said_not_to_be(tmp_path: Path) -> None:

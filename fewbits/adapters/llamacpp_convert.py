@@ -53,7 +53,7 @@ def check_converts(config: Mapping[str, Any]) -> None:
     )
     raise ModelError(
         f"{name}: GGUF export does not know this architecture; {fault}. The native directory holds any "
-        "architecture: write that instead"
+        "architecture: write that instead (--file native)"
     )
 
 
@@ -74,6 +74,6 @@ def convert_float(model: Path, out: Path, dtype: str, pre: str | None) -> None:
         last = next((line for line in reversed(lines) if not line.startswith(" ")), "no output")
         raise ModelError(
             f"{model}: llama.cpp's converter fails: {last}. The native directory holds any architecture: "
-            "write that instead"
+            "write that instead (--file native)"
         )
     partial.rename(out)

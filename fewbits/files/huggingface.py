@@ -87,16 +87,16 @@ class Floats(Directory):
 
 
 HUGGINGFACE = Floats()
+_PLAIN = {"F64", "F32", "F16", "BF16", "BOOL", "I64", "U64"}
 
 
 def _quantized(name: str, place: Place, places: Mapping[str, Place]) -> bool:
-    """Whether a matrix is codes of another tool: integers, or fp8 under scales. fp8 alone is a float."""
+    """Whether an array is codes of another tool: integers, or fp8 under scales. fp8 alone is a float; a mask
+    or a table of positions has one row, or 64 bits."""
     dtype, shape = place.entry.dtype, place.entry.shape
-    if len(shape) < 2 or dtype in ("F64", "F32", "F16", "BF16", "BOOL"):
+    if len(shape) < 2 or shape[0] == 1 or dtype in _PLAIN:
         return False
-    if dtype in ("F8_E4M3", "F8_E5M2"):
-        return bool(_with_scales(name, places))
-    return "weight" in name
+    return dtype not in ("F8_E4M3", "F8_E5M2") or bool(_with_scales(name, places))
 
 
 def _with_scales(name: str, places: Mapping[str, Place]) -> str:

@@ -187,7 +187,7 @@ def check_config(arch: Architecture, config: Mapping[str, Any]) -> None:
     if arch.gguf == "gemma3":
         faults += _gemma3_faults(fields)
     if faults:
-        faults.append("the native directory supports this model; write that instead")
+        faults.append("the native directory supports this model; write that instead (--file native)")
     raise_all(ModelError, f"{arch.name} to GGUF", faults)
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fewbits.dtypes import DType
 from fewbits.errors import FewbitsError, FileError
@@ -117,8 +118,10 @@ def test_a_refused_format_is_refused_before_anything_is_written(tmp_path, layout
 
 
 def test_a_method_that_no_layout_reads_is_named(tmp_path):
-    path = write_directory(tmp_path / "m", "native", {"model.norm.weight": torch.randn(4).bfloat16()})
-    (path / "fewbits.json").unlink()
+    path = tmp_path / "m"
+    path.mkdir()
+    codes = torch.zeros(4, 8, 1, dtype=torch.int16)
+    save_file({"model.layers.0.mlp.up_proj.codes": codes}, path / "model.safetensors")
     (path / "config.json").write_text('{"quantization_config": {"quant_method": "aqlm"}}')
     with pytest.raises(FileError, match=r"'aqlm'; supported: .*gptq"):
         open_checkpoint(path)
