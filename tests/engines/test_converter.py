@@ -35,9 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ApertusForCausalLM": ("apertus", {}),
     "ArceeForCausalLM": ("arcee", {}),
     "CohereForCausalLM": ("cohere", {}),
-    "Cohere2ForCausalLM": ("cohere2", _SLIDING),
+    "Cohere2ForCausalLM": ("cohere2", {"num_hidden_layers": 4, "sliding_window": 32}),
     "FalconForCausalLM": ("falcon", {"multi_query": True, "alibi": False, "ffn_hidden_size": 1024}),
-    "GPTNeoXForCausalLM": ("gpt_neox", {}),
     "GlmForCausalLM": ("glm", {"head_dim": 64}),
     "Glm4ForCausalLM": ("glm4", {"head_dim": 64}),
     "Glm4MoeForCausalLM": ("glm4_moe", {**_ROUTED, "head_dim": 64}),
@@ -62,7 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "StableLmForCausalLM": ("stablelm", {}),
     "Starcoder2ForCausalLM": ("starcoder2", {}),
 }  # fmt: skip
-GELU = {"FalconForCausalLM", "GPTNeoXForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "PhiForCausalLM",
+GELU = {"FalconForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "PhiForCausalLM",
         "Starcoder2ForCausalLM"}  # fmt: skip
 SENTENCEPIECE = {"GemmaForCausalLM", "Gemma2ForCausalLM", "NemotronForCausalLM"}
 """Their converters read tokenizer.model."""
