@@ -111,7 +111,8 @@ def restored(model: Checkpoint, out: Path) -> Restored | None:
     converted = open_converted(found[0], model)
     tensors = open_gguf(out, own_names=True).tensors
     lost = [name for name, tensor in tensors.items() if tensor.quantized and name not in converted.parts]
-    return Restored(converted.restored(model, out), found[0], tuple(lost))
+    names = tuple(entry.name for entry in own_entries(lost))
+    return Restored(converted.restored(model, out), found[0], names)
 
 
 def clean(out: Path) -> None:

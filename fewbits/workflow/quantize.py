@@ -124,7 +124,7 @@ def _verified(source: Checkpoint, out: Path, options: Options) -> Outcome:
     before = verify(known.floats, *limits, decoded=source)
     floats = f"the converter's float file: {before.line()}"
     if known.computed:
-        text = f"{some(known.computed)} has values that the converter computed; {floats}"
+        text = f"{some(known.computed)}: values that the converter computed; {floats}"
         verdict = "not checked" if before.verdict == "same" else before.verdict
         return replace(before, verdict=verdict, reason=text)
     return replace(outcome, reason="; ".join(filter(None, (outcome.reason, floats))))
