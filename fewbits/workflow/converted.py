@@ -73,6 +73,7 @@ def run_converted(
 ) -> Receipt:
     """`run` for such an output, by the converter. Its folder stays, for another try or for `restored`, until
     `clean`."""
+    check_converts(model.config)
     if out.exists() and not request.overwrite:
         raise FileError(f"{out}: exists; choose another output or pass overwrite")
     folder = _folder(out)

@@ -82,6 +82,14 @@ open(sys.argv[1], "wb").write(model.SerializeToString())
 """
 
 
+PYTHON = interpreter()  # before the tests' own cache
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWBITS_CONVERTER", str(PYTHON))
+
+
 def saved(name: str, path: Path) -> Path:
     """A tiny random model of the case, and the tokenizer that its converter asks for."""
     spec = spm_tokenizer() if name in SENTENCEPIECE else bpe_tokenizer()
