@@ -26,9 +26,12 @@ def with_old_names(config: dict[str, Any]) -> dict[str, Any]:
         "n_ctx": config.get("n_positions"),
         "rotary_pct": partial if partial is not None else 1.0,
         "rotary_emb_base": rope.get("rope_theta"),
+        "layernorm_epsilon": config.get("rms_norm_eps"),
         "head_dim": width // heads if heads and width else None,
     }
     missing = {name: value for name, value in old.items() if config.get(name) is None and value is not None}
+    if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
+        missing["num_kv_heads"] = 1 if config.get("multi_query") else heads
     return {**config, **missing}
 
 

@@ -280,9 +280,10 @@ def gguf_entries(arch: Architecture, config: Mapping[str, Any], hf_names: Iterab
 
 
 def own_names(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """A tensor under its GGUF name -> names of what is in it: each expert's weight, or itself."""
+    """A tensor under its GGUF name -> names of what is in it: each matrix (of an expert, or of a head), or
+    itself."""
     stem, _, kind = name.rpartition(".")
-    if len(shape) != 3 or shape[0] == 1 or not stem.endswith("_exps"):
+    if len(shape) != 3 or shape[0] == 1 or kind != "weight" or "conv" in stem:
         return (name,)
     return tuple(f"{stem}.experts.{e}.{kind}" for e in range(shape[0]))
 

