@@ -1,6 +1,7 @@
 """Calibration text: windows are the text's own tokens; nothing is dropped, cut short or replaced silently."""
 
 import json
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +18,7 @@ from fewbits.calibrate import documents, tokens
 from fewbits.calibrate.documents import parse_dataset, read_characters, read_json_lines
 from fewbits.calibrate.tokens import bos_of, read_tokens
 from fewbits.errors import CalibrationError, FileError
+from fewbits.files.open import open_checkpoint
 from tests.tiny import CORPUS
 
 CHAT = [{"role": "user", "content": "Hello world"}, {"role": "assistant", "content": "the lazy dog"}]
@@ -29,10 +31,9 @@ def write_lines(path, rows):
 
 
 def with_template(checkpoint, folder, template):
-    folder.mkdir()
+    shutil.copytree(checkpoint.path, folder)
     (folder / "chat_template.jinja").write_text(template)
-    files = {**checkpoint.side_files, "chat_template.jinja": folder / "chat_template.jinja"}
-    return replace(checkpoint, side_files=files)
+    return open_checkpoint(folder)
 
 
 # ---- a text file ---------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def test_what_cannot_be_asked_for_is_refused_at_once(plain, tmp_path):
     with pytest.raises(FileError, match="not a regular file"):
         read_tokens(plain, str(tmp_path), 64)
     (tmp_path / "text.txt").write_text(CORPUS, encoding="utf-8")
-    other = replace(plain, config={**plain.config, "vocab_size": 9})
+    other = replace(plain, as_loaded=True, config={**plain.config, "vocab_size": 9})
     with pytest.raises(CalibrationError, match=r"token \d+ is outside .* vocabulary of 9"):
         read_tokens(other, str(tmp_path / "text.txt"), 64, context=16)
 
