@@ -92,6 +92,7 @@ memory: $(VENV)/engine
 bench: $(VENV)/engine
 	$(RUN) bench/encode
 	$(RUN) bench/memory
+	$(RUN) bench/architectures
 
 # An embedding model beside torch.ao; MODEL: its directory.
 bench-encoder: $(VENV)/ready

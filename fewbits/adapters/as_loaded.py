@@ -18,9 +18,8 @@ import torch
 
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
-from ..files.experts import pieces
 from ..model.archs import architecture, check_values, every_name
-from .transformers import default_fields, empty_model, model_config
+from .transformers import default_fields, empty_model, model_config, tensors_in
 
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
 Shapes = dict[str, tuple[int, ...]]
@@ -101,10 +100,9 @@ def _class_of(checkpoint: Checkpoint) -> _Class:
     """The class that transformers has for the checkpoint."""
     model = empty_model(checkpoint)
     shapes: Shapes = {}
-    for key, value in model.state_dict().items():
-        whole = tuple(value.shape)
-        for name, place in pieces(key, whole, checkpoint.config.get("model_type")).items():
-            shapes[name] = tuple(value[place].shape)
+    state = model.state_dict()
+    for key, made_of in tensors_in(model, checkpoint).items():
+        shapes |= {name: tuple(place.of(state[key]).shape) for name, place in made_of.items()}
     tied = {name: source for name, source in model.all_tied_weights_keys.items() if name in shapes}
     return _Class(type(model).__name__, shapes.keys(), shapes, tied, model.base_model_prefix)
 

@@ -7,7 +7,7 @@ puts experts into its fused arrays, ties weights and computes the rotary buffers
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
@@ -15,9 +15,11 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
+from ..files.experts import WHOLE, Place, arrays, joined, place_of
 from ..files.gguf.tokenizer import tokenizer_json
 from ..qtensor import QTensor
 from ..storage.json import read_json_object
@@ -67,6 +69,9 @@ def filled_model(
 ) -> PreTrainedModel:
     """The model of a config with these weights; ModelError lists every mismatch."""
     cls = model_class(checkpoint, config)
+    for name, (places, shape) in unknown_experts(checkpoint).items():
+        if places.keys() <= weights.keys():
+            weights[name] = joined({piece: weights.pop(piece) for piece in places}, places, shape)
     with _quiet():
         model, info = cls.from_pretrained(
             None,
@@ -106,6 +111,78 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
             return cls(config).eval()
     finally:
         hook.remove()
+
+
+def tensors_in(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, dict[str, Place]]:
+    """key of the model -> the tensors of the checkpoint in it, experts one by one, and the place of each."""
+    made_of = saved_names(model, checkpoint.tensors)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    whole = {name: key for key, found in made_of.items() for name, place in found.items() if place == WHOLE}
+    split = arrays({name: shapes[key] for name, key in whole.items()}, checkpoint.config)
+    for name, pieces in split.items():
+        if name not in checkpoint.tensors:
+            made_of[whole[name]] = pieces
+    return made_of
+
+
+def unknown_experts(checkpoint: Checkpoint) -> dict[str, tuple[dict[str, Place], tuple[int, ...]]]:
+    """Arrays of experts that transformers reads as they are, and the checkpoint has one expert at a time:
+    the name in a file of transformers -> the checkpoint's tensors with their places, and the whole shape."""
+    if not any(".experts." in name for name in checkpoint.tensors):
+        return {}
+    model = empty_model(checkpoint)
+    state = model.state_dict()
+    shapes = {
+        name: tuple(state[key].shape)
+        for key, made_of in saved_names(model, checkpoint.tensors).items()
+        for name, place in made_of.items()
+        if place == WHOLE and name not in checkpoint.tensors
+    }
+    return {name: (places, shapes[name]) for name, places in arrays(shapes, checkpoint.config).items()}
+
+
+class _Views(TorchFunctionMode):
+    """Keeps views: nothing is copied only to lie in one piece."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if function is torch.Tensor.contiguous else function(*args, **(kwargs or {}))
+
+
+def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, dict[str, Place]]:
+    """key of a model's state -> the tensors of a file in it, and the place of each.
+
+    names: those of the file. transformers' own conversion says what they become: it is applied backwards to
+    empty tensors, whose views tell where each lies; a name that it only renames is followed forwards.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+
+    state = {key: torch.empty(value.shape, device="meta") for key, value in model.state_dict().items()}
+    owner = {value.untyped_storage()._cdata: key for key, value in state.items()}
+    found: dict[str, dict[str, Place]] = {key: {} for key in state}
+    with _Views():
+        saved = revert_weight_conversion(model, dict(state))
+    for name, value in saved.items():
+        key = owner.get(value.untyped_storage()._cdata)
+        place = None if key is None else place_of(state[key], value)
+        if key is not None and place is not None:
+            found[key][name] = place
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    known = {name for made_of in found.values() for name in made_of}
+    for name in names:
+        if name in known:
+            continue
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is None and key in found:
+            found[key] = {name: WHOLE}
+    return {key: made_of or {key: WHOLE} for key, made_of in found.items()}
 
 
 def model_class(checkpoint: Checkpoint, config: Any) -> Any:

@@ -6,8 +6,8 @@
     block.set({name: weight})              replace some weights
 
 A site's input is observed: every linear layer of the forward pass is intercepted, and its weight is
-recognized by its memory, whole or as a slice of a fused array. The architecture only has to multiply by
-`torch.nn.functional.linear`.
+recognized by its memory, whole or as a slice of a fused array. The architecture has to multiply by
+`torch.nn.functional.linear` or a product of matrices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ModelError, raise_all
-from ..files.experts import Place
+from ..files.experts import WHOLE, Place
 
 Watch = Callable[[str, torch.Tensor], None]
 
@@ -74,7 +74,7 @@ class Block:
         args = tuple(_cast(value, dtype) for value in (hidden, *call.args))
         kwargs = {key: _cast(value, dtype) for key, value in call.kwargs.items()}
         result = functional_call(self.module, stand_ins, args, kwargs)
-        output = result[0] if isinstance(result, tuple) else result
+        output = result[0] if isinstance(result, tuple | list) else result
         if output.shape != hidden.shape:
             raise ModelError(f"{self.name}: {tuple(hidden.shape)} came out as {tuple(output.shape)}")
         return output
@@ -93,8 +93,8 @@ class Block:
         places = self._places(weights)
         for name, weight in weights.items():
             key, place = places[name]
-            if place:
-                self._whole(key)[place] = weight.to(self.device, self.dtype)
+            if place != WHOLE:
+                place.of(self._whole(key)).copy_(weight)
             elif self.in_place:
                 get_tensor(self.module, key).detach().copy_(weight)
             else:
@@ -104,7 +104,7 @@ class Block:
         """The current weight of the block: a view, in the dtype of the computation."""
         for key, made_of in self._made_of.items():
             if name in made_of:
-                return get_tensor(self.module, key).detach()[made_of[name]]
+                return made_of[name].of(get_tensor(self.module, key).detach())
         raise ModelError(f"{self.name}: tensor {name!r} is not one of this block")
 
     def _places(self, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, Place]]:
@@ -113,7 +113,7 @@ class Block:
         faults = [f"tensor {name!r} is not one of this block" for name in weights if name not in places]
         for name in weights.keys() & places.keys():
             key, place = places[name]
-            shape = tuple(get_tensor(self.module, key)[place].shape)
+            shape = tuple(place.of(get_tensor(self.module, key)).shape)
             if tuple(weights[name].shape) != shape:
                 faults.append(f"tensor {name!r} is {tuple(weights[name].shape)}, the block takes {shape}")
         raise_all(ModelError, self.name, sorted(faults))
@@ -126,10 +126,10 @@ class Block:
         made: dict[str, torch.Tensor] = {}
         for name, (key, place) in self._places(weights).items():
             weight = weights[name].to(self.device, dtype)
-            if place and key not in made:
+            if place != WHOLE and key not in made:
                 made[key] = get_tensor(self.module, key).detach().to(dtype, copy=True)
-            if place:
-                made[key][place] = weight
+            if place != WHOLE:
+                place.of(made[key]).copy_(weight)
             else:
                 made[key] = weight
         return made
@@ -141,27 +141,28 @@ class Block:
             put_tensor(self.module, key, torch.empty(shape, dtype=self.dtype, device=self.device))
         return get_tensor(self.module, key).detach()
 
-    def _ranges(self) -> dict[int, list[tuple[int, int, str]]]:
-        """storage -> first and last element of each site in it."""
-        ranges: dict[int, list[tuple[int, int, str]]] = {}
+    def _ranges(self) -> dict[int, list[tuple[int, int, str, int]]]:
+        """storage -> first and last element of each site in it, its name and its columns."""
+        ranges: dict[int, list[tuple[int, int, str, int]]] = {}
         for key, made_of in self._made_of.items():
             whole = get_tensor(self.module, key)
             if whole.ndim < 2:
                 continue
             spans = ranges.setdefault(whole.untyped_storage().data_ptr(), [])
             for name, place in made_of.items():
-                start = int(whole[place].storage_offset())
-                spans.append((start, start + whole[place].numel(), name))
+                start = int(place.of(whole).storage_offset())
+                spans.append((start, start + place.of(whole).numel(), name, place.of(whole).shape[-1]))
         return ranges
 
 
 class _LinearWatch(TorchFunctionMode):
-    """Intercepts every linear layer, and recognizes its sites by the memory of the weight.
+    """Intercepts every product with a weight, and recognizes its sites by the memory of the weight.
 
-    A slice of a fused array is the site of one expert; a fused gate and up are two sites at once.
+    A slice of a fused array is the site of one expert; a fused gate and up are two sites at once. A batched
+    product has an expert in each matrix; rows of zeros were routed elsewhere and do not count.
     """
 
-    def __init__(self, ranges: Mapping[int, Sequence[tuple[int, int, str]]], watch: Watch) -> None:
+    def __init__(self, ranges: Mapping[int, Sequence[tuple[int, int, str, int]]], watch: Watch) -> None:
         super().__init__()
         self._ranges, self._watch = ranges, watch
         self._rows: Any = WeakTensorKeyDictionary()  # input -> its rows, while the input lives
@@ -173,13 +174,29 @@ class _LinearWatch(TorchFunctionMode):
         if function is linear:
             given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
             self._observe(given["input"], given["weight"])
+        elif function in _PRODUCTS and len(args) > _PRODUCTS[function] + 1:
+            x, weight = args[_PRODUCTS[function] : _PRODUCTS[function] + 2]
+            if weight.ndim == 2 and x.ndim:
+                self._observe(x, weight.mT)
+            if x.ndim == 2 and x.untyped_storage().data_ptr() in self._ranges:  # weight @ columns of inputs
+                self._observe(weight.mT, x)
+            elif weight.ndim == 3 and x.ndim == 3 and len(x) == len(weight) > 1:
+                self._each(x, weight.mT)
         return function(*args, **kwargs)
+
+    def _each(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        """One matrix of inputs for each matrix of weights."""
+        if weights.untyped_storage().data_ptr() in self._ranges:
+            for rows, weight in zip(x, weights, strict=True):
+                self._observe(rows[rows.any(-1)], weight)
 
     def _observe(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         start = weight.storage_offset()
         stop = start + weight.numel()
         near = self._ranges.get(weight.untyped_storage().data_ptr(), ())
-        names = [name for first, last, name in near if start <= first and last <= stop]
+        names = [
+            name for first, last, name, k in near if start <= first and last <= stop and k == x.shape[-1]
+        ]
         if not names or x.numel() == 0:
             return
         if x not in self._rows:
@@ -196,6 +213,13 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_cast(part, dtype) for part in value)
     return value
+
+
+_PRODUCTS = {
+    torch.matmul: 0, torch.Tensor.matmul: 0, torch.Tensor.__matmul__: 0, torch.mm: 0, torch.Tensor.mm: 0,
+    torch.bmm: 0, torch.Tensor.bmm: 0, torch.addmm: 1, torch.baddbmm: 1,
+}  # fmt: skip
+"""function -> where its two factors begin"""
 
 
 def get_tensor(module: torch.nn.Module, key: str) -> torch.Tensor:

@@ -15,23 +15,25 @@ of the Checkpoint. Batches have sequences of equal length, without padding.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.func import functional_call
 
 from ..adapters.as_loaded import as_loaded
-from ..adapters.transformers import empty_model
+from ..adapters.transformers import empty_model, tensors_in
 from ..errors import CalibrationError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
-from ..files.experts import pieces
-from ..model.sites import sites
 from ..qtensor import QTensor
 from .block import Block, Call, get_tensor, put_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Arrived(Exception):
@@ -40,16 +42,22 @@ class _Arrived(Exception):
 
 @dataclass
 class _Pass:
-    """One forward pass through the stand-ins. give: what each returns; None: stop at the last."""
+    """One forward pass through the stand-ins. give: what each returns; None: stop at the last. outputs: how
+    many each kind of block returns, where it is not one. observe: run the blocks themselves, with zeros for
+    weights, to see that number."""
 
     n_blocks: int
+    outputs: dict[type, int]
     give: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
+    observe: bool = False
+    hidden: list[torch.Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    others: list[torch.Tensor] = field(default_factory=list)
+    carried: bool = False  # whether a block reads another output of an earlier one
 
 
 class _StandIn(torch.nn.Module):
-    """Replaces a block: records its call and returns the given hidden states."""
+    """Replaces a block: records its call and returns the given hidden states, in the form of the block's."""
 
     def __init__(self, block: torch.nn.Module) -> None:
         super().__init__()
@@ -60,17 +68,38 @@ class _StandIn(torch.nn.Module):
         """A forward pass may read attributes of its blocks, such as their type of attention."""
         return getattr(self.__dict__["stands_for"], name)
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert self.running is not None
-        running = self.running
-        if not running.calls:
-            running.hidden = hidden
+        running, kind = self.running, type(self.__dict__["stands_for"])
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        running.hidden.append(hidden)
         running.calls.append(Call(args, kwargs))
-        if running.give is not None:
-            return running.give
+        running.carried |= any(
+            each is other for each in (*args, *kwargs.values()) for other in running.others
+        )
+        if running.observe:
+            return self._observed(running, hidden)
+        if running.give is None and len(running.calls) == running.n_blocks:
+            raise _Arrived
+        hidden = hidden if running.give is None else running.give
+        outputs = running.outputs.get(kind, 0)
+        return (hidden, *[None] * (outputs - 1)) if outputs else hidden
+
+    def _observed(self, running: _Pass, hidden: torch.Tensor) -> Any:
+        block, call = self.__dict__["stands_for"], running.calls[-1]
+        zeros = {
+            name: torch.zeros(weight.shape, dtype=hidden.dtype, device=hidden.device)
+            for name, weight in block.named_parameters()
+            if weight.is_meta
+        }
+        result = functional_call(block, zeros, (hidden, *call.args), call.kwargs)
+        if not isinstance(result, tuple | list):
+            return hidden
+        running.outputs[type(block)] = len(result)
+        running.others += [other for other in result[1:] if isinstance(other, torch.Tensor)]
         if len(running.calls) == running.n_blocks:
             raise _Arrived
-        return hidden
+        return (hidden, *result[1:])
 
 
 class BlockModel:
@@ -86,11 +115,8 @@ class BlockModel:
         checkpoint = as_loaded(checkpoint)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self._model = empty_model(checkpoint)
+        self._made_of = tensors_in(self._model, checkpoint)
         self.path, blocks = _find_blocks(self._model, checkpoint)
-        self._made_of = {
-            key: pieces(key, tuple(value.shape), checkpoint.config.get("model_type"))
-            for key, value in self._model.state_dict().items()
-        }
         modules = {id(module): name for name, module in self._model.named_modules()}
         table = self._model.get_input_embeddings()
         table.padding_idx = None  # it has a few of its rows, in another order: ids are translated for it
@@ -100,6 +126,7 @@ class BlockModel:
         output = modules.get(id(self._model.get_output_embeddings()))  # None: no language model's head
         self._output = None if output is None else f"{output}.weight"
         self._copies = self._model.all_tied_weights_keys  # tied tensor -> the one that it is
+        self._left_out = {name for copy in self._copies for name in self._made_of[copy]}
         self._made_of |= {copy: self._made_of[source] for copy, source in self._copies.items()}
         known = signature(self._model.forward).parameters
         self._no_cache = {"use_cache": False} if "use_cache" in known else {}
@@ -111,6 +138,8 @@ class BlockModel:
             blocks[i] = stand_in
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._head: dict[str, torch.Tensor] | None = None
+        self._outputs: dict[type, int] = {}  # of the kinds of blocks that return several
+        self._check_flow()
 
     @property
     def n_blocks(self) -> int:
@@ -128,13 +157,10 @@ class BlockModel:
         self._rows = tokens.unique().cpu()
         table = _rows(self.checkpoint.tensors[name].load(), self._rows).to(self.device, self.dtype)
         ran = self._ahead({self._table: table}, input_ids=tokens.to(self.device))
-        assert ran.hidden is not None
-        if not _same(ran.calls, self._calls_for(ran.hidden)):
-            raise ModelError(
-                f"{self.checkpoint.path}: the blocks read more of the tokens than their hidden states; "
-                f"{self._model.config.model_type!r} cannot be run block by block"
-            )
-        return ran.hidden
+        hidden = ran.hidden[0]
+        if not _same(ran.calls, self._calls_for(hidden)):
+            raise ModelError(f"{self._why_not()}: blocks read more of the tokens than their hidden states")
+        return hidden
 
     def _row_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids -> rows of the table, which holds those of `_rows` alone."""
@@ -177,9 +203,9 @@ class BlockModel:
         if self._head is None:
             name = next(iter(self._made_of[self._output]))
             self._head = self._around() | {self._output: self._decode(name, self.dtype)}
-        running = _Pass(self.n_blocks, give=hidden)
+        running = _Pass(self.n_blocks, self._outputs, give=hidden)
         with self._filled(self._head), self._standing_in(running):
-            logits = self._model(inputs_embeds=hidden, **self._no_cache).logits
+            logits = self._model(inputs_embeds=self._embeddings(hidden.shape), **self._no_cache).logits
         if logits.shape[:2] != hidden.shape[:2]:
             raise ModelError(
                 f"{self.checkpoint.path}: hidden states {tuple(hidden.shape)} gave logits "
@@ -193,20 +219,50 @@ class BlockModel:
         """The arguments of each block for hidden states of this batch and length."""
         shape = tuple(hidden.shape)
         if shape not in self._calls:
-            width = self._model.get_input_embeddings().embedding_dim  # not always the hidden states'
-            empty = torch.zeros((*shape[:-1], width), dtype=self.dtype, device=self.device)
-            self._calls[shape] = self._ahead({}, inputs_embeds=empty).calls
+            self._calls[shape] = self._ahead({}, inputs_embeds=self._embeddings(shape)).calls
         return self._calls[shape]
 
+    def _embeddings(self, shape: Sequence[int]) -> torch.Tensor:
+        """Embeddings for hidden states of this shape, which may have another width."""
+        width = get_tensor(self._model, self._table).shape[-1]
+        return torch.zeros((*shape[:2], width), dtype=self.dtype, device=self.device)
+
+    def _check_flow(self) -> None:
+        """ModelError unless each block reads what the one before it returns, and nothing else of it."""
+        embeddings = self._embeddings((2, 4, 1)).normal_(
+            generator=torch.Generator(self.device).manual_seed(0)
+        )
+        if not self._passes_on(embeddings, observe=False) and not self._passes_on(embeddings, observe=True):
+            raise ModelError(f"{self._why_not()}: something happens to hidden states between its blocks")
+
+    def _passes_on(self, embeddings: torch.Tensor, observe: bool) -> bool:
+        try:
+            ran = self._ahead({}, observe, inputs_embeds=embeddings)
+        except ModelError:
+            if observe:
+                raise
+            return False
+        if ran.carried:
+            raise ModelError(f"{self._why_not()}: blocks hand on more than their hidden states")
+        return all(_same(ran.hidden[0], later) for later in ran.hidden)
+
+    def _why_not(self) -> str:
+        kind = self._model.config.model_type
+        return f"{self.checkpoint.path}: {kind!r} cannot be run block by block"
+
     @torch.no_grad()
-    def _ahead(self, weights: dict[str, torch.Tensor], **inputs: torch.Tensor) -> _Pass:
+    def _ahead(
+        self, weights: dict[str, torch.Tensor], observe: bool = False, **inputs: torch.Tensor
+    ) -> _Pass:
         """The model's forward pass up to the last block, without the blocks."""
-        running = _Pass(self.n_blocks)
+        running = _Pass(self.n_blocks, self._outputs, observe=observe)
         with self._filled(self._around() | weights), self._standing_in(running):
             try:
                 self._model(**inputs, **self._no_cache)
             except _Arrived:
                 return running
+            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+                raise ModelError(f"{self._why_not()}: {type(error).__name__}: {error}") from error
         raise ModelError(
             f"{self.checkpoint.path}: its forward pass called {len(running.calls)} of the "
             f"{self.n_blocks} blocks of {self.path}; it cannot be run block by block"
@@ -215,12 +271,15 @@ class BlockModel:
     def _around(self) -> dict[str, torch.Tensor]:
         """The weights outside the blocks, without the embedding and the output layer."""
         skipped = {self._table, self._output}
-        return {
-            key: self._decode(name, self.dtype)
-            for key, made_of in self._made_of.items()
-            if key not in skipped and not key.startswith(f"{self.path}.")
-            for name in made_of
-        }
+        around: dict[str, torch.Tensor] = {}
+        for key in self._made_of:
+            if key in skipped or key.startswith(f"{self.path}."):
+                continue
+            whole = torch.empty(get_tensor(self._model, key).shape, dtype=self.dtype, device=self.device)
+            for name, place in self._made_of[key].items():
+                place.of(whole).copy_(self._decode(name, self.dtype))
+            around[key] = whole
+        return around
 
     def _decode(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         value = self.checkpoint.tensors[name].load()
@@ -261,9 +320,9 @@ class BlockModel:
         wanted: dict[str, tuple[int, ...]] = {}
         for key, empty in self._model.state_dict().items():
             for name, place in self._made_of[key].items():
-                wanted[name] = tuple(empty[place].shape)
+                wanted[name] = tuple(place.of(empty).shape)
         tensors = {n: t for n, t in self.checkpoint.tensors.items() if n not in self.checkpoint.aside}
-        skipped = [*map(re.escape, self._copies), *self._model._keys_to_ignore_on_load_unexpected]
+        skipped = [*map(re.escape, self._left_out), *(self._model._keys_to_ignore_on_load_unexpected or [])]
         if any(name.endswith("position_ids") for name, _ in self._model.named_buffers()):
             skipped.append(r"(^|\.)position_ids$")  # as transformers does
         ignored = "|".join(skipped)
@@ -278,24 +337,32 @@ class BlockModel:
         raise_all(ModelError, f"{self.checkpoint.path} as {type(self._model).__name__}", faults)
 
 
-def _find_blocks(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[str, torch.nn.ModuleList]:
-    """The list of modules with all weights that have a block number, each under its number."""
-    numbered = {site.name: site.block for site in sites(checkpoint) if site.block is not None}
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
-    candidates = [
-        name
-        for name in lists
-        if numbered and all(weight.startswith(f"{name}.{i}.") for weight, i in numbered.items())
-    ]
+def _find_blocks(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[str, torch.nn.ModuleList]:
+    """The outermost list of modules with matrices in the decoder: one entry for each layer of its config."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder: Any = found if hasattr(found, "config") else model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    lists: dict[str, torch.nn.ModuleList] = {}
+    for name, module in decoder.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, torch.nn.ModuleList) and not nested and _has_matrices(module):
+            lists[name] = module
+    depth = getattr(decoder.config, "num_hidden_layers", None)
+    candidates = [name for name in lists if len(lists) == 1 or len(lists[name]) == depth]
+    top = min((name.count(".") for name in candidates), default=0)
+    candidates = [name for name in candidates if name.count(".") == top]
     if len(candidates) == 1:
-        return candidates[0], lists[candidates[0]]
+        name = candidates[0]
+        return f"{prefix}.{name}" if prefix else name, lists[name]
     shown = ", ".join(f"{name} ({len(modules)})" for name, modules in list(lists.items())[:5]) or "none"
-    example = next(iter(numbered), "none")
     raise ModelError(
-        f"{checkpoint.path}: block order cannot be found: looked in {type(model).__name__} for one list of "
-        f"modules that holds the {len(numbered)} weights with a block number (first: {example}), each under "
-        f"its number; it has the lists {shown}"
+        f"{checkpoint.path}: block order cannot be found: looked in {type(decoder).__name__} for one list of "
+        f"{depth} blocks; it has the lists {shown}"
     )
+
+
+def _has_matrices(modules: torch.nn.ModuleList) -> bool:
+    return any(parameter.ndim > 1 for module in modules for parameter in module.parameters())
 
 
 def _rows(value: torch.Tensor | QTensor, rows: torch.Tensor) -> torch.Tensor:

@@ -174,7 +174,7 @@ class _Collector:
         self._wanted, self._hessian, self._mismatch = wanted, hessian, mismatch
         self._sums: dict[str, Sums] = {}  # by leader: the first site that read the input
         self._leader: dict[str, str] = {}
-        self.begin({}, whole=True)
+        self._batches = 0
 
     @property
     def aligned(self) -> set[str]:
@@ -183,6 +183,7 @@ class _Collector:
 
     def begin(self, floats: dict[str, torch.Tensor], whole: bool) -> None:
         """A new batch. floats: the same inputs in the float model. whole: continue to the block's output."""
+        self._batches += 1
         self._floats, self._whole = floats, whole
         self._read: Any = WeakTensorKeyDictionary()  # input -> leader, while the input lives
         self._left = set(self._wanted)
@@ -208,7 +209,7 @@ class _Collector:
             raise _Enough
 
     def result(self, block: str) -> Capture:
-        if not self._sums and self._wanted:
+        if not self._batches and self._wanted:
             raise CalibrationError(
                 f"{block}: no input reached any of {len(self._wanted)} sites; give it tokens"
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..adapters.hub import resolve
 from ..files.open import open_checkpoint
 from ..release.receipt import Receipt
+from ..workflow.coverage import PROMISED
 from ..workflow.quantize import conclude, prepared
 from ..workflow.run import run as quantize
 from ..workflow.text import with_read_text
@@ -46,7 +47,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="PATH", help="output file (.gguf) or directory")
     type_arguments(parser)
     parser.add_argument(
-        "--strict", action="store_true", help="also exit with code 3 if any tensor got a fallback type"
+        "--strict",
+        action="store_true",
+        help="also exit with code 3 if any tensor got a fallback type, or less than 95 %% of the weights "
+        "in blocks got the requested one",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
@@ -81,7 +85,8 @@ def run(given: argparse.Namespace) -> int:
 
 
 def verdict(receipt: Receipt, strict: bool) -> int:
-    """0, or 3 if a tensor with a rule (with `strict`: any tensor) did not get its requested format."""
+    """0, or 3 if a tensor with a rule did not get its requested format; with `strict`, also if any tensor did
+    not, or less than PROMISED of the weights in blocks got theirs."""
     changed = receipt.changed()
     named = [row for row in changed if row.rule is not None]
     if changed:
@@ -90,4 +95,5 @@ def verdict(receipt: Receipt, strict: bool) -> int:
             f"({len(named)} of them named by a rule); the receipt says why",
             file=sys.stderr,
         )
-    return 3 if named or (strict and changed) else 0
+    short = bool(receipt.coverage) and receipt.coverage["share"] < PROMISED
+    return 3 if named or (strict and (changed or short)) else 0

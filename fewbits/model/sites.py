@@ -1,4 +1,4 @@
-"""Sites: the weights of a model that may be quantized, from names and shapes alone.
+"""Sites: the weights of a model that may be quantized, from names, shapes and the config alone.
 
     model.layers.3.self_attn.k_proj.weight          (n, k)
           block 3 | group "model.layers.3.self_attn:in", shared by q, k and v | role "k"
@@ -10,11 +10,10 @@ unchanged. The plan decides whether a site is quantized; a router usually is not
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Protocol
-
-from ..errors import ModelError
 
 # role -> last part of the module's name, in the spellings of known model families
 _SPELLINGS = {
@@ -44,6 +43,7 @@ GGUF_PARTS = {
 """role -> the same in GGUF names; read backwards, `ffn_up` is up"""
 _ROLES |= {part: role for role, part in GGUF_PARTS.items()}
 _INPUT_ROLES = {"q", "k", "v", "qkv", "gate", "up", "gate_up"}  # they read their parent's input
+SMALLEST = 16  # side of a matrix: a decay or slope of each head is none
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer|block|blk)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -84,13 +84,25 @@ class Site:
 
 def sites(model: _Model) -> list[Site]:
     """Every weight of a checkpoint that may be quantized, in the checkpoint's order."""
-    tied = _tied(model)
     aside = getattr(model, "aside", ())
-    return [
-        _site(name, (tensor.shape[0], tensor.shape[1]), tied.get(name))
+    found = [
+        _site(name, (tensor.shape[0], tensor.shape[1]))
         for name, tensor in model.tensors.items()
         if _is_site(name, tensor.shape) and name not in aside
     ]
+    found = [replace(site, role=_role_by_shape(site, model.config)) for site in found]
+    tied = _tied(model, found)
+    return [replace(site, tied_to=tied.get(site.name)) for site in found]
+
+
+def block_matrices(model: _Model) -> dict[str, int]:
+    """The matrices of the blocks and stacks of them, whatever their names -> weights in each. Vectors, tables
+    of a few columns and kernels of convolutions are none."""
+    return {
+        name: prod(tensor.shape)
+        for name, tensor in model.tensors.items()
+        if len(tensor.shape) in (2, 3) and min(tensor.shape[-2:]) >= SMALLEST and _BLOCK.search(name)
+    }
 
 
 def kept(model: _Model) -> list[str]:
@@ -110,25 +122,44 @@ def _is_site(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith(".weight") and len(shape) == 2 and 0 not in shape
 
 
-def _tied(model: _Model) -> dict[str, str]:
+def expert_counts(config: Mapping[str, Any]) -> set[int]:
+    """The numbers of experts that a config names."""
+    text = config.get("text_config") or config
+    return {
+        value
+        for key, value in text.items()
+        if "experts" in key and "per_tok" not in key and type(value) is int and value > 1
+    }
+
+
+def _role_by_shape(site: Site, config: Mapping[str, Any]) -> str:
+    """The role of a weight whose name says none: a row for each expert, token or position."""
+    if site.role != "other" or site.expert is not None:
+        return site.role
+    text = config.get("text_config") or config
+    rows = site.shape[0]
+    if site.block is not None:
+        return "router" if rows == 1 or rows in expert_counts(config) else site.role
+    if rows in (text.get("vocab_size"), text.get("vocab_size_per_layer_input")):
+        return "embed"
+    lengths = [text.get(key) for key in ("max_position_embeddings", "n_positions", "type_vocab_size")]
+    return "position" if any(n is not None and rows - 2 <= n <= rows for n in lengths) else site.role
+
+
+def _tied(model: _Model, found: Sequence[Site]) -> dict[str, str]:
     """name -> the name it shares its weight with."""
     if not model.config.get("tie_word_embeddings"):
         return {}
-    embed = [name for name in model.tensors if role_of(name) == "embed"]
-    output = [
-        name
-        for name, tensor in model.tensors.items()
-        if role_of(name) == "output" and embed and tensor.shape == model.tensors[embed[0]].shape
-    ]
+    embed = [site.name for site in found if site.role == "embed"]
+    shape = model.tensors[embed[0]].shape if embed else None
+    heads = [site.name for site in found if site.role == "output" and site.block is None]
+    output = [name for name in heads if model.tensors[name].shape == shape]
     if len(embed) != 1 or len(output) > 1:
-        raise ModelError(
-            f"config says tie_word_embeddings, found {len(embed)} tables of embeddings {embed} and "
-            f"{len(output)} outputs {output}, 1 and at most 1 are expected; set it to false if they differ"
-        )
+        return {}
     return {output[0]: embed[0]} if output else {embed[0]: "lm_head.weight"}
 
 
-def _site(name: str, shape: tuple[int, int], tied_to: str | None) -> Site:
+def _site(name: str, shape: tuple[int, int]) -> Site:
     module = name.removesuffix(".weight")
     role = role_of(name)
     block, expert = _BLOCK.search(name), _EXPERT.search(name)
@@ -140,5 +171,4 @@ def _site(name: str, shape: tuple[int, int], tied_to: str | None) -> Site:
         block=int(block[1]) if block else None,
         group=f"{parent}:in",
         expert=int(expert[1]) if expert else None,
-        tied_to=tied_to,
     )

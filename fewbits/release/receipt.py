@@ -78,7 +78,8 @@ class Receipt:
     method: the differences from plain rounding. calibration: source, tokens, their SHA-256. notes: other
     facts for the user: ignored fields, types that need an imatrix, experts without tokens. verified: result
     of the output's engine: engine, version, verdict, differences. evaluation: against the reference, if
-    measured. about: the reference's license and name."""
+    measured. about: the reference's license and name. coverage: how many weights of the model's blocks got
+    the requested format, and what the others are."""
 
     source: str
     target: str
@@ -97,6 +98,7 @@ class Receipt:
     verified: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    coverage: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +152,8 @@ class Receipt:
     def table(self, worst: int = 5) -> str:
         """The receipt as text: a line for each format, the `worst` tensors, and tensors without the requested
         format."""
-        parts = [_by_format(self.tensors), _totals(self)]
+        parts = [_covered(self.coverage)] if self.coverage else []
+        parts += [_by_format(self.tensors), _totals(self)]
         if measured := [row for row in self.tensors if row.relative_error is not None]:
             parts.append(_worst(measured, worst))
         if changed := self.changed():
@@ -171,6 +174,14 @@ def _check_keys(kind: type, row: Any, where: str) -> None:
 
 def _optional(kind: type) -> set[str]:
     return {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
+
+
+def _covered(coverage: Mapping[str, Any]) -> str:
+    left = ", ".join(
+        f"{found['weights'] / coverage['weights']:.1%} {reason}" for reason, found in coverage["left"].items()
+    )
+    share = f"{coverage['share']:.1%} of the weights in blocks got {coverage['asked']}"
+    return f"{share}; not: {left}" if left else share
 
 
 def _by_format(rows: tuple[TensorRow, ...]) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve
-from ..adapters.transformers import decoded, filled_model, model_config, needed_tensors
+from ..adapters.transformers import decoded, filled_model, model_config, needed_tensors, unknown_experts
 from ..dtypes import dtype_of
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
@@ -64,9 +64,10 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     config = model_config(checkpoint)
     weights: dict[str, torch.Tensor] = {}
     kinds: dict[str, Stored] = {}
+    floats = {piece for places, _ in unknown_experts(checkpoint).values() for piece in places}
     for name, tensor in needed_tensors(checkpoint, config).items():
         value = tensor.load()
-        if isinstance(value, QTensor):
+        if isinstance(value, QTensor) and name not in floats:
             weights |= {f"{name}.{plane}": part.clone() for plane, part in value.planes.items()}
             kinds[name] = (value.format, value.shape)
         else:

@@ -62,6 +62,18 @@ class PackedWeight(nn.Module):
         found, where = ids.unique(return_inverse=True)
         return q.take_rows(found).decode().to(self.dtype)[where]
 
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """A model that multiplies by a weight itself, and not through its module, gets the floats."""
+        floats = [each.decode() if isinstance(each, PackedWeight) else each for each in args]
+        named = {key: v.decode() if isinstance(v, PackedWeight) else v for key, v in (kwargs or {}).items()}
+        return function(*floats, **named)
+
+    def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
+        return self.decode() @ other
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
         """`.to(...)`, `.half()`, `.cuda()`: planes move and are never cast; only what they decode to is."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype

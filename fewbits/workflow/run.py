@@ -40,6 +40,7 @@ from ..transforms.rotate import rotate
 from .blockstore import BlockStore, check_ours
 from .blockwise import Run, quantize_blocks
 from .converted import clean, needs_converter, planned, run_converted
+from .coverage import coverage_of
 from .memory import fitted
 from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
 from .request import Request, calibration_of, check_method, fingerprint_fields, needs_of, stats_of
@@ -89,7 +90,7 @@ def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress
             blocks = request.tokens is not None and folder.exists()
             kept = stack.enter_context(BlockStore(folder, identity)) if blocks else None
             return _cleaned(output, file, kept)
-        notes = (*output.notes, *resolved.notes, *notes)
+        notes, floats = (*output.notes, *resolved.notes, *notes), checkpoint
         hashing = stack.enter_context(InputDigests(checkpoint))
         records: Mapping[str, WeightRecord] = {}
         store = None
@@ -111,7 +112,7 @@ def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress
             path.unlink(missing_ok=True)
         file.finish(keep_journal=True)
         output.finish(measured)
-        receipt = _receipt(checkpoint, output, request, rows)
+        receipt = _receipt(floats, output, request, rows)
         receipt = replace(receipt, target=str(out), inputs=hashing.result(), notes=notes)
         receipt = replace(receipt, seconds=time.monotonic() - start, peak_memory_bytes=peak_memory())
         write_atomic(output.receipt, receipt.to_json().encode())
@@ -206,6 +207,7 @@ def _receipt(
         versions=versions(),
         method=request.method.settings(),
         calibration=calibration_of(request),
+        coverage=coverage_of(checkpoint, output.jobs, rows, request.to),
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from fewbits.errors import ModelError
 from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import kept, role_of, sites
 from tests.tiny import MODELS, save_tiny
@@ -62,8 +61,20 @@ def test_tied_weights_name_each_other() -> None:
     both = sites(Model(table | {"lm_head.weight": Shaped((8, 4))}, {"tie_word_embeddings": True}))
     assert [site.tied_to for site in both] == [None, "model.embed_tokens.weight"]
     assert sites(Model(table))[0].tied_to is None
-    with pytest.raises(ModelError, match="found 0 tables of embeddings"):
-        sites(Model({}, {"tie_word_embeddings": True}))
+    assert sites(Model({}, {"tie_word_embeddings": True})) == []
+
+
+def test_roles_that_no_name_says_are_seen_by_rows() -> None:
+    shapes = {
+        "backbone.embeddings.weight": (320, 64),
+        "backbone.layers.0.mixer.wg.weight": (8, 64),
+        "backbone.layers.0.mixer.mix.weight": (128, 64),
+        "backbone.layers.0.mixer.pick.weight": (1, 64),
+        "places.weight": (130, 64),
+    }
+    config = {"vocab_size": 320, "num_local_experts": 8, "num_experts_per_tok": 2, "n_positions": 128}
+    found = sites(Model({name: Shaped(shape) for name, shape in shapes.items()}, config))
+    assert [site.role for site in found] == ["embed", "router", "other", "router", "position"]
 
 
 @pytest.mark.parametrize(

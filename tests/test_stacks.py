@@ -1,0 +1,132 @@
+"""Stacks of every kind: what the model's class says of names, experts, attention and outputs is followed."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import fewbits
+from fewbits.calibrate.tokens import Tokens
+from fewbits.files.checkpoint import Checkpoint
+from fewbits.files.experts import WHOLE, arrays, place_of
+from fewbits.release.receipt import Receipt
+from fewbits.workflow.coverage import CoverageWarning, coverage_of
+
+SMALL = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "max_position_embeddings": 128, "pad_token_id": 0,
+}  # fmt: skip
+STACKS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},  # (e, in, out)
+    "llama4_text": {
+        "intermediate_size_mlp": 96,
+        "layer_types": None,
+        "no_rope_layers": None,
+    },  # in one product
+    "gemma2": {"query_pre_attn_scalar": 16},  # eager attention only
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 64},  # embeddings narrower than blocks
+}
+
+
+def saved(kind: str, folder: Path) -> Any:
+    config = transformers.CONFIG_MAPPING[kind](**SMALL | STACKS[kind])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.1 * torch.randn_like(weight) + (weight if weight.ndim == 1 else 0))
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_codes_by_gptq_give_the_logits_of_transformers_own_model_with_those_weights(
+    kind: str, tmp_path: Path
+) -> None:
+    parent = saved(kind, tmp_path / "float")
+    text = Tokens.of(torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(0)), "random")
+    asked: dict[str, Any] = {"to": "int4_g32", "method": "gptq", "calibrate": text}
+    receipt = fewbits.quantize(tmp_path / "float", tmp_path / "int4", **asked)
+    share = receipt.coverage["share"]
+    assert share > 0.95 and receipt.table().startswith(f"{share:.1%} of the weights in blocks got int4_g32")
+    inside = [row for row in receipt.tensors if ".0." in row.name and ".experts." not in row.name]
+    assert not [row.name for row in inside if row.algorithm == "rtn"]  # statistics reached every weight
+    state = parent.state_dict()
+    for name, tensor in fewbits.open(tmp_path / "int4").tensors.items():
+        w = tensor.load()
+        w = w.decode() if tensor.quantized else w.float()
+        array, stacked, rest = name.rpartition(".experts.")
+        target = state[array][int(rest.split(".")[0])] if stacked and array in state else state[name]
+        target = target if target.shape == w.shape else target.mT
+        assert (w - target).norm() < 0.3 * target.norm(), name
+        target.copy_(w)
+    ids = text.windows[:2]
+    with torch.no_grad():
+        expected, got = parent(ids).logits, fewbits.load(tmp_path / "int4")(ids).logits
+    assert (got - expected).norm() < 1e-4 * (expected - expected.mean()).norm()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda w: w,
+        lambda w: w[2],
+        lambda w: w[1].mT,
+        lambda w: w.chunk(2, dim=1)[1][3],
+        lambda w: w.chunk(2, dim=1)[1],
+        lambda w: w[3].chunk(2, dim=1)[1].mT,
+    ],
+)
+def test_a_view_is_found_in_its_array(view: Any) -> None:
+    for shape in ((4, 6, 8), (4, 6, 6)):
+        whole = torch.randn(shape)
+        place = place_of(whole, view(whole))
+        assert place is not None and torch.equal(place.of(whole), view(whole))
+        assert (place == WHOLE) == (view(whole) is whole)
+    assert place_of(whole, whole[:, ::2]) is None
+
+
+def test_the_side_that_experts_read_is_the_width_of_the_model() -> None:
+    config = {"num_experts": 4, "hidden_size": 32}
+    shapes = {
+        "layers.0.ffn.experts.gate_up_proj": (4, 32, 64),  # (e, in, out)
+        "layers.0.ffn.experts.down_proj": (4, 32, 32),  # as its neighbour
+        "layers.0.moe.input_linear.weight": (4, 64, 32),
+        "layers.0.conv.weight": (4, 32, 32),
+        "layers.0.slope": (4, 1, 1),
+    }
+    found = arrays(shapes, config)
+    assert {name: next(iter(places.values())).transposed for name, places in found.items()} == {
+        "layers.0.ffn.experts.gate_up_proj": True,
+        "layers.0.ffn.experts.down_proj": True,
+        "layers.0.moe.input_linear.weight": False,
+    }
+    assert list(found["layers.0.moe.input_linear.weight"])[3] == "layers.0.moe.input_linear.experts.3.weight"
+
+
+def test_what_stays_in_float_is_told_and_why() -> None:
+    names = {
+        "model.layers.0.a.weight": (64, 64),
+        "model.layers.0.b": (192, 64),
+        "model.embed.weight": (320, 64),
+    }
+    tensors = {name: SimpleNamespace(shape=shape) for name, shape in names.items()}
+    checkpoint: Any = SimpleNamespace(tensors=tensors, config={})
+    assert not isinstance(checkpoint, Checkpoint)
+    jobs: list[Any] = [
+        SimpleNamespace(sources=(name,), quantized=name.endswith("a.weight")) for name in names
+    ]
+    rows: list[Any] = [
+        SimpleNamespace(name=name, format="int4" if job.quantized else "f32", rule=None, reason="no matrix")
+        for name, job in zip(names, jobs, strict=True)
+    ]
+    told = r"only 25.0% of the weights in blocks got int4; the rest: 75.0% in 1 tensors such as model\.l"
+    with pytest.warns(CoverageWarning, match=told):
+        coverage = coverage_of(checkpoint, jobs, rows, "int4")
+    receipt = Receipt("a", "b", (), "", "", (), (), 0.0, 0, {}, coverage=coverage)
+    assert receipt.table().startswith("25.0% of the weights in blocks got int4; not: 75.0% no matrix")
+    assert coverage_of(checkpoint, jobs, rows, None) == {}
