@@ -44,7 +44,7 @@ def test_a_machine_without_memory_refuses_before_anything_is_written(model, monk
         CalibrationError, match=r"needs [\d.]+ GiB of memory, 0.25 GiB are free; give a text file"
     ):
         need(model)
-    assert need(model, effort="fast").way == "streaming"
+    assert need(model, effort="fast", verify=False).way == "streaming"
     assert main(["quantize", str(model), "--to", "q4_0", "--out", str(model.parent / "x.gguf")]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "needs" in error
