@@ -9,7 +9,8 @@ The first comparison finds what `verify` of the output alone cannot: a wrong rea
 the rotary embedding, a head, a tie) goes into the output, and its engine then agrees with it.
 
 The loss of quantization has no bound in general, but one in sense: an output that is farther from the
-reference than equal probabilities for all tokens holds nothing of it.
+reference than equal probabilities for all tokens holds nothing of it. On the demo model that is 9.55 nats;
+q2_k, rounded to nearest without data, is at 0.94.
 """
 
 from __future__ import annotations
