@@ -53,7 +53,7 @@ def test_a_machine_without_memory_refuses_before_anything_is_written(model, monk
 
 @pytest.mark.parametrize("command", ["evaluate", "verify"])
 def test_what_runs_a_model_says_its_memory_first_or_refuses_in_one_line(model, command, capsys, monkeypatch):
-    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given: Outcome("transformers", "same"))
+    monkeypatch.setattr("fewbits.cli.verify.verify", lambda *given, **named: Outcome("transformers", "same"))
     others = [str(model), "--sample", "64", "--context", "32"] if command == "evaluate" else []
     assert main([command, str(model), *others, "--memory", "0.1"]) == 1
     error = capsys.readouterr().err

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve
 from ..files.open import open_checkpoint
 from ..memory import left_of
@@ -64,9 +65,10 @@ def run(options: argparse.Namespace) -> int:
     need = verification_need(options.path, options.engine, memory)
     if need is not None:
         print(f"fewbits verify: {need.line()}, the engine's process besides", file=sys.stderr)
-    reference = None if options.reference is None else open_checkpoint(resolve(options.reference))
+    named = options.reference
+    reference = None if named is None else as_loaded(open_checkpoint(resolve(named)))
     limits = options.verify_seconds, options.verify_memory
-    outcome = verify(options.path, *limits, options.engine, memory, reference)
+    outcome = verify(options.path, *limits, options.engine, memory, reference=reference)
     print(json.dumps(outcome.to_dict()) if options.json else "\n".join(outcome.lines()))
     return code_of(outcome)
 
