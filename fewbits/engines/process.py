@@ -35,15 +35,23 @@ class Process:
         python = engine.interpreter(method)
         if python is None:
             raise KernelError(engine.missing(method))
+        if (reason := engine.refusal(checkpoint)) is not None:
+            raise KernelError(reason)
         weights = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
         self.engine, self.python, self.path = engine, python, checkpoint.path
         self.seconds, self.memory = seconds, memory or 16 * weights + 4 * 2**30
         self.said: dict[str, Any] = {}
 
     def logits(
-        self, windows: Sequence[list[int]], first: int = 0, new: int = 0, scratch: Path | None = None
+        self,
+        windows: Sequence[list[int]],
+        first: int = 0,
+        new: int = 0,
+        scratch: Path | None = None,
+        texts: Sequence[str] = (),
     ) -> Iterator[np.ndarray]:
         """Of each window in turn, by way of files in `scratch`: the model is loaded once, and we hold one.
+        texts: are tokenized by the engine, where it can; `said` has "tokens" then.
 
         KernelError where the script fails or takes too much.
         """
@@ -51,7 +59,8 @@ class Process:
             folder = Path(name)
             task, output = folder / "task.json", folder / "output.txt"
             asked = {"windows": windows, "first": first, "new": new, "imports": self.engine.imports}
-            task.write_text(json.dumps(asked | {"threads": torch.get_num_threads()}), encoding="utf-8")
+            asked |= {"texts": texts, "threads": torch.get_num_threads()}
+            task.write_text(json.dumps(asked), encoding="utf-8")
             script = str(SCRIPTS / self.engine.script)
             command = [self.python, script, str(self.path.resolve()), str(task), name]
             with output.open("wb") as out:
@@ -85,7 +94,8 @@ class Process:
             time.sleep(0.05)
 
     def environment(self) -> dict[str, str]:
-        variables = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+        variables = {**os.environ, **quiet, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
         if self.python != sys.executable:
             variables.pop("PYTHONPATH", None)
         elif self.engine.imports:  # this very package, wherever it was imported from

@@ -11,7 +11,7 @@ import numpy as np
 # its rounding is put into our forward pass (blocks/rounding.py).
 ENGINES = [
     {"name": "llama.cpp", "packages": ("llama-cpp-python",), "install": "pip install 'fewbits[engine]'",
-     "tolerance": 0.02},
+     "tolerance": 0.02, "mapped": True},
 ]  # fmt: skip
 
 
@@ -37,7 +37,8 @@ def main(model_path: str, task_path: str, result: str) -> None:
     context = api.llama_init_from_model(model, params)
     if not context:
         sys.exit(f"llama.cpp cannot make a context of {total} tokens")
-    vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    vocab = api.llama_model_get_vocab(model)
+    vocabulary = api.llama_vocab_n_tokens(vocab)
     new, start = [], perf_counter()
     for i, window in enumerate(task["windows"]):
         api.llama_memory_clear(api.llama_get_memory(context), True)
@@ -50,7 +51,30 @@ def main(model_path: str, task_path: str, result: str) -> None:
         new.append(ids[len(window) :])
         np.save(f"{result}/{i}.npy", logits)
     about = {"engine": "llama-cpp-python", "version": llama_cpp.__version__}
-    print(json.dumps({**about, "new": new, "seconds": perf_counter() - start}))
+    seconds = perf_counter() - start
+    tokens = tokens_of(api, model, vocab, task.get("texts", []))
+    print(json.dumps({**about, "new": new, "seconds": seconds, "tokens": tokens}))
+
+
+def tokens_of(api, model, vocab, texts: list[str]) -> dict | None:  # type: ignore[no-untyped-def]
+    """What the file's tokenizer says; None where it has none."""
+    if api.llama_vocab_type(vocab) == api.LLAMA_VOCAB_TYPE_NONE:
+        return None
+    template, bos = api.llama_model_chat_template(model, None), api.llama_vocab_bos(vocab)
+    every = range(api.llama_vocab_n_tokens(vocab))
+    return {
+        "texts": texts,
+        "ids": [tokenized(api, vocab, text.encode()) for text in texts],
+        "bos": bos if bos >= 0 else None,
+        "ends": [i for i in every if api.llama_vocab_is_eog(vocab, i)],
+        "template": template.decode() if template else None,
+    }
+
+
+def tokenized(api, vocab, text: bytes) -> list[int]:  # type: ignore[no-untyped-def]
+    room = len(text) + 8  # a token has at least a byte, except for BOS, EOS and a leading space
+    ids = (api.llama_token * room)()
+    return list(ids[: api.llama_tokenize(vocab, text, len(text), ids, room, True, True)])
 
 
 def decode(  # type: ignore[no-untyped-def]

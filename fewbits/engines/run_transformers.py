@@ -1,7 +1,9 @@
 """A directory in transformers, with whatever quantizer its config names; f32 where that can be had."""
 
 import json
+import os
 import sys
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
@@ -76,12 +78,18 @@ def tried(model_path: str, task: dict, result: str) -> dict[str, Any]:
 def run(
     model_path: str, task: dict, result: str, dtype: torch.dtype | str, **given: object
 ) -> dict[str, Any]:
-    """Write the logits of all windows; the greedy tokens after each, and the time it took."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=dtype, local_files_only=True, **given
-    ).eval()
+    """Write the logits of all windows; the greedy tokens after each, the time it took, what was left out of
+    the model, and the tokens of the texts."""
+    model, info = class_of(model_path).from_pretrained(
+        model_path, dtype=dtype, local_files_only=True, output_loading_info=True, **given
+    )
+    random = sorted(info["missing_keys"])
+    if random:
+        sys.exit(
+            f"transformers fills {len(random)} tensors with random numbers, such as {', '.join(random[:3])}: "
+            "the file does not have them under names that it knows"
+        )
+    model.eval()
     if settings_of(model_path).get("quant_method") == "bitsandbytes":
         compute_in_f32(model)
     chosen, start = [], perf_counter()
@@ -89,13 +97,62 @@ def run(
         prompt, new = len(window), [0] * task["new"]
         for _ in range(task["new"] + 1):  # as in run_gptqmodel.py, whose kernels may run here too
             guess = new
-            logits = model(torch.tensor([window + guess])).logits[0].float()
+            logits = logits_of(model, window + guess)
             new = logits[prompt - 1 : -1].argmax(-1).tolist()
             if new == guess:
                 break
         chosen.append(new)
         np.save(f"{result}/{i}.npy", logits[task["first"] : prompt].numpy())
-    return {"new": chosen, "seconds": perf_counter() - start}
+    return {
+        "new": chosen,
+        "seconds": perf_counter() - start,
+        "unexpected": sorted(info["unexpected_keys"]),
+        "tokens": tokens_of(model_path, model, task.get("texts", [])),
+    }
+
+
+def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
+    out = model(torch.tensor([ids]))
+    if getattr(out, "logits", torch.empty(0)).ndim != 3:
+        sys.exit(f"{type(model).__name__} gives no logits of tokens")
+    logits: torch.Tensor = out.logits[0].float()
+    return logits
+
+
+def class_of(model_path: str) -> Any:
+    """The class that the config names, where transformers has it; else that of causal language models."""
+    import transformers
+
+    with open(f"{model_path}/config.json", encoding="utf-8") as file:
+        named = json.load(file).get("architectures") or ["none"]
+    return getattr(transformers, str(named[0]), transformers.AutoModelForCausalLM)
+
+
+def tokens_of(model_path: str, model: Any, texts: list[str]) -> dict[str, Any] | None:
+    """What AutoTokenizer and the generation config say; None where no tokenizer can be loaded. Some classes
+    make an empty one of a directory that has none."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    if not any("token" in name or "vocab" in name for name in os.listdir(model_path)):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+    except (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError):
+        return None
+    template = getattr(tokenizer, "chat_template", None)
+    with suppress(TemplateError, ValueError, TypeError):  # there is none, or it takes other turns
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "How are you?"}]
+        texts = [*texts, tokenizer.apply_chat_template(turns, tokenize=False)]
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    return {
+        "texts": texts,
+        "ids": [list(tokenizer(text)["input_ids"]) for text in texts],
+        "bos": tokenizer.bos_token_id,
+        "ends": sorted(ends),
+        "template": template if isinstance(template, str) else None,
+    }
 
 
 def compute_in_f32(model: torch.nn.Module) -> None:

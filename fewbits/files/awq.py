@@ -44,6 +44,7 @@ from .directory import (
     gathered,
     module_of,
 )
+from .filetype import ON_CPU
 from .integers import from_integers, group_of, integer_name, integers, scale_dtype
 
 BITS = 4
@@ -59,7 +60,8 @@ class AWQ(Directory):
     name = "awq"
     where = "an awq directory"
     method = "awq"
-    engines = ("GPTQModel", "transformers+gptqmodel", "vLLM")
+    engines = ("GPTQModel", "transformers+gptqmodel", "vLLM", "vLLM+cpu")
+    run = Directory.run + ON_CPU
 
     def reason(self, format: Format) -> str | None:
         if not isinstance(format, Affine) or format.zero == "float":

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .output import Output
 
 Shape = tuple[int, int]
+ON_CPU = "\nVLLM_CPU_INT4_W4A8=0 vllm serve {name}        # on a CPU; else it rounds activations to 8 bits"
 USUAL: Shape = (4096, 4096)  # if the shape of a weight is unknown
 _SEPARATE = {
     "gptq": "quantize_config.json", "awq": "quant_config.json", "modelopt": "hf_quant_config.json",
@@ -93,7 +94,6 @@ class FileType(ABC):
     run: ClassVar[str] = "vllm serve {name}"
     library: ClassVar[str] = "transformers"
     tables: ClassVar[bool] = False
-    verified: ClassVar[bool] = True  # whether each output is verified in a second engine
     writes_gguf_names: ClassVar[bool] = False
 
     # ---- reading -------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ from .directory import (
     module_of,
     stands,
 )
+from .filetype import ON_CPU
 from .integers import (
     from_integers,
     group_of,
@@ -73,8 +74,8 @@ class GPTQ(Directory):
 
     version: int
     method = "gptq"
-    engines = ("GPTQModel", "transformers+gptqmodel", "vLLM")
-    run = "vllm serve {name}        # or GPTQModel.load({name!r})"
+    engines = ("GPTQModel", "transformers+gptqmodel", "vLLM", "vLLM+cpu")
+    run = "vllm serve {name}        # or GPTQModel.load({name!r})" + ON_CPU
 
     @property
     def name(self) -> str:  # type: ignore[override]

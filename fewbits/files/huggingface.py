@@ -50,7 +50,7 @@ class Floats(Directory):
     """The directory without quantization, which every tool reads."""
 
     name = "huggingface"
-    engines = ("transformers",)
+    engines = ("transformers", "vLLM+cpu")
     run = "AutoModelForCausalLM.from_pretrained({name!r})"
 
     def recognizes(self, probe: Probe) -> bool:

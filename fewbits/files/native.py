@@ -50,7 +50,6 @@ class Native(Directory):
     name = "native"
     engines = ("transformers+fewbits",)
     run = "import fewbits.transformers; AutoModelForCausalLM.from_pretrained({name!r})"
-    verified = False
     method = METHOD
     tables = True
     marks = (INDEX,)

@@ -163,7 +163,9 @@ def _vllm(output: Seen, stated: str | None, version: str | None) -> Answer:
             False,
             f"has no {', '.join(lacking)} in {output.method} files; another format, or another --file",
         )
-    return None, "file type, formats and fused groups fit; architectures are not checked"
+    eight = any(kind.name.startswith(ENGINES["vLLM+cpu"].lacks) for kind in output.kinds)
+    cpu = "; on a CPU it has no kernel for 8-bit weights without 8-bit activations" if eight else ""
+    return None, f"file type, formats and fused groups fit; architectures are not checked{cpu}"
 
 
 def _vllm_lacks(method: str | None, form: Kind) -> bool:

@@ -58,7 +58,7 @@ def model_card(
     version = receipt.versions.get("fewbits", "")
     lines += [f"# {name}", "", f"{base or 'A model'}, quantized by fewbits {version}.", ""]
     lines += [f"- {size(receipt.nbytes)}, {receipt.bits_per_weight:.3f} bits per weight", _method(receipt)]
-    lines += [_verified(receipt.verified), *_measured(receipt.evaluation)]
+    lines += [_verified(receipt.verified), *_reference(receipt.verified), *_measured(receipt.evaluation)]
     lines += [f"- receipt: SHA-256 {hashlib.sha256(receipt.to_json().encode()).hexdigest()}", ""]
     lines += ["## What each format holds", "", "```", _formats(receipt), "```", ""]
     run = file_type.run.format(name=name).replace("AutoModelForCausalLM", auto)
@@ -91,6 +91,19 @@ def _verified(check: Mapping[str, Any]) -> str:
         f"- in {check['engine']} {check['version']}: {check['verdict']}, KL divergence {check['kl']:.2g} "
         f"from the decoded weights, largest logit difference {check['largest']:.3g}"
     )
+
+
+def _reference(check: Mapping[str, Any]) -> list[str]:
+    """The reference in its own engine, if it was tried."""
+    found = check.get("reference")
+    if not found:
+        return []
+    if found["kl"] is None:
+        return [f"- the reference in its engine: {found['verdict']} ({found['reason']})"]
+    return [
+        f"- the reference in {found['engine']} {found['version']}: {found['verdict']}, KL divergence "
+        f"{found['kl']:.2g} from fewbits' reading of it"
+    ]
 
 
 def _measured(scores: Mapping[str, Any]) -> list[str]:

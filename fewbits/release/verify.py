@@ -16,6 +16,8 @@ codes are rounded to either side, and a model of very few bits amplifies that.
 Our passes have few tokens, so reading the weights is most of the work, and block by block takes as long as
 whole: a large model goes block by block from the mapped file, whatever memory is free.
 
+With the reference that an output was made of, reference.py compares both of these with it.
+
 vLLM needs a GPU to run; its reader of configs does not, and names the scheme that takes each weight (verdict
 `read`) or the reason why none does (`refused`): the engine lacks the format, the file may be right.
 """
@@ -24,9 +26,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ import torch
 from ..adapters.transformers import load_tokenizer
 from ..blocks.rounding import engine_rounding
 from ..blocks.simulate import Change, changed_inputs
-from ..engines import ENGINES, engines_of
+from ..engines import ENGINES, Engine, engines_of
 from ..engines.process import Process
 from ..errors import FewbitsError, KernelError, ModelError
 from ..files.checkpoint import Checkpoint
@@ -44,47 +46,14 @@ from ..files.filetype import FileType
 from ..files.open import open_checkpoint
 from ..memory import Need, free_memory, resident_memory
 from ..runtime.runner import Blockwise, Runner, Whole, choose
+from .audit import SAMPLES
 from .card import task_of
+from .outcome import NEW, Outcome, Trial
+from .reference import beside, divergence, misread, obstacle, own_engine, token_faults
 
 TEXT = "The capital of France is Paris, and the first ten prime numbers are 2, 3, 5, 7, 11, 13, 17, 19 and"
-TOKENS, NEW = 32, 8
+TOKENS = 32
 SMALL = 2**30  # bytes: a model that needs no more is run whole
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """An engine's result on an output. verdict: "same", "differs", "failed", "not checked", or "read" and
-    "refused" of one that only reads the config; reason: of a verdict, or a note on how the file was loaded.
-    largest: difference of two logits, kl: mean of the positions, nats. greedy: how many of the engine's
-    `NEW` tokens have our largest logit, before the first that has not."""
-
-    engine: str
-    verdict: str
-    version: str | None = None
-    largest: float | None = None
-    kl: float | None = None
-    greedy: int | None = None
-    seconds: float | None = None
-    reason: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def line(self) -> str:
-        """One line for people."""
-        if self.verdict == "not checked":
-            return f"not checked: {self.reason}"
-        if self.verdict == "failed":
-            return f"{self.engine} failed: {self.reason}"
-        if self.verdict in ("read", "refused"):
-            return f"{self.verdict} by {self.engine} {self.version}: {self.reason}"
-        if self.kl is None:  # of another shape
-            return f"{self.verdict} in {self.engine} {self.version}: {self.reason}"
-        return (
-            f"{self.verdict} in {self.engine} {self.version}: KL divergence {self.kl:.2g}, largest logit "
-            f"difference {self.largest:.3g}, {self.greedy} of {NEW} greedy tokens, {self.seconds:.0f} s"
-            + (f"; {self.reason}" if self.reason else "")
-        )
 
 
 def file_type_of(checkpoint: Checkpoint) -> str:
@@ -99,15 +68,17 @@ def verify(
     engine: str | None = None,
     our_memory: int | None = None,
     decoded: Checkpoint | None = None,
+    reference: Checkpoint | None = None,
 ) -> Outcome:
     """Load an output in its engine, in a process of its own, and compare.
 
     memory: bytes the process may take (default: four times the model in f32, and 4 GiB). engine: another than
-    the first of the file type. our_memory: bytes that our forward pass may take (default: what is free). An
-    engine that fails is an Outcome, not an error. decoded: the output's values under
-    the names of a model, where its own name none that we can run.
+    the first of the file type. our_memory: bytes that our forward pass may take (default: what is free).
+    decoded: the output's values under the names of a model, where its own name none that we can run.
+    reference: the model that the output was made of, which is compared too. An engine that fails is an
+    Outcome, not an error.
     """
-    return next(outcomes(path, seconds, memory, engine, our_memory, decoded))
+    return next(outcomes(path, seconds, memory, engine, our_memory, decoded, reference))
 
 
 def outcomes(
@@ -117,6 +88,7 @@ def outcomes(
     engine: str | None = None,
     our_memory: int | None = None,
     decoded: Checkpoint | None = None,
+    reference: Checkpoint | None = None,
 ) -> Iterator[Outcome]:
     """An Outcome for each engine of the file type, in its order; at least one."""
     checkpoint = open_checkpoint(Path(path))
@@ -125,19 +97,50 @@ def outcomes(
         return
     chosen = engines_of(checkpoint, engine)
     ours = Decoded(decoded or checkpoint, our_memory)
+    parent = None if reference is None else reference_trial(reference, seconds, memory, our_memory)
     for each in chosen:
-        try:
-            process = Process(each, checkpoint, seconds, memory)
-        except KernelError as error:
-            yield Outcome(each.name, "not checked", reason=str(error))
-            continue
-        if not (each.parses or ours.checkpoint.config):
-            yield Outcome(each.name, "not checked", reason="only the engine knows the file's architecture")
-            continue
-        yield _parsed(process) if each.parses else _compared(process, ours)
+        trial = _trial(each, checkpoint, ours, parent, (seconds, memory))
+        yield trial.outcome if parent is None else _beside(trial, parent, ours)
     if not chosen:
-        name = file_type_of(checkpoint)
-        yield Outcome("none", "not checked", reason=f"no engine is known for {name} files")
+        reason = f"no engine is known for {file_type_of(checkpoint)} files"
+        trial = Trial(Outcome("none", "not checked", reason=reason))
+        yield trial.outcome if parent is None else _beside(trial, parent, ours)
+
+
+def reference_trial(
+    reference: Checkpoint, seconds: float, memory: int | None = None, our_memory: int | None = None
+) -> Trial:
+    """A reference in its own engine, and our reading of its tensors and its tokenizer. Not checked where it
+    cannot be run, with the reason."""
+    engine = own_engine(reference)
+    if engine is None:
+        name = file_type_of(reference)
+        return Trial(Outcome("none", "not checked", reason=f"no engine is known for {name} files"))
+    reason = obstacle(engine, reference, TOKENS + NEW, memory)
+    if reason is not None:
+        return Trial(Outcome(engine.name, "not checked", reason=reason))
+    ours = Decoded(reference, our_memory)
+    trial = _trial(engine, reference, ours, None, (seconds, memory), is_reference=True)
+    wrong = misread(reference, trial.said.get("tokens"))
+    if wrong is None or trial.outcome.kl is None:
+        return trial
+    reason = "; ".join(filter(None, (wrong, trial.outcome.reason)))
+    return replace(trial, outcome=replace(trial.outcome, verdict="differs", reason=reason))
+
+
+def _beside(trial: Trial, parent: Trial, ours: Decoded) -> Outcome:
+    """The outcome of an output, with its reference's."""
+    logits = None
+    if "logits" in parent.said:
+        theirs = torch.from_numpy(parent.said["logits"]).float()
+        try:
+            found = ours.logits([*parent.said["prompt"], *trial.said.get("new", ())])
+            logits = theirs, found[: len(theirs)]
+        except ModelError:  # both engines alone, then
+            if "logits" in trial.said:
+                logits = theirs, torch.from_numpy(trial.said["logits"]).float()
+    faults = token_faults(parent.said.get("tokens"), trial.said.get("tokens"))
+    return beside(trial.outcome, parent.outcome, faults, logits)
 
 
 def runner_of(checkpoint: Checkpoint, memory: int | None = None) -> Runner:
@@ -148,10 +151,13 @@ def runner_of(checkpoint: Checkpoint, memory: int | None = None) -> Runner:
 
 
 def verification_nbytes(checkpoint: Checkpoint, file_type: FileType) -> int:
-    """Bytes that our own forward pass over an output of this model takes; 0 where the engine that is asked
-    about this file type is not installed."""
+    """Bytes that our own forward pass takes over this model, or over its output of this file type; 0 where
+    the engine of neither is installed."""
     asked = [ENGINES[name].interpreter(getattr(file_type, "method", None)) for name in file_type.engines[:1]]
-    return runner_of(checkpoint, sys.maxsize).needs(1, TOKENS + NEW) if any(asked) else 0
+    own = own_engine(checkpoint)
+    if not any(asked) and not (own and own.interpreter(getattr(checkpoint.file_type, "method", None))):
+        return 0
+    return runner_of(checkpoint, sys.maxsize).needs(1, TOKENS + NEW)
 
 
 def verification_need(path: Path, engine: str | None = None, memory: int | None = None) -> Need | None:
@@ -222,15 +228,50 @@ def _block_by_block(runner: Blockwise, window: torch.Tensor, change: Change | No
     return runner.logits_of(0)
 
 
-def _compared(process: Process, ours: Decoded) -> Outcome:
-    """Run the engine, then our pass over the prompt and the tokens that the engine chose."""
-    engine, tokens, start = process.engine, prompt(ours.checkpoint), time.monotonic()
+def _trial(
+    engine: Engine,
+    checkpoint: Checkpoint,
+    ours: Decoded,
+    parent: Trial | None,
+    limits: tuple[float, int | None],
+    is_reference: bool = False,
+) -> Trial:
+    """One file in one engine, and decoded by us. parent: its reference's trial. limits: seconds, bytes."""
     try:
-        [theirs] = process.logits([tokens], new=NEW)
+        process = Process(engine, checkpoint, *limits)
+        if engine.parses:
+            return Trial(_parsed(process))
+        if not ours.checkpoint.config:
+            raise ModelError("only the engine knows the file's architecture")
+        said = parent.said if parent else {}
+        tokens = said.get("prompt") or prompt(ours.checkpoint)
+    except (KernelError, ModelError) as error:
+        return Trial(Outcome(engine.name, "not checked", reason=str(error)))
+    texts = (said.get("tokens") or {}).get("texts", [TEXT, *SAMPLES])
+    start = time.monotonic()
+    try:
+        [theirs] = process.logits([tokens], new=0 if is_reference else NEW, texts=texts)
     except KernelError as error:
-        return Outcome(engine.name, "failed", reason=str(error), seconds=time.monotonic() - start)
-    found = process.said | {"logits": theirs, "new": process.said["new"][0]}
-    took, ids = time.monotonic() - start, tokens + found["new"]
+        return Trial(Outcome(engine.name, "failed", reason=str(error), seconds=time.monotonic() - start))
+    found = process.said | {"logits": theirs, "new": process.said["new"][0], "prompt": tokens}
+    took, left = time.monotonic() - start, found.get("unexpected", [])
+    outcome = _compared(engine, ours, tokens, found, took)
+    if left and is_reference:
+        outcome = replace(outcome, reason="; ".join(filter(None, (_left_out(left), outcome.reason))))
+    elif left := sorted(set(left) - set(said.get("unexpected", []))):
+        outcome = replace(outcome, verdict="failed", reason=_left_out(left))
+    return Trial(replace(outcome, greedy=None) if is_reference else outcome, found)
+
+
+def _left_out(names: Sequence[str]) -> str:
+    return f"{len(names)} tensors of the file are left out of the model, such as {', '.join(names[:3])}"
+
+
+def _compared(
+    engine: Engine, ours: Decoded, tokens: list[int], found: Mapping[str, Any], took: float
+) -> Outcome:
+    """What an engine found, against our pass over the prompt and the tokens that the engine chose."""
+    ids = tokens + found["new"]
     try:
         logits = ours.logits(ids)
     except ModelError as error:
@@ -265,8 +306,11 @@ def _parsed(process: Process) -> Outcome:
 
 
 def prompt(checkpoint: Checkpoint) -> list[int]:
-    """TEXT in the model's tokens; without a tokenizer, ids spread over its vocabulary."""
-    vocabulary = int(checkpoint.config.get("text_config", checkpoint.config)["vocab_size"])
+    """TEXT in the model's tokens; without a tokenizer, ids spread over its vocabulary. ModelError where the
+    config does not say how large that is."""
+    vocabulary = checkpoint.config.get("text_config", checkpoint.config).get("vocab_size")
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise ModelError(f"its config has {vocabulary!r} as vocab_size, so no tokens can be made up for it")
     try:
         ids = load_tokenizer(checkpoint)(TEXT)["input_ids"][:TOKENS]
     except FewbitsError:
@@ -277,7 +321,7 @@ def prompt(checkpoint: Checkpoint) -> list[int]:
 
 
 def compared(
-    engine: str, found: dict[str, Any], ours: torch.Tensor, tolerance: float, seconds: float
+    engine: str, found: Mapping[str, Any], ours: torch.Tensor, tolerance: float, seconds: float
 ) -> Outcome:
     """found: the engine's logits `(t, vocabulary)` and new tokens. ours: `(t + NEW, vocabulary)`."""
     theirs = torch.from_numpy(found["logits"]).float()
@@ -290,12 +334,6 @@ def compared(
     greedy, wrong = wrong_token(ours[count - 1 :], found["new"], largest)
     verdict, note = "same" if kl < tolerance and wrong is None else "differs", wrong or found.get("note")
     return Outcome(engine, verdict, found["version"], largest, kl, greedy, seconds, note)
-
-
-def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Mean KL divergence in nats of logits `(t, vocabulary)`; theirs may be padded to more."""
-    p, q = (x[:, : ours.shape[1]].float().log_softmax(-1).double() for x in (ours, theirs))
-    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))  # rounding may leave -1e-12
 
 
 def wrong_token(ours: torch.Tensor, new: Sequence[int], largest: float) -> tuple[int, str | None]:

@@ -2,7 +2,7 @@
 
 model -> checkpoint -> Options -> Request, with the text that its method needs      options.py, text.py
 Request -> resolve (resolve.py) -> run (run.py) -> the output and its receipt
-output -> its engine, audit of side files, receipt, card                            release/
+output, and model -> their engines, audit of side files, receipt, card                            release/
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve as resolve_model
 from ..errors import PlanError
 from ..files.checkpoint import Checkpoint
-from ..files.filetype import FileType
 from ..files.native import NATIVE
-from ..files.open import file_type_at, open_checkpoint
+from ..files.open import open_checkpoint
 from ..memory import Need, left_of
 from ..plan.mixtures import RECIPES
 from ..release.publish import finished
@@ -94,7 +93,7 @@ def prepared(
     resolved = resolve(checkpoint, *planned(checkpoint, request, file_type))
     output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
     _, need = fitted(checkpoint, output, decisions, request, writes_text(request))
-    if options.verify and file_type.verified:
+    if options.verify:
         need = with_verification(need, checkpoint, request, verification_nbytes(checkpoint, file_type))
     return place, request, need
 
@@ -102,11 +101,10 @@ def prepared(
 def conclude(
     receipt: Receipt, source: Checkpoint, out: Path, options: Options
 ) -> tuple[Receipt, Outcome | None]:
-    """What follows the writing: the output's engine is asked, side files are audited, receipt and card
-    written."""
-    file_type: FileType = file_type_at(out)
+    """What follows the writing: the engines of output and reference are asked, side files are audited,
+    receipt and card written."""
     outcome = None
-    if options.verify and file_type.verified:
+    if options.verify:
         outcome = _verified(source, out, options)
     clean(out)
     return finished(receipt, source, out, outcome), outcome
@@ -115,10 +113,11 @@ def conclude(
 def _verified(source: Checkpoint, out: Path, options: Options) -> Outcome:
     limits = (options.verify_seconds, options.verify_memory, None, left_of(options.memory))
     known = restored(source, out)
+    reference = as_loaded(source)
     if known is None:
-        return verify(out, *limits)
+        return verify(out, *limits, reference=reference)
     if not known.computed:
-        outcome = verify(out, *limits, decoded=known.values)
+        outcome = verify(out, *limits, decoded=known.values, reference=reference)
         if outcome.verdict not in ("differs", "failed"):
             return outcome
     before = verify(known.floats, *limits, decoded=source)

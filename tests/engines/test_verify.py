@@ -61,7 +61,7 @@ def test_what_rounded_activations_explain_is_the_same(model, tmp_path, monkeypat
     plain = verify(out)
     assert plain.reason is None
     tighter = replace(ENGINES["llama.cpp"], tolerance=0.9 * plain.kl)
-    monkeypatch.setitem(verify_module.ENGINES, "llama.cpp", tighter)
+    monkeypatch.setitem(ENGINES, "llama.cpp", tighter)
     outcome = verify(out)
     assert outcome.verdict == "same" and "activations rounded as llama.cpp rounds them" in str(outcome.reason)
 

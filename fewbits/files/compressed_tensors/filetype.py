@@ -47,6 +47,7 @@ from ..directory import (
     Stored,
     module_of,
 )
+from ..filetype import ON_CPU
 from ..integers import in_order
 from .arrays import ARRAYS, PACK, UNPACK
 from .config import (
@@ -81,7 +82,8 @@ class Compressed(Directory):
     kv_cache: str | None = None
     name = METHOD
     method = METHOD
-    engines = ("transformers+compressed-tensors", "vLLM")
+    engines = ("transformers+compressed-tensors", "vLLM", "vLLM+cpu")
+    run = Directory.run + ON_CPU
 
     @property
     def static(self) -> bool:

@@ -1,0 +1,72 @@
+"""Outcome: what an engine made of an output, as data and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+NEW = 8  # greedy tokens
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An engine's result on an output. verdict: "same", "differs", "failed", "not checked", or "read" and
+    "refused" of one that only reads the config; reason: of a verdict, or a note on how the file was loaded.
+    largest: difference of two logits, kl: mean of the positions, nats. greedy: how many of the engine's
+    `NEW` tokens have our largest logit, before the first that has not; None of a reference.
+
+    reference: the Outcome of the model that it was made of, in that one's engine. loss: the KL divergence of
+    the output, decoded, to that engine's logits."""
+
+    engine: str
+    verdict: str
+    version: str | None = None
+    largest: float | None = None
+    kl: float | None = None
+    greedy: int | None = None
+    seconds: float | None = None
+    reason: str | None = None
+    reference: Outcome | None = None
+    loss: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def line(self) -> str:
+        """One line for people."""
+        if self.verdict == "not checked":
+            return f"not checked: {self.reason}"
+        if self.verdict == "failed":
+            return f"{self.engine} failed: {self.reason}"
+        if self.verdict in ("read", "refused"):
+            return f"{self.verdict} by {self.engine} {self.version}: {self.reason}"
+        if self.kl is None:  # of another shape
+            return f"{self.verdict} in {self.engine} {self.version}: {self.reason}"
+        greedy = "" if self.greedy is None else f", {self.greedy} of {NEW} greedy tokens"
+        return (
+            f"{self.verdict} in {self.engine} {self.version}: KL divergence {self.kl:.2g}, largest logit "
+            f"difference {self.largest:.3g}{greedy}, {self.seconds:.0f} s"
+            + (f"; {self.reason}" if self.reason else "")
+        )
+
+    def lines(self) -> list[str]:
+        """Its line, and one about the reference, if there is one."""
+        if self.reference is None:
+            return [self.line()]
+        loss = "" if self.loss is None else f"; the output's KL divergence to it is {self.loss:.3g}"
+        warning = "" if self.with_reference else "warning: "
+        return [self.line(), f"{warning}the reference: {self.reference.line()}{loss}"]
+
+    @property
+    def with_reference(self) -> bool:
+        """Whether the reference could be run, where there is one."""
+        return self.reference is None or self.reference.verdict in ("same", "differs")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What an engine made of a file. said: its last line, the new tokens and logits of the prompt."""
+
+    outcome: Outcome
+    said: Mapping[str, Any] = field(default_factory=dict)
