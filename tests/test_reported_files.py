@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from fewbits.files.gguf.metadata import gguf_metadata, u32
 from tests import tiny
 from tests.test_reported_inputs import TOKENS, edited, nats, ours, theirs
 from tests.tiny import bpe_tokenizer, save_tiny, spm_tokenizer
+
+if find_spec("llama_cpp") is None:
+    pytest.skip("llama-cpp-python is not installed", allow_module_level=True)
 
 
 def with_settings(path: Path, drop: str = "", **given: Any) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.tokens import Tokens
 from fewbits.errors import FileError, ModelError
 from tests.tiny import save_tiny
+
+if find_spec("llama_cpp") is None:
+    pytest.skip("llama-cpp-python is not installed", allow_module_level=True)
 
 TOKENS = torch.tensor([[1, 5, 9, 100, 250, 3, 77, 400]])
 Tensors = dict[str, torch.Tensor]
@@ -165,7 +169,9 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize(
+    "name", [name if i < 3 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(BESIDE)]
+)
 def test_what_transformers_passes_over_is_kept_in_float(name: str, tmp_path: Path) -> None:
     path = save_tiny("LlamaForCausalLM", tmp_path / "in")
     receipt = agree(edited(path, lambda tensors: tensors | {name: torch.ones(BESIDE[name])}), tmp_path)
@@ -269,7 +275,10 @@ def test_scales_are_read_or_refused_but_never_dropped(name: str, given: str, tmp
         assert torch.equal(fewbits.open(path).tensors[weight].load().decode(), 0.5 * stored)
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "hqq", "torchao", "modelopt", "gptq", "awq", "fp8", None])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("hqq", "torchao", "modelopt", "awq", "fp8")]
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "gptq", None, *SLOW])
 def test_settings_left_over_on_plain_weights_are_dropped(method: str | None, tmp_path: Path) -> None:
     path = save_tiny("LlamaForCausalLM", tmp_path / "in")
     wanted = theirs(path)
