@@ -14,6 +14,7 @@ from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
 from ..files.directory import Directory
 from ..files.filetype import FileType
+from ..files.native import NATIVE
 from ..files.output import Output
 from ..formats.ggml_types import GGML_TYPES
 from ..model.archs import architecture
@@ -21,6 +22,7 @@ from ..model.fused import Mixed, mixed_groups
 from ..model.sites import sites
 from ..plan.recipes import Hyper, choose_types
 from ..transforms.rotate import rotate
+from ..workflow.converted import needs_converter
 from ..workflow.request import Request, check_method
 from ..workflow.resolve import file_type_for, resolve
 from .cache import KINDS, KVCache, fields_of, kv_cache
@@ -137,7 +139,10 @@ def preflight(
         checkpoint, turned = rotate(checkpoint, request.streaming.seed)
         notes += turned
     place = Path("output")  # not used: nothing is read or written there
-    resolved = resolve(checkpoint, request, file_type_for(request.file, place))
+    target = file_type_for(request.file, place)
+    if needs_converter(checkpoint, target):  # the names of its file are not known yet: as a native directory
+        target = NATIVE
+    resolved = resolve(checkpoint, request, target)
     output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
     work = work_of(checkpoint, output, decisions, request, writes_text)
     file_type = resolved.file_type
