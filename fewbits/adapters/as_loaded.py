@@ -101,7 +101,7 @@ def _class_of(checkpoint: Checkpoint) -> _Class:
     model = empty_model(checkpoint)
     shapes: Shapes = {}
     state = model.state_dict()
-    for key, made_of in tensors_in(model, checkpoint).items():
+    for key, made_of in tensors_in(model, replace(checkpoint, tensors={})).items():
         shapes |= {name: tuple(place.of(state[key]).shape) for name, place in made_of.items()}
     tied = {name: source for name, source in model.all_tied_weights_keys.items() if name in shapes}
     return _Class(type(model).__name__, shapes.keys(), shapes, tied, model.base_model_prefix)

@@ -97,11 +97,15 @@ def sites(model: _Model) -> list[Site]:
 
 def block_matrices(model: _Model) -> dict[str, int]:
     """The matrices of the blocks and stacks of them, whatever their names -> weights in each. Vectors, tables
-    of a few columns and kernels of convolutions are none."""
+    of a few columns, kernels of convolutions and what is not part of the model are none."""
+    aside = getattr(model, "aside", ())
     return {
         name: prod(tensor.shape)
         for name, tensor in model.tensors.items()
-        if len(tensor.shape) in (2, 3) and min(tensor.shape[-2:]) >= SMALLEST and _BLOCK.search(name)
+        if name not in aside
+        and len(tensor.shape) in (2, 3)
+        and min(tensor.shape[-2:]) >= SMALLEST
+        and _BLOCK.search(name)
     }
 
 
