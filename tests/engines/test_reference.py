@@ -122,7 +122,7 @@ def test_a_right_output_is_the_same_beside_its_reference(model, tmp_path, file):
     assert outcome.verdict == outcome.reference.verdict == "same", outcome.lines()
     assert 0 < outcome.loss < 0.01  # of 8 bits
     if file == "gguf":  # a GGUF file is a reference of its own engine
-        quantize(out, tmp_path / "again.gguf", Request(to="q4_0", file="gguf"))
+        quantize(out, tmp_path / "again.gguf", Request(to="q4_0", file="gguf", requantize=True))
         again = verify(tmp_path / "again.gguf", reference=open_checkpoint(out))
         assert again.verdict == again.reference.verdict == "same" and again.reference.engine == "llama.cpp"
 
