@@ -105,6 +105,9 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     cls = model_class(checkpoint, config)
     config._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
     config._experts_implementation = "eager"
+    for each in filter(None, (config, getattr(config, "text_config", None))):
+        if getattr(each, "use_cache", False):
+            each.use_cache = False  # not every class passes the argument on
     hook = register_module_parameter_registration_hook(hollow)
     try:
         with _quiet():
