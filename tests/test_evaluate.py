@@ -20,7 +20,7 @@ from fewbits.evaluation.scores import fidelity, mean, perplexity
 from fewbits.files.checkpoint import LazyTensor
 from fewbits.files.open import open_checkpoint
 from fewbits.memory import resident_memory
-from fewbits.runtime.runner import Blockwise, Whole
+from fewbits.runtime.runner import Blockwise, Whole, needs_side_by_side
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run
 from tests.tiny import save_tiny
@@ -292,7 +292,7 @@ def test_block_by_block_the_figures_are_the_same(tmp_path):
     whole = evaluate(source, made, tokens, short)
     # A tiny model takes less than the allowance for buffers: so much that it does not fit whole.
     models = [open_checkpoint(path) for path in (source, *made)]
-    blocks = sum(Blockwise(model).needs(10, 40) for model in models)
+    blocks = needs_side_by_side([Blockwise(model) for model in models], 10, 40)
     least = resident_memory() + blocks + 2**26
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Whole, "needs", lambda *given: blocks + 2**28)

@@ -192,6 +192,10 @@ class BlockModel:
         block.set(weights)
         return block
 
+    def forget_head(self) -> None:
+        """Free the weights of `head`."""
+        self._head = None
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(b, t, h)` -> `(b, t, vocab)`: final norm and output.
 

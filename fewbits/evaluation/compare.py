@@ -19,7 +19,7 @@ from ..errors import CalibrationError, FileError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.open import open_checkpoint
 from ..memory import Need, free_memory, left_of, resident_memory
-from ..runtime.runner import Blockwise, InEngine, Runner, Whole, choose
+from ..runtime.runner import Blockwise, InEngine, Runner, Whole, choose, needs_side_by_side
 from ..table import size
 from .generation import continuation, greedy
 from .results import Evaluation, ModelScores, Settings
@@ -113,7 +113,8 @@ def _ways(models: Sequence[Checkpoint], shape: Sequence[int], settings: Settings
     largest = max(whole, key=lambda name: whole[name])
     if whole[largest] <= free:
         return True, whole[largest]
-    blocks = sum(_blockwise(model, models, settings).needs(*shape) for model in models)
+    runners = [_blockwise(model, models, settings) for model in models]
+    blocks = needs_side_by_side(runners, shape[0], shape[1])
     if settings.simulation != Simulation():
         raise ModelError(
             f"{largest}: quantized activations and caches are simulated in a whole model, which needs "

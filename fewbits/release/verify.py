@@ -225,7 +225,9 @@ def _block_by_block(runner: Blockwise, window: torch.Tensor, change: Change | No
         with nullcontext() if change is None else changed_inputs(block.module, change, block.name):
             runner.hidden[0] = block(runner.hidden[0])
         del block  # before the next is decoded
-    return runner.logits_of(0)
+    logits = runner.logits_of(0)
+    runner.forget()
+    return logits
 
 
 def _trial(

@@ -10,7 +10,7 @@ Each says what memory it needs before it starts, from headers alone; `choose` ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from math import prod
@@ -123,7 +123,10 @@ class Blockwise(Runner):
         self.hidden: Activations = Activations((), limit, scratch)
 
     def needs(self, windows: int, context: int) -> int:
-        tensors = self.checkpoint.tensors
+        return needs_side_by_side([self], windows, context)
+
+    def sizes(self, windows: int, context: int) -> tuple[int, int, int, int, int]:
+        """Bytes: largest block and table in f32, the largest tensor in its file, hidden states, logits."""
         blocks: dict[int, int] = {}
         for site in sites(self.checkpoint):
             if site.block is not None:
@@ -131,10 +134,9 @@ class Blockwise(Runner):
         outside = [prod(s.shape) for s in sites(self.checkpoint) if s.role in ("embed", "output")]
         width = min((min(s.shape) for s in sites(self.checkpoint) if s.role == "embed"), default=0)
         hidden = min(self.limit, windows * context * width * self.dtype.itemsize)
-        # A block in f32 with one weight of it decoded, or the output layer likewise.
-        held = max(4 * max(blocks.values(), default=0), 8 * max(outside, default=0))
-        held += max((tensor.nbytes for tensor in tensors.values()), default=0)
-        return held + hidden + context * widest(self.checkpoint) * 8 + SPARE
+        stored = max((tensor.nbytes for tensor in self.checkpoint.tensors.values()), default=0)
+        logits = context * widest(self.checkpoint) * 8
+        return 4 * max(blocks.values(), default=0), 4 * max(outside, default=0), stored, hidden, logits
 
     @cached_property
     def blocks(self) -> BlockModel:
@@ -167,6 +169,11 @@ class Blockwise(Runner):
             hidden = self.hidden[window][:, first:]
             parts = [self.blocks.head(part)[0].float() for part in hidden.split(SLICE, 1)]
         return _checked(self.checkpoint, window, torch.cat(parts))
+
+    def forget(self) -> None:
+        """Free hidden states and the output layer."""
+        self.hidden.close()
+        self.blocks.forget_head()
 
     def logits(self, windows: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
         self.start(windows)
@@ -232,6 +239,15 @@ def choose(
         f"{checkpoint.path}: {free / 2**30:.2f} GiB of memory are free, running it needs {each}; use a "
         "smaller context, or free memory"
     )
+
+
+def needs_side_by_side(runners: Sequence[Blockwise], windows: int, context: int) -> int:
+    """Bytes of memory for models that go through a block each in turn. The output layers stay, each with its
+    hidden states; one block, or what one layer is decoded from, is there at a time."""
+    sizes = zip(*(runner.sizes(windows, context) for runner in runners), strict=True)
+    blocks, outside, stored, hidden, logits = sizes
+    largest = max(*blocks, sum(outside) + max(outside))
+    return largest + max(stored) + sum(hidden) + sum(logits) + SPARE
 
 
 def widest(checkpoint: Checkpoint) -> int:
