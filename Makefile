@@ -83,7 +83,7 @@ aarch64: build/driver.expected
 		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static,qemu-aarch64,portable)
 
 engine: $(VENV)/engine converter
-	$(RUN) -m pytest -m engine
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m engine -n auto
 
 # Memory of quantizing, verifying and evaluating a model of 7B's shape with few blocks, against its targets.
 memory: $(VENV)/engine
