@@ -118,7 +118,10 @@ class QTensor:
 
     @staticmethod
     def join_rows(parts: Sequence[QTensor]) -> QTensor:
-        """Weights `(n_i, k)` of one format below each other -> `(sum of n_i, k)`. Exact: see `take_rows`."""
+        """Weights `(n_i, k)` of one format, one below the other -> `(sum of n_i, k)`. Planes are concatenated,
+        so this is exact. Raises FormatError if a cell spans several rows, or what all rows share differs."""
+        if len(parts) == 1:
+            return parts[0]
         format, k = parts[0].format, parts[0].shape[1]
         faults = [
             f"part {i} is {part.format.name} of {part.shape[1]} columns, part 0 {format.name} of {k}"
@@ -128,15 +131,27 @@ class QTensor:
         faults += [
             f"plane {plane.name!r} has cells of several rows"
             for plane in format.planes
-            if len(parts) > 1 and (plane.flat is not None or plane.rows != 1)
+            if plane.flat is not None or plane.rows not in (1, None)
+        ]
+        shared = [plane.name for plane in format.planes if plane.rows is None and not faults]
+        faults += [
+            f"plane {name!r} of part {i} differs from part 0"
+            for name in shared
+            for i, part in enumerate(parts)
+            if not torch.equal(part.planes[name], parts[0].planes[name])
         ]
         raise_all(FormatError, f"{format.name}: parts cannot be joined; quantize the whole weight", faults)
-        if len(parts) == 1:
-            return parts[0]
         planes = {
-            plane.name: torch.cat([part.planes[plane.name] for part in parts]) for plane in format.planes
+            plane.name: torch.cat([part.planes[plane.name] for part in parts[: None if plane.rows else 1]])
+            for plane in format.planes
         }
         return QTensor(format, (sum(part.shape[0] for part in parts), k), planes)
+
+    def decode_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(m,)` int -> `(m, k)` f32: some rows. All are decoded for them where a cell spans several."""
+        if self.format.rows_movable:
+            return self.take_rows(rows).decode()
+        return self.decode()[rows]
 
     @staticmethod
     def join_columns(parts: Sequence[QTensor]) -> QTensor:

@@ -138,15 +138,10 @@ def solve_scales(
     return solution[:, :g], solution[:, g:]
 
 
-def rows_alone(format: Format) -> bool:
-    """Whether every plane belongs to one row, so that rows can be exchanged."""
-    return all(plane.rows == 1 and plane.flat is None for plane in format.planes)
-
-
 def exchangeable(a: QTensor, b: QTensor) -> bool:
     """Whether rows of a can replace rows of b: data shared by all rows, such as the groups of columns, is
     equal."""
-    if any(plane.flat is not None or plane.rows not in (1, None) for plane in a.format.planes):
+    if not a.format.rows_movable:
         return False
     shared = [plane.name for plane in a.format.planes if plane.rows is None]
     return all(torch.equal(a.planes[name], b.planes[name]) for name in shared)
@@ -168,17 +163,6 @@ def where_rows(first: torch.Tensor, a: QTensor, b: QTensor) -> QTensor:
         for plane in a.format.planes
     }
     return QTensor(a.format, a.shape, planes)
-
-
-def join_rows(parts: list[QTensor]) -> QTensor:
-    """Parts of a weight by rows -> the weight; data shared by all rows is equal in all parts."""
-    if len(parts) == 1:
-        return parts[0]
-    planes = {
-        plane.name: torch.cat([part.planes[plane.name] for part in parts[: None if plane.rows else 1]])
-        for plane in parts[0].format.planes
-    }
-    return QTensor(parts[0].format, (sum(part.shape[0] for part in parts), parts[0].shape[1]), planes)
 
 
 def join_parts(parts: list[QTensor]) -> QTensor:

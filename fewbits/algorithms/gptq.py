@@ -35,7 +35,7 @@ from ..formats import Format, Grid
 from ..qtensor import QTensor
 from .blocked import blocked_update
 from .columns import UNIT, quantize_columns
-from .descent import descended, join_parts, join_rows, rows_alone
+from .descent import descended, join_parts
 from .hessian import DAMP, GPTAQ, HessianFactor, require_stats
 
 FITS = ("searched", "dynamic", "static")
@@ -69,7 +69,7 @@ def gptq(
     width = k if fit == "static" else inner.column_block(k) or k
     order = column_order(stats, k if format.ordered else width, format.vector)
     hessian = HessianFactor.of(stats, damp, order)
-    step = max(1, PIECE // k) if rows_alone(inner) else n
+    step = max(1, PIECE // k) if inner.rows_alone else n
     parts = []
     for start in range(0, n, step):
         target = hessian.target(w[start : start + step], stats, gptaq)
@@ -79,7 +79,7 @@ def gptq(
         else:
             q = fed_back(target, format, hessian, width, fit)
         parts.append(descended(q, target, hessian.hessian, descent) if descent else q)
-    return join_rows(parts)
+    return QTensor.join_rows(parts)
 
 
 def fed_back(target: torch.Tensor, format: Format, hessian: HessianFactor, width: int, fit: str) -> QTensor:
@@ -93,7 +93,7 @@ def fed_back(target: torch.Tensor, format: Format, hessian: HessianFactor, width
         factor = hessian.factor[start:stop, start:stop]
         seen = state[start:stop][columns.argsort()].T.contiguous()
         grid = format.fit(seen, factor.diagonal().pow(-2)[columns.argsort()])
-        feed = feed_searched if fit == "searched" and rows_alone(format) else feed_back
+        feed = feed_searched if fit == "searched" and format.rows_alone else feed_back
         q, moves[start:stop] = feed(format, grid, state[start:stop], factor, columns)
         parts[int(hessian.order[start]) // width] = q
 

@@ -155,8 +155,10 @@ class BlockModel:
                 f"tokens from {low} to {high}: {name} has {size} rows; use the model's own tokenizer"
             )
         self._rows = tokens.unique().cpu()
-        table = _rows(self.checkpoint.tensors[name].load(), self._rows).to(self.device, self.dtype)
-        ran = self._ahead({self._table: table}, input_ids=tokens.to(self.device))
+        value = self.checkpoint.tensors[name].load()
+        table = value.decode_rows(self._rows) if isinstance(value, QTensor) else value[self._rows]
+        weights = {self._table: table.to(self.device, self.dtype)}
+        ran = self._ahead(weights, input_ids=tokens.to(self.device))
         hidden = ran.hidden[0]
         if not _same(ran.calls, self._calls_for(hidden)):
             raise ModelError(f"{self._why_not()}: blocks read more of the tokens than their hidden states")
@@ -367,15 +369,6 @@ def _find_blocks(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[str, t
 
 def _has_matrices(modules: torch.nn.ModuleList) -> bool:
     return any(parameter.ndim > 1 for module in modules for parameter in module.parameters())
-
-
-def _rows(value: torch.Tensor | QTensor, rows: torch.Tensor) -> torch.Tensor:
-    """Some rows of a table, decoded; if a format's rows are not independent, all are decoded."""
-    if not isinstance(value, QTensor):
-        return value[rows]
-    if all(plane.flat is None and plane.rows in (1, None) for plane in value.format.planes):
-        return value.take_rows(rows).decode()
-    return value.decode()[rows]
 
 
 def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:

@@ -214,13 +214,22 @@ class Format(ABC):
         width = math.lcm(self.block, *widths)
         return width if k % width == 0 else None
 
+    @property
+    def rows_alone(self) -> bool:
+        """Whether every plane belongs to one row, so that rows can be encoded one by one and exchanged."""
+        return all(plane.flat is None and plane.rows == 1 for plane in self.planes)
+
+    @property
+    def rows_movable(self) -> bool:
+        """Whether no cell spans several rows (`QTensor.take_rows`); what all rows share there may be."""
+        return all(plane.flat is None and plane.rows in (1, None) for plane in self.planes)
+
     def encode(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> QTensor:
         """`(n, k)` float -> QTensor: fit, round and pack, a few rows at a time if rows are independent."""
         self.check(w)
         n, k = w.shape
         importance = checked_importance(importance, n, k)
-        independent = all(plane.flat is None and plane.rows == 1 for plane in self.planes)
-        step = max(1, CHUNK // k) if independent else n
+        step = max(1, CHUNK // k) if self.rows_alone else n
         parts = []
         for start in range(0, n, step):
             rows = slice(start, start + step)
@@ -228,10 +237,7 @@ class Format(ABC):
             part = importance if importance is None or importance.ndim == 1 else importance[rows]
             grid = self.fit(x, part, search)
             parts.append(self.pack(grid, grid.round(x)))
-        if len(parts) == 1:
-            return parts[0]
-        planes = {name: torch.cat([part.planes[name] for part in parts]) for name in parts[0].planes}
-        return QTensor(self, (n, k), planes)
+        return QTensor.join_rows(parts)
 
     def distortion(self, w: torch.Tensor, q: QTensor) -> Distortion:
         """The distortion of `q` against `w`."""
@@ -243,8 +249,7 @@ class Format(ABC):
     def decoded_rows(self, q: QTensor, count: int = CHUNK) -> Iterator[tuple[slice, torch.Tensor]]:
         """`(n, k)` -> rows and their values, f32: about `count` at once if rows are independent."""
         n, k = q.shape
-        independent = all(plane.flat is None and plane.rows in (1, None) for plane in self.planes)
-        step = max(1, count // k) if independent else n
+        step = max(1, count // k) if self.rows_movable else n
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             yield rows, (q if step >= n else q.take_rows(torch.arange(rows.start, rows.stop))).decode()

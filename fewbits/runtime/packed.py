@@ -56,11 +56,8 @@ class PackedWeight(nn.Module):
     @torch.no_grad()
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """`(...)` int -> `(..., k)`: those rows, decoded alone where the format has no parameter of many."""
-        q = self.q
-        if any(plane.flat is not None or plane.rows not in (1, None) for plane in q.format.planes):
-            return self.decode()[ids]
-        found, where = ids.unique(return_inverse=True)
-        return q.take_rows(found).decode().to(self.dtype)[where]
+        rows, where = ids.unique(return_inverse=True)
+        return self.q.decode_rows(rows).to(self.dtype)[where]
 
     @classmethod
     def __torch_function__(

@@ -187,8 +187,7 @@ def _source_peak(checkpoint: Checkpoint, job: Job, name: str) -> int:
     inner = format.ordered or format
     if format.ordered:
         nbytes += tensor.nbytes + 2 * count  # columns in the order of groups, and their codes put back
-    alone = all(plane.flat is None and plane.rows == 1 for plane in inner.planes)
-    rows = min(n, max(1, CHUNK // k)) if alone else n
+    rows = min(n, max(1, CHUNK // k)) if inner.rows_alone else n
     return nbytes + 2 * format.nbytes(n, k) + ROWS_IN_F32 * 4 * rows * k
 
 
