@@ -267,7 +267,7 @@ def ordinary_tokens(
 
 def ends_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens with which the model ends a text."""
-    eos = checkpoint.config.get("text_config", checkpoint.config).get("eos_token_id")
+    eos = checkpoint.text_config.get("eos_token_id")
     ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     return frozenset(token for token in ids if token is not None)
 

@@ -131,7 +131,7 @@ def _check(checkpoint: Checkpoint, spec: str, n_tokens: int, context: int) -> No
         faults.append(f"{n_tokens} tokens requested, at least 1 is needed")
     if context < 8:
         faults.append(f"windows of {context} tokens requested, at least 8 are needed")
-    longest = _text_config(checkpoint).get("max_position_embeddings")
+    longest = checkpoint.text_config.get("max_position_embeddings")
     if longest is not None and context > longest:
         faults.append(f"windows of {context} tokens requested, the model has {longest} positions")
     raise_all(CalibrationError, "calibration text", faults)
@@ -146,17 +146,13 @@ def _cut(checkpoint: Checkpoint, stream: list[int], source: str, wanted: int, co
             "requested); give more text, a smaller context, or `self` for text that the model generates"
         )
     windows = torch.tensor(stream[: n * context], dtype=torch.int64).view(n, context)
-    vocabulary = _text_config(checkpoint).get("vocab_size")
+    vocabulary = checkpoint.text_config.get("vocab_size")
     if vocabulary is not None and int(windows.max()) >= vocabulary:
         raise CalibrationError(
             f"{source}: token {int(windows.max())} is outside the model's vocabulary of {vocabulary}; "
             "the tokenizer is another model's"
         )
     return windows
-
-
-def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    return checkpoint.config.get("text_config", checkpoint.config)
 
 
 # ---- a text file ---------------------------------------------------------------------------------

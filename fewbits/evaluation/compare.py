@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -308,9 +307,7 @@ def _off(runner: Blockwise, reference: Blockwise, first: int) -> float:
 
 def _check_models(reference: Checkpoint, quantized_models: Sequence[Checkpoint], settings: Settings) -> int:
     """The vocabulary's size, which all models share; ModelError names each that cannot be compared."""
-    sizes = [
-        (_name(model), _text_config(model).get("vocab_size")) for model in (reference, *quantized_models)
-    ]
+    sizes = [(_name(model), model.text_config.get("vocab_size")) for model in (reference, *quantized_models)]
     faults = [f"{name}: its config names no vocab_size" for name, number in sizes if number is None]
     faults += [
         f"{name}: a vocabulary of {number}, the reference's has {sizes[0][1]}; they must be the same"
@@ -318,19 +315,15 @@ def _check_models(reference: Checkpoint, quantized_models: Sequence[Checkpoint],
         if None not in (number, sizes[0][1]) and number != sizes[0][1]
     ]
     for model in (reference, *quantized_models):
-        longest = _text_config(model).get("max_position_embeddings")
+        longest = model.text_config.get("max_position_embeddings")
         if longest is not None and settings.context > longest:
             faults.append(f"{_name(model)}: context {settings.context} is more than its {longest} positions")
     raise_all(ModelError, "evaluate", faults)
     return int(sizes[0][1] or 0)
 
 
-def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    return checkpoint.config.get("text_config", checkpoint.config)
-
-
 def _stop_tokens(checkpoint: Checkpoint) -> frozenset[int]:
-    eos = _text_config(checkpoint).get("eos_token_id")
+    eos = checkpoint.text_config.get("eos_token_id")
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 

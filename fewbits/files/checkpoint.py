@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..formats.base import Format, Kind
+from ..model.sites import text_config
 from ..qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -67,3 +68,8 @@ class Checkpoint:
     aside: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     as_loaded: bool = False
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The fields of config that are the language model's."""
+        return text_config(self.config)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ModelError
 from ..lazy import torch
-from ..model.sites import SMALLEST, expert_counts
+from ..model.sites import SMALLEST, expert_counts, text_config
 from .checkpoint import Checkpoint, LazyTensor
 
 _FUSED = re.compile(r"^(.*)\.(mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)(?:\.weight)?$")
@@ -82,7 +82,7 @@ def arrays(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> 
     A stack has a matrix `(n, k)` or its transpose for each expert of the config; the side that equals the
     model's width is the input of what reads hidden states, and the output of what writes them.
     """
-    text = config.get("text_config") or config
+    text = text_config(config)
     counts = expert_counts(config)
     width = text.get("hidden_size") or text.get("d_model")
     found: dict[str, dict[str, Place]] = {}

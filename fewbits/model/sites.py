@@ -126,12 +126,17 @@ def _is_site(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith(".weight") and len(shape) == 2 and 0 not in shape
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the language model: those of `text_config` where it is a part of a larger model."""
+    nested: Mapping[str, Any] = config.get("text_config") or config
+    return nested
+
+
 def expert_counts(config: Mapping[str, Any]) -> set[int]:
     """The numbers of experts that a config names."""
-    text = config.get("text_config") or config
     return {
         value
-        for key, value in text.items()
+        for key, value in text_config(config).items()
         if "experts" in key and "per_tok" not in key and type(value) is int and value > 1
     }
 
@@ -140,7 +145,7 @@ def _role_by_shape(site: Site, config: Mapping[str, Any]) -> str:
     """The role of a weight whose name says none: a row for each expert, token or position."""
     if site.role != "other" or site.expert is not None:
         return site.role
-    text = config.get("text_config") or config
+    text = text_config(config)
     rows = site.shape[0]
     if site.block is not None:
         return "router" if rows == 1 or rows in expert_counts(config) else site.role

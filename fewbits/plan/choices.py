@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
-from typing import Any
 
 from ..dtypes import DType
 from ..errors import FewbitsError, ModelError, PlanError, raise_all
@@ -88,8 +87,7 @@ def _name_by_role(site: Site) -> str:
 
 def hyper_of(checkpoint: Checkpoint, arch: Architecture | None) -> Hyper:
     """The model facts that recipes use; ModelError if its config lacks them."""
-    config: Mapping[str, Any] = checkpoint.config
-    if checkpoint.gguf_keys and not config:
+    if checkpoint.gguf_keys and not checkpoint.config:
         keys = {name: value.value for name, value in checkpoint.gguf_keys.items()}
         name = str(keys.get("general.architecture"))
         pairs = ("block_count", "attention.head_count", "attention.head_count_kv", "expert_count")
@@ -97,7 +95,7 @@ def hyper_of(checkpoint: Checkpoint, arch: Architecture | None) -> Hyper:
         # If layers differ, the value is a list with one entry each; llama.cpp's mixtures use the first.
         n_layer, head, n_kv, experts = (v[0] if isinstance(v, list) and v else v for v in values)
         return Hyper(name, n_layer, head, n_kv or head, experts)
-    text = config.get("text_config", config)
+    text = checkpoint.text_config
     fields = complete(text) if arch else text
     layers, heads = fields.get("num_hidden_layers"), fields.get("num_attention_heads")
     if layers is None or heads is None:

@@ -82,7 +82,7 @@ def fields_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The config of the text model; for a GGUF file of unknown architecture, its keys with the config's
     names."""
     if checkpoint.config or not checkpoint.gguf_keys:
-        return dict(checkpoint.config.get("text_config") or checkpoint.config)
+        return dict(checkpoint.text_config)
     keys = {name: value.value for name, value in checkpoint.gguf_keys.items()}
     arch = keys.get("general.architecture")
     return {field: keys[f"{arch}.{key}"] for field, key in _GGUF.items() if f"{arch}.{key}" in keys}

@@ -74,7 +74,7 @@ def _vocabularies(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
     """Rows of the embedding, including padding, and vocab_size of the configs."""
     if not quantized.config:  # a GGUF file of an architecture that only its engine knows
         return []
-    sizes = [c.config.get("text_config", c.config).get("vocab_size") for c in (reference, quantized)]
+    sizes = [c.text_config.get("vocab_size") for c in (reference, quantized)]
     rows = [
         {t.shape[0] for name, t in c.tensors.items() if name.endswith("embed_tokens.weight")}
         for c in (reference, quantized)

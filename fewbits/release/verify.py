@@ -310,7 +310,7 @@ def _parsed(process: Process) -> Outcome:
 def prompt(checkpoint: Checkpoint) -> list[int]:
     """TEXT in the model's tokens; without a tokenizer, ids spread over its vocabulary. ModelError where the
     config does not say how large that is."""
-    vocabulary = checkpoint.config.get("text_config", checkpoint.config).get("vocab_size")
+    vocabulary = checkpoint.text_config.get("vocab_size")
     if not isinstance(vocabulary, int) or vocabulary < 1:
         raise ModelError(f"its config has {vocabulary!r} as vocab_size, so no tokens can be made up for it")
     try:
