@@ -71,6 +71,12 @@ def left_of(limit: int | None) -> int | None:
     return None if limit is None else max(0, limit - resident_memory())
 
 
+def memory_left(limit: int | None) -> int:
+    """Bytes that this process may still take: of its limit, or where none is set what is free."""
+    left = left_of(limit)
+    return free_memory() if left is None else left
+
+
 def free_memory() -> int:
     """Bytes that this process may still take: the available memory of the machine, or of its container if
     that is less."""

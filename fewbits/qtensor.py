@@ -118,7 +118,7 @@ class QTensor:
 
     @staticmethod
     def join_rows(parts: Sequence[QTensor]) -> QTensor:
-        """Weights `(n_i, k)` of one format, one below the other -> `(sum of n_i, k)`. Planes are concatenated,
+        """Weights `(n_i, k)` of one format, one below another -> `(sum of n_i, k)`. Planes are concatenated,
         so this is exact. Raises FormatError if a cell spans several rows, or what all rows share differs."""
         if len(parts) == 1:
             return parts[0]

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,8 @@ class Process:
             raise KernelError(engine.missing(method))
         if (reason := engine.refusal(checkpoint)) is not None:
             raise KernelError(reason)
-        weights = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
         self.engine, self.python, self.path = engine, python, checkpoint.path
-        self.seconds, self.memory = seconds, memory or 16 * weights + 4 * 2**30
+        self.seconds, self.memory = seconds, memory or 16 * checkpoint.numel + 4 * 2**30
         self.said: dict[str, Any] = {}
 
     def logits(

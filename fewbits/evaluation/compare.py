@@ -16,8 +16,8 @@ from ..adapters.transformers import head_of
 from ..blocks.activations import DEFAULT_LIMIT
 from ..errors import CalibrationError, FileError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
-from ..files.open import open_checkpoint
-from ..memory import Need, free_memory, left_of, resident_memory
+from ..files.open import as_checkpoint
+from ..memory import Need, left_of, memory_left, resident_memory
 from ..runtime.runner import Blockwise, InEngine, Runner, Whole, choose, needs_side_by_side
 from ..table import size
 from .generation import continuation, greedy
@@ -49,10 +49,7 @@ def evaluate(
         >>> 0 < found.quantized_models[0].fidelity.kl.value < 0.01
         True
     """
-    reference, *quantized_models = (
-        given if isinstance(given, Checkpoint) else open_checkpoint(Path(given))
-        for given in (reference, *quantized_models)
-    )
+    reference, *quantized_models = map(as_checkpoint, (reference, *quantized_models))
     if (head := head_of(reference)) != "causal":
         raise ModelError(f"{reference.path}: generates no text (its head: {head}); use evaluate_head")
     text = read_text(reference, text, "the text given") if isinstance(text, str) else text
@@ -106,8 +103,7 @@ def memory_need(models: Sequence[Checkpoint], text: Text, settings: Settings) ->
 def _ways(models: Sequence[Checkpoint], shape: Sequence[int], settings: Settings) -> tuple[bool, int]:
     """Does each model fit the memory as a whole, in f32? And the bytes that they take so, or block by block.
     ModelError, with numbers, where they do not fit either way, or where a simulation wants them whole."""
-    left = left_of(settings.memory)
-    free = free_memory() if left is None else left
+    free = memory_left(settings.memory)
     whole = {_name(model): Whole(model).needs(*shape) for model in models}
     largest = max(whole, key=lambda name: whole[name])
     if whole[largest] <= free:
@@ -281,12 +277,11 @@ class _Run:
         written: list[list[int]] | None = None,
     ) -> ModelScores:
         pairs = zip(self.prompts.tolist(), self.written, written or self.written, strict=True)
-        tensors = runner.checkpoint.tensors.values()
-        nbytes = sum(tensor.nbytes for tensor in tensors)
+        checkpoint = runner.checkpoint
         return ModelScores(
-            name=_name(runner.checkpoint),
-            nbytes=nbytes,
-            bits_per_weight=8 * nbytes / sum(prod(tensor.shape) for tensor in tensors),
+            name=_name(checkpoint),
+            nbytes=checkpoint.nbytes,
+            bits_per_weight=8 * checkpoint.nbytes / checkpoint.numel,
             perplexity=perplexity(nll),
             seconds=runner.seconds,
             tokens_per_second=self.windows.numel() / runner.seconds,

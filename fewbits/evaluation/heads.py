@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,8 +27,8 @@ from torch.nn.functional import logsigmoid, normalize
 from ..adapters.transformers import head_of, load_tokenizer
 from ..errors import CalibrationError, ModelError, PlanError, raise_all
 from ..files.checkpoint import Checkpoint
-from ..files.open import open_checkpoint
-from ..memory import free_memory, left_of
+from ..files.open import as_checkpoint
+from ..memory import memory_left
 from ..runtime.runner import Whole
 from ..table import Cell, size, table
 from .examples import Examples
@@ -98,10 +97,7 @@ def evaluate_head(
     Raises ModelError for models that cannot be compared or do not fit the memory, CalibrationError for texts
     or labels that do not fit the model, PlanError for settings that only a language model has.
     """
-    reference, *quantized_models = (
-        given if isinstance(given, Checkpoint) else open_checkpoint(Path(given))
-        for given in (reference, *quantized_models)
-    )
+    reference, *quantized_models = map(as_checkpoint, (reference, *quantized_models))
     settings = settings or Settings()
     examples = examples if isinstance(examples, Examples) else Examples(tuple(examples), "the texts given")
     _check(reference, quantized_models, examples, settings)
@@ -129,8 +125,7 @@ def _check(
         faults.append(f"{reference.path}: generates text; give it to `evaluate`")
     if examples.labels and heads[reference.path] != "sequence":
         faults.append(f"{reference.path}: labels are for classifiers of texts")
-    free = left_of(settings.memory)
-    free = free_memory() if free is None else free
+    free = memory_left(settings.memory)
     for model in (reference, *models):
         needed = Whole(model).needs(len(examples.texts), BATCH * settings.context)
         if needed > free:
@@ -194,9 +189,8 @@ class _Run:
         return {} if self.targets is None else _right(rows, self.targets, self.head)
 
     def _scores(self, checkpoint: Checkpoint, seconds: float, figures: Mapping[str, float]) -> HeadScores:
-        tensors = checkpoint.tensors.values()
-        nbytes, weights = sum(t.nbytes for t in tensors), sum(prod(t.shape) for t in tensors)
-        return HeadScores(checkpoint.path.name, nbytes, 8 * nbytes / weights, seconds, figures)
+        nbytes, bits = checkpoint.nbytes, 8 * checkpoint.nbytes / checkpoint.numel
+        return HeadScores(checkpoint.path.name, nbytes, bits, seconds, figures)
 
 
 def text_batches(

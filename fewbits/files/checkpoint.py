@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,16 @@ class Checkpoint:
     aside: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     as_loaded: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Numbers in all tensors."""
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in their files."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def text_config(self) -> Mapping[str, Any]:

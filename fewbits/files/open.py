@@ -27,7 +27,12 @@ for _file_type in (
 ):  # fmt: skip
     FILE_TYPES.add(_file_type.name, _file_type)
 
-__all__ = ["FILE_TYPES", "GGUF_FILE", "file_type_at", "open_checkpoint"]
+__all__ = ["FILE_TYPES", "GGUF_FILE", "as_checkpoint", "file_type_at", "open_checkpoint"]
+
+
+def as_checkpoint(model: Checkpoint | str | Path) -> Checkpoint:
+    """A model that is open already, or the one at a path."""
+    return model if isinstance(model, Checkpoint) else open_checkpoint(Path(model))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -10,7 +10,7 @@ unchanged. The plan decides whether a site is quantized; a router usually is not
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
@@ -107,6 +107,15 @@ def block_matrices(model: _Model) -> dict[str, int]:
         and min(tensor.shape[-2:]) >= SMALLEST
         and _BLOCK.search(name)
     }
+
+
+def per_block(model: _Model, size: Callable[[Site], int]) -> dict[int, int]:
+    """Block -> the sum of `size` over its sites, norms and biases left out."""
+    sums: dict[int, int] = {}
+    for site in sites(model):
+        if site.block is not None:
+            sums[site.block] = sums.get(site.block, 0) + size(site)
+    return sums
 
 
 def kept(model: _Model) -> list[str]:

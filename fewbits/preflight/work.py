@@ -62,7 +62,7 @@ def work_of(
     tasks = tasks_of(checkpoint, target, decisions, request)
     walked = [task for task in tasks if task.walked]
     blocks = block_weights(checkpoint) if walked else [0]
-    model = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    model = checkpoint.numel
     inside = {task.site.name for task in walked if task.site}
     sizes = job_nbytes(target)
     kept = sum(sizes[job.name] for job in target.jobs if inside & set(job.sources))

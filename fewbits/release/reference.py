@@ -42,8 +42,7 @@ def obstacle(engine: Engine, reference: Checkpoint, tokens: int, memory: int | N
     """Why a reference cannot be run in a process of `memory` bytes (default: what is free), if so."""
     if not reference.path.exists():
         return f"{reference.path} is not there"
-    held = sum(tensor.nbytes for tensor in reference.tensors.values())
-    needs = held if engine.mapped else Whole(reference).needs(1, tokens)
+    needs = reference.nbytes if engine.mapped else Whole(reference).needs(1, tokens)
     free = min(free_memory(), memory or free_memory())
     if needs <= free:
         return None

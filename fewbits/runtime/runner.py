@@ -30,7 +30,7 @@ from ..errors import KernelError, ModelError, PlanError
 from ..files.checkpoint import Checkpoint
 from ..formats.base import AT_ONCE, Format
 from ..memory import free_memory
-from ..model.sites import sites
+from ..model.sites import per_block, sites
 from .load import load_packed
 
 SLICE = 128  # positions whose logits are computed at once
@@ -127,10 +127,7 @@ class Blockwise(Runner):
 
     def sizes(self, windows: int, context: int) -> tuple[int, int, int, int, int]:
         """Bytes: largest block and table in f32, the largest tensor in its file, hidden states, logits."""
-        blocks: dict[int, int] = {}
-        for site in sites(self.checkpoint):
-            if site.block is not None:
-                blocks[site.block] = blocks.get(site.block, 0) + prod(site.shape)
+        blocks = per_block(self.checkpoint, lambda site: prod(site.shape))
         outside = [prod(s.shape) for s in sites(self.checkpoint) if s.role in ("embed", "output")]
         width = min((min(s.shape) for s in sites(self.checkpoint) if s.role == "embed"), default=0)
         hidden = min(self.limit, windows * context * width * self.dtype.itemsize)

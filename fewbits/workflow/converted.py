@@ -15,7 +15,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 
 import torch
@@ -193,8 +192,7 @@ def _float_file(model: Checkpoint, folder: Path) -> Path:
         return path
     for old in folder.glob("float-*"):
         old.unlink()
-    weights = sum(prod(tensor.shape) for tensor in model.tensors.values())
-    need, free = weights * DTYPES[dtype].itemsize, shutil.disk_usage(folder).free
+    need, free = model.numel * DTYPES[dtype].itemsize, shutil.disk_usage(folder).free
     if need > free:
         raise FileError(
             f"{path}: the converter's float file takes {need / 2**30:.2f} GiB of disk, "

@@ -21,7 +21,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.output import Job, Output
 from ..formats.base import CHUNK, Format
 from ..memory import Need, free_memory, left_of, resident_memory
-from ..model.sites import Site, sites
+from ..model.sites import Site, per_block, sites
 from ..plan.choices import Decision
 from .request import Request
 from .task import Spec, spec_of
@@ -87,7 +87,7 @@ def memory_need(
         peak = max(peak, _walk_peak(checkpoint, walked, hidden, request))
     whole = 0
     if walked and request.method.distill:
-        whole = 8 * sum(prod(tensor.shape) for tensor in checkpoint.tensors.values()) + ALLOWANCE
+        whole = 8 * checkpoint.numel + ALLOWANCE
     if walked and writes_text:
         whole = max(whole, here + writer_of(checkpoint, left_of(request.memory)).nbytes)
     return Need("whole model" if whole else way, max(peak, whole), here, scratch)
@@ -148,19 +148,12 @@ def _limit(request: Request, here: int) -> int:
 
 def block_weights(checkpoint: Checkpoint) -> list[int]:
     """Weights of each block, norms and biases left out."""
-    counts: dict[int, int] = {}
-    for site in sites(checkpoint):
-        if site.block is not None:
-            counts[site.block] = counts.get(site.block, 0) + prod(site.shape)
-    return list(counts.values()) or [0]
+    return list(per_block(checkpoint, lambda site: prod(site.shape)).values()) or [0]
 
 
 def _block_nbytes(checkpoint: Checkpoint) -> int:
     """Bytes that the largest block takes in its file."""
-    nbytes: dict[int, int] = {}
-    for site in sites(checkpoint):
-        if site.block is not None:
-            nbytes[site.block] = nbytes.get(site.block, 0) + checkpoint.tensors[site.name].nbytes
+    nbytes = per_block(checkpoint, lambda site: checkpoint.tensors[site.name].nbytes)
     return max(nbytes.values(), default=0)
 
 

@@ -25,7 +25,7 @@ from ..calibrate.statistics import coverage_notes
 from ..errors import FileError
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
-from ..files.open import GGUF_FILE, open_checkpoint
+from ..files.open import GGUF_FILE, as_checkpoint
 from ..files.output import Job, Output
 from ..formats.base import Format
 from ..memory import peak_memory, reset_peak_memory
@@ -58,7 +58,7 @@ def run(
     progress: called with (tensor name, bytes read, bytes in all). Raises PlanError, ModelError, FormatError
     or FileError; a started output stays resumable.
     """
-    checkpoint = as_loaded(source if isinstance(source, Checkpoint) else open_checkpoint(Path(source)))
+    checkpoint = as_loaded(as_checkpoint(source))
     out = Path(out)
     check_method(request)
     if needs_converter(checkpoint, file_type_for(request.file, out)):
@@ -261,8 +261,7 @@ def _write_all(
     file: StreamFile,
     progress: Progress | None,
 ) -> tuple[TensorRow, ...]:
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    read, rows = 0, []
+    total, read, rows = checkpoint.nbytes, 0, []
     done = file.done()
     for job in output.jobs:
         if progress:
