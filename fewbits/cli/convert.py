@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..adapters.hub import resolve
-from ..files.open import FILE_TYPES, open_checkpoint
+from ..files.open import FILE_TYPES
 from ..workflow.options import Options
-from ..workflow.quantize import conclude
+from ..workflow.quantize import conclude, opened
 from ..workflow.request import Request
 from ..workflow.run import run as convert
 from .progress import ByteProgress
@@ -39,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(resolve(given.model, given.cache_dir))
+    checkpoint, _ = opened(given.model, given.cache_dir)
     with ByteProgress("convert") as progress:
         request = Request(file=given.to, overwrite=given.overwrite, requantize=given.requantize)
         receipt = convert(checkpoint, given.out, request, progress)

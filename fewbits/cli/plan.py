@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 
-from ..adapters.hub import resolve
 from ..errors import PlanError
-from ..files.open import open_checkpoint
 from ..preflight import Preflight, parameters, preflight
 from ..preflight.cache import KINDS
 from ..table import Cell, size, table
+from ..workflow.quantize import opened
 from ..workflow.text import stand_in, with_text, writes_text
 from .options import method_arguments, options_of, type_arguments
 from .units import gib
@@ -64,10 +63,9 @@ def run(options: argparse.Namespace) -> int:
     if options.run_context < 1 or options.batch < 1:
         raise PlanError(f"--context {options.run_context} --batch {options.batch}: each is at least 1")
     choices = options_of(options)
-    request, path = choices.request(), resolve(options.model, options.cache_dir)
-    checkpoint = open_checkpoint(path)
+    checkpoint, path = opened(options.model, options.cache_dir)
     file_type = choices.place(path, checkpoint, None)[1]
-    request = replace(request, file=file_type.name)
+    request = replace(choices.request(), file=file_type.name)
     request = with_text(request, checkpoint, choices, stand_in(choices))
     stated = dict(engine_of(text) for text in options.engine)
     place = options.run_context, options.batch, options.run_cache

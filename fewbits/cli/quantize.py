@@ -6,11 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..adapters.hub import resolve
-from ..files.open import open_checkpoint
 from ..release.receipt import Receipt
 from ..workflow.coverage import PROMISED
-from ..workflow.quantize import conclude, prepared
+from ..workflow.quantize import conclude, opened, prepared
 from ..workflow.run import run as quantize
 from ..workflow.text import with_read_text
 from .options import method_arguments, options_of, text_arguments, type_arguments
@@ -69,8 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     options = options_of(given)
-    path = resolve(given.model, given.cache_dir)
-    checkpoint = open_checkpoint(path)
+    checkpoint, path = opened(given.model, given.cache_dir)
     out, request, need = prepared(checkpoint, path, given.out, options)
     print(f"fewbits quantize: {need.line()}", file=sys.stderr)
     with StageProgress() as stage:

@@ -66,12 +66,13 @@ def quantize(
     return conclude(receipt, checkpoint, place, options)[0]
 
 
-def opened(model: str | Path | Checkpoint) -> tuple[Checkpoint, Path]:
-    """A model of any kind and where it lies."""
+def opened(model: str | Path | Checkpoint, cache_dir: Path | None = None) -> tuple[Checkpoint, Path]:
+    """A model of any kind, as transformers loads it, and where it lies. Asked once: each step of a run finds
+    the answer in the checkpoint."""
     if isinstance(model, Checkpoint):
-        return model, model.path
-    path = resolve_model(str(model))
-    return open_checkpoint(path), path
+        return as_loaded(model), model.path
+    path = resolve_model(str(model), cache_dir)
+    return as_loaded(open_checkpoint(path)), path
 
 
 def prepared(
