@@ -63,8 +63,17 @@ def planned(checkpoint: Checkpoint, request: Request, file_type: FileType) -> tu
     know the architecture."""
     if not needs_converter(checkpoint, file_type):
         return request, file_type
-    check_converts(checkpoint.config)
+    _check(checkpoint)
     return replace(request, to=None, plan=Plan((Rule("*", "int8_channel"),)), file=NATIVE.name), NATIVE
+
+
+def _check(model: Checkpoint) -> None:
+    """ModelError where the converter is missing, or does not take the model."""
+    check_converts(model.config)
+    if not any("token" in name or "vocab" in name for name in model.side_files):
+        raise ModelError(
+            f"{model.path}: no tokenizer files, which llama.cpp's converter needs; copy the model's there"
+        )
 
 
 def run_converted(
@@ -72,7 +81,7 @@ def run_converted(
 ) -> Receipt:
     """`run` for such an output, by the converter. Its folder stays, for another try or for `restored`, until
     `clean`."""
-    check_converts(model.config)
+    _check(model)
     if out.exists() and not request.overwrite:
         raise FileError(f"{out}: exists; choose another output or pass overwrite")
     folder = _folder(out)

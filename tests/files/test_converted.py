@@ -124,6 +124,19 @@ def test_without_the_converter_the_error_says_how_to_get_it(
         check_converts({"architectures": ["Glm4ForCausalLM"]})
 
 
+def test_a_model_without_a_tokenizer_is_refused_before_the_converter_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny("LlamaForCausalLM", tmp_path / "model")
+    for path in model.glob("*token*"):
+        path.unlink()
+    monkeypatch.setattr("fewbits.workflow.converted.architecture", lambda config: None)
+    monkeypatch.setattr("fewbits.workflow.converted.check_converts", lambda config: None)
+    with pytest.raises(ModelError, match=r"no tokenizer files, which llama.cpp's converter needs"):
+        fewbits.quantize(model, tmp_path / "o.gguf", to="q4_0", effort="fast")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_names_of_transformers_4_are_added_where_they_follow() -> None:
     config = {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.25}, "n_positions": 64}
     assert with_old_names(config) == config | {"n_ctx": 64, "rotary_pct": 0.25, "rotary_emb_base": 5e5}
