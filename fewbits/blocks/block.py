@@ -13,7 +13,6 @@ recognized by its memory, whole or as a slice of a fused array. The architecture
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +23,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ModelError, raise_all
 from ..files.experts import WHOLE, Place
+from .flow import PLAIN
+from .stand_in import Call, Products
 
 Watch = Callable[[str, torch.Tensor], None]
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of a block besides its hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class Block:
@@ -41,6 +34,7 @@ class Block:
 
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
+    number, flow = 0, PLAIN  # which block it is, and what it reads and hands on
     in_place = False  # whether `set` writes into tensors that a running pass may use
 
     def __init__(
@@ -68,16 +62,22 @@ class Block:
         the result is differentiable with respect to them. dtype: of this call's arithmetic, where all the
         weights are given (default: the block's)."""
         dtype = dtype or self.dtype
-        hidden = hidden.to(self.device, dtype)
-        call = self._call(hidden)
+        packed = hidden.to(self.device, dtype)
+        hidden, call = self.flow.enter(packed, self._call(packed))
+        call = call.changed(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        before = [dict(table) for table in call.tables]
         stand_ins = self._substitutes(weights or {}, dtype)
-        args = tuple(_cast(value, dtype) for value in (hidden, *call.args))
-        kwargs = {key: _cast(value, dtype) for key, value in call.kwargs.items()}
-        result = functional_call(self.module, stand_ins, args, kwargs)
+        result = call.run(
+            lambda args, kwargs: functional_call(self.module, stand_ins, args, kwargs), hidden.to(dtype)
+        )
         output = result[0] if isinstance(result, tuple | list) else result
         if output.shape != hidden.shape:
             raise ModelError(f"{self.name}: {tuple(hidden.shape)} came out as {tuple(output.shape)}")
-        return output
+        return self.flow.leave(self.number, packed, output, Products.of(result, before, call.tables))
+
+    def short(self, hidden: torch.Tensor) -> torch.Tensor:
+        """A few of the rows of `(b, t, h)` that can be run by themselves."""
+        return hidden[:1] if self.flow.whole_rows else hidden[:1, :8]
 
     def watched(self, hidden: torch.Tensor, watch: Watch) -> torch.Tensor:
         """`(b, t, h)` -> `(b, t, h)`, calling `watch(site name, x (rows, k))` for the input of each site.
@@ -204,15 +204,6 @@ class _LinearWatch(TorchFunctionMode):
             self._rows[x] = x.detach().reshape(-1, x.shape[-1])
         for name in names:
             self._watch(name, self._rows[x])
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The floats of an argument, nested ones too, as `dtype`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(_cast(part, dtype) for part in value)
-    return value
 
 
 _PRODUCTS = {

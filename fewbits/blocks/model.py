@@ -18,88 +18,26 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.func import functional_call
 
 from ..adapters.as_loaded import as_loaded
 from ..adapters.transformers import empty_model, tensors_in
 from ..errors import CalibrationError, ModelError, raise_all
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import Checkpoint, LazyTensor
 from ..qtensor import QTensor
-from .block import Block, Call, get_tensor, put_tensor
+from .block import Block, get_tensor, put_tensor
+from .columns import PROBES
+from .flow import PLAIN, flow_of
+from .stand_in import Arrived, Call, Pass, StandIn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-class _Arrived(Exception):
-    """The last block was reached: the rest of the forward pass is not needed."""
-
-
-@dataclass
-class _Pass:
-    """One forward pass through the stand-ins. give: what each returns; None: stop at the last. outputs: how
-    many each kind of block returns, where it is not one. observe: run the blocks themselves, with zeros for
-    weights, to see that number."""
-
-    n_blocks: int
-    outputs: dict[type, int]
-    give: torch.Tensor | None = None
-    observe: bool = False
-    hidden: list[torch.Tensor] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    others: list[torch.Tensor] = field(default_factory=list)
-    carried: bool = False  # whether a block reads another output of an earlier one
-
-
-class _StandIn(torch.nn.Module):
-    """Replaces a block: records its call and returns the given hidden states, in the form of the block's."""
-
-    def __init__(self, block: torch.nn.Module) -> None:
-        super().__init__()
-        self.__dict__["stands_for"] = block  # not as a child: its parameters are no longer the model's
-        self.running: _Pass | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        """A forward pass may read attributes of its blocks, such as their type of attention."""
-        return getattr(self.__dict__["stands_for"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.running is not None
-        running, kind = self.running, type(self.__dict__["stands_for"])
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        running.hidden.append(hidden)
-        running.calls.append(Call(args, kwargs))
-        running.carried |= any(
-            each is other for each in (*args, *kwargs.values()) for other in running.others
-        )
-        if running.observe:
-            return self._observed(running, hidden)
-        if running.give is None and len(running.calls) == running.n_blocks:
-            raise _Arrived
-        hidden = hidden if running.give is None else running.give
-        outputs = running.outputs.get(kind, 0)
-        return (hidden, *[None] * (outputs - 1)) if outputs else hidden
-
-    def _observed(self, running: _Pass, hidden: torch.Tensor) -> Any:
-        block, call = self.__dict__["stands_for"], running.calls[-1]
-        zeros = {
-            name: torch.zeros(weight.shape, dtype=hidden.dtype, device=hidden.device)
-            for name, weight in block.named_parameters()
-            if weight.is_meta
-        }
-        result = functional_call(block, zeros, (hidden, *call.args), call.kwargs)
-        if not isinstance(result, tuple | list):
-            return hidden
-        running.outputs[type(block)] = len(result)
-        running.others += [other for other in result[1:] if isinstance(other, torch.Tensor)]
-        if len(running.calls) == running.n_blocks:
-            raise _Arrived
-        return (hidden, *result[1:])
+LARGE = 2**22  # weights of a table that is not decoded as a whole
 
 
 class BlockModel:
@@ -118,11 +56,8 @@ class BlockModel:
         self._made_of = tensors_in(self._model, checkpoint)
         self.path, blocks = _find_blocks(self._model, checkpoint)
         modules = {id(module): name for name, module in self._model.named_modules()}
-        table = self._model.get_input_embeddings()
-        table.padding_idx = None  # it has a few of its rows, in another order: ids are translated for it
-        table.register_forward_pre_hook(lambda module, ids: (self._row_of(*ids),))
-        self._rows: torch.Tensor | None = None
-        self._table = f"{modules[id(table)]}.weight"
+        self._table = f"{modules[id(self._model.get_input_embeddings())]}.weight"
+        self._rows, self._width = get_tensor(self._model, self._table).shape
         output = modules.get(id(self._model.get_output_embeddings()))  # None: no language model's head
         self._output = None if output is None else f"{output}.weight"
         self._copies = self._model.all_tied_weights_keys  # tied tensor -> the one that it is
@@ -133,13 +68,18 @@ class BlockModel:
         self._check_names()
         _move_buffers(self._model, self.device)
         self._blocks = list(blocks)
-        self._stand_ins = [_StandIn(block) for block in self._blocks]
+        self._stand_ins = [StandIn(block, i) for i, block in enumerate(self._blocks)]
         for i, stand_in in enumerate(self._stand_ins):
             blocks[i] = stand_in
+        self._looked_up = set(self._read_rows_alone())
         self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._last: tuple[torch.Tensor, list[Call]] | None = None  # token ids and their calls
         self._head: dict[str, torch.Tensor] | None = None
-        self._outputs: dict[type, int] = {}  # of the kinds of blocks that return several
-        self._check_flow()
+        self._flow = PLAIN
+        with self._filled(self._around()):
+            self._around_is_there = True
+            self._flow = flow_of(self._probe, _same, self._why_not())
+        self._around_is_there = False
 
     @property
     def n_blocks(self) -> int:
@@ -154,20 +94,11 @@ class BlockModel:
             raise CalibrationError(
                 f"tokens from {low} to {high}: {name} has {size} rows; use the model's own tokenizer"
             )
-        self._rows = tokens.unique().cpu()
-        value = self.checkpoint.tensors[name].load()
-        table = value.decode_rows(self._rows) if isinstance(value, QTensor) else value[self._rows]
-        weights = {self._table: table.to(self.device, self.dtype)}
-        ran = self._ahead(weights, input_ids=tokens.to(self.device))
-        hidden = ran.hidden[0]
-        if not _same(ran.calls, self._calls_for(hidden)):
+        ran = self._ahead(input_ids=tokens.to(self.device))
+        packed = self._flow.pack(ran.hidden[0], tokens.to(self.device))
+        if not self._flow.reads_ids and not _same(ran.calls, self._calls_for(packed)):
             raise ModelError(f"{self._why_not()}: blocks read more of the tokens than their hidden states")
-        return hidden
-
-    def _row_of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids -> rows of the table, which holds those of `_rows` alone."""
-        assert self._rows is not None
-        return torch.searchsorted(self._rows.to(ids.device), ids)
+        return packed
 
     def names(self, i: int) -> list[str]:
         """Checkpoint names of block i's tensors, in the order of its modules; experts one by one."""
@@ -190,7 +121,7 @@ class BlockModel:
         prefix = f"{self.path}.{i}."
         made_of = {key.removeprefix(prefix): self._made_of[key] for key in self._keys(i)}
         block = Block(f"{self.path}.{i}", module, made_of, lambda hidden: self._calls_for(hidden)[i])
-        block.dtype, block.device = self.dtype, self.device
+        block.dtype, block.device, block.number, block.flow = self.dtype, self.device, i, self._flow
         block.set(weights)
         return block
 
@@ -209,9 +140,10 @@ class BlockModel:
         if self._head is None:
             name = next(iter(self._made_of[self._output]))
             self._head = self._around() | {self._output: self._decode(name, self.dtype)}
-        running = _Pass(self.n_blocks, self._outputs, give=hidden)
+        states = self._flow.hidden(hidden)
+        running = Pass(self.n_blocks, self._flow.known, states, sizes=(hidden.shape[0], hidden.shape[1]))
         with self._filled(self._head), self._standing_in(running):
-            logits = self._model(inputs_embeds=self._embeddings(hidden.shape), **self._no_cache).logits
+            logits = self._model(**self._inputs(hidden), **self._no_cache).logits
         if logits.shape[:2] != hidden.shape[:2]:
             raise ModelError(
                 f"{self.checkpoint.path}: hidden states {tuple(hidden.shape)} gave logits "
@@ -221,51 +153,50 @@ class BlockModel:
 
     # ---- the model around the blocks ----
 
-    def _calls_for(self, hidden: torch.Tensor) -> list[Call]:
-        """The arguments of each block for hidden states of this batch and length."""
-        shape = tuple(hidden.shape)
-        if shape not in self._calls:
-            self._calls[shape] = self._ahead({}, inputs_embeds=self._embeddings(shape)).calls
-        return self._calls[shape]
+    def _calls_for(self, packed: torch.Tensor) -> list[Call]:
+        """The arguments of each block for hidden states of this batch and length, or of these tokens."""
+        shape = tuple(packed.shape[:2])
+        if not self._flow.reads_ids:
+            if shape not in self._calls:
+                self._calls[shape] = self._ahead(None, **self._inputs(packed)).calls
+            return self._calls[shape]
+        ids = self._flow.ids(packed)
+        if self._last is None or not _same(self._last[0], ids):
+            self._last = ids, self._ahead(input_ids=ids).calls
+        return self._last[1]
+
+    def _inputs(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model is given for packed hidden states: their tokens, or embeddings of zeros."""
+        if self._flow.reads_ids:
+            return {"input_ids": self._flow.ids(packed)}
+        return {"inputs_embeds": self._embeddings(packed.shape)}
 
     def _embeddings(self, shape: Sequence[int]) -> torch.Tensor:
         """Embeddings for hidden states of this shape, which may have another width."""
-        width = get_tensor(self._model, self._table).shape[-1]
-        return torch.zeros((*shape[:2], width), dtype=self.dtype, device=self.device)
+        return torch.zeros((*shape[:2], self._width), dtype=self.dtype, device=self.device)
 
-    def _check_flow(self) -> None:
-        """ModelError unless each block reads what the one before it returns, and nothing else of it."""
-        embeddings = self._embeddings((2, 4, 1)).normal_(
-            generator=torch.Generator(self.device).manual_seed(0)
-        )
-        if not self._passes_on(embeddings, observe=False) and not self._passes_on(embeddings, observe=True):
-            raise ModelError(f"{self._why_not()}: something happens to hidden states between its blocks")
-
-    def _passes_on(self, embeddings: torch.Tensor, observe: bool) -> bool:
-        try:
-            ran = self._ahead({}, observe, inputs_embeds=embeddings)
-        except ModelError:
-            if observe:
-                raise
-            return False
-        if ran.carried:
-            raise ModelError(f"{self._why_not()}: blocks hand on more than their hidden states")
-        return all(_same(ran.hidden[0], later) for later in ran.hidden)
+    def _probe(self, probe: int, by_ids: bool = True, **settings: Any) -> Pass:
+        """A short pass, with tokens or with embeddings of zeros."""
+        b, t = PROBES[probe]
+        if not by_ids:
+            return self._ahead(settings, inputs_embeds=self._embeddings((b, t)))
+        ids = (torch.arange(b * t, device=self.device) + 3) % self._rows
+        return self._ahead(settings, input_ids=ids.reshape(b, t))
 
     def _why_not(self) -> str:
         kind = self._model.config.model_type
         return f"{self.checkpoint.path}: {kind!r} cannot be run block by block"
 
     @torch.no_grad()
-    def _ahead(
-        self, weights: dict[str, torch.Tensor], observe: bool = False, **inputs: torch.Tensor
-    ) -> _Pass:
-        """The model's forward pass up to the last block, without the blocks."""
-        running = _Pass(self.n_blocks, self._outputs, observe=observe)
-        with self._filled(self._around() | weights), self._standing_in(running):
+    def _ahead(self, settings: Mapping[str, Any] | None = None, **inputs: torch.Tensor) -> Pass:
+        """The model's forward pass up to the last block, without the blocks. settings: of the Pass."""
+        sizes = next(iter(inputs.values())).shape[:2]
+        given = {"known": self._flow.known, "sizes": tuple(sizes)} | dict(settings or {})
+        running = Pass(self.n_blocks, **given)
+        with self._filled({} if self._around_is_there else self._around()), self._standing_in(running):
             try:
                 self._model(**inputs, **self._no_cache)
-            except _Arrived:
+            except Arrived:
                 return running
             except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
                 raise ModelError(f"{self._why_not()}: {type(error).__name__}: {error}") from error
@@ -275,8 +206,8 @@ class BlockModel:
         )
 
     def _around(self) -> dict[str, torch.Tensor]:
-        """The weights outside the blocks, without the embedding and the output layer."""
-        skipped = {self._table, self._output}
+        """The weights outside the blocks, without tables of embeddings and the output layer."""
+        skipped = self._looked_up | {self._output}
         around: dict[str, torch.Tensor] = {}
         for key in self._made_of:
             if key in skipped or key.startswith(f"{self.path}."):
@@ -286,6 +217,28 @@ class BlockModel:
                 place.of(whole).copy_(self._decode(name, self.dtype))
             around[key] = whole
         return around
+
+    def _read_rows_alone(self) -> Iterator[str]:
+        """Tables of embeddings of which each call decodes the rows that it reads; their keys."""
+
+        def fill(module: torch.nn.Module, args: tuple[Any, ...], table: _Table) -> tuple[Any, ...]:
+            rows, where = args[0].unique(return_inverse=True)
+            module.__dict__["weight"] = table[rows]
+            return (where, *args[1:])
+
+        def empty(module: torch.nn.Module, *_: Any, table: _Table) -> None:
+            module.__dict__["weight"] = table
+
+        for name, module in self._model.named_modules():
+            key = f"{name}.weight"
+            if key == self._table or _is_large_table(module):
+                module.padding_idx = None  # rows come in another order
+                tensor = self.checkpoint.tensors[next(iter(self._made_of[key]))]
+                table = _Table(tensor, self.dtype, self.device)
+                module.__dict__["weight"] = table  # found before the parameter
+                module.register_forward_pre_hook(partial(fill, table=table))
+                module.register_forward_hook(partial(empty, table=table))
+                yield key
 
     def _decode(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         value = self.checkpoint.tensors[name].load()
@@ -305,7 +258,7 @@ class BlockModel:
                 put_tensor(self._model, key, empty)
 
     @contextmanager
-    def _standing_in(self, running: _Pass) -> Iterator[None]:
+    def _standing_in(self, running: Pass) -> Iterator[None]:
         for stand_in in self._stand_ins:
             stand_in.running = running
         try:
@@ -343,6 +296,20 @@ class BlockModel:
         raise_all(ModelError, f"{self.checkpoint.path} as {type(self._model).__name__}", faults)
 
 
+class _Table:
+    """A table of embeddings, of which rows are decoded when they are asked for."""
+
+    def __init__(self, tensor: LazyTensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._tensor, self.shape, self.dtype, self.device = tensor, torch.Size(tensor.shape), dtype, device
+
+    def __getitem__(self, at: Any) -> torch.Tensor:
+        at = at if isinstance(at, tuple) else (at,)
+        value, rows = self._tensor.load(), torch.as_tensor(at[0]).cpu()
+        found = value.decode_rows(rows.reshape(-1)) if isinstance(value, QTensor) else value[rows.reshape(-1)]
+        found = found.reshape(*rows.shape, -1).to(self.device, self.dtype)
+        return found[(..., *at[1:])] if at[1:] else found
+
+
 def _find_blocks(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[str, torch.nn.ModuleList]:
     """The outermost list of modules with matrices in the decoder: one entry for each layer of its config."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -365,6 +332,12 @@ def _find_blocks(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[str, t
         f"{checkpoint.path}: block order cannot be found: looked in {type(decoder).__name__} for one list of "
         f"{depth} blocks; it has the lists {shown}"
     )
+
+
+def _is_large_table(module: torch.nn.Module) -> bool:
+    """A table that is best read by its rows: token embeddings of another kind, as far as it is called so."""
+    by_ids = list(signature(module.forward).parameters)[:1] in (["input"], ["input_ids"])
+    return isinstance(module, torch.nn.Embedding) and by_ids and module.weight.numel() > LARGE
 
 
 def _has_matrices(modules: torch.nn.ModuleList) -> bool:

@@ -76,5 +76,5 @@ def observed_groups(block: Block, hidden: torch.Tensor, sites: Collection[str]) 
                 return
         groups.append((x, [name]))
 
-    block.watched(hidden[:1, :8], watch)
+    block.watched(block.short(hidden), watch)
     return [names for _, names in groups]

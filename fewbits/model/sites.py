@@ -128,7 +128,8 @@ def role_of(name: str) -> str:
     module, _, _ = name.rpartition(".")
     if not _BLOCK.search(name) and _HEADS.intersection(module.split(".")):
         return "output"
-    return _ROLES.get(module.rsplit(".", 1)[-1], "other")
+    role = _ROLES.get(module.rsplit(".", 1)[-1], "other")
+    return "other" if role == "output" and _BLOCK.search(name) else role
 
 
 def _is_site(name: str, shape: tuple[int, ...]) -> bool:

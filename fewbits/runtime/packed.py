@@ -32,6 +32,7 @@ class PackedWeight(nn.Module):
     def __init__(self, q: QTensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.format, self.shape, self.dtype = q.format, torch.Size(q.shape), dtype
+        self.factor = 1.0  # of what is decoded: a model may divide its weights when it runs
         for name, plane in q.planes.items():
             self.register_buffer(name, plane)
 
@@ -51,13 +52,20 @@ class PackedWeight(nn.Module):
     @torch.no_grad()
     def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """-> `(n, k)` floats."""
-        return self.q.decode().to(dtype or self.dtype)
+        return (self.q.decode() * self.factor).to(dtype or self.dtype)
 
     @torch.no_grad()
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """`(...)` int -> `(..., k)`: those rows, decoded alone where the format has no parameter of many."""
         rows, where = ids.unique(return_inverse=True)
-        return self.q.decode_rows(rows).to(self.dtype)[where]
+        return (self.q.decode_rows(rows) * self.factor).to(self.dtype)[where]
+
+    def div_(self, by: float) -> PackedWeight:
+        self.factor /= by
+        return self
+
+    def __getitem__(self, at: Any) -> torch.Tensor:
+        return self.decode()[at]
 
     @classmethod
     def __torch_function__(
@@ -94,7 +102,7 @@ class _Multiply(torch.autograd.Function):
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         for rows, part in weight.format.decoded_rows(weight.q, AT_ONCE):
             out[..., rows] = F.linear(x, part.to(x.dtype))
-        return out
+        return out if weight.factor == 1 else out * weight.factor
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -38,7 +38,7 @@ from ..blockstore import BlockStore
 from ..task import Spec, WeightRecord, measured
 from .job import BlockJob, Records, decoded
 from .settings import Note, Run
-from .stages import Batches, quantize_paused, stages_of
+from .stages import Batches, quantize_paused, read_once, stages_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -181,12 +181,13 @@ class _Walk:
         # Float stream and learning need the float weights to the end; else one copy of the block is enough.
         job.keeps = floats is not None or method.learn is not None
         reference = self.model.block(i, job.weights) if job.keeps else job.block
-        through = bool(wanted) and self._fits(wanted, x, floats)
-        if through:
+        fits = bool(wanted) and self._fits(wanted, x, floats)
+        groups = read_once(wanted, job.block, x) if fits else None
+        if groups is not None:
             weights = {n: w.clone() for n, w in job.weights.items()} if job.keeps else job.weights
             job.block = self.model.block(i, weights)
             job.block.in_place = True
-            quantize_paused(job, wanted, reference, x, floats)
+            quantize_paused(job, wanted, groups, reference, x, floats)
         elif wanted:
             for stage in stages_of(wanted) if method.sequential else [wanted]:
                 given = None if floats is None else FloatStream(floats, reference)
@@ -195,10 +196,10 @@ class _Walk:
             with Activations((), self.run.streaming.activation_memory, self.run.streaming.scratch) as targets:
                 advance(reference, x if floats is None else floats, targets)
                 job.learn(wanted, cast(Batches, x), cast(Batches, targets))
-        if floats is not None and not through:
+        if floats is not None and groups is None:
             advance(reference, floats, floats)
         self.store.write(i, job.result, _kept(job.records, job.notes))
-        return job.block, through
+        return job.block, groups is not None
 
     def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:
         """May all batches wait inside the block at once? Not experts: batches reach them in another order."""

@@ -32,15 +32,26 @@ def stages_of(wanted: Sequence[Site]) -> list[list[Site]]:
     return list(stages.values())
 
 
+def read_once(wanted: Sequence[Site], block: Block, x: Activations) -> list[list[str]] | None:
+    """The sites by input, in the order of these; None where one of them is used more than once."""
+    groups = observed_groups(block, x[0], {site.name for site in wanted})
+    names = [name for group in groups for name in group]
+    return groups if len(set(names)) == len(names) else None
+
+
 def quantize_paused(
-    job: BlockJob, wanted: Sequence[Site], reference: Block, x: Activations, floats: Activations | None
+    job: BlockJob,
+    wanted: Sequence[Site],
+    groups: list[list[str]],
+    reference: Block,
+    x: Activations,
+    floats: Activations | None,
 ) -> None:
     """Quantize every site of `wanted` in one pass; x and floats become the block's outputs.
 
-    reference: the block with its float weights, for the float stream.
+    groups: what `read_once` has found. reference: the block with its float weights, for the float stream.
     """
     sites = {site.name: site for site in wanted}
-    groups = observed_groups(reference, x[0], sites)
     unseen = sites.keys() - {name for names in groups for name in names}
     if unseen:
         groups.append(sorted(unseen))
