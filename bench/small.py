@@ -1,8 +1,10 @@
-"""A tiny random model of any causal language model class, from the fields of its config class."""
+"""A tiny random model of any language model class, from the fields of its config class."""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,15 +60,60 @@ def ids_of() -> torch.Tensor:
     return torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-def small_model(model_type: str) -> Any:
-    """A random model in f32; what initializes to zeros or nothing is random too."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+MAPPINGS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "sequence": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING",
+    "embedding": "MODEL_MAPPING",
+}
+"""what a model gives -> transformers' table of classes, config -> class"""
 
-    known = CONFIG_MAPPING[model_type]
+
+def model_types(head: str) -> list[str]:
+    """The model types of a table. Embeddings: those of encoders that read text."""
+    import transformers
+
+    kinds = list(dict.fromkeys(config.model_type for config in getattr(transformers, MAPPINGS[head])))
+    if head == "embedding":
+        causal, masked = set(model_types("causal")), set(model_types("masked"))
+        kinds = [kind for kind in kinds if (kind in masked or kind not in causal) and _reads_text(kind)]
+    return kinds
+
+
+def _reads_text(kind: str) -> bool:
+    from inspect import signature
+
+    import transformers
+
+    cls = transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[kind]]
+    cls = cls[0] if isinstance(cls, tuple) else cls
+    known = signature(cls.forward).parameters
+    return "input_ids" in known and not {"decoder_input_ids", "pixel_values"} & known.keys()
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of 320 words, which evaluating a model without a language model's head needs."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    words = [*special.values(), *(f"w{i}" for i in range(3, 320))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special.values()))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = special | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def small_model(model_type: str, head: str = "causal") -> Any:
+    """A random model in f32; what initializes to zeros or nothing is random too."""
+    import transformers
+
+    known = transformers.CONFIG_MAPPING[model_type]
     fields = shrunk(known().to_dict()) | SPECIAL.get(model_type, {})
     config = known.from_dict(fields)
     torch.manual_seed(0)
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls = getattr(transformers, MAPPINGS[head])[type(config)]
     cls = cls[0] if isinstance(cls, tuple) else cls
     if not isinstance(config, cls.config_class):  # of a composed model, whose text model this is
         config = config.get_text_config()

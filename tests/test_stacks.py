@@ -70,6 +70,28 @@ def test_codes_by_gptq_give_the_logits_of_transformers_own_model_with_those_weig
     assert (got - expected).norm() < 1e-4 * (expected - expected.mean()).norm()
 
 
+@pytest.mark.filterwarnings("ignore:.*are held as floats")
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
+def test_transformers_loads_experts_of_a_native_directory_and_of_its_floats(
+    kind: str, tmp_path: Path
+) -> None:
+    saved(kind, tmp_path / "float")
+    fewbits.quantize(tmp_path / "float", tmp_path / "int4", to="int4_g32", effort="fast", verify=False)
+    fewbits.convert(tmp_path / "int4", tmp_path / "decoded", file="huggingface")
+    before = {name: tensor.shape for name, tensor in fewbits.open(tmp_path / "float").tensors.items()}
+    assert {n: t.shape for n, t in fewbits.open(tmp_path / "decoded").tensors.items()} == before
+    ids = torch.arange(3, 40)[None]
+    fewbits.register()
+    with torch.no_grad():
+        expected = fewbits.load(tmp_path / "int4")(ids).logits
+        for name in ("int4", "decoded"):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / name, dtype=torch.float32, output_loading_info=True
+            )
+            assert not info["missing_keys"] and not info["unexpected_keys"]
+            torch.testing.assert_close(model.eval()(ids).logits, expected)
+
+
 @pytest.mark.parametrize(
     "view",
     [

@@ -12,9 +12,11 @@ Imported by register.py alone, when transformers is: these classes derive from i
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,14 +33,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..adapters.transformers import tensors_in
 from ..errors import FileError, ModelError, raise_all
 from ..files.directory import QuantizedEntry
+from ..files.experts import Place
 from ..files.native import METHOD, NATIVE, VERSION, named_formats
 from ..formats.base import Format
 from ..qtensor import QTensor
 from .packed import PackedWeight, pack, packable, packed_modules, unpack_module
 
 Shape = tuple[int, int]
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @register_quantization_config(METHOD)
@@ -116,6 +121,31 @@ class Decode(ConversionOps):
         return done
 
 
+class Stack(ConversionOps):
+    """Experts that transformers' own mapping does not know -> the array of the class; the last step."""
+
+    def __init__(self, quantizer: FewbitsQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __deepcopy__(self, memo: Any) -> Stack:
+        return self
+
+    def convert(
+        self, input_dict: dict[str, list[torch.Tensor]], *_: Any, full_layer_name: str, model: Any, **__: Any
+    ) -> dict[str, Any]:
+        stacks, whole = self.quantizer.stacks, None
+        for pattern, tensors in input_dict.items():
+            places = stacks.get((full_layer_name, pattern))
+            if places is None:
+                return input_dict
+            if whole is None:
+                shape = model.get_parameter_or_buffer(full_layer_name).shape
+                whole = torch.empty(shape, dtype=tensors[0].dtype, device=tensors[0].device)
+            for place, tensor in zip(places, tensors, strict=True):
+                place.of(whole).copy_(tensor)
+        return {full_layer_name: whole}
+
+
 @register_quantizer(METHOD)
 class FewbitsQuantizer(HfQuantizer):
     """Loads native directories; to quantize a float model there is fewbits.quantize_model."""
@@ -126,6 +156,7 @@ class FewbitsQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.planes: set[str] = set()  # the keys that are filled with planes
         self.fused: dict[tuple[str, str], list[tuple[Format, Shape]]] = {}
+        self.stacks: dict[tuple[str, str], list[Place]] = {}  # as `fused`: where each lies in its array
         self.decoded: set[str] = set()
         self._changed: dict[int, Any] = {}
 
@@ -133,9 +164,15 @@ class FewbitsQuantizer(HfQuantizer):
         weights, fused = {}, defaultdict(list)
         state = model.state_dict()
         rows, find = self.quantization_config.rows(), _finder(model, state)
+        found = {name: find(name) for name in rows}
+        single = _single_experts(model, rows, found, state)
         for name in sorted(rows, key=dot_natural_key):
             form, shape = rows[name]
-            key, pattern = find(name)
+            key, pattern = found[name]
+            if name in single:
+                pattern = _EXPERT.sub(".experts.*.", key)
+                key, place = single[name]
+                self.stacks.setdefault((key, pattern), []).append(place)
             path, _dot, last = key.rpartition(".")
             module = model.get_submodule(path) if last == "weight" and key in state else None
             if pattern is None and module is not None and packable(module, shape):
@@ -157,11 +194,12 @@ class FewbitsQuantizer(HfQuantizer):
         return {"dequantize": Decode}
 
     def get_weight_conversions(self) -> list[Any]:
-        return [
-            WeightConverter([f"{key}.{plane.name}" for plane in rows[0][0].planes], [key], [Decode(self)])
-            for (key, pattern), rows in self.fused.items()
-            if key == pattern
-        ]
+        made: dict[str, list[str]] = {}
+        for (key, pattern), rows in self.fused.items():
+            if key == pattern or (key, pattern) in self.stacks:
+                planes = dict.fromkeys(plane.name for form, _ in rows for plane in form.planes)
+                made.setdefault(key, []).extend(f"{pattern}.{plane}" for plane in planes)
+        return [WeightConverter(sources, [key], [Decode(self), Stack(self)]) for key, sources in made.items()]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         if not self.fused:
@@ -223,6 +261,20 @@ def _finder(model: Any, state: Mapping[str, Any]) -> Callable[[str], tuple[str, 
         return key, pattern
 
     return find
+
+
+def _single_experts(
+    model: Any, rows: Mapping[str, Any], found: Mapping[str, tuple[str, str | None]], state: Mapping[str, Any]
+) -> dict[str, tuple[str, Place]]:
+    """Experts of which transformers' mapping knows nothing: name in a file -> array of the class, and place."""
+    lost = {name for name, (key, pattern) in found.items() if pattern is None and key not in state}
+    if not any(_EXPERT.search(name) for name in lost):
+        return {}
+    file: Any = SimpleNamespace(tensors=rows, config=model.config.to_dict())
+    made_of = tensors_in(model, file)
+    return {
+        name: (key, place) for key, parts in made_of.items() for name, place in parts.items() if name in lost
+    }
 
 
 def file_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..activations.record import record, record_cache
 from ..adapters.as_loaded import as_loaded
+from ..adapters.as_saved import as_saved
 from ..calibrate.statistics import coverage_notes
 from ..errors import FileError
 from ..files.checkpoint import Checkpoint
@@ -71,11 +72,12 @@ def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress
     start = time.monotonic()
     reset_peak_memory()
     checkpoint, notes = rewritten(checkpoint, request)
-    resolved = settle(checkpoint, resolve(checkpoint, request, file_type_for(request.file, out)))
+    source = checkpoint
+    checkpoint, resolved = _resolved(checkpoint, request, file_type_for(request.file, out))
     check_place(checkpoint, out, resolved.file_type, request.overwrite)
     output, decisions = resolved.lay_out(checkpoint, out), resolved.by_output(checkpoint)
     request, _ = fitted(checkpoint, output, decisions, request)
-    identity = fingerprint(checkpoint, fingerprint_fields(request))
+    identity = fingerprint(source, fingerprint_fields(request))
     folder = out.with_name(out.name + ".blocks")
     if request.tokens is not None:
         check_ours(folder)
@@ -91,7 +93,7 @@ def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress
             kept = stack.enter_context(BlockStore(folder, identity)) if blocks else None
             return _cleaned(output, file, kept)
         notes, floats = (*output.notes, *resolved.notes, *notes), checkpoint
-        hashing = stack.enter_context(InputDigests(checkpoint))
+        hashing = stack.enter_context(InputDigests(source))
         records: Mapping[str, WeightRecord] = {}
         store = None
         if request.tokens is not None:
@@ -117,6 +119,17 @@ def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress
         receipt = replace(receipt, seconds=time.monotonic() - start, peak_memory_bytes=peak_memory())
         write_atomic(output.receipt, receipt.to_json().encode())
         return _cleaned(output, file, store)
+
+
+def _resolved(checkpoint: Checkpoint, request: Request, file_type: FileType) -> tuple[Checkpoint, Resolved]:
+    """What each tensor gets; and the checkpoint with arrays of experts whole where they stay in float."""
+    resolved = resolve(checkpoint, request, file_type)
+    if not file_type.writes_gguf_names:
+        kinds = {name: each.kind for name, each in resolved.by_output(checkpoint).items()}
+        whole = as_saved(checkpoint, kinds)
+        if whole is not checkpoint:
+            checkpoint, resolved = whole, resolve(whole, request, file_type)
+    return checkpoint, settle(checkpoint, resolved)
 
 
 def _cleaned(output: Output, file: StreamFile, store: BlockStore | None) -> Receipt:
