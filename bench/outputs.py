@@ -50,9 +50,8 @@ class Case:
         return self.folder / name
 
     def quantized(self, name: str, **options: Any) -> Any:
-        if "effort" not in options:
-            options["calibrate"] = self.text
-        return fewbits.quantize(self.path("float"), self.path(name), verify=False, **options)
+        text = {} if "effort" in options else {"calibrate": self.text}
+        return fewbits.quantize(self.path("float"), self.path(name), verify=False, **text | options)
 
     def converted(self, name: str, to: str) -> Path:
         fewbits.convert(self.path(name), self.path(f"{name}.{to}"), file=to)
@@ -88,7 +87,7 @@ def same(what: str, found: torch.Tensor, wanted: torch.Tensor) -> list[str]:
 
 
 def decoded(case: Case, name: str, limit: float) -> list[str]:
-    """A native directory: loaded by fewbits and by transformers, its floats are the original up to rounding."""
+    """A native directory, loaded by fewbits and by transformers; its floats are the original's, rounded."""
     found = logits_of(fewbits.load(case.path(name)), case.ids)
     twin = case.loaded(case.converted(name, "huggingface"))
     faults = same("decoded", logits_of(twin, case.ids), found)
@@ -166,7 +165,8 @@ def rotate(case: Case) -> list[str]:
 
 
 def awq(case: Case) -> list[str]:
-    case.quantized("awq", to="int4_g32", method="rtn", awq=True)
+    few = Tokens.of(case.text.windows[:1, :16], "random")  # each scale is tried on all of them
+    case.quantized("awq", to="int4_g32", method="rtn", awq=True, calibrate=few)
     return same(
         "decoded",
         logits_of(fewbits.load(case.path("awq")), case.ids),

@@ -266,7 +266,7 @@ def _finder(model: Any, state: Mapping[str, Any]) -> Callable[[str], tuple[str, 
 def _single_experts(
     model: Any, rows: Mapping[str, Any], found: Mapping[str, tuple[str, str | None]], state: Mapping[str, Any]
 ) -> dict[str, tuple[str, Place]]:
-    """Experts of which transformers' mapping knows nothing: name in a file -> array of the class, and place."""
+    """Experts of which transformers' mapping knows nothing: name in a file -> array of the class, place."""
     lost = {name for name, (key, pattern) in found.items() if pattern is None and key not in state}
     if not any(_EXPERT.search(name) for name in lost):
         return {}

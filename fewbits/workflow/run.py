@@ -21,7 +21,6 @@ from typing import Any
 
 from ..activations.record import record, record_cache
 from ..adapters.as_loaded import as_loaded
-from ..adapters.as_saved import as_saved
 from ..calibrate.statistics import coverage_notes
 from ..errors import FileError
 from ..files.checkpoint import Checkpoint
@@ -38,6 +37,7 @@ from ..release.receipt import Receipt, TensorRow
 from ..storage.atomic import make_directory, write_atomic
 from ..storage.stream import StreamFile
 from ..transforms.rotate import rotate
+from .as_saved import as_saved
 from .blockstore import BlockStore, check_ours
 from .blockwise import Run, quantize_blocks
 from .converted import clean, needs_converter, planned, run_converted

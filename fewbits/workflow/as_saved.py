@@ -15,11 +15,11 @@ from math import prod
 
 import torch
 
+from ..adapters.transformers import decoded, unknown_experts
 from ..dtypes import DType
 from ..files.checkpoint import Checkpoint, LazyTensor
 from ..files.experts import Place, joined
 from ..formats.base import Kind
-from .transformers import decoded, unknown_experts
 
 
 def as_saved(checkpoint: Checkpoint, kinds: Mapping[str, Kind]) -> Checkpoint:
