@@ -72,7 +72,7 @@ def filled_model(
     for name, (places, shape) in unknown_experts(checkpoint).items():
         if places.keys() <= weights.keys():
             weights[name] = joined({piece: weights.pop(piece) for piece in places}, places, shape)
-    with _quiet():
+    with quiet():
         model, info = cls.from_pretrained(
             None,
             config=config,
@@ -110,7 +110,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
             each.use_cache = False  # not every class passes the argument on
     hook = register_module_parameter_registration_hook(hollow)
     try:
-        with _quiet():
+        with quiet():
             return cls(config).eval()
     finally:
         hook.remove()
@@ -243,7 +243,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     if not files:
         raise ModelError(f"{checkpoint.path}: no tokenizer files; copy the model's tokenizer.json there")
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(
                 checkpoint.path, local_files_only=True, trust_remote_code=False
             )
@@ -306,7 +306,7 @@ def model_config(checkpoint: Checkpoint) -> Any:
         )
     given = deepcopy(checkpoint.config)  # transformers changes its argument
     given.pop("quantization_config", None)
-    with _quiet():
+    with quiet():
         return CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(given))
 
 
@@ -330,7 +330,7 @@ def decoded(value: torch.Tensor | QTensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Suppresses progress bars and advice of transformers."""
     from transformers.utils import logging
 
@@ -353,7 +353,7 @@ def known_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     given = {key: value for key, value in deepcopy(dict(config)).items() if key != "quantization_config"}
     if given.get("model_type") not in CONFIG_MAPPING:
         return None
-    with _quiet():
+    with quiet():
         full = CONFIG_MAPPING[given["model_type"]].from_dict(PreTrainedConfig._decode_special_floats(given))
     fields: dict[str, Any] = full.get_text_config().to_dict()
     return fields

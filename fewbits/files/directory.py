@@ -219,10 +219,13 @@ class Directory(FileType):
                     content = text.encode() + b"\n"
                 write_atomic(out / name, content)
 
-        receipt = self.receipt_path(out)
+        receipt, config = self.receipt_path(out), small.get("config.json")
         stale = (*(out / name for name in [*small, *self.others_files()]), receipt)
-        return Output(
-            out / self.weights, header, spans, jobs, receipt, finish, stale=stale, measured=measured
+        return replace(
+            Output(out / self.weights, header, spans, jobs, receipt, finish),
+            stale=stale,
+            measured=measured,
+            config=config if isinstance(config, Mapping) else {},
         )
 
 

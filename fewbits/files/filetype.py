@@ -85,7 +85,8 @@ def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any] | None
 class FileType(ABC):
     """name: a value of `--to` and `--file`. where: its name in messages. suffix: of a file type that is one
     file, else "". engines: names in engines; the first verifies each output. run: how to run it, for
-    the card. library: library_name of the card. tables: whether embeddings may be quantized."""
+    the card. library: library_name of the card. tables: whether embeddings may be quantized. asks_loader:
+    whether transformers' own loader, which then reads it, is asked before it is written."""
 
     name: str
     where: ClassVar[str] = "a {name} directory"
@@ -94,6 +95,7 @@ class FileType(ABC):
     run: ClassVar[str] = "vllm serve {name}"
     library: ClassVar[str] = "transformers"
     tables: ClassVar[bool] = False
+    asks_loader: ClassVar[bool] = False
     writes_gguf_names: ClassVar[bool] = False
 
     # ---- reading -------------------------------------------------------------------------------------

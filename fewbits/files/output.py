@@ -70,7 +70,7 @@ class Output:
 
     measured: the jobs, once runtime schemes are measured. runtime: schemes for the runtime, by kind: a record
     of the input, or the name of a scheme that is not measured yet. notes: for the receipt. stale: files of
-    the replaced output, deleted before the new one is in place."""
+    the replaced output, deleted before the new one is in place. config: config.json of a directory."""
 
     path: Path
     header: bytes
@@ -83,6 +83,7 @@ class Output:
     stale: tuple[Path, ...] = ()
     measured: Callable[[Mapping[str, Any]], tuple[Job, ...]] | None = None
     runtime: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def entry_shape(checkpoint: Checkpoint, entry: GGUFEntry) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from ..release.verify import Outcome, verification_nbytes, verify
 from .converted import clean, planned, restored, some
 from .memory import fitted, with_verification
 from .options import Options
+from .read_back import read_back
 from .request import Request
 from .resolve import resolve
 from .run import check_place, run
@@ -91,7 +92,7 @@ def prepared(
         request = replace(request, notes=(*request.notes, note))
     request = with_text(request, checkpoint, options, stand_in(options))
     check_place(checkpoint, place, file_type, request.overwrite)
-    resolved = resolve(checkpoint, *planned(checkpoint, request, file_type))
+    resolved = read_back(checkpoint, resolve(checkpoint, *planned(checkpoint, request, file_type)))
     output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
     _, need = fitted(checkpoint, output, decisions, request, writes_text(request))
     if options.verify:

@@ -41,6 +41,9 @@ class Resolved:
     mixture: int | None
     runtime: Mapping[str, Any]
     notes: tuple[str, ...]
+    unquantized: tuple[
+        str, ...
+    ] = ()  # modules of transformers' class that stay in float, if not known by name
 
     def by_output(self, checkpoint: Checkpoint) -> dict[str, Decision]:
         """Decisions by the output's names: its entries, or every tensor of the checkpoint."""
@@ -55,11 +58,13 @@ class Resolved:
     def lay_out(self, checkpoint: Checkpoint, out: Path) -> Output:
         """The output before its first byte; FormatError for a format that the file type does not support."""
         kinds: dict[str, Kind] = {name: each.kind for name, each in self.by_output(checkpoint).items()}
-        about = {
+        about: dict[str, Any] = {
             "name": model_name(checkpoint),
             "recipe": self.recipe.name if self.recipe else None,
             "file_type": self.mixture,
         }
+        if self.unquantized:
+            about["unquantized"] = self.unquantized
         return self.file_type.lay_out(checkpoint, out, self.entries, kinds, about)
 
 

@@ -44,6 +44,7 @@ from .converted import clean, needs_converter, planned, run_converted
 from .coverage import coverage_of
 from .memory import fitted
 from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
+from .read_back import read_back
 from .request import Request, calibration_of, check_method, fingerprint_fields, needs_of, stats_of
 from .resolve import Resolved, file_type_for, resolve
 from .task import WeightRecord, Work, spec_of, write_job
@@ -129,7 +130,7 @@ def _resolved(checkpoint: Checkpoint, request: Request, file_type: FileType) -> 
         whole = as_saved(checkpoint, kinds)
         if whole is not checkpoint:
             checkpoint, resolved = whole, resolve(whole, request, file_type)
-    return checkpoint, settle(checkpoint, resolved)
+    return checkpoint, settle(checkpoint, read_back(checkpoint, resolved))
 
 
 def _cleaned(output: Output, file: StreamFile, store: BlockStore | None) -> Receipt:

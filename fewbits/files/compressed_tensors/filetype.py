@@ -83,6 +83,7 @@ class Compressed(Directory):
     name = METHOD
     method = METHOD
     engines = ("transformers+compressed-tensors", "vLLM", "vLLM+cpu")
+    asks_loader = True
     run = Directory.run + ON_CPU
 
     @property
@@ -173,7 +174,10 @@ class Compressed(Directory):
         raise_all(PlanError, METHOD, faults)
         if not groups:
             return {"config.json": config}
-        written = {**_settings(groups, rows), "kv_cache_scheme": self.kv_cache and CACHES[self.kv_cache]}
+        written = {
+            **_settings(groups, rows, about.get("unquantized", ())),
+            "kv_cache_scheme": self.kv_cache and CACHES[self.kv_cache],
+        }
         return {"config.json": {**config, "quantization_config": written}}
 
     def _scheme(self, name: str, format: Format, left: bool, faults: list[str]) -> dict[str, Any]:
@@ -254,8 +258,10 @@ def _left(all_sites: Sequence[Site], named: Sequence[str]) -> set[str]:
     return left
 
 
-def _settings(groups: Mapping[str, Sequence[str]], rows: Mapping[str, Stored]) -> dict[str, Any]:
-    """groups: a scheme as JSON -> the modules that have it."""
+def _settings(
+    groups: Mapping[str, Sequence[str]], rows: Mapping[str, Stored], more: Sequence[str]
+) -> dict[str, Any]:
+    """groups: a scheme as JSON -> the modules that have it. more: modules in float that no tensor names."""
     quantized = {module for modules in groups.values() for module in modules}
     left = [
         module_of(name)
@@ -267,6 +273,7 @@ def _settings(groups: Mapping[str, Sequence[str]], rows: Mapping[str, Stored]) -
     ]
     if not any(role_of(name) == "output" for name in rows):
         left.append("lm_head")  # a linear layer that shares the weight of the embeddings
+    left += more
     config_groups = {}
     for i, (scheme, modules) in enumerate(groups.items()):
         others = {*left, *quantized} - {*modules}
