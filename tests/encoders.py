@@ -25,6 +25,7 @@ _COMMON = {
 }
 _DISTILBERT = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 130,
                "initializer_range": 0.2}  # fmt: skip
+_DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
 _DECODER = {**_COMMON, "num_key_value_heads": 2, "head_dim": 16}
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "BertForSequenceClassification": ("bert", _COMMON),
@@ -34,6 +35,15 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "RobertaForSequenceClassification": ("roberta", _COMMON),
     "DistilBertForSequenceClassification": ("distilbert", _DISTILBERT),
     "ElectraForSequenceClassification": ("electra", {**_COMMON, "embedding_size": 32}),
+    "AlbertForSequenceClassification": ("albert", {**_COMMON, "embedding_size": 32}),
+    "DebertaForSequenceClassification": ("deberta", {**_COMMON, **_DISENTANGLED}),
+    "DebertaV2ForSequenceClassification": ("deberta-v2", {**_COMMON, **_DISENTANGLED}),
+    "MPNetModel": ("mpnet", _COMMON),
+    "XLMRobertaModel": ("xlm-roberta", _COMMON),
+    "ModernBertForMaskedLM": ("modernbert", {**_COMMON, "num_hidden_layers": 3}),
+    "NomicBertModel": ("nomic_bert", _COMMON),
+    "EuroBertForMaskedLM": ("eurobert", _DECODER),
+    "CamembertForTokenClassification": ("camembert", _COMMON),
     "LlamaForSequenceClassification": ("llama", _DECODER),
     "Qwen3ForSequenceClassification": ("qwen3", _DECODER),
     "Qwen3Model": ("qwen3", _DECODER),

@@ -152,7 +152,6 @@ def test_card_and_transformers_loader_have_the_class(saved, tmp_path):
     assert type(model.distilbert.transformer.layer[0].ffn.lin1.weight).__name__ == "PackedWeight"
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, fewbits.load(out)(ids).logits)
-    assert "has no next tokens to compare" in fewbits.verify(out).reason
 
 
 def test_what_generates_text_alone_is_left_out_or_refused(saved, tmp_path):

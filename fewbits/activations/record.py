@@ -18,8 +18,8 @@ import torch
 from ..adapters.transformers import load_model
 from ..errors import CalibrationError, FileError, PlanError
 from .kv_cache import CACHES, ranges
-from .mixed import calibrate, observe
-from .quantizers import SCHEMES
+from .mixed import Activations, calibrate, observe
+from .quantizers import SCHEMES, Affine, Quantizer
 
 if TYPE_CHECKING:
     from ..files.checkpoint import Checkpoint
@@ -41,6 +41,16 @@ def record_of(metadata: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
     if not valid:
         raise FileError(f"{kind} is {str(entry)[:80]}, no scheme with its ranges; quantize the model again")
     return dict(entry)
+
+
+def activations_of(said: Mapping[str, Any]) -> Activations:
+    """A record of "activations" -> what changes the inputs so."""
+    scheme = SCHEMES.get(said["scheme"])
+    known = {
+        site: Quantizer(scheme, Affine(torch.tensor(float(step)), torch.tensor(float(zero))))
+        for site, (step, zero) in said.get("ranges", {}).items()
+    }
+    return Activations(scheme, known, left=tuple(said.get("left", ())))
 
 
 def record(checkpoint: Checkpoint, name: str, windows: torch.Tensor | None) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
 from ..model.archs import architecture, check_values, every_name
+from .exported import graph_of
 from .transformers import default_fields, empty_model, model_config, tensors_in
 
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
@@ -44,6 +46,11 @@ def as_loaded(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.as_loaded or checkpoint.gguf_keys or not checkpoint.config:
         return checkpoint
+    found = _as_loaded(checkpoint)
+    return replace(found, graph=cache(partial(graph_of, found)))
+
+
+def _as_loaded(checkpoint: Checkpoint) -> Checkpoint:
     _check_adapters(checkpoint)
     given = checkpoint.config
     try:

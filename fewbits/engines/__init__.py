@@ -3,9 +3,10 @@
     python run_<engine>.py MODEL TASK.json RESULT
 
     TASK      {"windows": [[ids], ...], "first": 0, "new": 8, "threads": 2, "imports": [modules],
-               "texts": [to tokenize]}
+               "texts": [to tokenize], "class": of transformers, where config.json does not name it}
     RESULT    a folder: i.npy has window i's logits f32 (t - first, vocabulary), of the positions from `first`
-              on. A file is whole when the next is there
+              on; of a model that generates no text its rows: one of classes, or one a token. A file is whole
+              when the next is there
     stdout    last line: {"engine": name, "version": ..., "new": the `new` greedy ids after each window,
               "seconds": that all windows took, "unexpected": tensors of the file that it leaves out,
               "tokens": {"texts": with a rendered chat, "ids": of each, "bos", "ends": ids, "template"}}
@@ -46,7 +47,8 @@ class Engine:
     config.json. install: how to get them. apart: names an environment of its own, by the variable
     FEWBITS_<APART> or the folder of the cache where `make` puts it. imports: modules for its process.
     mapped: it maps the file, where others hold every weight in f32. lacks: formats of weights, by the start
-    of their names, for which it has no kernel unless activations are quantized too.
+    of their names, for which it has no kernel unless activations are quantized too. heads: it also runs
+    models that generate no text.
 
     tolerance: of the KL divergence, above. wider: the same by the start of a format's or file type's name.
     """
@@ -59,6 +61,7 @@ class Engine:
     imports: tuple[str, ...] = ()
     mapped: bool = False
     lacks: tuple[str, ...] = ()
+    heads: bool = False
     tolerance: float = SUMS
     wider: Mapping[str, float] = field(default_factory=dict)
     by_method: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

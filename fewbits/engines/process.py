@@ -47,9 +47,11 @@ class Process:
         new: int = 0,
         scratch: Path | None = None,
         texts: Sequence[str] = (),
+        class_name: str | None = None,
     ) -> Iterator[np.ndarray]:
         """Of each window in turn, by way of files in `scratch`: the model is loaded once, and we hold one.
-        texts: are tokenized by the engine, where it can; `said` has "tokens" then.
+        texts: are tokenized by the engine, where it can; `said` has "tokens" then. class_name: of
+        transformers, where it is not the one that config.json names.
 
         KernelError where the script fails or takes too much.
         """
@@ -57,7 +59,7 @@ class Process:
             folder = Path(name)
             task, output = folder / "task.json", folder / "output.txt"
             asked = {"windows": windows, "first": first, "new": new, "imports": self.engine.imports}
-            asked |= {"texts": texts, "threads": torch.get_num_threads()}
+            asked |= {"class": class_name, "texts": texts, "threads": torch.get_num_threads()}
             task.write_text(json.dumps(asked), encoding="utf-8")
             script = str(SCRIPTS / self.engine.script)
             command = [self.python, script, str(self.path.resolve()), str(task), name]

@@ -4,7 +4,8 @@
     each step  the token last chosen, past = present   ->  logits of one token, present, one token longer
 
 So the logits are the prompt's, and the tokens after it come through the cache, as they do for a user. A graph
-of input_ids alone has no cache: all tokens go through it at each step.
+without past has no cache: all tokens go through it at each step. The rows of a model that generates no text
+are those of its first output: logits or last_hidden_state.
 """
 
 import json
@@ -16,7 +17,7 @@ import numpy as np
 
 ENGINES = [
     {"name": "onnxruntime", "packages": ("onnxruntime",), "install": "pip install 'fewbits[onnx]'",
-     "apart": "onnx"},
+     "apart": "onnx", "heads": True},
 ]  # fmt: skip
 
 
@@ -25,6 +26,7 @@ class Decoder:
 
     def __init__(self, session: Any):
         self.session = session
+        self.rows = session.get_outputs()[0].name
         self.inputs = {entry.name: entry.shape for entry in session.get_inputs()}
         self.present = [entry.name for entry in session.get_outputs() if entry.name.startswith("present.")]
         self.past = {
@@ -43,12 +45,13 @@ class Decoder:
             "input_ids": np.array([fed], np.int64),
             "attention_mask": np.ones((1, len(self.ids)), np.int64),
             "position_ids": place[None],
+            "token_type_ids": np.zeros((1, len(fed)), np.int64),
         }
         given = {name: value for name, value in given.items() if name in self.inputs}
-        logits, *present = self.session.run(["logits", *self.present], given | self.past)
+        rows, *present = self.session.run([self.rows, *self.present], given | self.past)
         names = [name.replace("present.", "past_key_values.", 1) for name in self.present]
         self.past = dict(zip(names, present, strict=True))
-        found: np.ndarray = logits[0, 0 if self.past else before :]
+        found: np.ndarray = rows[0, 0 if self.past else before :] if rows.ndim == 3 else rows
         return found
 
 

@@ -27,7 +27,7 @@ _WITH: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
 ]  # fmt: skip
 ENGINES = [
     {"name": f"transformers{name}", "packages": ("transformers", *packages),
-     "install": f"pip install {' '.join(packages) or 'transformers'}", **about}
+     "install": f"pip install {' '.join(packages) or 'transformers'}", "heads": True, **about}
     for name, packages, about in _WITH
 ]  # fmt: skip
 
@@ -80,7 +80,7 @@ def run(
 ) -> dict[str, Any]:
     """Write the logits of all windows; the greedy tokens after each, the time it took, what was left out of
     the model, and the tokens of the texts."""
-    model, info = class_of(model_path).from_pretrained(
+    model, info = class_of(model_path, task.get("class")).from_pretrained(
         model_path, dtype=dtype, local_files_only=True, output_loading_info=True, **given
     )
     random = sorted(info["missing_keys"])
@@ -112,20 +112,23 @@ def run(
 
 
 def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
+    """Of each token, or of the text; hidden states of a model without logits."""
     out = model(torch.tensor([ids]))
-    if getattr(out, "logits", torch.empty(0)).ndim != 3:
-        sys.exit(f"{type(model).__name__} gives no logits of tokens")
-    logits: torch.Tensor = out.logits[0].float()
-    return logits
+    rows = out.get("logits", out.get("last_hidden_state"))
+    if rows is None or rows.ndim not in (2, 3):
+        sys.exit(f"{type(model).__name__} gives neither logits nor hidden states")
+    found: torch.Tensor = rows.float()
+    return found[0] if found.ndim == 3 else found
 
 
-def class_of(model_path: str) -> Any:
-    """The class that the config names, where transformers has it; else that of causal language models."""
+def class_of(model_path: str, name: str | None = None) -> Any:
+    """The class of this name, or that the config names, where transformers has it; else that of language
+    models."""
     import transformers
 
     with open(f"{model_path}/config.json", encoding="utf-8") as file:
         named = json.load(file).get("architectures") or ["none"]
-    return getattr(transformers, str(named[0]), transformers.AutoModelForCausalLM)
+    return getattr(transformers, name or str(named[0]), transformers.AutoModelForCausalLM)
 
 
 def tokens_of(model_path: str, model: Any, texts: list[str]) -> dict[str, Any] | None:
@@ -144,7 +147,7 @@ def tokens_of(model_path: str, model: Any, texts: list[str]) -> dict[str, Any] |
     with suppress(TemplateError, ValueError, TypeError):  # there is none, or it takes other turns
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "How are you?"}]
         texts = [*texts, tokenizer.apply_chat_template(turns, tokenize=False)]
-    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     return {
         "texts": texts,

@@ -20,14 +20,11 @@ from ..activations import (
     LIMIT_DB,
     OBSERVERS,
     SCHEMES,
-    Activations,
-    Affine,
-    Quantizer,
     attention,
     calibrate,
 )
 from ..activations.kv_cache import Steps, ranges
-from ..activations.record import record_of
+from ..activations.record import activations_of, record_of
 from ..blocks.simulate import changed_attention, changed_inputs
 from ..errors import CalibrationError
 
@@ -117,12 +114,9 @@ def simulated(model: Any, simulation: Simulation) -> Iterator[list[Simulated]]:
     plan, reached = None, set[str]()
     with ExitStack() as stack:
         if scheme is not None:
-            known = {
-                site: Quantizer(scheme, Affine(torch.tensor(float(step)), torch.tensor(float(zero))))
-                for site, (step, zero) in simulation.ranges.items()
-            }
-            plan = Activations(scheme, known, left=simulation.left)
-            if simulation.calibration is not None and not known:
+            said = {"scheme": scheme.name, "ranges": simulation.ranges, "left": simulation.left}
+            plan = activations_of(said)
+            if simulation.calibration is not None and not simulation.ranges:
                 found = (simulation.calibration, scheme, simulation.observer, simulation.limit_db)
                 plan = calibrate(model, *found)
             reached = stack.enter_context(changed_inputs(model, plan.change))

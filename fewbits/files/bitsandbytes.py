@@ -50,6 +50,7 @@ from ..model.sites import role_of
 from ..qtensor import QTensor
 from ..storage.json import parse_json_object
 from ..storage.safetensors import DTYPES, read_floats, read_integers
+from .checkpoint import Checkpoint
 from .directory import (
     Array,
     Directory,
@@ -86,8 +87,8 @@ class BitsAndBytes(Directory):
     engines = ("transformers+bitsandbytes",)
     run = "AutoModelForCausalLM.from_pretrained({name!r})      # with bitsandbytes installed"
 
-    def of(self, config: Mapping[str, Any]) -> BitsAndBytes:
-        dtype = str(config.get("dtype", config.get("torch_dtype")))
+    def of(self, checkpoint: Checkpoint) -> BitsAndBytes:
+        dtype = str(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")))
         return replace(self, dtype=dtype) if dtype in COMPUTE_DTYPES else self
 
     def reason(self, format: Format) -> str | None:

@@ -54,7 +54,8 @@ class Checkpoint:
     directory. gguf_keys: keys and typed values of a GGUF file. mixture: llama.cpp's number of its
     file type. provenance: reference, file type, files with sizes, for the receipt. aside: tensors that are
     not the model's, kept as they are. notes: for the receipt. as_loaded: whether transformers was asked for
-    names, ties and defaults (`adapters/as_loaded.py`).
+    names, ties and defaults (`adapters/as_loaded.py`). graph: what its class computes, as an ONNX graph (a
+    ModelProto) without weights; None of a model that generates text (`adapters/exported.py`).
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Checkpoint:
     aside: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     as_loaded: bool = False
+    graph: Callable[[], Any] = field(default=lambda: None, repr=False)
 
     @property
     def numel(self) -> int:

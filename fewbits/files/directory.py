@@ -146,8 +146,8 @@ class Directory(FileType):
 
     # ---- writing -------------------------------------------------------------------------------------
 
-    def of(self, config: Mapping[str, Any]) -> Directory:
-        """This type for one model: `self`, unless it depends on the model's config.json."""
+    def of(self, checkpoint: Checkpoint) -> Directory:
+        """This type for one model: `self`, unless it depends on the model."""
         return self
 
     def container(self, rows: Iterable[Row]) -> tuple[bytes, list[Entry]]:
@@ -192,7 +192,7 @@ class Directory(FileType):
         kinds: Mapping[str, Kind],
         about: Mapping[str, Any],
     ) -> Output:
-        file_type = self.of(checkpoint.config)
+        file_type = self.of(checkpoint)
         rows = {name: (kinds[name], tensor.shape) for name, tensor in checkpoint.tensors.items()}
         header, spans, keys = laid_out(file_type, rows)
         small = file_type.settings(rows, checkpoint.config, about)

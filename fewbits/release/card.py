@@ -17,6 +17,7 @@ from typing import Any
 
 from ..files.filetype import FileType
 from ..table import Cell, size, table
+from .outcome import KL
 from .receipt import Receipt
 
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -88,8 +89,8 @@ def _verified(check: Mapping[str, Any]) -> str:
         reason = f" ({check['reason']})" if check.get("reason") else ""
         return f"- in its engine: {check.get('verdict', 'not checked')}{reason}"
     return (
-        f"- in {check['engine']} {check['version']}: {check['verdict']}, KL divergence {check['kl']:.2g} "
-        f"from the decoded weights, largest logit difference {check['largest']:.3g}"
+        f"- in {check['engine']} {check['version']}: {check['verdict']}, {check.get('measure', KL)} "
+        f"{check['kl']:.2g} from the decoded weights, largest difference {check['largest']:.3g}"
     )
 
 
@@ -101,8 +102,8 @@ def _reference(check: Mapping[str, Any]) -> list[str]:
     if found["kl"] is None:
         return [f"- the reference in its engine: {found['verdict']} ({found['reason']})"]
     return [
-        f"- the reference in {found['engine']} {found['version']}: {found['verdict']}, KL divergence "
-        f"{found['kl']:.2g} from fewbits' reading of it"
+        f"- the reference in {found['engine']} {found['version']}: {found['verdict']}, "
+        f"{found.get('measure', KL)} {found['kl']:.2g} from fewbits' reading of it"
     ]
 
 

@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 NEW = 8  # greedy tokens
+KL, COSINE = "KL divergence", "1 - cosine"
 
 
 @dataclass(frozen=True)
 class Outcome:
     """An engine's result on an output. verdict: "same", "differs", "failed", "not checked", or "read" and
     "refused" of one that only reads the config; reason: of a verdict, or a note on how the file was loaded.
-    largest: difference of two logits, kl: mean of the positions, nats. greedy: how many of the engine's
-    `NEW` tokens have our largest logit, before the first that has not; None of a reference.
+    largest: difference of two logits, kl: mean of the positions, nats; of embeddings, of two numbers, and
+    mean 1 - cosine, as `measure` says. greedy: how many of the engine's `NEW` tokens have our largest logit,
+    before the first that has not; None of a reference, and of a model that generates no text.
 
     reference: the Outcome of the model that it was made of, in that one's engine. loss: the KL divergence of
     the output, decoded, to that engine's logits."""
@@ -29,6 +31,7 @@ class Outcome:
     reason: str | None = None
     reference: Outcome | None = None
     loss: float | None = None
+    measure: str = KL
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,8 +47,9 @@ class Outcome:
         if self.kl is None:  # of another shape
             return f"{self.verdict} in {self.engine} {self.version}: {self.reason}"
         greedy = "" if self.greedy is None else f", {self.greedy} of {NEW} greedy tokens"
+        of = "logit " if self.measure == KL else ""
         return (
-            f"{self.verdict} in {self.engine} {self.version}: KL divergence {self.kl:.2g}, largest logit "
+            f"{self.verdict} in {self.engine} {self.version}: {self.measure} {self.kl:.2g}, largest {of}"
             f"difference {self.largest:.3g}{greedy}, {self.seconds:.0f} s"
             + (f"; {self.reason}" if self.reason else "")
         )
@@ -54,7 +58,7 @@ class Outcome:
         """Its line, and one about the reference, if there is one."""
         if self.reference is None:
             return [self.line()]
-        loss = "" if self.loss is None else f"; the output's KL divergence to it is {self.loss:.3g}"
+        loss = "" if self.loss is None else f"; the output's {self.measure} to it is {self.loss:.3g}"
         warning = "" if self.with_reference else "warning: "
         return [self.line(), f"{warning}the reference: {self.reference.line()}{loss}"]
 

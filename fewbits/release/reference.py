@@ -56,6 +56,14 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))  # rounding may leave -1e-12
 
 
+def distance(ours: torch.Tensor, theirs: torch.Tensor, head: str) -> float:
+    """The divergence; of embeddings `(t, h)` mean 1 - cosine."""
+    if head != "embedding":
+        return divergence(ours, theirs)
+    a, b = ours.double(), theirs.double()
+    return max(0.0, float(1 - torch.nn.functional.cosine_similarity(a, b).mean()))
+
+
 def misread(reference: Checkpoint, tokens: Mapping[str, Any] | None) -> str | None:
     """Where our tokenizer of a reference differs from its engine's; None where it does not."""
     if not tokens:
@@ -100,15 +108,17 @@ def beside(
     reference: Outcome,
     tokens: list[str],
     logits: tuple[torch.Tensor, torch.Tensor] | None,
+    head: str = "causal",
 ) -> Outcome:
     """The outcome of an output, with that of its reference. tokens: faults of its tokens. logits: the
-    reference's by its engine, the output's by us."""
+    reference's by its engine, the output's by us. head: what they are; one text's classes may well be near
+    equal probabilities, so only tokens are compared with these."""
     faults, loss = list(tokens), None
     if reference.verdict == "differs":
         faults.insert(0, "fewbits reads the reference otherwise than its own engine does")
     if logits is not None:
-        loss, flat = divergence(*logits), flatness(logits[0])
-        if loss > flat:
+        loss, flat = distance(*logits, head), flatness(logits[0])
+        if loss > flat and head in ("causal", "masked"):
             faults.append(
                 f"its KL divergence to the reference is {loss:.3g}, more than the {flat:.3g} of equal "
                 "probabilities for all tokens: nothing of the model is left; use more bits, or --calibrate"

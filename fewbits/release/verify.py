@@ -3,6 +3,9 @@
     the file  ->  the engine, in a process of its own  ->  logits of a prompt, NEW greedy tokens --.
     the file, decoded in f32  ->  one forward pass, prompt and those tokens  ->  logits          --+-> Outcome
 
+A classifier, a masked model or an embedding model generates nothing: its classes are compared, or its hidden
+states.
+
 Engines round activations (llama.cpp to 8 bits, others compute in f16), so logits differ a little; a wrong
 nibble order or zero point gives several nats (tests/engines/test_verify.py). Verdict `same` asks for a mean
 KL divergence on the prompt below the engine's measured tolerance (engines/__init__.py), and for greedy tokens
@@ -35,7 +38,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.transformers import load_tokenizer
+from ..activations.record import activations_of, record_of
+from ..adapters.transformers import head_of, load_tokenizer
 from ..blocks.rounding import engine_rounding
 from ..blocks.simulate import Change, changed_inputs
 from ..engines import ENGINES, Engine, engines_of
@@ -46,10 +50,10 @@ from ..files.filetype import FileType
 from ..files.open import open_checkpoint
 from ..memory import Need, free_memory, resident_memory
 from ..runtime.runner import Blockwise, Runner, Whole, choose
+from ..table import size
 from .audit import SAMPLES
-from .card import task_of
-from .outcome import NEW, Outcome, Trial
-from .reference import beside, divergence, misread, obstacle, own_engine, token_faults
+from .outcome import COSINE, KL, NEW, Outcome, Trial
+from .reference import beside, distance, misread, obstacle, own_engine, token_faults
 
 TEXT = "The capital of France is Paris, and the first ten prime numbers are 2, 3, 5, 7, 11, 13, 17, 19 and"
 TOKENS = 32
@@ -92,17 +96,14 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """An Outcome for each engine of the file type, in its order; at least one."""
     checkpoint = open_checkpoint(Path(path))
-    if (task := task_of(checkpoint.config)[0]) != "text-generation":
-        yield Outcome("none", "not checked", reason=f"a model for {task} has no next tokens to compare")
-        return
-    chosen = engines_of(checkpoint, engine)
     ours = Decoded(decoded or checkpoint, our_memory)
+    chosen = [each for each in engines_of(checkpoint, engine) if each.heads or ours.head == "causal"]
     parent = None if reference is None else reference_trial(reference, seconds, memory, our_memory)
     for each in chosen:
         trial = _trial(each, checkpoint, ours, parent, (seconds, memory))
         yield trial.outcome if parent is None else _beside(trial, parent, ours)
     if not chosen:
-        reason = f"no engine is known for {file_type_of(checkpoint)} files"
+        reason = f"no engine is known for {file_type_of(checkpoint)} files of this model"
         trial = Trial(Outcome("none", "not checked", reason=reason))
         yield trial.outcome if parent is None else _beside(trial, parent, ours)
 
@@ -140,7 +141,7 @@ def _beside(trial: Trial, parent: Trial, ours: Decoded) -> Outcome:
             if "logits" in trial.said:
                 logits = theirs, torch.from_numpy(trial.said["logits"]).float()
     faults = token_faults(parent.said.get("tokens"), trial.said.get("tokens"))
-    return beside(trial.outcome, parent.outcome, faults, logits)
+    return beside(trial.outcome, parent.outcome, faults, logits, ours.head)
 
 
 def runner_of(checkpoint: Checkpoint, memory: int | None = None) -> Runner:
@@ -183,15 +184,32 @@ class Decoded:
     _passes: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
+    def head(self) -> str:
+        """What the model gives; one that cannot be run counts as generating text."""
+        try:
+            return head_of(self.checkpoint)
+        except ModelError:
+            return "causal"
+
+    @cached_property
     def runner(self) -> Runner:
-        return runner_of(self.checkpoint, self.memory)
+        if self.head == "causal":
+            return runner_of(self.checkpoint, self.memory)
+        whole, free = Whole(self.checkpoint), free_memory() if self.memory is None else self.memory
+        if (needed := whole.needs(1, TOKENS)) > free:
+            raise ModelError(f"it needs {size(needed)} of memory, {size(free)} are free")
+        return whole
 
     @property
     def change(self) -> Change | None:
-        return engine_rounding(self.checkpoint)
+        """How its engine rounds the inputs of weights, where that is known."""
+        if (said := record_of(self.checkpoint.metadata, "activations")) is None:
+            return engine_rounding(self.checkpoint)
+        return activations_of(said).change
 
     def logits(self, ids: list[int]) -> torch.Tensor:
-        """`(t, vocabulary)` f32; engines that choose the same tokens share a pass."""
+        """`(t, vocabulary)` f32; of a text's classes `(1, classes)`; of embeddings hidden states `(t, h)`.
+        Engines that choose the same tokens share a pass."""
         if tuple(ids) not in self._passes:
             self._passes[tuple(ids)] = self._logits(ids)
         return self._passes[tuple(ids)]
@@ -214,7 +232,11 @@ class Decoded:
                     raise
                 self.runner = runner
         with nullcontext() if change is None else changed_inputs(runner.model, change):
-            return next(iter(runner.logits(window)))
+            if self.head == "causal":
+                return next(iter(runner.logits(window)))
+            out = runner.model(input_ids=window)
+        rows: torch.Tensor = out["logits"] if "logits" in out else out["last_hidden_state"]
+        return rows[0] if rows.ndim == 3 else rows
 
 
 def _block_by_block(runner: Blockwise, window: torch.Tensor, change: Change | None) -> torch.Tensor:
@@ -250,9 +272,10 @@ def _trial(
     except (KernelError, ModelError) as error:
         return Trial(Outcome(engine.name, "not checked", reason=str(error)))
     texts = (said.get("tokens") or {}).get("texts", [TEXT, *SAMPLES])
-    start = time.monotonic()
+    start, new = time.monotonic(), 0 if is_reference or ours.head != "causal" else NEW
+    name = "AutoModel" if ours.head == "embedding" else None
     try:
-        [theirs] = process.logits([tokens], new=0 if is_reference else NEW, texts=texts)
+        [theirs] = process.logits([tokens], new=new, texts=texts, class_name=name)
     except KernelError as error:
         return Trial(Outcome(engine.name, "failed", reason=str(error), seconds=time.monotonic() - start))
     found = process.said | {"logits": theirs, "new": process.said["new"][0], "prompt": tokens}
@@ -262,7 +285,7 @@ def _trial(
         outcome = replace(outcome, reason="; ".join(filter(None, (_left_out(left), outcome.reason))))
     elif left := sorted(set(left) - set(said.get("unexpected", []))):
         outcome = replace(outcome, verdict="failed", reason=_left_out(left))
-    return Trial(replace(outcome, greedy=None) if is_reference else outcome, found)
+    return Trial(outcome if new else replace(outcome, greedy=None), found)
 
 
 def _left_out(names: Sequence[str]) -> str:
@@ -279,15 +302,15 @@ def _compared(
     except ModelError as error:
         return Outcome(engine.name, "not checked", reason=f"there is nothing to compare with: {error}")
     tolerance = engine.tolerance_of(ours.checkpoint)
-    outcome = compared(engine.name, found, logits, tolerance, took)
+    outcome = compared(engine.name, found, logits, tolerance, took, ours.head)
     rounded = None if outcome.kl is None or outcome.kl < tolerance else ours.rounded(ids)
     if rounded is None:
         return outcome
-    count = len(tokens)
-    near = divergence(rounded[:count], torch.from_numpy(found["logits"]))
-    moved = divergence(logits[:count], rounded[:count])
+    count = len(logits) - len(found["new"])
+    near = distance(rounded[:count], torch.from_numpy(found["logits"]), ours.head)
+    moved = distance(logits[:count], rounded[:count], ours.head)
     text = (
-        f"KL divergence {near:.2g} with activations rounded as {engine.name} rounds them, which alone is "
+        f"{outcome.measure} {near:.2g} with activations rounded as {engine.name} rounds them, which alone is "
         f"{moved:.2g}"
     )
     wrong = wrong_token(logits[count - 1 :], found["new"], outcome.largest or 0.0)[1]
@@ -323,19 +346,25 @@ def prompt(checkpoint: Checkpoint) -> list[int]:
 
 
 def compared(
-    engine: str, found: Mapping[str, Any], ours: torch.Tensor, tolerance: float, seconds: float
+    engine: str,
+    found: Mapping[str, Any],
+    ours: torch.Tensor,
+    tolerance: float,
+    seconds: float,
+    head: str = "causal",
 ) -> Outcome:
-    """found: the engine's logits `(t, vocabulary)` and new tokens. ours: `(t + NEW, vocabulary)`."""
+    """found: the engine's logits `(t, vocabulary)` and new tokens. ours: `(t + new, vocabulary)`. head: what
+    these rows are; of an embedding they are hidden states, whose tolerance is one of 1 - cosine."""
     theirs = torch.from_numpy(found["logits"]).float()
     count = len(ours) - len(found["new"])
     if theirs.shape[0] != count or theirs.shape[1] < ours.shape[1]:
         reason = f"its logits are {tuple(theirs.shape)}, the file's are {(count, ours.shape[1])}"
         return Outcome(engine, "differs", found["version"], seconds=seconds, reason=reason)
-    kl = divergence(ours[:count], theirs)
+    kl, measure = distance(ours[:count], theirs, head), COSINE if head == "embedding" else KL
     largest = float((ours[:count] - theirs[:, : ours.shape[1]]).abs().max())
     greedy, wrong = wrong_token(ours[count - 1 :], found["new"], largest)
     verdict, note = "same" if kl < tolerance and wrong is None else "differs", wrong or found.get("note")
-    return Outcome(engine, verdict, found["version"], largest, kl, greedy, seconds, note)
+    return Outcome(engine, verdict, found["version"], largest, kl, greedy, seconds, note, measure=measure)
 
 
 def wrong_token(ours: torch.Tensor, new: Sequence[int], largest: float) -> tuple[int, str | None]:

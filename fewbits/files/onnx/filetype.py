@@ -1,9 +1,10 @@
-"""ONNX: the graph of a decoder, and its weights in a separate file, for onnxruntime.
+"""ONNX: a model's graph, and its weights in a separate file, for onnxruntime.
 
-    model.onnx          the graph (onnx_graph.py); metadata "fewbits": {"version": 1, "tensors": {name:
-                        {"format": "int4_g32", "shape": [n, k]}, ...}}
+    model.onnx          the graph: ours of a decoder (graph.py), or an exporter's of any model that generates
+                        no text (exported.py); metadata "fewbits": {"version": 1, "tensors": {name:
+                        {"format": "int4_g32", "shape": [n, k]}, ...}, "activations": its record}
     model.onnx.data     arrays, each at a multiple of 4096 bytes, so that it can be mapped
-    genai_config.json   for onnxruntime-genai: the graph's inputs, special tokens (onnx_decoder.py)
+    genai_config.json   of a decoder, for onnxruntime-genai: the graph's inputs, special tokens (decoder.py)
 
     int4, int8 in groups      <tensor>.codes  u8 (n, groups, group * bits / 8)   first code in the low bits
       of 16 to 256 columns    <tensor>.scale  (n * groups)                       f16, bf16 or f32
@@ -14,7 +15,8 @@
     float                     <tensor>        unchanged
 
 onnxruntime replaces a DequantizeLinear with zeros by its own MatMulNBits and rounds the inputs to 8 bits
-there, unless the session's qdq_matmulnbits_accuracy_level is 0. All other products are in f32.
+there, unless the session's qdq_matmulnbits_accuracy_level is 0. All other products are in f32, but those of
+int8_channel and int8_tensor with int8_dynamic activations (nodes.py).
 
 Only directories that fewbits wrote are read, because weights in other graphs have no known names. The arrays
 and the metadata are used, not the nodes: a graph without a cache, from an older fewbits, opens as well.
@@ -26,11 +28,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...errors import FileError, raise_all
+from ...errors import FileError, PlanError, raise_all
 from ...formats.affine import Affine
 from ...formats.base import Format
 from ...lazy import torch
@@ -56,7 +59,9 @@ from ..huggingface import BIN, INDEX, SINGLE
 from ..native import NATIVE
 from ..side_files import describe_files, find_side_files
 from .decoder import genai_config
-from .graph import TYPES, decoder_graph, onnx_helper
+from .exported import rewritten
+from .graph import decoder_graph
+from .nodes import TYPES, onnx_helper
 
 VERSION = 1
 GRAPH = "model.onnx"
@@ -64,12 +69,17 @@ DATA = "model.onnx.data"
 GENAI = "genai_config.json"
 PAGE = 4096  # bytes
 GROUPS = (16, 32, 64, 128, 256)
+DYNAMIC = "int8_dynamic"
 GRAPH_LIMIT = 64 * 2**20  # bytes; 126 blocks take less than 2 MiB
 
 
+@dataclass(frozen=True)
 class Onnx(Directory):
-    """int4 and int8 with or without integer zeros, in llama, mistral, qwen2 and qwen3."""
+    """int4 and int8 with or without integer zeros, in llama, mistral, qwen2 and qwen3, and in what generates
+    no text. graph: the exporter's, of the latter. activations: the scheme of inputs in the blocks."""
 
+    graph: Any = None
+    activations: str | None = None
     name = "onnx"
     where = "an onnx directory"
     engines = ("onnxruntime",)
@@ -84,6 +94,15 @@ class Onnx(Directory):
 
     def open(self, path: Path) -> Checkpoint:
         return open_onnx(path)
+
+    def of(self, checkpoint: Checkpoint) -> Onnx:
+        return replace(self, graph=checkpoint.graph())
+
+    def with_runtime(self, activations: str | None = None, kv_cache: str | None = None) -> Onnx:
+        if activations not in (None, DYNAMIC):
+            raise PlanError(f"an onnx directory holds activations in {DYNAMIC}, not in {activations}")
+        super().with_runtime(kv_cache=kv_cache)
+        return replace(self, activations=activations)
 
     def reason(self, format: Format) -> str | None:
         if not isinstance(format, Affine):
@@ -154,9 +173,35 @@ class Onnx(Directory):
             for name, (kind, shape) in rows.items()
             if isinstance(kind, Format)
         }
-        metadata = json.dumps({"version": VERSION, "tensors": quantized})
-        graph = decoder_graph(config, rows, self.container(arrays)[1], DATA, metadata)
+        integer, known = self._integer(rows, about.get("activations") or {})
+        metadata = json.dumps({"version": VERSION, "tensors": quantized, **known})
+        written = self.container(arrays)[1], DATA, metadata, integer
+        if self.graph is not None:
+            return {"config.json": config, GRAPH: rewritten(self.graph, rows, *written)}
+        graph = decoder_graph(config, rows, *written)
         return {"config.json": config, GENAI: genai_config(config, rows, GRAPH), GRAPH: graph}
+
+    def _integer(
+        self, rows: Mapping[str, Stored], record: Mapping[str, Any]
+    ) -> tuple[set[str], dict[str, dict[str, Any]]]:
+        """The weights in blocks whose input gets 8 bits, and the record of that: all others are left.
+        PlanError for formats that have no product with such an input."""
+        if self.activations is None:
+            return set(), {}
+        inside = {
+            name: kind
+            for name, (kind, shape) in rows.items()
+            if len(shape) == 2 and any(map(str.isdigit, name.split(".")))
+        }
+        left = [*record.get("left", ())]
+        left += [name for name, kind in inside.items() if not isinstance(kind, Format) and name not in left]
+        faults = [
+            f"{name} is {kind.name}; only int8_channel and int8_tensor are multiplied by 8 bits"
+            for name, kind in inside.items()
+            if name not in left and not (isinstance(kind, Affine) and kind.cells.columns is None)
+        ]
+        raise_all(PlanError, f"activations in {self.activations} in an onnx file", faults)
+        return inside.keys() - left, {"activations": {"scheme": self.activations, "left": left}}
 
     def find(
         self, config: Mapping[str, Any], places: Mapping[str, Place], faults: list[str]
@@ -199,6 +244,7 @@ def open_onnx(path: Path) -> Checkpoint:
         open_tensors(ONNX, {"tensors": index["tensors"]}, places, path / GRAPH),
         config,
         side_files=find_side_files(path),
+        metadata={"activations": index["activations"]} if "activations" in index else {},
         provenance=describe_files(path, "onnx", [path / name for name in ("config.json", GRAPH, DATA)]),
     )
 

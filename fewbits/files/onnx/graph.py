@@ -7,72 +7,39 @@
     present.i.key, .value               the same with those of the t new tokens: the next call's past
 
     block     x + o(attention(q, k, v of norm(x)));   x + down(silu(gate) * up) of norm(x)
-    weight    groups: MatMulNBits(x, codes, scales[, zeros]) of com.microsoft; a row or the tensor: x times
-              the transpose of DequantizeLinear(codes, scales[, zeros]); float: of the weight itself
+    weight    its product: nodes.py
 
 Keys are stored after the rotary embedding, so a new token rotates only its own key. The distance of a key
 from a query is counted in tokens of attention_mask, not in cache positions, so causality and windows do not
-depend on padding. Names and axes are those of Optimum's exports, and the defaults of onnxruntime-genai. All
-arithmetic is f32: arrays in f16 or bf16 pass a Cast, which onnxruntime evaluates once, when it loads. Queries
-that share a key are rows of one product: no key is repeated. Constants are stored in the graph, all tensors
-in the data file under their names. Spec: onnx.ai/onnx/operators, opset 18; onnxruntime,
-docs/ContribOperators.md; optimum, exporters/onnx/config.py; onnxruntime-genai, src/config.h.
+depend on padding. Names and axes are those of Optimum's exports, and the defaults of onnxruntime-genai.
+Queries that share a key are rows of one product: no key is repeated. Spec: onnx.ai/onnx/operators, opset 18;
+optimum, exporters/onnx/config.py; onnxruntime-genai, src/config.h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...dtypes import F32
-from ...errors import FileError
-from ...formats.affine import Affine
-from ...formats.base import Format
 from ...storage.safetensors import Entry
 from ...version import VERSION
 from ..directory import Stored
 from .decoder import INPUTS, TABLE, Decoder, check_rows, decoder_of, past, present
+from .nodes import Nodes, outside
 
 OPSET, IR = 18, 8  # the first with ReduceMean's axes as an input, and its IR version
-TYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "U8": "UINT8", "I8": "INT8"}
-"""dtypes of arrays, as safetensors and as ONNX name them"""
 LOWEST = -(2 - 2**-23) * 2.0**127  # -inf would give NaN for a row without keys
 END = 2**31 - 1  # of a Slice: to the last
 
 
-class Graph:
-    """Nodes in order, and the graph's own constants. An operation returns the name of its output."""
+class Graph(Nodes):
+    """The graph of a decoder."""
 
-    def __init__(self, decoder: Decoder, rows: Mapping[str, Stored]):
-        self.helper, self.types = onnx_helper()
-        self.decoder, self.rows = decoder, rows
-        self.nodes: list[Any] = []
-        self.constants: dict[str, Any] = {}
-        self._floats: dict[str, str] = {}
-
-    def op(self, kind: str, *inputs: str, domain: str = "", output: str = "", **attributes: Any) -> str:
-        name = f"{kind}/{len(self.nodes)}"
-        made = self.helper.make_node(kind, inputs, [output or name], name=name, domain=domain, **attributes)
-        self.nodes.append(made)
-        return output or name
-
-    def ints(self, *values: int) -> str:
-        """A list of i64."""
-        return self._constant("INT64", [len(values)], values)
-
-    def integer(self, value: int) -> str:
-        """A scalar i64."""
-        return self._constant("INT64", [], [value])
-
-    def number(self, value: float) -> str:
-        """A scalar f32."""
-        return self._constant("FLOAT", [], [value])
-
-    def _constant(self, kind: str, shape: Sequence[int], values: Sequence[float]) -> str:
-        name = f"constant/{kind}/{len(shape)}/{'_'.join(map(str, values))[:80]}"
-        self.constants[name] = self.helper.make_tensor(name, getattr(self.types, kind), shape, values)
-        return name
+    def __init__(self, decoder: Decoder, rows: Mapping[str, Stored], integer: Collection[str] = ()):
+        super().__init__(rows, integer)
+        self.decoder = decoder
 
     def frequencies(self) -> str:
         """`(1, head_dim / 2)` f32."""
@@ -80,37 +47,10 @@ class Graph:
         self.constants[name] = self.helper.make_tensor(name, self.types.FLOAT, [1, len(values)], values)
         return name
 
-    def float(self, name: str, kind: str) -> str:
-        """An array or tensor stored as `kind` (f16, say), in f32."""
-        if kind.upper() == "F32":
-            return name
-        if name not in self._floats:
-            self._floats[name] = self.op("Cast", name, to=self.types.FLOAT)
-        return self._floats[name]
-
-    def tensor(self, name: str) -> str:
-        """A float tensor of the model, in f32."""
-        return self.float(name, self.rows[name][0].name)
-
     def linear(self, x: str, module: str) -> str:
         """x `(..., k)` -> `(..., n)`, with the module's bias if it has one."""
         y, bias = self.times(x, f"{module}.weight"), f"{module}.bias"
         return self.op("Add", y, self.tensor(bias)) if bias in self.rows else y
-
-    def times(self, x: str, name: str) -> str:
-        """x `(..., k)` times the transpose of tensor `name` `(n, k)`."""
-        kind, (n, k) = self.rows[name][0], self.rows[name][1]
-        if not isinstance(kind, Format):
-            return self.op("MatMul", x, self.op("Transpose", self.tensor(name), perm=[1, 0]))
-        format = kind
-        assert isinstance(format, Affine)
-        scale = self.float(f"{name}.scale", format.scale_type.upper())
-        parts = [f"{name}.codes", scale] + ([f"{name}.zero"] if format.zero == "int" else [])
-        if format.cells.columns is None:
-            w = self.op("DequantizeLinear", *parts, axis=0)
-            return self.op("MatMul", x, self.op("Transpose", w, perm=[1, 0]))
-        sizes: dict[str, Any] = {"K": k, "N": n, "bits": format.bits, "block_size": format.cells.columns}
-        return self.op("MatMulNBits", x, *parts, domain="com.microsoft", **sizes, accuracy_level=0)
 
     def norm(self, x: str, name: str) -> str:
         """x / sqrt(mean of its squares + eps) * weight, along the last axis."""
@@ -133,15 +73,15 @@ class Positions:
 def _positions(g: Graph) -> Positions:
     place = g.op("Cast", g.op("Unsqueeze", "position_ids", g.ints(1, 3)), to=g.types.FLOAT)
     angle = g.op("Mul", place, g.frequencies())
-    count = g.op("CumSum", "attention_mask", g.integer(1))
+    count = g.op("CumSum", "attention_mask", g.whole(1))
     length = g.op("Shape", "input_ids", start=1, end=2)
     query = g.op("Slice", count, g.op("Neg", length), g.ints(END), g.ints(1))
     behind = g.op("Sub", g.op("Unsqueeze", query, g.ints(1, 3)), g.op("Unsqueeze", count, g.ints(1, 2)))
     token = g.op("Unsqueeze", g.op("Cast", "attention_mask", to=g.types.BOOL), g.ints(1, 2))
-    seen = g.op("And", g.op("GreaterOrEqual", behind, g.integer(0)), token)
+    seen = g.op("And", g.op("GreaterOrEqual", behind, g.whole(0)), token)
     masks: dict[int | None, str] = {}
     for window in dict.fromkeys(g.decoder.windows):
-        near = seen if window is None else g.op("And", seen, g.op("Less", behind, g.integer(window)))
+        near = seen if window is None else g.op("And", seen, g.op("Less", behind, g.whole(window)))
         masks[window] = g.op("Where", near, g.number(0.0), g.number(LOWEST))
     return Positions(g.op("Cos", angle), g.op("Sin", angle), masks)
 
@@ -190,15 +130,21 @@ def _mlp(g: Graph, x: str, block: str) -> str:
 
 
 def decoder_graph(
-    config: Mapping[str, Any], rows: Mapping[str, Stored], entries: Sequence[Entry], data: str, metadata: str
+    config: Mapping[str, Any],
+    rows: Mapping[str, Stored],
+    entries: Sequence[Entry],
+    data: str,
+    metadata: str,
+    integer: Collection[str] = (),
 ) -> bytes:
     """The model.onnx of these tensors, whose arrays are in the file `data` at `entries`.
 
-    metadata: JSON, stored in the model's metadata as "fewbits". PlanError for what the graph cannot express.
+    metadata: JSON, stored in the model's metadata as "fewbits". integer: weights whose input gets 8 bits.
+    PlanError for what the graph cannot express.
     """
     decoder = decoder_of(config)
     check_rows(decoder, rows)
-    g = Graph(decoder, rows)
+    g = Graph(decoder, rows, integer)
     x = g.op("Gather", TABLE, "input_ids")
     x = x if rows[TABLE][0] == F32 else g.op("Cast", x, to=g.types.FLOAT)
     at = _positions(g)
@@ -212,7 +158,7 @@ def decoder_graph(
         g.nodes,
         "decoder",
         *_signature(g, rows[TABLE][1][0]),
-        [*g.constants.values(), *(_outside(g.types, entry, data) for entry in entries)],
+        [*g.constants.values(), *(outside(g.types, entry, data) for entry in entries)],
         doc_string="The new tokens go through; keys and values of those before come in as past_key_values.",
     )
     opsets = [g.helper.make_opsetid("", OPSET), g.helper.make_opsetid("com.microsoft", 1)]
@@ -234,21 +180,3 @@ def _signature(g: Graph, vocabulary: int) -> tuple[list[Any], list[Any]]:
             shape = [batch, d.kv_heads, length, d.head_dim]
             infos += [info(name, g.types.FLOAT, shape) for name in names]
     return inputs, outputs
-
-
-def _outside(types: Any, entry: Entry, data: str) -> Any:
-    """An initializer whose bytes are in the file `data`."""
-    kind = getattr(types, TYPES[entry.dtype])
-    tensor = types(name=entry.name, data_type=kind, dims=entry.shape, data_location=types.EXTERNAL)
-    for key, value in (("location", data), ("offset", entry.offset), ("length", entry.nbytes)):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
-
-
-def onnx_helper() -> tuple[Any, Any]:
-    """onnx.helper and TensorProto; FileError if the package is not installed."""
-    try:
-        from onnx import TensorProto, helper
-    except ImportError as error:
-        raise FileError("ONNX files need the onnx package: pip install 'fewbits[onnx]'") from error
-    return helper, TensorProto
