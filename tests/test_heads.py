@@ -32,7 +32,8 @@ def saved(tmp_path_factory):
 
 
 def final_norm(model):
-    return next((m for n, m in model.named_modules() if n in ("norm", "model.norm")), torch.nn.Identity())
+    names = ("norm", "model.norm", "model.final_norm")
+    return next((m for n, m in model.named_modules() if n in names), torch.nn.Identity())
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -10,6 +10,7 @@ The golden files hold one linear module each, made by bitsandbytes 0.50.2 on a C
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_minus_128_is_refused_when_it_is_met(tmp_path):
 
 
 def settings(rows, **config):
-    layout = BitsAndBytes().of(config)
+    layout = BitsAndBytes().of(SimpleNamespace(config=config))
     return layout.settings(rows, config, {})["config.json"]["quantization_config"]
 
 
