@@ -1,6 +1,7 @@
 """`evaluate` of classifiers, masked models and embeddings, against transformers' own pipelines."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -89,7 +90,9 @@ def test_accuracy_and_f1_are_those_of_the_pipelines_labels(pair, tmp_path, capsy
             for i, (text, label) in enumerate(zip(SENTENCES, truth, strict=True))]  # fmt: skip
     file.write_text("\n".join(map(json.dumps, rows)))
     assert main(["evaluate", str(path), str(out), "--labels", str(file), "--json", "--record"]) == 0
-    figures = json.loads(capsys.readouterr().out)["quantized_models"][0]["figures"]
+    said = capsys.readouterr()
+    assert re.search(r"fewbits evaluate: needs 0\.\d\d GiB of memory at most \(one model after", said.err)
+    figures = json.loads(said.out)["quantized_models"][0]["figures"]
     assert figures["accuracy %"] == pytest.approx(100 * right)
     assert figures["F1 %"] == pytest.approx(100 * sum(scores) / len(scores))
     assert f"accuracy % {100 * right:.5g}" in (out / "README.md").read_text()

@@ -181,13 +181,15 @@ def _run_head(
     options: argparse.Namespace, reference: Checkpoint, models: Sequence[Checkpoint], settings: Settings
 ) -> int:
     """A model without a language model's head: texts one by one."""
-    from ..evaluation import evaluate_head, labelled, lines_of
+    from ..evaluation import evaluate_head, head_memory_need, labelled, lines_of
     from ..release.publish import measured
 
     path = options.labels or options.text
     if path is None:
         raise PlanError(f"--sample: {reference.path} generates no text; give --text FILE, a text a line")
     examples = (labelled if options.labels else lines_of)(read_file(path), str(path))
+    need = head_memory_need([reference, *models], len(examples.texts), settings)
+    print(f"fewbits evaluate: {need.line()}", file=sys.stderr)
     with StageProgress() as progress:
         simulation = _calibrated(settings.simulation, options, reference, progress)
         result = evaluate_head(

@@ -17,7 +17,7 @@ Models without a language model's head (classifiers, masked models, embeddings) 
 
 from .compare import evaluate, memory_need
 from .examples import Examples, labelled, lines_of
-from .heads import HeadEvaluation, HeadScores, evaluate_head
+from .heads import HeadEvaluation, HeadScores, evaluate_head, head_memory_need
 from .results import Evaluation, ModelScores, Settings
 from .simulated import Simulation
 from .text import Text, blank_text, read_text, self_text
@@ -34,6 +34,7 @@ __all__ = [
     "blank_text",
     "evaluate",
     "evaluate_head",
+    "head_memory_need",
     "labelled",
     "lines_of",
     "memory_need",

@@ -28,7 +28,7 @@ from ..adapters.transformers import head_of, load_tokenizer
 from ..errors import CalibrationError, ModelError, PlanError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.open import as_checkpoint
-from ..memory import memory_left
+from ..memory import Need, memory_left, resident_memory
 from ..runtime.runner import Whole
 from ..table import Cell, size, table
 from .examples import Examples
@@ -106,6 +106,13 @@ def evaluate_head(
     return HeadEvaluation(
         examples.source, run.head, len(examples.texts), len(run.expected), run.reference, found
     )
+
+
+def head_memory_need(models: Sequence[Checkpoint], texts: int, settings: Settings) -> Need:
+    """What evaluating `models` on a number of texts takes: from headers alone."""
+    here = resident_memory()
+    most = max(Whole(model).needs(texts, BATCH * settings.context) for model in models)
+    return Need("one model after the other", here + most, here)
 
 
 def _check(
