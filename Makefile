@@ -93,6 +93,7 @@ bench: $(VENV)/engine
 	$(RUN) bench/encode
 	$(RUN) bench/memory
 	$(RUN) bench/architectures
+	$(RUN) bench/architectures_gguf
 
 # An embedding model beside torch.ao; MODEL: its directory.
 bench-encoder: $(VENV)/ready

@@ -6,11 +6,13 @@ $FEWBITS_CACHE/converter/llama.cpp      convert_hf_to_gguf.py, conversion/, gguf
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import ModelError
@@ -57,20 +59,34 @@ def check_converts(config: Mapping[str, Any]) -> None:
     )
 
 
-def convert_float(model: Path, out: Path, dtype: str, pre: str | None) -> None:
-    """The directory `model` -> the GGUF file `out`, weights in `dtype` (f32, f16 or bf16).
-
-    pre: of its tokenizer, where the converter does not know it. ModelError with the converter's last line.
-    """
-    partial = out.with_name(out.name + ".partial")
-    options = ["--outtype", dtype, "--outfile", str(partial.resolve()), str(model.resolve())]
-    command = [str(interpreter()), str(SCRIPT), str(_folder().resolve()), pre or "", *options]
+def ran(command: Sequence[str], folder: Path) -> tuple[int, str]:
+    """Run the converter's Python in `folder`, offline -> its exit code and what it wrote to stderr."""
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
     variables.pop("PYTHONPATH", None)
-    done = subprocess.run(command, check=False, capture_output=True, env=variables, cwd=out.parent)
-    if done.returncode or not partial.exists():
+    done = subprocess.run(command, check=False, capture_output=True, env=variables, cwd=folder)
+    return done.returncode, done.stderr.decode(errors="replace")
+
+
+def convert_float(model: Path, config: dict[str, Any], out: Path, dtype: str, pre: str | None) -> None:
+    """The directory `model` -> the GGUF file `out`, weights in `dtype` (f32, f16 or bf16).
+
+    config: what it reads for config.json. pre: of its tokenizer, where the converter does not know it.
+    ModelError with the converter's last line.
+    """
+    partial = out.with_name(out.name + ".partial")
+    with TemporaryDirectory(dir=out.parent, prefix="model-") as name:
+        folder = Path(name).resolve() / model.resolve().name
+        folder.mkdir()
+        for path in model.iterdir():
+            (folder / path.name).symlink_to(path.resolve())
+        (folder / "config.json").unlink(missing_ok=True)
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        options = ["--outtype", dtype, "--outfile", str(partial.resolve()), str(folder)]
+        command = [str(interpreter()), str(SCRIPT), str(_folder().resolve()), pre or "", *options]
+        code, said = ran(command, out.parent)
+    if code or not partial.exists():
         partial.unlink(missing_ok=True)
-        lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in said.splitlines() if line.strip()]
         last = next((line for line in reversed(lines) if not line.startswith(" ")), "no output")
         raise ModelError(
             f"{model}: llama.cpp's converter fails: {last}. The native directory holds any architecture: "

@@ -4,43 +4,29 @@
 
 FOLDER holds convert_hf_to_gguf.py, conversion/ and gguf-py/. PRE names the pre-tokenizer of a tokenizer that
 the converter does not know by the digest of its ids: one with another vocabulary than the published ones.
-Settings that transformers 5 saves under new names are given under the old ones too. Layers for multi-token
-prediction are not asked for where the checkpoint has none, as transformers saves it.
+What config.json says goes before what an older transformers makes of it. A vocabulary shorter than the
+embedding is padded. Layers for multi-token prediction are not asked for where the checkpoint has none, as
+transformers saves it.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def with_old_names(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with the fields that transformers 4 wrote, where they follow from others."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    old = {
-        "n_ctx": config.get("n_positions"),
-        "rotary_pct": partial if partial is not None else 1.0,
-        "rotary_emb_base": rope.get("rope_theta"),
-        "layernorm_epsilon": config.get("rms_norm_eps"),
-        "head_dim": width // heads if heads and width else None,
-    }
-    missing = {name: value for name, value in old.items() if config.get(name) is None and value is not None}
-    if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
-        missing["num_kv_heads"] = 1 if config.get("multi_query") else heads
-    return {**config, **missing}
-
-
 def main(folder: str, pre: str, *arguments: str) -> None:
     sys.path[:1] = [folder, str(Path(folder) / "gguf-py")]  # not our folder, which has a transformers.py
+    import gguf
     from conversion.base import ModelBase, TextModel
 
     known, load = TextModel.get_vocab_base_pre, ModelBase.load_hparams
-    index = ModelBase.index_tensors
+    index, rows = ModelBase.index_tensors, [0]
 
     def named(self: Any, tokenizer: Any) -> str:
         try:
@@ -57,8 +43,26 @@ def main(folder: str, pre: str, *arguments: str) -> None:
             type(self).no_mtp = True
         return dict(tensors)
 
+    def as_written(model: Path, *given: Any, **more: Any) -> dict[str, Any]:
+        written = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        rows.append((written.get("text_config") or written).get("vocab_size") or 0)
+        return {**load(model, *given, **more), **written}
+
+    def padded(name: str, filler: Callable[[int], Any]) -> None:
+        """A list of tokens as long as the embedding."""
+        write = getattr(gguf.GGUFWriter, name)
+
+        def longer(writer: Any, values: Any) -> None:
+            values = list(values)
+            write(writer, values + [filler(i) for i in range(len(values), rows[-1])])
+
+        setattr(gguf.GGUFWriter, name, longer)
+
+    padded("add_token_list", lambda i: f"[PAD{i}]")
+    padded("add_token_types", lambda i: gguf.TokenType.UNUSED)
+    padded("add_token_scores", lambda i: -1000.0)
     TextModel.get_vocab_base_pre, ModelBase.index_tensors = named, without_mtp
-    ModelBase.load_hparams = staticmethod(lambda *given, **more: with_old_names(load(*given, **more)))
+    ModelBase.load_hparams = staticmethod(as_written)
     sys.argv = ["convert_hf_to_gguf.py", *arguments]
     runpy.run_path(str(Path(folder) / "convert_hf_to_gguf.py"), run_name="__main__")
 

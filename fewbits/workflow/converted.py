@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 from ..adapters.llamacpp_convert import check_converts, convert_float
+from ..adapters.older_config import with_old_names
+from ..adapters.transformers import full_config
 from ..dtypes import BF16, DTYPES, F16, F32
 from ..errors import FileError, ModelError, PlanError
 from ..files.checkpoint import Checkpoint
@@ -41,6 +43,7 @@ from ..qtensor import QTensor
 from ..release.receipt import Receipt, TensorRow
 from ..storage.atomic import make_directory, write_atomic
 from ..storage.json import read_json_object
+from .coverage import coverage_of
 from .provenance import fingerprint
 from .request import Request, calibration_of
 from .resolve import Resolved, resolve
@@ -167,9 +170,12 @@ def _calibrated(
     receipt = run(view, out, last, progress)
     errors = {} if moved else _errors(converted.floats, view, resolved)
     rows = _rows(receipt, first, converted, resolved, errors)
+    by_name = {row.gguf_name or row.name: row for row in rows}
+    jobs = [job for job in resolved.lay_out(base, out).jobs if job.name in by_name]
     return replace(
         receipt,
         tensors=rows,
+        coverage=coverage_of(base, jobs, [by_name[job.name] for job in jobs], request.to),
         recipe=request.to,
         method=request.method.settings(),
         calibration=calibration_of(request),
@@ -207,7 +213,8 @@ def _float_file(model: Checkpoint, folder: Path) -> Path:
             f"{path}: the converter's float file takes {need / 2**30:.2f} GiB of disk, "
             f"{free / 2**30:.2f} GiB are free; free some, or choose an output on another disk"
         )
-    convert_float(model.path, path, dtype, _pretokenizer(model))
+    config = with_old_names(full_config(model))
+    convert_float(model.path, config, path, dtype, _pretokenizer(model))
     return path
 
 

@@ -6,7 +6,7 @@ model's names.
 """
 
 import json
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fewbits.adapters.llamacpp import engine_logits
 from fewbits.adapters.llamacpp_convert import converted_architectures, interpreter
 from fewbits.engines import ENGINES
 from fewbits.files.gguf.converted import Converted
+from tests.converting import converting, write_pieces
 from tests.tiny import CORPUS, MODELS, bpe_tokenizer, save_tiny, spm_tokenizer
 
 pytestmark = [
@@ -70,25 +71,15 @@ NOT_RUN = {"FalconForCausalLM", "GPTNeoXForCausalLM", "Gemma2ForCausalLM"}
 """Converted only: their blocks are not calibrated yet."""
 SENTENCEPIECE = {"GemmaForCausalLM", "Gemma2ForCausalLM", "NemotronForCausalLM"}
 """Their converters read tokenizer.model."""
-_WRITE = """
-import json, sys
-from sentencepiece import sentencepiece_model_pb2 as pb
-model = pb.ModelProto()
-model.trainer_spec.model_type, model.trainer_spec.byte_fallback = 2, True
-for i, text in enumerate(json.load(sys.stdin)):
-    piece = model.pieces.add()
-    piece.piece, piece.score = text, -float(i)
-    piece.type = 2 if i == 0 else 3 if i < 3 else 6 if text.startswith("<0x") else 1
-open(sys.argv[1], "wb").write(model.SerializeToString())
-"""
-
-
 PYTHON = interpreter()  # before the tests' own cache
 
 
-@pytest.fixture(autouse=True)
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEWBITS_CONVERTER", str(PYTHON))
+@pytest.fixture(scope="module", autouse=True)
+def converter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWBITS_CONVERTER", str(PYTHON))
+        with converting():
+            yield
 
 
 def saved(name: str, path: Path) -> Path:
@@ -104,8 +95,7 @@ def saved(name: str, path: Path) -> Path:
     MODELS.setdefault(name, CASES[name])
     save_tiny(name, path, spec, vocab_size=size)
     if name in SENTENCEPIECE:
-        pieces = json.dumps(list(spec["model"]["vocab"])).encode()
-        subprocess.run([interpreter(), "-c", _WRITE, path / "tokenizer.model"], input=pieces, check=True)
+        write_pieces(spec, path / "tokenizer.model")
     return path
 
 

@@ -1,5 +1,6 @@
 """Rows of a float GGUF among the model's, and the model's codes under its names; without the converter."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from gguf.constants import GGMLQuantizationType
 
 import fewbits
 from fewbits.adapters.llamacpp_convert import check_converts, converted_architectures
-from fewbits.adapters.run_converter import with_old_names
+from fewbits.adapters.older_config import with_old_names
+from fewbits.adapters.transformers import full_config
 from fewbits.errors import ModelError
 from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.gguf.converted import open_converted
+from fewbits.files.huggingface import HUGGINGFACE
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.qtensor import QTensor
@@ -137,7 +140,34 @@ def test_a_model_without_a_tokenizer_is_refused_before_the_converter_runs(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_names_of_transformers_4_are_added_where_they_follow() -> None:
-    config = {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.25}, "n_positions": 64}
-    assert with_old_names(config) == config | {"n_ctx": 64, "rotary_pct": 0.25, "rotary_emb_base": 5e5}
-    assert with_old_names({"head_dim": 80, "hidden_size": 64, "num_attention_heads": 4})["head_dim"] == 80
+@pytest.mark.parametrize(
+    ("model_type", "given"),
+    [
+        ("bamba", {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]}),
+        ("glm4_moe_lite", {"num_hidden_layers": 4}),
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2}),
+        ("minimax_m2", {"rotary_dim": 64}),
+        ("nemotron_h", {"hybrid_override_pattern": "ME*E"}),
+        ("gpt2", {"n_positions": 64}),
+        ("phi", {"rope_theta": 5e5, "partial_rotary_factor": 0.25}),
+    ],
+)
+def test_older_fields_mean_the_same_to_transformers(model_type: str, given: dict[str, object]) -> None:
+    """Its class reads the older fields, the newer ones left out, to the same config."""
+    from transformers import CONFIG_MAPPING
+
+    known = CONFIG_MAPPING[model_type]
+    config = known.from_dict({"model_type": model_type, **given})
+    whole = full_config(Checkpoint(Path("model"), HUGGINGFACE, {}, config.to_dict()))
+    older = with_old_names(whole)
+    assert all(older[name] == value for name, value in given.items())
+    newer = {"layer_types", "layers_block_type", "rope_parameters", "mlp_layer_types"}
+    newer |= {name for name in older if isinstance(getattr(known, name, None), property)}
+    newer -= given.keys()
+    again = known.from_dict({name: value for name, value in older.items() if name not in newer})
+    full = {"partial_rotary_factor": 1.0}  # what no entry means
+    found, wanted = (json.loads(json.dumps(each.to_dict())) for each in (again, config))
+    for name, value in wanted.items():
+        if name == "rope_parameters":
+            value, found[name] = ({**full, **(each or {})} for each in (value, found[name]))
+        assert found[name] == value, name
