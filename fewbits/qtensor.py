@@ -98,13 +98,13 @@ class QTensor:
         """-> `(n, k)` f32."""
         return self.format.decode(self)
 
-    def take_rows(self, order: torch.Tensor) -> QTensor:
-        """The same weight with reordered rows; exact, because no plane mixes rows.
+    def take_rows(self, order: torch.Tensor | slice) -> QTensor:
+        """The same weight with reordered rows; exact, because no plane mixes rows. A slice shares memory.
 
         Raises FormatError for a format whose planes span several rows (128x128 blocks, nested
         scales): their rows cannot move without quantizing again.
         """
-        n, _ = self.shape
+        n = len(range(self.shape[0])[order]) if isinstance(order, slice) else order.numel()
         moved = {}
         for plane in self.format.planes:
             value = self.planes[plane.name]
@@ -114,7 +114,7 @@ class QTensor:
                     "reordered exactly; use a format whose planes belong to one row"
                 )
             moved[plane.name] = value if plane.rows is None else value[order]
-        return QTensor(self.format, (n if order is None else int(order.numel()), self.shape[1]), moved)
+        return QTensor(self.format, (n, self.shape[1]), moved)
 
     @staticmethod
     def join_rows(parts: Sequence[QTensor]) -> QTensor:

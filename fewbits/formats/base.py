@@ -28,8 +28,9 @@ from ..registry import Registry
 SCALE_TYPES = tuple(dtype.name for dtype in (F32, F16, BF16))
 # Weights encoded at once if rows are independent. A search takes some 100 bytes for each.
 CHUNK = 2**20
-# Weights that a matrix product decodes at once.
-AT_ONCE = 2**24
+# Weights that a matrix product decodes at once: 16 MiB in f32, which malloc reuses. More would be mapped anew
+# each time, and new pages take ten times as long as decoding.
+AT_ONCE = 2**22
 
 
 class Grid(ABC):
@@ -252,7 +253,7 @@ class Format(ABC):
         step = max(1, count // k) if self.rows_movable else n
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
-            yield rows, (q if step >= n else q.take_rows(torch.arange(rows.start, rows.stop))).decode()
+            yield rows, (q if step >= n else q.take_rows(rows)).decode()
 
     def check(self, w: torch.Tensor, name: str = "tensor") -> None:
         """Raise FormatError unless this format can represent a weight of w's shape and values."""

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ..formats.base import AT_ONCE
 from ..qtensor import QTensor
+from .decode import faster_dtype
 
 
 class PackedWeight(nn.Module):
@@ -100,6 +101,8 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         ctx.weight = weight
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        if x.device.type == "cpu" and x.dtype.itemsize == 2 and faster_dtype() == torch.float32:
+            x = x.float()
         for rows, part in weight.format.decoded_rows(weight.q, AT_ONCE):
             out[..., rows] = F.linear(x, part.to(x.dtype))
         return out if weight.factor == 1 else out * weight.factor
