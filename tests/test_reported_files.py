@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fewbits
+from fewbits.adapters import llamacpp
+from fewbits.adapters.as_loaded import as_loaded
 from fewbits.adapters.llamacpp import engine_logits, engine_tokenize
 from fewbits.adapters.transformers import load_tokenizer
 from fewbits.errors import FewbitsError, FileError, ModelError
 from fewbits.files.gguf.metadata import gguf_metadata, u32
 from tests import tiny
+from tests.encoders import save_encoder
 from tests.test_reported_inputs import TOKENS, edited, nats, ours, theirs
 from tests.tiny import bpe_tokenizer, save_tiny, spm_tokenizer
 
@@ -58,13 +62,72 @@ def test_special_tokens_that_only_the_settings_have_are_those_of_autotokenizer(
     assert not receipt.about.get("audit")
 
 
+@pytest.mark.parametrize("name", ["bos", "eos"])
 @pytest.mark.parametrize("said", [None, False, True])
-def test_null_for_add_bos_token_leaves_it_to_the_post_processor(said: bool | None, tmp_path: Path) -> None:
+def test_what_is_added_to_a_text_is_what_autotokenizer_adds(
+    said: bool | None, name: str, tmp_path: Path
+) -> None:
+    """llama.cpp issue 8990 (add_eos_token); `null` for add_bos_token. Beside a tokenizer.json
+    it reads neither."""
+    from transformers import AutoTokenizer
+
     path = save_tiny("LlamaForCausalLM", tmp_path / "in", tokenizer=spm_tokenizer())
-    with_settings(path, add_bos_token=said)
+    with_settings(path, **{f"add_{name}_token": said})
     fewbits.convert(path, tmp_path / "out.gguf")
-    first = engine_tokenize(tmp_path / "out.gguf", "Hello", add_special=True)[0]
-    assert (first == 1) == (said is not False)
+    wanted = AutoTokenizer.from_pretrained(path)("Hello")["input_ids"]
+    assert engine_tokenize(tmp_path / "out.gguf", "Hello", add_special=True) == wanted
+    assert list(load_tokenizer(fewbits.open(path))("Hello")["input_ids"]) == wanted
+
+
+def ends_in_engine(path: Path) -> set[int]:
+    """The ids at which llama.cpp stops."""
+    import llama_cpp
+
+    with llamacpp._model(path, vocab_only=True) as model:
+        vocab = llama_cpp.llama_model_get_vocab(model)
+        every = range(llama_cpp.llama_vocab_n_tokens(vocab))
+        return {i for i in every if llama_cpp.llama_vocab_is_eog(vocab, i)}
+
+
+def test_every_token_that_ends_a_text_ends_it_in_llamacpp(tmp_path: Path) -> None:
+    """Phi-3's generation_config.json names three, one of which llama.cpp does not know by its words."""
+    from transformers import GenerationConfig
+
+    path = save_tiny("LlamaForCausalLM", tmp_path / "in")
+    GenerationConfig(eos_token_id=[2, 300, 301]).save_pretrained(path)
+    fewbits.convert(path, tmp_path / "out.gguf")
+    assert ends_in_engine(tmp_path / "out.gguf") == {2, 300, 301}
+    fewbits.convert(tmp_path / "out.gguf", tmp_path / "back", file="huggingface")
+    assert set(GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id) == {2, 300, 301}
+
+
+def test_ends_that_llamacpp_knows_by_their_words_end_a_text_in_transformers_too(tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    spec = bpe_tokenizer()
+    size = len(spec["model"]["vocab"])
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False) | {"special": True}
+    spec["added_tokens"] += [
+        {"id": size + i, "content": text, **flags} for i, text in enumerate(("<|eom_id|>", "<|other|>"))
+    ]
+    path = save_tiny("LlamaForCausalLM", tmp_path / "in", tokenizer=spec)
+    fewbits.convert(path, tmp_path / "out.gguf")
+    fewbits.convert(tmp_path / "out.gguf", tmp_path / "back", file="huggingface")
+    ends = set(GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id)
+    assert ends == ends_in_engine(tmp_path / "out.gguf") == {2, size}
+
+
+def test_of_several_chat_templates_the_default_one_is_compared(tmp_path: Path) -> None:
+    """As Command R has them: a list of names and templates."""
+    path = save_tiny("LlamaForCausalLM", tmp_path / "in")
+    (path / "chat_template.jinja").unlink()
+    named = [{"name": name, "template": f"{name} {{{{ messages }}}}"} for name in ("default", "tool_use")]
+    with_settings(path, chat_template=named)
+    receipt = fewbits.quantize(path, tmp_path / "out.gguf", to="q8_0", effort="fast", verify=False)
+    assert not receipt.about.get("audit")
+    assert (
+        fewbits.open(tmp_path / "out.gguf").gguf_keys["tokenizer.chat_template"].value == named[0]["template"]
+    )
 
 
 def test_a_token_that_only_looks_like_a_byte_is_text(tmp_path: Path) -> None:
@@ -93,7 +156,38 @@ def test_a_link_to_a_gguf_file_that_is_gone_is_named(tmp_path: Path) -> None:
         fewbits.quantize(tmp_path / "model.gguf", to="q4_0")
 
 
+# ---- shards --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stale", ["copies", "index"])
+def test_the_index_says_where_a_tensor_lies(stale: str, tmp_path: Path) -> None:
+    """vLLM pull request 54230: a shard with old copies of tensors that the index has in another. And an index
+    of shards that are gone beside a whole model.safetensors, which transformers takes first."""
+    path = save_tiny("LlamaForCausalLM", tmp_path / "in")
+    weights, wanted = load_file(path / "model.safetensors"), theirs(path)
+    first, last = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    places = {name: first if i % 2 else last for i, name in enumerate(sorted(weights))}
+    if stale == "copies":
+        (path / "model.safetensors").unlink()
+        for file in (first, last):
+            own = {n: w if places[n] == file else torch.zeros_like(w) for n, w in weights.items()}
+            save_file(own, path / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(ours(path), wanted)
+
+
 # ---- configs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertModel"])
+def test_without_architectures_the_class_is_that_of_the_model_type(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    save_tiny(name, path) if name == "LlamaForCausalLM" else save_encoder(name, path)
+    file = path / "config.json"
+    config = {k: v for k, v in json.loads(file.read_text()).items() if k != "architectures"}
+    file.write_text(json.dumps(config))
+    assert as_loaded(fewbits.open(path)).config["architectures"] == [name]
 
 
 def test_infinity_as_transformers_saves_it_is_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ A model that transformers cannot build stays as it is on disk.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -21,7 +21,7 @@ from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
 from ..model.archs import architecture, check_values, every_name
 from .exported import graph_of
-from .transformers import default_fields, empty_model, model_config, tensors_in
+from .transformers import classes_of, default_fields, empty_model, model_config, tensors_in
 
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
 Shapes = dict[str, tuple[int, ...]]
@@ -52,15 +52,32 @@ def as_loaded(checkpoint: Checkpoint) -> Checkpoint:
 
 def _as_loaded(checkpoint: Checkpoint) -> Checkpoint:
     _check_adapters(checkpoint)
+    found = (_as_class(each) for each in _with_class(checkpoint))
+    return next((each for each in found if each is not None), replace(checkpoint, as_loaded=True))
+
+
+def _with_class(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
+    """The checkpoint; where config.json names no class, with each that its model type may have."""
+    if checkpoint.config.get("architectures"):
+        yield checkpoint
+        return
+    for name in classes_of(str(checkpoint.config.get("model_type"))):
+        note = f"config.json names no architecture: it is read as {name}"
+        config = {**checkpoint.config, "architectures": [name]}
+        yield replace(checkpoint, config=config, notes=(*checkpoint.notes, note))
+
+
+def _as_class(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The checkpoint as the class of its config has it; None if that cannot be built, or has more tensors."""
     given = checkpoint.config
     try:
         checkpoint = replace(checkpoint, config=given | default_fields(model_config(checkpoint), given))
         cls = _known_class(checkpoint) or _class_of(checkpoint)
     except Exception:  # noqa: BLE001  transformers may fail in any way; whoever runs the model says how
-        return replace(checkpoint, as_loaded=True)
+        return None
     tensors, notes = _renamed(checkpoint, cls)
     if cls.names - cls.tied.keys() - tensors.keys():  # what is missing is listed where it is needed
-        return replace(checkpoint, as_loaded=True)
+        return None
     wrong = [
         f"tensor {name!r} is {tensor.shape}, {cls.name} with this config.json has {cls.shapes[name]}"
         for name, tensor in tensors.items()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
 from .transformers import empty_model, model_class, model_config, quiet
 
@@ -32,12 +33,15 @@ def dry_load(
     checkpoint: Checkpoint, quantization: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> Reading | None:
     """quantization: the config's quantization_config. tensors: on the meta device. None for a GGUF file, and
-    where transformers lacks a package for this quantization."""
+    where transformers lacks the model's class or a package for this quantization."""
     if not checkpoint.config or checkpoint.gguf_keys:
         return None
-    config = model_config(checkpoint)
+    try:
+        config = model_config(checkpoint)
+        cls = model_class(checkpoint, config)
+    except ModelError:
+        return None
     config.quantization_config = dict(quantization)
-    cls = model_class(checkpoint, config)
     try:
         with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors has progress bars of its own
             _, info = cls.from_pretrained(

@@ -310,6 +310,14 @@ def model_config(checkpoint: Checkpoint) -> Any:
         return CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(given))
 
 
+def classes_of(model_type: str) -> list[str]:
+    """The classes that AutoModelForCausalLM and AutoModel take for a model type."""
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_MAPPING_NAMES)
+    return [name for table in tables if isinstance(name := table.get(model_type), str)]
+
+
 def default_fields(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields that config.json leaves to the class, with the values that it derives; and under the usual names
     (num_hidden_layers) those that the class calls otherwise (n_layer)."""

@@ -55,10 +55,10 @@ def _tokenizers(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
         a, b = (getattr(tokenizer, f"{kind}_token_id") for tokenizer in (ours, theirs))
         if a != b and not (kind == "pad" and a is None):
             findings.append(f"{kind} token is {b}, the reference's {a}")
-    a, b = (bool(tokenizer.chat_template) for tokenizer in (ours, theirs))
-    if a != b:
+    a, b = (_template(tokenizer) for tokenizer in (ours, theirs))
+    if bool(a) != bool(b):
         findings.append(f"a chat template {'appeared' if b else 'is missing'}")
-    elif ours.chat_template != theirs.chat_template:
+    elif a != b:
         findings.append("the chat template differs")
     added = [set(tokenizer.get_added_vocab().items()) for tokenizer in (ours, theirs)]
     if added[0] != added[1]:
@@ -68,6 +68,12 @@ def _tokenizers(reference: Checkpoint, quantized: Checkpoint) -> list[str]:
         if list(ours(text)["input_ids"]) != list(theirs(text)["input_ids"]):
             findings.append(f"{text[:20]!r} ... becomes other tokens")
     return findings
+
+
+def _template(tokenizer: Any) -> str | None:
+    """The chat template; of several by name, the default one."""
+    found = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
 
 
 def _vocabularies(reference: Checkpoint, quantized: Checkpoint) -> list[str]:

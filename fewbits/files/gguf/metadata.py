@@ -44,6 +44,16 @@ _SPECIAL = {
     "pad": Keys.Tokenizer.PAD_ID,
     "sep": Keys.Tokenizer.SEP_ID,
 }
+GENERATION = "generation_config.json"
+_ENDS = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
+_KNOWN_ENDS = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+})  # fmt: skip
+"""Texts of tokens at which llama.cpp stops, whatever a file says: llama.cpp, src/llama-vocab.cpp, its list of
+end-of-generation tokens"""
 
 
 def u32(value: int) -> GGUFValue:
@@ -192,10 +202,10 @@ def _tokenizer(checkpoint: Checkpoint, pre: str | None) -> dict[str, GGUFValue]:
     keys = tokenizer_keys(spec, int(config["vocab_size"]), pre, files.get("tokenizer.model"))
     ids = _special_ids(settings, config, keys[Keys.Tokenizer.LIST].value)
     keys |= {_SPECIAL[name]: u32(index) for name, index in ids.items()}
+    keys |= _further_ends(checkpoint, keys[Keys.Tokenizer.LIST].value, ids.get("eos"))
     adds = _adds_special(spec, ids)
     for name, key in (("bos", Keys.Tokenizer.ADD_BOS), ("eos", Keys.Tokenizer.ADD_EOS)):
-        said = settings.get(f"add_{name}_token")
-        keys[key] = flag((adds[name] if said is None else said) and name in ids)
+        keys[key] = flag(adds[name] and name in ids)
     return keys | _templates(files.get("chat_template.jinja"), settings)
 
 
@@ -213,8 +223,22 @@ def _special_ids(settings: Mapping[str, Any], config: Mapping[str, Any], tokens:
     return ids
 
 
+def _further_ends(checkpoint: Checkpoint, tokens: list[str], eos: int | None) -> dict[str, GGUFValue]:
+    """The keys of two more tokens that end a text, where llama.cpp does not know them by their words."""
+    files = checkpoint.side_files
+    generation = read_json_object(files[GENERATION]) if GENERATION in files else {}
+    said = [fields.get("eos_token_id") for fields in (generation, checkpoint.text_config)]
+    ends = dict.fromkeys(i for ids in said for i in (ids if isinstance(ids, list) else [ids]))
+    more = [i for i in ends if isinstance(i, int) and i != eos and 0 <= i < len(tokens)]
+    return {
+        key: u32(i)
+        for key, i in zip(_ENDS[1:], [i for i in more if tokens[i] not in _KNOWN_ENDS], strict=False)
+    }
+
+
 def _adds_special(spec: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, bool]:
-    """Whether the tokenizer itself adds BOS before and EOS after a text."""
+    """Whether the tokenizer adds BOS before and EOS after a text: as in AutoTokenizer, that is for its
+    post-processor to say, not for `add_bos_token` of tokenizer_config.json."""
     from tokenizers import Tokenizer
 
     around = Tokenizer.from_str(json.dumps(spec)).encode("a").ids
@@ -321,6 +345,10 @@ def side_files_from_keys(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         "tokenizer.json": json.dumps(tokenizer_json(metadata), ensure_ascii=False).encode(),
         "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode(),
     }
+    named = [metadata[key] for key in _ENDS if 0 <= metadata.get(key, -1) < len(tokens)]
+    ends = list(dict.fromkeys([*named, *(i for i, token in enumerate(tokens) if token in _KNOWN_ENDS)]))
+    if len(ends) > 1:
+        files[GENERATION] = json.dumps({"eos_token_id": ends}, indent=2).encode()
     if Keys.Tokenizer.CHAT_TEMPLATE in metadata:
         files["chat_template.jinja"] = metadata[Keys.Tokenizer.CHAT_TEMPLATE].encode()
     return files
