@@ -3,7 +3,8 @@
     python run_<engine>.py MODEL TASK.json RESULT
 
     TASK      {"windows": [[ids], ...], "first": 0, "new": 8, "threads": 2, "imports": [modules],
-               "texts": [to tokenize], "class": of transformers, where config.json does not name it}
+               "texts": [to tokenize], "class": of transformers, where config.json does not name it,
+               "stored": null, or the type that weights are to stay in}
     RESULT    a folder: i.npy has window i's logits f32 (t - first, vocabulary), of the positions from `first`
               on; of a model that generates no text its rows: one of classes, or one a token. A file is whole
               when the next is there
@@ -46,9 +47,10 @@ class Engine:
     """packages: the distributions that must be installed. by_method: more of them, by the quant_method of
     config.json. install: how to get them. apart: names an environment of its own, by the variable
     FEWBITS_<APART> or the folder of the cache where `make` puts it. imports: modules for its process.
-    mapped: it maps the file, where others hold every weight in f32. lacks: formats of weights, by the start
-    of their names, for which it has no kernel unless activations are quantized too. heads: it also runs
-    models that generate no text.
+    mapped: it maps the file, where others hold every weight in f32; by_layer: or can hold them as they are
+    stored, and compute a layer at a time in f32. lacks: formats of weights, by the start of their names, for
+    which it has no kernel unless activations are quantized too. heads: it also runs models that generate no
+    text.
 
     tolerance: of the KL divergence, above. wider: the same by the start of a format's or file type's name.
     """
@@ -60,6 +62,7 @@ class Engine:
     apart: str | None = None
     imports: tuple[str, ...] = ()
     mapped: bool = False
+    by_layer: bool = False
     lacks: tuple[str, ...] = ()
     heads: bool = False
     tolerance: float = SUMS

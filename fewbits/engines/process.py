@@ -22,13 +22,19 @@ from . import SCRIPTS, Engine
 
 class Process:
     """seconds: until the first window is there, and from each to the next. memory: bytes that the process may
-    take (default: four times the model in f32, and 4 GiB). said: the script's last line, once it has ended.
+    take (default: four times the model in f32, and 4 GiB). stored: the type that weights stay in, if its
+    engine computes `by_layer`. said: the script's last line, once it has ended.
 
     KernelError where the engine is not installed.
     """
 
     def __init__(
-        self, engine: Engine, checkpoint: Checkpoint, seconds: float = 600, memory: int | None = None
+        self,
+        engine: Engine,
+        checkpoint: Checkpoint,
+        seconds: float = 600,
+        memory: int | None = None,
+        stored: str | None = None,
     ) -> None:
         method = getattr(checkpoint.file_type, "method", None)
         python = engine.interpreter(method)
@@ -38,7 +44,7 @@ class Process:
             raise KernelError(reason)
         self.engine, self.python, self.path = engine, python, checkpoint.path
         self.seconds, self.memory = seconds, memory or 16 * checkpoint.numel + 4 * 2**30
-        self.said: dict[str, Any] = {}
+        self.stored, self.said = stored, dict[str, Any]()
 
     def logits(
         self,
@@ -60,6 +66,7 @@ class Process:
             task, output = folder / "task.json", folder / "output.txt"
             asked = {"windows": windows, "first": first, "new": new, "imports": self.engine.imports}
             asked |= {"class": class_name, "texts": texts, "threads": torch.get_num_threads()}
+            asked["stored"] = self.stored
             task.write_text(json.dumps(asked), encoding="utf-8")
             script = str(SCRIPTS / self.engine.script)
             command = [self.python, script, str(self.path.resolve()), str(task), name]

@@ -1,4 +1,7 @@
-"""A directory in transformers, with whatever quantizer its config names; f32 where that can be had."""
+"""A directory in transformers, with whatever quantizer its config names; f32 where that can be had.
+
+Where f32 does not fit in memory, weights stay in the type of the file, and a layer is in f32 while it runs.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ import torch
 
 # transformers alone, and with what a quantizer needs: its name, more packages, and what else `Engine` has.
 _WITH: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
-    ("", (), {}),
+    ("", (), {"by_layer": True}),
     ("+fewbits", (), {"imports": ("fewbits.transformers",)}),
     ("+accelerate", ("accelerate",), {"apart": "fp8"}),
     # In f32, as here; left alone, 4 bits in bf16 made 0.004, LLM.int8()'s rounding of inputs 0.05.
@@ -46,6 +49,8 @@ def main(model_path: str, task_path: str, result: str) -> None:
 
 def tried(model_path: str, task: dict, result: str) -> dict[str, Any]:
     """What `run` says by the first arguments that work, and a note on those arguments."""
+    if task["stored"]:
+        return run(model_path, task, result, getattr(torch, task["stored"]))
     settings = settings_of(model_path)
     ways: list[tuple[torch.dtype | str, dict, str | None]] = [(torch.float32, {}, None)]
     if settings.get("quant_method") == "compressed-tensors":
@@ -92,6 +97,8 @@ def run(
     model.eval()
     if settings_of(model_path).get("quant_method") == "bitsandbytes":
         compute_in_f32(model)
+    if task["stored"]:
+        compute_by_layer_in_f32(model)
     chosen, start = [], perf_counter()
     for i, window in enumerate(task["windows"]):
         prompt, new = len(window), [0] * task["new"]
@@ -144,6 +151,7 @@ def tokens_of(model_path: str, model: Any, texts: list[str]) -> dict[str, Any] |
     except (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError):
         return None
     template = getattr(tokenizer, "chat_template", None)
+    template = template.get("default") if isinstance(template, dict) else template
     with suppress(TemplateError, ValueError, TypeError):  # there is none, or it takes other turns
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "How are you?"}]
         texts = [*texts, tokenizer.apply_chat_template(turns, tokenize=False)]
@@ -173,6 +181,40 @@ def compute_in_f32(model: torch.nn.Module) -> None:
             module.weight.quant_state.dtype = module.compute_dtype = torch.float32
         elif kind == "Linear8bitLt":
             module.train()
+
+
+def compute_by_layer_in_f32(model: torch.nn.Module) -> None:
+    """Each element of a list of layers is in f32 while it runs, and what stands outside of them always."""
+    layers: tuple[str, ...] = ()
+    outside: list[torch.Tensor] = []
+    for name, module in model.named_modules():
+        if name.startswith(layers):
+            continue
+        whole = isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.ModuleList)
+        tensors = [*module.parameters(whole), *module.buffers(whole)]
+        floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+        if whole:
+            layers += (f"{name}.",)
+            put_in_f32_while_it_runs(module, floats)
+        else:
+            outside += floats
+    for tensor in outside:
+        tensor.data = tensor.data.float()
+
+
+def put_in_f32_while_it_runs(module: torch.nn.Module, tensors: list[torch.Tensor]) -> None:
+    stored = [tensor.data for tensor in tensors]
+
+    def before(*_: object) -> None:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+
+    def after(*_: object) -> None:
+        for tensor, data in zip(tensors, stored, strict=True):
+            tensor.data = data
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
 
 
 def settings_of(model_path: str) -> dict:

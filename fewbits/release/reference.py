@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 from ..adapters.transformers import load_tokenizer
+from ..dtypes import DTYPES
 from ..engines import Engine, engines_of
 from ..errors import FewbitsError
 from ..files.checkpoint import Checkpoint
 from ..memory import free_memory
-from ..runtime.runner import Whole
+from ..runtime.runner import Blockwise, Whole
 from .outcome import Outcome
 
 
@@ -38,11 +39,29 @@ def own_engine(reference: Checkpoint) -> Engine | None:
     return next((each for each in running if each.interpreter(method)), next(iter(running), None))
 
 
+def _needs(engine: Engine, reference: Checkpoint, tokens: int) -> dict[str | None, int]:
+    """Bytes of memory that an engine takes for a reference, by the type that weights stay in (None: f32)."""
+    if engine.mapped:
+        return {None: reference.nbytes}
+    needs: dict[str | None, int] = {None: Whole(reference).needs(1, tokens)}
+    stored = [DTYPES[name] for name in {tensor.dtype for tensor in reference.tensors.values()}]
+    if engine.by_layer and len(stored) == 1 and stored[0].weight:  # a loader that keeps bf16 rounds f32 too
+        needs[stored[0].torch_name] = reference.nbytes + Blockwise(reference).needs(1, tokens)
+    return needs
+
+
+def stored_type(engine: Engine, reference: Checkpoint, tokens: int, memory: int | None) -> str | None:
+    """The type that weights stay in where f32 takes more than `memory` bytes (default: what is free)."""
+    free = min(free_memory(), memory or free_memory())
+    fitting = [kind for kind, nbytes in _needs(engine, reference, tokens).items() if nbytes <= free]
+    return None if None in fitting else next(iter(fitting), None)
+
+
 def obstacle(engine: Engine, reference: Checkpoint, tokens: int, memory: int | None) -> str | None:
     """Why a reference cannot be run in a process of `memory` bytes (default: what is free), if so."""
     if not reference.path.exists():
         return f"{reference.path} is not there"
-    needs = reference.nbytes if engine.mapped else Whole(reference).needs(1, tokens)
+    needs = min(_needs(engine, reference, tokens).values())
     free = min(free_memory(), memory or free_memory())
     if needs <= free:
         return None

@@ -53,7 +53,7 @@ from ..runtime.runner import Blockwise, Runner, Whole, choose
 from ..table import size
 from .audit import SAMPLES
 from .outcome import COSINE, KL, NEW, Outcome, Trial
-from .reference import beside, distance, misread, obstacle, own_engine, token_faults
+from .reference import beside, distance, misread, obstacle, own_engine, stored_type, token_faults
 
 TEXT = "The capital of France is Paris, and the first ten prime numbers are 2, 3, 5, 7, 11, 13, 17, 19 and"
 TOKENS = 32
@@ -262,7 +262,8 @@ def _trial(
 ) -> Trial:
     """One file in one engine, and decoded by us. parent: its reference's trial. limits: seconds, bytes."""
     try:
-        process = Process(engine, checkpoint, *limits)
+        stored = stored_type(engine, checkpoint, TOKENS + NEW, limits[1]) if is_reference else None
+        process = Process(engine, checkpoint, *limits, stored)
         if engine.parses:
             return Trial(_parsed(process))
         if not ours.checkpoint.config:

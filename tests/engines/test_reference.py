@@ -7,17 +7,28 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import fewbits.release.verify as verify_module
 from fewbits.cli.main import main
 from fewbits.engines import ENGINES
+from fewbits.engines.process import Process
 from fewbits.files.open import open_checkpoint
-from fewbits.release.outcome import Outcome
-from fewbits.release.reference import beside, flatness, obstacle, own_engine, token_faults
-from fewbits.release.verify import Trial, reference_trial, verify
+from fewbits.release.outcome import NEW, Outcome
+from fewbits.release.reference import (
+    beside,
+    divergence,
+    flatness,
+    obstacle,
+    own_engine,
+    stored_type,
+    token_faults,
+)
+from fewbits.release.verify import TOKENS, Trial, reference_trial, verify
+from fewbits.runtime.runner import Whole
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run as quantize
-from tests.tiny import save_tiny, spm_tokenizer
+from tests.tiny import MODELS, save_tiny, spm_tokenizer
 
 SAME = Outcome("an engine", "same", "1", 0.0, 0.0, 8, 1.0)
 SAID = {"texts": ["one two"], "ids": [[1, 5, 6]], "bos": 1, "ends": [2, 7], "template": "{{ x }}"}
@@ -77,6 +88,50 @@ def test_a_reference_too_large_is_not_checked_and_says_so(model):
     outcome = replace(SAME, reference=found)
     assert outcome.verdict == "same" and not outcome.with_reference
     assert "warning: the reference: not checked" in outcome.lines()[1]
+
+
+BY_LAYER = {
+    "LlamaForCausalLM": {},
+    "Qwen2ForCausalLM": {},  # tied
+    "Gemma3ForCausalLM": {},
+    "MixtralForCausalLM": {},
+    "GPT2LMHeadModel": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "MambaForCausalLM": {"hidden_size": 64, "state_size": 8},
+}
+
+
+@pytest.mark.parametrize("name", BY_LAYER)
+def test_a_layer_at_a_time_in_f32_gives_the_logits_of_the_whole_in_f32(tmp_path, name):
+    import transformers
+
+    cls = getattr(transformers, name)
+    if name in MODELS:
+        path = save_tiny(name, tmp_path / "m", **BY_LAYER[name])
+        cls.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
+    else:
+        config = cls.config_class(vocab_size=600, num_hidden_layers=2, bos_token_id=1, eos_token_id=2)
+        config.update(BY_LAYER[name])
+        cls(config).bfloat16().save_pretrained(path := tmp_path / "m")
+    window = [7 * i % 600 for i in range(1, 20)]
+    process = Process(ENGINES["transformers"], open_checkpoint(path), stored="bfloat16")
+    [found] = process.logits([window])
+    with torch.no_grad():
+        model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        wanted = model(torch.tensor([window])).logits[0]
+        rounded = model.bfloat16()(torch.tensor([window])).logits[0].float()
+    assert divergence(wanted, torch.from_numpy(found)) < 1e-9 < divergence(wanted, rounded)
+
+
+def test_a_reference_too_large_for_f32_stays_as_it_is_stored(tmp_path):
+    small = {"num_hidden_layers": 64, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
+    path = save_tiny("LlamaForCausalLM", tmp_path / "m", **small)
+    LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
+    checkpoint = open_checkpoint(path)
+    whole = Whole(checkpoint).needs(1, TOKENS + NEW)
+    assert stored_type(own_engine(checkpoint), checkpoint, TOKENS + NEW, whole) is None
+    assert stored_type(own_engine(checkpoint), checkpoint, TOKENS + NEW, whole - 1) == "bfloat16"
+    outcome = reference_trial(checkpoint, 60, memory=whole - 1).outcome
+    assert outcome.verdict == "same" and outcome.kl < ENGINES["transformers"].tolerance, outcome
 
 
 @pytest.mark.parametrize(
