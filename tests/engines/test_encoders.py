@@ -12,6 +12,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fewbits
 from fewbits.adapters.as_loaded import as_loaded
@@ -120,6 +121,18 @@ def test_one_command_and_its_verification(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "out"), str(tmp_path / "native"), "--to", "native"]) == 0
     one, two = (open_checkpoint(tmp_path / name).metadata["activations"] for name in ("out", "native"))
     assert one == two
+
+
+def test_buffers_of_older_files_are_kept(tmp_path):
+    source, out = save_encoder("BertModel", tmp_path / "source"), tmp_path / "out"
+    tensors = load_file(source / "model.safetensors")
+    tensors["embeddings.position_ids"] = torch.arange(130)[None]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    fewbits.convert(source, out, "onnx")
+    assert torch.equal(
+        open_checkpoint(out).tensors["embeddings.position_ids"].load(), torch.arange(130)[None]
+    )
+    assert apart(ran(out / "model.onnx")["last_hidden_state"], expected(out)["last_hidden_state"]) < SAME
 
 
 def test_a_weight_in_float_has_its_input_in_float(tmp_path):

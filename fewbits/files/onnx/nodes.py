@@ -29,6 +29,7 @@ from ...storage.safetensors import Entry
 from ..directory import Stored
 
 TYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "U8": "UINT8", "I8": "INT8"}
+TYPES |= {"I64": "INT64", "I32": "INT32", "BOOL": "BOOL"}  # of buffers that older files hold: position_ids
 """dtypes of arrays, as safetensors and as ONNX name them"""
 
 
