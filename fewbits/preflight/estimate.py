@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..model.fused import Mixed, mixed_groups
 from ..model.sites import sites
 from ..plan.recipes import Hyper, choose_types
 from ..transforms.rotate import rotate
-from ..workflow.converted import needs_converter
+from ..workflow.converted import check_model, float_nbytes, needs_converter
 from ..workflow.request import Request, check_method
 from ..workflow.resolve import file_type_for, resolve
 from .cache import KINDS, KVCache, fields_of, kv_cache
@@ -139,13 +139,18 @@ def preflight(
         checkpoint, turned = rotate(checkpoint, request.streaming.seed)
         notes += turned
     place = Path("output")  # not used: nothing is read or written there
-    target = file_type_for(request.file, place)
-    if needs_converter(checkpoint, target):  # the names of its file are not known yet: as a native directory
-        target = NATIVE
-    resolved = resolve(checkpoint, request, target)
+    asked = file_type_for(request.file, place)
+    converts = needs_converter(checkpoint, asked)
+    if converts:
+        check_model(checkpoint)
+    # the names in a converter's file are not known yet: sizes are those of a native directory
+    resolved = resolve(checkpoint, request, NATIVE if converts else asked)
     output, decisions = resolved.lay_out(checkpoint, place), resolved.by_output(checkpoint)
     work = work_of(checkpoint, output, decisions, request, writes_text)
-    file_type = resolved.file_type
+    if converts:
+        codes = file_nbytes(output) if request.calibrated else 0
+        work = replace(work, scratch=work.scratch + float_nbytes(checkpoint) + codes)
+    file_type = asked if converts else resolved.file_type
     context, batch, kind = run
     config = fields_of(checkpoint)
     seen = _output(checkpoint, output, file_type)
@@ -179,7 +184,7 @@ def _output(checkpoint: Checkpoint, output: Output, file_type: FileType) -> Seen
         engines=file_type.engines,
         method=method,
         config=checkpoint.config,
-        gguf=arch.gguf if arch else None,
+        gguf=arch.gguf if arch else checkpoint.config.get("model_type"),
         kinds=frozenset(kinds.values()),
         mixed=mixed,
     )

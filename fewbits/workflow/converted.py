@@ -66,11 +66,11 @@ def planned(checkpoint: Checkpoint, request: Request, file_type: FileType) -> tu
     know the architecture."""
     if not needs_converter(checkpoint, file_type):
         return request, file_type
-    _check(checkpoint)
+    check_model(checkpoint)
     return replace(request, to=None, plan=Plan((Rule("*", "int8_channel"),)), file=NATIVE.name), NATIVE
 
 
-def _check(model: Checkpoint) -> None:
+def check_model(model: Checkpoint) -> None:
     """ModelError where the converter is missing, or does not take the model."""
     check_converts(model.config)
     if not any("token" in name or "vocab" in name for name in model.side_files):
@@ -84,7 +84,7 @@ def run_converted(
 ) -> Receipt:
     """`run` for such an output, by the converter. Its folder stays, for another try or for `restored`, until
     `clean`."""
-    _check(model)
+    check_model(model)
     if out.exists() and not request.overwrite:
         raise FileError(f"{out}: exists; choose another output or pass overwrite")
     folder = _folder(out)
@@ -196,18 +196,28 @@ def _in_floats(model: Checkpoint, folder: Path, run: Run) -> Checkpoint:
     return open_checkpoint(folder / "floats")
 
 
-def _float_file(model: Checkpoint, folder: Path) -> Path:
-    """The float GGUF of a directory, made unless an earlier try left it."""
+def float_dtype(model: Checkpoint) -> str:
+    """The number type of the converter's file: that of all matrices, or f32."""
     known = {tensor.kind for tensor in model.tensors.values() if len(tensor.shape) > 1}
     kind = next(iter(known)) if len(known) == 1 else F32
-    dtype = kind.name if kind in (BF16, F16) else F32.name
+    return kind.name if kind in (BF16, F16) else F32.name
+
+
+def float_nbytes(model: Checkpoint) -> int:
+    """Bytes of the converter's file."""
+    return model.numel * DTYPES[float_dtype(model)].itemsize
+
+
+def _float_file(model: Checkpoint, folder: Path) -> Path:
+    """The float GGUF of a directory, made unless an earlier try left it."""
+    dtype = float_dtype(model)
     about = json.dumps(fingerprint(model, {"dtype": dtype}), sort_keys=True)
     path = folder / f"float-{hashlib.sha256(about.encode()).hexdigest()[:16]}.gguf"
     if path.exists():
         return path
     for old in folder.glob("float-*"):
         old.unlink()
-    need, free = model.numel * DTYPES[dtype].itemsize, shutil.disk_usage(folder).free
+    need, free = float_nbytes(model), shutil.disk_usage(folder).free
     if need > free:
         raise FileError(
             f"{path}: the converter's float file takes {need / 2**30:.2f} GiB of disk, "

@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 
 import fewbits
 from fewbits.adapters.llamacpp import engine_logits
 from fewbits.adapters.llamacpp_convert import converted_architectures, interpreter
 from fewbits.engines import ENGINES
 from fewbits.files.gguf.converted import Converted
+from fewbits.files.open import open_checkpoint
+from fewbits.preflight.estimate import preflight
+from fewbits.workflow.request import Request
 from tests.converting import converting, write_pieces
 from tests.tiny import CORPUS, MODELS, bpe_tokenizer, save_tiny, spm_tokenizer
 
@@ -158,3 +162,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     fewbits.quantize(model, tmp_path / "again.gguf", **asked, overwrite=True)
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert not folder.exists()
+
+
+def test_plan_tells_the_size_and_the_engine_of_such_a_file(tmp_path: Path) -> None:
+    model, out = saved("Olmo2ForCausalLM", tmp_path / "model"), tmp_path / "out.gguf"
+    told = preflight(open_checkpoint(model), Request(to="q4_k_m", file="gguf"))
+    fewbits.quantize(model, out, to="q4_k_m", effort="fast", verify=False)
+    [engine] = [each for each in told.engines if each.engine == "llama.cpp"]
+    assert told.file == "gguf" and engine.loads
+    weights = sum(tensor.n_bytes for tensor in GGUFReader(out).tensors)
+    assert sum(part.nbytes for part in told.parts) == pytest.approx(weights, rel=0.02)
+    fewbits.convert(model, tmp_path / "float.gguf")
+    floats = sum(tensor.n_bytes for tensor in GGUFReader(tmp_path / "float.gguf").tensors)
+    assert told.work.scratch == pytest.approx(floats, rel=0.02)
