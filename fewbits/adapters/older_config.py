@@ -7,12 +7,34 @@ say what transformers' class always does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from ..errors import ModelError
+from ..files.checkpoint import Checkpoint
+from .transformers import model_config
 
 Fields = dict[str, Any]
 _GONE = object()
 PATTERN = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "moe": "E"}
+
+
+def full_config(checkpoint: Checkpoint) -> Fields:
+    """The config with all that its class derives: defaults, other names. As it is without a class."""
+    try:
+        return _filled(model_config(checkpoint), checkpoint.config)
+    except ModelError:
+        return dict(checkpoint.config)
+
+
+def _filled(config: Any, given: Mapping[str, Any]) -> Fields:
+    found: Fields = config.to_dict()
+    found |= {name: getattr(config, name, None) for name in type(config).attribute_map}
+    found |= {name: value for name, value in given.items() if value is not None}
+    for name in config.sub_configs:
+        if hasattr(part := getattr(config, name, None), "attribute_map"):
+            found[name] = _filled(part, given.get(name) or {})
+    return found
 
 
 def with_old_names(config: Fields) -> Fields:

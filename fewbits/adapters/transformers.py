@@ -332,26 +332,6 @@ def default_fields(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return encoded
 
 
-def full_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config with all that its class derives: defaults, other names. As it is without a class."""
-    try:
-        return _filled(model_config(checkpoint), checkpoint.config)
-    except ModelError:
-        return dict(checkpoint.config)
-
-
-def _filled(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    from transformers import PreTrainedConfig
-
-    found = config.to_dict()
-    found |= {name: getattr(config, name, None) for name in type(config).attribute_map}
-    found |= {name: value for name, value in given.items() if value is not None}
-    for name in config.sub_configs:
-        if isinstance(getattr(config, name, None), PreTrainedConfig):
-            found[name] = _filled(getattr(config, name), given.get(name) or {})
-    return found
-
-
 def decoded(value: torch.Tensor | QTensor, dtype: torch.dtype) -> torch.Tensor:
     """A float copy that does not reference the mapped file."""
     return value.decode().to(dtype) if isinstance(value, QTensor) else value.to(dtype, copy=True)

@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.llamacpp_convert import check_converts, convert_float
-from ..adapters.older_config import with_old_names
-from ..adapters.transformers import full_config
+from ..adapters.older_config import full_config, with_old_names
 from ..dtypes import BF16, DTYPES, F16, F32
 from ..errors import FileError, ModelError, PlanError
 from ..files.checkpoint import Checkpoint

@@ -10,8 +10,7 @@ from gguf.constants import GGMLQuantizationType
 
 import fewbits
 from fewbits.adapters.llamacpp_convert import check_converts, converted_architectures
-from fewbits.adapters.older_config import with_old_names
-from fewbits.adapters.transformers import full_config
+from fewbits.adapters.older_config import full_config, with_old_names
 from fewbits.errors import ModelError
 from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.gguf.converted import open_converted
