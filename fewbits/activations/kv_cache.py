@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..adapters.observed import text_logits
 from ..blocks.simulate import changed_attention
 from ..errors import CalibrationError, ModelError, PlanError
 from ..registry import Registry
@@ -156,7 +157,7 @@ def ranges(model: Any, windows: torch.Tensor) -> dict[str, Steps]:
 
     with changed_attention(model, attend), torch.inference_mode():
         for window in windows:
-            model(input_ids=window[None], use_cache=False, logits_to_keep=1)
+            text_logits(model, window[None], 1)
     names = [name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".k_proj")]
     if not names or len(largest) != len(names) * len(windows):
         raise ModelError(

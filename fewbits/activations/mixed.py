@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from ..adapters.observed import text_logits
 from ..blocks.simulate import changed_inputs
 from ..errors import CalibrationError
 from ..model.sites import role_of
@@ -115,4 +116,4 @@ def measure(model: Any, windows: torch.Tensor, activations: Activations) -> dict
 def _forward(model: Any, windows: torch.Tensor, record: Any) -> None:
     with changed_inputs(model, record), torch.inference_mode():
         for window in windows:
-            model(input_ids=window[None], use_cache=False, logits_to_keep=1)
+            text_logits(model, window[None], 1)

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
 from ..model.archs import architecture, check_values, every_name
+from ..model.sites import Seen
 from .exported import graph_of
+from .observed import seen_in
 from .transformers import classes_of, default_fields, empty_model, model_config, tensors_in
 
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
@@ -30,13 +33,15 @@ Shapes = dict[str, tuple[int, ...]]
 @dataclass(frozen=True)
 class _Class:
     """What a class has. names: of its tensors, experts one by one. shapes: those that are known. tied:
-    name -> the name whose weight it shares. prefix: of all names but the head's."""
+    name -> the name whose weight it shares. prefix: of all names but the head's. seen: what its modules say
+    of each tensor."""
 
     name: str
     names: Set[str]
     shapes: Shapes
     tied: Mapping[str, str]
     prefix: str = ""
+    seen: Mapping[str, Seen] = field(default_factory=dict)
 
 
 def as_loaded(checkpoint: Checkpoint) -> Checkpoint:
@@ -71,7 +76,7 @@ def _as_class(checkpoint: Checkpoint) -> Checkpoint | None:
     """The checkpoint as the class of its config has it; None if that cannot be built, or has more tensors."""
     given = checkpoint.config
     try:
-        checkpoint = replace(checkpoint, config=given | default_fields(model_config(checkpoint), given))
+        checkpoint = replace(checkpoint, config=_with_defaults(model_config(checkpoint), given))
         cls = _known_class(checkpoint) or _class_of(checkpoint)
     except Exception:  # noqa: BLE001  transformers may fail in any way; whoever runs the model says how
         return None
@@ -100,8 +105,23 @@ def _as_class(checkpoint: Checkpoint) -> Checkpoint | None:
         ]
     notes = [*checkpoint.notes, *notes]
     return replace(
-        checkpoint, tensors=tensors, config=config, aside=frozenset(aside), notes=tuple(notes), as_loaded=True
+        checkpoint,
+        tensors=tensors,
+        config=config,
+        aside=frozenset(aside),
+        notes=tuple(notes),
+        as_loaded=True,
+        seen=cls.seen,
     )
+
+
+def _with_defaults(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """config.json with what it leaves to the classes of the model and of the language model in it."""
+    filled = given | default_fields(config, given)
+    text = given.get("text_config")
+    if isinstance(text, dict):
+        filled["text_config"] = text | default_fields(config.get_text_config(), text)
+    return filled
 
 
 def _known_class(checkpoint: Checkpoint) -> _Class | None:
@@ -125,10 +145,19 @@ def _class_of(checkpoint: Checkpoint) -> _Class:
     model = empty_model(checkpoint)
     shapes: Shapes = {}
     state = model.state_dict()
-    for key, made_of in tensors_in(model, replace(checkpoint, tensors={})).items():
+    made_of_all = tensors_in(model, replace(checkpoint, tensors={}))
+    for key, made_of in made_of_all.items():
         shapes |= {name: tuple(place.of(state[key]).shape) for name, place in made_of.items()}
-    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name in shapes}
-    return _Class(type(model).__name__, shapes.keys(), shapes, tied, model.base_model_prefix)
+    tied = {  # the model's keys -> names in files
+        next(iter(made_of_all[copy])): next(iter(made_of_all[key]))
+        for copy, key in model.all_tied_weights_keys.items()
+        if copy in made_of_all and key in made_of_all
+    }
+    try:
+        seen = seen_in(model, made_of_all)
+    except ModelError:  # whoever runs the blocks says why they cannot be told
+        seen = {}
+    return _Class(type(model).__name__, shapes.keys(), shapes, tied, model.base_model_prefix, seen)
 
 
 def _check_adapters(checkpoint: Checkpoint) -> None:

@@ -11,11 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
@@ -23,18 +21,20 @@ from ..files.experts import WHOLE, Place, arrays, joined, place_of
 from ..files.gguf.tokenizer import tokenizer_json
 from ..qtensor import QTensor
 from ..storage.json import read_json_object
+from .observed import GENERATES, Views, with_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS = {
-    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "sequence": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "token": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-    "masked": "MODEL_FOR_MASKED_LM_MAPPING",
-    "embedding": "MODEL_MAPPING",
+    "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"),
+    "seq2seq": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING"),
+    "sequence": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",),
+    "token": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",),
+    "masked": ("MODEL_FOR_MASKED_LM_MAPPING",),
+    "embedding": ("MODEL_MAPPING",),
 }
-"""what a model gives -> transformers' table of classes, config -> class"""
+"""what a model gives -> transformers' tables of classes, config -> class"""
 POOLING = "modules.json"  # of sentence-transformers: what follows the hidden states
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # here -> in GGUF's key
 _ENCODERS = ("cls", "sep", "mask")  # tokens that encoders have besides
@@ -144,13 +144,6 @@ def unknown_experts(checkpoint: Checkpoint) -> dict[str, tuple[dict[str, Place],
     return {name: (places, shapes[name]) for name, places in arrays(shapes, checkpoint.config).items()}
 
 
-class _Views(TorchFunctionMode):
-    """Keeps views: nothing is copied only to lie in one piece."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if function is torch.Tensor.contiguous else function(*args, **(kwargs or {}))
-
-
 def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, dict[str, Place]]:
     """key of a model's state -> the tensors of a file in it, and the place of each.
 
@@ -168,7 +161,7 @@ def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, dict[
     state = {key: torch.empty(value.shape, device="meta") for key, value in model.state_dict().items()}
     owner = {value.untyped_storage()._cdata: key for key, value in state.items()}
     found: dict[str, dict[str, Place]] = {key: {} for key in state}
-    with _Views():
+    with Views():
         saved = revert_weight_conversion(model, dict(state))
     for name, value in saved.items():
         key = owner.get(value.untyped_storage()._cdata)
@@ -200,36 +193,34 @@ def head_of(checkpoint: Checkpoint, config: Any = None) -> str:
 
 
 def _head(checkpoint: Checkpoint, config: Any) -> tuple[str, Any]:
+    import transformers
     from transformers.models.auto import modeling_auto
 
-    found: dict[str, Any] = {}
-    for head, mapping in HEADS.items():
-        classes = getattr(modeling_auto, mapping)
-        if type(config) in classes:
-            found[head] = classes[type(config)]
+    found: list[tuple[str, Any]] = []
+    for head, tables in HEADS.items():
+        for classes in (getattr(modeling_auto, table) for table in tables):
+            if type(config) in classes:
+                cls = classes[type(config)]
+                found += [(head, each) for each in (cls if isinstance(cls, tuple) else (cls,))]
     named = checkpoint.config.get("architectures") or ()
-    if POOLING in checkpoint.side_files and "embedding" in found:
-        return "embedding", found["embedding"]
-    for head, cls in found.items():
+    if POOLING in checkpoint.side_files and "embedding" in dict(found):
+        return "embedding", dict(found)["embedding"]
+    parts = [getattr(transformers, name, None) for name in named]  # of larger models: in no table
+    found += [
+        ("causal", cls)
+        for cls in parts
+        if cls is not None and getattr(cls, "config_class", None) is type(config) and cls.can_generate()
+    ]
+    for head, cls in found:
         if getattr(cls, "__name__", None) in named:
-            return head, cls
-    if not found or (named and "causal" not in found):
-        known = ", ".join(f"{cls.__name__} ({head})" for head, cls in found.items() if isinstance(cls, type))
+            return with_head(head, cls, config)
+    if not found or (named and found[0][0] not in GENERATES):
+        known = ", ".join(f"{cls.__name__} ({head})" for head, cls in found if isinstance(cls, type))
         raise ModelError(
             f"{checkpoint.path}: config.json names {', '.join(named) or 'no architecture'}; of "
             f"{config.model_type!r} these can be run: {known or 'none'}"
         )
-    return next(iter(found.items()))
-
-
-def next_logits(model: Any, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-    """Tokens `(b, t)` after those of a cache -> logits `(b, vocabulary)` after the last, and the cache.
-
-    The cache is called `cache` from transformers 5.24 on, `past_key_values` before.
-    """
-    name = "cache" if "cache" in signature(getattr(model, "forward", model)).parameters else "past_key_values"
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
-    return out.logits[:, -1], getattr(out, name)
+    return with_head(*found[0], config)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -371,7 +362,8 @@ def known_models() -> set[str]:
     """The model types of which the installed transformers has a model of one of HEADS."""
     from transformers.models.auto import modeling_auto
 
-    return {kind for mapping in HEADS.values() for kind in getattr(modeling_auto, f"{mapping}_NAMES")}
+    tables = [table for tables in HEADS.values() for table in tables]
+    return {kind for table in tables for kind in getattr(modeling_auto, f"{table}_NAMES")}
 
 
 def quantization_methods() -> set[str]:

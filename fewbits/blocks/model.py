@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.as_loaded import as_loaded
+from ..adapters.observed import Stack, reads_twice, stacks_of, text_inputs
 from ..adapters.transformers import empty_model, tensors_in
 from ..errors import CalibrationError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
+from ..model.sites import TOWER
 from ..qtensor import QTensor
 from .block import Block, get_tensor, put_tensor
 from .columns import PROBES
@@ -41,20 +43,30 @@ LARGE = 2**22  # weights of a table that is not decoded as a whole
 
 
 class BlockModel:
-    """A decoder with the weights of one block in memory. dtype: of the computation, f32 or bf16.
+    """A decoder with the weights of one block in memory. dtype: of the computation, f32 or bf16. stack: which
+    of the model's, for the encoder of an encoder-decoder; the stacks before it are whole in memory.
 
     Raises ModelError for a model whose blocks cannot be found, and one that lists every tensor that is
     missing, not one of the model's, or of another shape.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        stack: int = -1,
     ) -> None:
         checkpoint = as_loaded(checkpoint)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self._model = empty_model(checkpoint)
         self._made_of = tensors_in(self._model, checkpoint)
-        self.path, blocks = _find_blocks(self._model, checkpoint)
+        stacks = _stacks(self._model, checkpoint)
+        self.n_stacks = len(stacks)
+        self.hears_noise = reads_twice(self._model) and len(stacks) == 1  # for want of an encoder of text
+        _, self.path, blocks = stacks[stack]
+        later = stacks[stacks.index(stacks[stack]) + 1 :]
+        self._apart = tuple(f"{each.path}." for each in (stacks[stack], *later))
         modules = {id(module): name for name, module in self._model.named_modules()}
         self._table = f"{modules[id(self._model.get_input_embeddings())]}.weight"
         self._rows, self._width = get_tensor(self._model, self._table).shape
@@ -143,7 +155,7 @@ class BlockModel:
         states = self._flow.hidden(hidden)
         running = Pass(self.n_blocks, self._flow.known, states, sizes=(hidden.shape[0], hidden.shape[1]))
         with self._filled(self._head), self._standing_in(running):
-            logits = self._model(**self._inputs(hidden), **self._no_cache).logits
+            logits = self._model(**self._given(self._inputs(hidden)), **self._no_cache).logits
         if logits.shape[:2] != hidden.shape[:2]:
             raise ModelError(
                 f"{self.checkpoint.path}: hidden states {tuple(hidden.shape)} gave logits "
@@ -171,6 +183,10 @@ class BlockModel:
             return {"input_ids": self._flow.ids(packed)}
         return {"inputs_embeds": self._embeddings(packed.shape)}
 
+    def _given(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Token ids, or embeddings, as the model's forward pass takes them."""
+        return text_inputs(self._model, inputs["input_ids"], self.dtype) if "input_ids" in inputs else inputs
+
     def _embeddings(self, shape: Sequence[int]) -> torch.Tensor:
         """Embeddings for hidden states of this shape, which may have another width."""
         return torch.zeros((*shape[:2], self._width), dtype=self.dtype, device=self.device)
@@ -195,7 +211,7 @@ class BlockModel:
         running = Pass(self.n_blocks, **given)
         with self._filled({} if self._around_is_there else self._around()), self._standing_in(running):
             try:
-                self._model(**inputs, **self._no_cache)
+                self._model(**self._given(inputs), **self._no_cache)
             except Arrived:
                 return running
             except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
@@ -209,8 +225,8 @@ class BlockModel:
         """The weights outside the blocks, without tables of embeddings and the output layer."""
         skipped = self._looked_up | {self._output}
         around: dict[str, torch.Tensor] = {}
-        for key in self._made_of:
-            if key in skipped or key.startswith(f"{self.path}."):
+        for key, made_of in self._made_of.items():
+            if key in skipped or key.startswith(self._apart) or self._in_tower(made_of):
                 continue
             whole = torch.empty(get_tensor(self._model, key).shape, dtype=self.dtype, device=self.device)
             for name, place in self._made_of[key].items():
@@ -239,6 +255,10 @@ class BlockModel:
                 module.register_forward_pre_hook(partial(fill, table=table))
                 module.register_forward_hook(partial(empty, table=table))
                 yield key
+
+    def _in_tower(self, made_of: Mapping[str, Any]) -> bool:
+        """Whether a tensor is of a part that no text goes through."""
+        return any((seen := self.checkpoint.seen.get(name)) and seen.role == TOWER for name in made_of)
 
     def _decode(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         value = self.checkpoint.tensors[name].load()
@@ -310,38 +330,17 @@ class _Table:
         return found[(..., *at[1:])] if at[1:] else found
 
 
-def _find_blocks(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[str, torch.nn.ModuleList]:
-    """The outermost list of modules with matrices in the decoder: one entry for each layer of its config."""
-    found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    decoder: Any = found if hasattr(found, "config") else model.base_model
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    lists: dict[str, torch.nn.ModuleList] = {}
-    for name, module in decoder.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, torch.nn.ModuleList) and not nested and _has_matrices(module):
-            lists[name] = module
-    depth = getattr(decoder.config, "num_hidden_layers", None)
-    candidates = [name for name in lists if len(lists) == 1 or len(lists[name]) == depth]
-    top = min((name.count(".") for name in candidates), default=0)
-    candidates = [name for name in candidates if name.count(".") == top]
-    if len(candidates) == 1:
-        name = candidates[0]
-        return f"{prefix}.{name}" if prefix else name, lists[name]
-    shown = ", ".join(f"{name} ({len(modules)})" for name, modules in list(lists.items())[:5]) or "none"
-    raise ModelError(
-        f"{checkpoint.path}: block order cannot be found: looked in {type(decoder).__name__} for one list of "
-        f"{depth} blocks; it has the lists {shown}"
-    )
-
-
 def _is_large_table(module: torch.nn.Module) -> bool:
     """A table that is best read by its rows: token embeddings of another kind, as far as it is called so."""
     by_ids = list(signature(module.forward).parameters)[:1] in (["input"], ["input_ids"])
     return isinstance(module, torch.nn.Embedding) and by_ids and module.weight.numel() > LARGE
 
 
-def _has_matrices(modules: torch.nn.ModuleList) -> bool:
-    return any(parameter.ndim > 1 for module in modules for parameter in module.parameters())
+def _stacks(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Stack]:
+    try:
+        return stacks_of(model)
+    except ModelError as error:
+        raise ModelError(f"{checkpoint.path}: {error}") from error
 
 
 def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:

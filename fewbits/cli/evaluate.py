@@ -134,6 +134,7 @@ def _announce(models: Sequence[Checkpoint], text: Text, settings: Settings, writ
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..adapters.observed import GENERATES
     from ..adapters.transformers import head_of, load_tokenizer
     from ..evaluation import Settings, blank_text, evaluate, read_text, self_text
 
@@ -150,10 +151,12 @@ def run(options: argparse.Namespace) -> int:
         memory=options.memory,
         engine=options.engine,
     )
-    if head_of(reference) != "causal":
+    if (head := head_of(reference)) not in GENERATES:
         return _run_head(options, reference, quantized_models, settings)
     if options.labels is not None:
         raise PlanError(f"--labels is for classifiers; {reference.path} generates text: --text, or --sample")
+    if options.text is None and head != "causal":
+        raise PlanError(f"{reference.path} writes nothing without an input: give a text (--text)")
     if options.text is not None:
         text = read_text(reference, read_file(options.text), str(options.text))
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..adapters.observed import GENERATES
 from ..adapters.transformers import head_of
 from ..blocks.activations import DEFAULT_LIMIT
 from ..errors import CalibrationError, FileError, ModelError, raise_all
@@ -50,10 +51,12 @@ def evaluate(
         True
     """
     reference, *quantized_models = map(as_checkpoint, (reference, *quantized_models))
-    if (head := head_of(reference)) != "causal":
+    if (head := head_of(reference)) not in GENERATES:
         raise ModelError(f"{reference.path}: generates no text (its head: {head}); use evaluate_head")
     text = read_text(reference, text, "the text given") if isinstance(text, str) else text
     settings = settings or Settings()
+    if head == "seq2seq":  # there is no text to go on with
+        settings = replace(settings, prompts=0)
     vocabulary = _check_models(reference, quantized_models, settings)
     settings.simulation.check(vocabulary)
     windows = cut(text, settings, vocabulary)

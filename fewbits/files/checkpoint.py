@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..formats.base import Format, Kind
-from ..model.sites import text_config
+from ..model.sites import Seen, text_config
 from ..qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Checkpoint:
     not the model's, kept as they are. notes: for the receipt. as_loaded: whether transformers was asked for
     names, ties and defaults (`adapters/as_loaded.py`). graph: what its class computes, as an ONNX graph (a
     ModelProto) without weights; None of a model that generates text (`adapters/exported.py`).
+    seen: what the class's modules say of each tensor.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     as_loaded: bool = False
     graph: Callable[[], Any] = field(default=lambda: None, repr=False)
+    seen: Mapping[str, Seen] = field(default_factory=dict)
 
     @property
     def numel(self) -> int:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 # role -> last part of the module's name, in the spellings of known model families
 _SPELLINGS = {
@@ -42,10 +42,20 @@ GGUF_PARTS = {
 }  # fmt: skip
 """role -> the same in GGUF names; read backwards, `ffn_up` is up"""
 _ROLES |= {part: role for role, part in GGUF_PARTS.items()}
+TOWER = "tower"
 _INPUT_ROLES = {"q", "k", "v", "qkv", "gate", "up", "gate_up"}  # they read their parent's input
 SMALLEST = 16  # side of a matrix: a decay or slope of each head is none
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer|block|blk)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+class Seen(NamedTuple):
+    """What a model's modules say of a tensor. role: None where the name says it. block: None outside. module:
+    its path in the model, which files may name otherwise."""
+
+    role: str | None
+    block: int | None
+    module: str = ""
 
 
 class _Shaped(Protocol):
@@ -65,8 +75,8 @@ class _Model(Protocol):
 class Site:
     """One weight `(n, k)` that may be quantized.
 
-    role: q k v o qkv gate up gate_up down router embed position segment output (every matrix of a head), or
-    "other".
+    role: q k v o qkv gate up gate_up down router embed position segment output (every matrix of a head),
+    tower (a module that no text goes through, such as a vision encoder), or "other".
     block: index of the layer, None outside. group: name of the activation it reads; sites of one group
     share their statistics. expert: index, None for a dense weight.
     tied_to: the name that shares this weight: an embedding that is also the output has
@@ -90,22 +100,30 @@ def sites(model: _Model) -> list[Site]:
         for name, tensor in model.tensors.items()
         if _is_site(name, tensor.shape) and name not in aside
     ]
-    found = [replace(site, role=_role_by_shape(site, model.config)) for site in found]
+    seen: Mapping[str, Seen] = getattr(model, "seen", {})
+    found = [_observed(site, seen.get(site.name), model.config) for site in found]
     tied = _tied(model, found)
     return [replace(site, tied_to=tied.get(site.name)) for site in found]
+
+
+def _observed(site: Site, seen: Seen | None, config: Mapping[str, Any]) -> Site:
+    """The site with the role and block that its modules have, else those of its name and shape."""
+    if seen is not None:
+        site = replace(site, block=seen.block, role=seen.role or site.role)
+    return site if seen is not None and seen.role else replace(site, role=_role_by_shape(site, config))
 
 
 def block_matrices(model: _Model) -> dict[str, int]:
     """The matrices of the blocks and stacks of them, whatever their names -> weights in each. Vectors, tables
     of a few columns, kernels of convolutions and what is not part of the model are none."""
-    aside = getattr(model, "aside", ())
+    aside, seen = getattr(model, "aside", ()), getattr(model, "seen", {})
     return {
         name: prod(tensor.shape)
         for name, tensor in model.tensors.items()
         if name not in aside
         and len(tensor.shape) in (2, 3)
         and min(tensor.shape[-2:]) >= SMALLEST
-        and _BLOCK.search(name)
+        and (_BLOCK.search(name) if name not in seen else seen[name].block is not None)
     }
 
 

@@ -31,13 +31,13 @@ from ..model.archs import (
     gguf_entries,
     own_entries,
 )
-from ..model.sites import GGUF_PARTS, Site, sites
+from ..model.sites import GGUF_PARTS, TOWER, Site, sites
 from .mixtures import Recipe
 from .recipes import Choice, Hyper, choose_types
 from .rules import Plan, Rule
 
 FEW = 0.05
-STAY = {"router", "embed", "output", "position", "segment"}
+STAY = {"router", "embed", "output", "position", "segment", TOWER}
 _OUTSIDE = {"embed": "token_embd.weight", "output": "output.weight", "position": "position_embd.weight"}
 
 
@@ -135,6 +135,7 @@ def decide(
     Raises PlanError that lists every rule without a matching tensor."""
     stored = {entry.name: plain_kind(checkpoint, entry, file_type) for entry in entries}
     rules = {entry.name: plan.choose([entry.name, *entry.sources]) for entry in entries}
+    quantizable = {site.name: site for site in sites(checkpoint)}
     if isinstance(to, Recipe):
         shapes = [(e.name, entry_shape(checkpoint, e), stored[e.name].name) for e in entries]
         choices = choose_types(
@@ -145,8 +146,9 @@ def decide(
             overrides=lambda name: _type_name(rule) if (rule := rules[name]) else None,
         )
         decisions = {name: _from_recipe(choices[name], rules[name]) for name in choices}
+        towers = [e for e in entries if any(_is_tower(quantizable.get(name)) for name in e.sources)]
+        decisions |= {e.name: _kept(stored[e.name], TOWER) for e in towers if rules[e.name] is None}
     else:
-        quantizable = {site.name: site for site in sites(checkpoint)}
         decisions = {e.name: _from_rules(e, quantizable, rules[e.name], to, stored[e.name]) for e in entries}
         decisions |= _unfit(checkpoint, entries, decisions, file_type, stored)
     _check_rules(plan, entries, decisions)
@@ -179,9 +181,15 @@ def _from_rules(
         return Decision(kind, kind, None, rule)
     if format is None:
         return Decision(stored, stored, "kept: no rule names it")
-    if site.role in STAY:
-        return Decision(stored, stored, f"kept: {site.role} is unchanged unless a rule names it")
-    return Decision(format, format)
+    return _kept(stored, site.role) if site.role in STAY else Decision(format, format)
+
+
+def _kept(stored: Kind, role: str) -> Decision:
+    return Decision(stored, stored, f"kept: {role} is unchanged unless a rule names it")
+
+
+def _is_tower(site: Site | None) -> bool:
+    return site is not None and site.role == TOWER
 
 
 def _unfit(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.observed import text_logits
 from ..adapters.transformers import load_model
 from ..blocks.activations import DEFAULT_LIMIT, Activations
 from ..blocks.block import Block
@@ -98,8 +99,8 @@ class Whole(Runner):
         model, kept = self.model, windows.shape[1] - first
         for i, window in enumerate(windows):
             with torch.inference_mode(), self._timed():
-                out = model(input_ids=window[None], use_cache=False, logits_to_keep=kept)
-            yield _checked(self.checkpoint, i, out.logits[0].float())
+                logits = text_logits(model, window[None], kept)
+            yield _checked(self.checkpoint, i, logits[0].float())
 
 
 class Blockwise(Runner):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from math import prod
 from typing import Any
 
+from ..algorithms import CalibrationWarning
 from ..files.checkpoint import Checkpoint
 from ..files.output import Job
-from ..model.sites import block_matrices
+from ..model.sites import TOWER, block_matrices, sites
 from ..release.receipt import TensorRow
 
 PROMISED = 0.95
@@ -45,6 +47,38 @@ def coverage_of(
     if share < PROMISED:
         warnings.warn(shortfall_of(coverage), CoverageWarning, stacklevel=3)
     return coverage
+
+
+def outside_notes(
+    checkpoint: Checkpoint, jobs: Sequence[Job], rows: Sequence[TensorRow], walked: Collection[str] | None
+) -> tuple[str, ...]:
+    """What text does not reach: modules that stay in float, with their share of the model; and weights that
+    a run over the blocks has not come to, which is a warning too. walked: those it has; None: no such run."""
+    seen = {site.name: site for site in sites(checkpoint)}
+    towers = [name for name, each in checkpoint.seen.items() if each.role == TOWER]
+    quantized, blind = set(), []
+    for job, row in zip(jobs, rows, strict=True):
+        known = [seen[name] for name in job.sources if name in seen]
+        quantized |= set(job.sources) if job.quantized else set()
+        inside = any(site.block is not None or site.role == TOWER for site in known)
+        left = walked is not None and not any(name in walked for name in job.sources)
+        if job.quantized and inside and left and row.algorithm == "rtn":
+            blind.append(row)
+    notes = []
+    if floats := [name for name in towers if name in checkpoint.tensors and name not in quantized]:
+        share = sum(prod(checkpoint.tensors[name].shape) for name in floats) / checkpoint.numel
+        notes.append(
+            f"{share:.1%} of the model's numbers are in {len(floats)} tensors of modules that no text goes "
+            f"through, such as {floats[0]}: they stay in float unless a rule names them"
+        )
+    if blind:
+        text = (
+            f"{len(blind)} weights, such as {blind[0].name}, are rounded without calibration: no text of the "
+            f"calibration reaches them"
+        )
+        warnings.warn(text, CalibrationWarning, stacklevel=3)
+        notes.append(text)
+    return tuple(notes)
 
 
 def shortfall_of(coverage: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from ..errors import FormatError
 from ..files.checkpoint import Checkpoint
 from ..files.directory import module_of
 from ..files.output import Output
+from ..formats.base import Format
 from .resolve import Resolved
 
 
@@ -32,6 +33,8 @@ def read_back(checkpoint: Checkpoint, resolved: Resolved) -> Resolved:
         floats = {module_of(name) for name in reading.unexpected if name.endswith(".weight")}
         taken = {key.rpartition(".")[0] for key in reading.missing} & floats
         taken |= {module_of(key) for key in reading.tied if key.endswith(".weight")}
+        if reading.failed:
+            taken |= _named_otherwise(checkpoint, resolved)
         if taken <= {*resolved.unquantized}:
             break
         resolved = replace(resolved, unquantized=(*resolved.unquantized, *sorted(taken)))
@@ -43,6 +46,18 @@ def read_back(checkpoint: Checkpoint, resolved: Resolved) -> Resolved:
         f"{checkpoint.path}: transformers does not read {where} of this model as it is meant: "
         f"{reading.failed or '; '.join(keys)}; take --file native"
     )
+
+
+def _named_otherwise(checkpoint: Checkpoint, resolved: Resolved) -> set[str]:
+    """The modules in float that the class names otherwise than the files."""
+    decisions = resolved.by_output(checkpoint)
+    return {
+        seen.module
+        for name, seen in checkpoint.seen.items()
+        if name in decisions and not isinstance(decisions[name].kind, Format)
+        if name.endswith(".weight") and module_of(name) != seen.module
+        if len(checkpoint.tensors[name].shape) == 2
+    }
 
 
 def _tensors(output: Output) -> dict[str, torch.Tensor]:

@@ -46,9 +46,27 @@ def collect(
     inside = {site.name: site for site in sites(checkpoint) if site.block is not None}
     if not inside:
         raise CalibrationError(f"{checkpoint.path}: no weight of its blocks is known; nothing to calibrate")
-    model = BlockModel(checkpoint, streaming.dtype, streaming.device)
     if hessian:
         _check_disk(inside, parts)
+    saved: list[Statistics] = []
+    stack, n_stacks = 0, 1
+    while stack < n_stacks:
+        model = BlockModel(checkpoint, streaming.dtype, streaming.device, stack)
+        saved += _of_stack(model, inside, tokens, streaming, (parts, len(saved), hessian), report)
+        stack, n_stacks = stack + 1, model.n_stacks
+    return join(saved)
+
+
+def _of_stack(
+    model: BlockModel,
+    inside: dict[str, Site],
+    tokens: Tokens,
+    streaming: Streaming,
+    place: tuple[Path, int, bool],
+    report: Progress,
+) -> list[Statistics]:
+    """Of the blocks of one stack. place: folder of parts, number of the first, whether with Hessians."""
+    parts, first, hessian = place
     saved = []
     with torch.no_grad(), Activations((), streaming.activation_memory, streaming.scratch) as x:
         widest = max(max(site.shape) for site in inside.values())
@@ -60,15 +78,15 @@ def collect(
             wanted = [inside[name] for name in model.names(i) if name in inside]
             seen = capture(block, x, wanted, hessian, outputs=x)
             part = gather(
-                identify(checkpoint), tokens.source, tokens.count, seen.stats, seen.unseen,
+                identify(model.checkpoint), tokens.source, tokens.count, seen.stats, seen.unseen,
                 tokens.notes + seen.notes,
             )  # fmt: skip
-            path = parts / f"block-{i:04d}.safetensors"
+            path = parts / f"block-{first + i:04d}.safetensors"
             save_statistics(part, path)
             saved.append(load_statistics(path))
             del block, seen, part
         report("block", model.n_blocks, model.n_blocks)
-    return join(saved)
+    return saved
 
 
 def _check_disk(inside: dict[str, Site], folder: Path) -> None:

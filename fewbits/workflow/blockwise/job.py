@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -52,7 +53,8 @@ class BlockJob:
     def transform(self, wanted: Sequence[Site], x: Activations) -> None:
         """Rewrite the float weights as the method says, by the pairs that leave the block's output alone."""
         asked = [name for name in self.run.method.transforms if name in TRANSFORMS]
-        pairs = find_pairs(self.run.checkpoint, self.index) if asked else []
+        tensors = {name: self.run.checkpoint.tensors[name] for name in self.weights}
+        pairs = find_pairs(replace(self.run.checkpoint, tensors=tensors)) if asked else []
         if not pairs:
             text = f"no pairs: block {self.index} has none that can be scaled"
             self.notes += [Note(text, "no pairs")] if asked else []

@@ -51,15 +51,21 @@ def quantize_blocks(
     Raises CalibrationError naming the block or site for what cannot be calibrated; the blocks that
     are finished stay in `store`.
     """
-    walk = _Walk(run, store, progress or (lambda stage, done, total: None))
-    n = walk.model.n_blocks
-    if not all(store.has(i) for i in range(n)):
-        walk.go()
     tensors: dict[str, LazyTensor] = dict(run.checkpoint.tensors)
     records: Records = {}
     notes: list[Note] = []
-    for i in range(n):
-        _take(store, i, tensors, records, notes)
+    n, stack, n_stacks = 0, 0, 1
+    while stack < n_stacks:  # a decoder reads what its quantized encoder gives
+        so_far = replace(run, checkpoint=replace(run.checkpoint, tensors=dict(tensors)))
+        walk = _Walk(so_far, store, progress or (lambda stage, done, total: None), stack, n)
+        last = n + walk.model.n_blocks
+        if not all(store.has(i) for i in range(n, last)):
+            walk.go()
+        for i in range(n, last):
+            _take(store, i, tensors, records, notes)
+        n, stack, n_stacks = last, stack + 1, walk.model.n_stacks
+        if walk.model.hears_noise:
+            notes.append(Note("the encoder reads no text: the decoder is calibrated on noise for its output"))
     if run.method.distill:
         if not store.has(n):
             quantized = replace(run.checkpoint, tensors=dict(tensors))
@@ -120,11 +126,13 @@ def _distill(
 
 
 class _Walk:
-    """The model, its activations, and how far the walk is."""
+    """The model, its activations, and how far the walk is. first: number in the store of this stack's first
+    block."""
 
-    def __init__(self, run: Run, store: BlockStore, progress: Progress):
+    def __init__(self, run: Run, store: BlockStore, progress: Progress, stack: int, first: int):
         self.run, self.store, self.progress = run, store, progress
-        self.model = BlockModel(run.checkpoint, run.streaming.dtype, run.streaming.device)
+        self.first = first
+        self.model = BlockModel(run.checkpoint, run.streaming.dtype, run.streaming.device, stack)
         self.sites = {site.name: site for site in sites(run.checkpoint) if site.name in run.specs}
         self.total = sum(_size(site) for site in self.sites.values())
         self.done = 0
@@ -147,8 +155,9 @@ class _Walk:
     def _blocks(self, x: Activations, floats: Activations | None) -> None:
         for i in range(self.model.n_blocks):
             weights = self.model.weights(i)
-            more = not all(self.store.has(later) for later in range(i + 1, self.model.n_blocks))
-            if self.store.has(i):
+            rest = range(self.first + i + 1, self.first + self.model.n_blocks)
+            more = not all(self.store.has(later) for later in rest)
+            if self.store.has(self.first + i):
                 block = self._replay(i, weights, floats)
                 through = False
             else:
@@ -165,7 +174,7 @@ class _Walk:
                 self._tell(i, "done before: ", self.sites[name], None)
         if floats is not None:
             advance(block, floats, floats)
-        entries, _ = self.store.read(i)
+        entries, _ = self.store.read(self.first + i)
         block.set({name: decoded(tensor.load()) for name, tensor in entries.items()})
         return block
 
@@ -198,7 +207,7 @@ class _Walk:
                 job.learn(wanted, cast(Batches, x), cast(Batches, targets))
         if floats is not None and groups is None:
             advance(reference, floats, floats)
-        self.store.write(i, job.result, _kept(job.records, job.notes))
+        self.store.write(self.first + i, job.result, _kept(job.records, job.notes))
         return job.block, groups is not None
 
     def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:
