@@ -23,12 +23,14 @@ _FIELDS: tuple[tuple[str, int], ...] = (
     (r".*experts_per_tok.*|.*top_?k.*|num_selected_experts|moe_k", 2),
     (r"num_shared_experts|n_shared_experts|moe_num_shared_experts", 1),
     (r".*num_.*experts|n_routed_experts|num_local_experts|moe_num_experts", 4),
+    (r"lru_width", 64),
     (r".*lora_rank|.*_rank|laurel_rank", 32),
     (r".*intermediate_size.*|.*ffn_dim|ffn_hidden.*|n_inner|d_inner|ffn_dim|.*ffn_size|dim_ff|dff|d_ff", 128),
     (r".*hidden_size|d_model|n_embd|dim|emb_dim|embed_dim|embedding_size|word_embed.*dim|.*ing_dim", 64),
     (r"state_size|ssm_state_size|mamba_d_state", 16),
     (r".*sliding_window|.*window_size|attention_window|.*chunk_size", 8),
 )  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MLA = {"num_key_value_heads": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -38,7 +40,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("dots3_note", "dots3_note_text"), _MLA),
     **{name: {"rotary_dim": 8} for name in ("codegen", "gptj")},
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": 64, "ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2,
+            "ffn_act_fn": {"name": "silu"},
+        },
+    },
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
+    **{name: {"state_size": 8} for name in ("mamba", "falcon_mamba")},  # a small share, as in real ones
+    "recurrent_gemma": {"num_attention_heads": 8},
     "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "dots1": {
         "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 64, "num_experts_per_tok": 2,
@@ -50,6 +64,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "zamba": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "attention_hidden_size": 128,
+        "attention_head_dim": 32, "num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_dt_rank": 16,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "attention_hidden_size": 128,
+        "attention_head_dim": 32, "num_key_value_heads": 4, "mamba_headdim": 16, "kv_channels": 16,
+        "num_query_groups": 4, "adapter_rank": 16,
+    },
     "xlnet": {"d_head": 16},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }  # fmt: skip

@@ -10,6 +10,7 @@ import transformers
 
 import fewbits
 from fewbits.calibrate.tokens import Tokens
+from fewbits.errors import PlanError
 from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.experts import WHOLE, arrays, place_of
 from fewbits.release.receipt import Receipt
@@ -27,13 +28,29 @@ STACKS: dict[str, dict[str, Any]] = {
         "layer_types": None,
         "no_rope_layers": None,
     },  # in one product
+    "dbrx": {  # (e * out, in), one below the other
+        **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"), None),
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": 64,
+            "ffn_hidden_size": 96,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "ffn_act_fn": {"name": "silu"},
+        },
+    },
     "gemma2": {"query_pre_attn_scalar": 16},  # eager attention only
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 64},  # embeddings narrower than blocks
 }
 
 
 def saved(kind: str, folder: Path) -> Any:
-    config = transformers.CONFIG_MAPPING[kind](**SMALL | STACKS[kind])
+    fields = {key: value for key, value in (SMALL | STACKS[kind]).items() if value is not None}
+    config = transformers.CONFIG_MAPPING[kind](**fields)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -60,7 +77,10 @@ def test_codes_by_gptq_give_the_logits_of_transformers_own_model_with_those_weig
         w = tensor.load()
         w = w.decode() if tensor.quantized else w.float()
         array, stacked, rest = name.rpartition(".experts.")
-        target = state[array][int(rest.split(".")[0])] if stacked and array in state else state[name]
+        if stacked and array in state:
+            target = state[array].view(4, -1, state[array].shape[-1])[int(rest.split(".")[0])]
+        else:
+            target = state[name]
         target = target if target.shape == w.shape else target.mT
         assert (w - target).norm() < 0.3 * target.norm(), name
         target.copy_(w)
@@ -71,7 +91,7 @@ def test_codes_by_gptq_give_the_logits_of_transformers_own_model_with_those_weig
 
 
 @pytest.mark.filterwarnings("ignore:.*are held as floats")
-@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text", "dbrx"])
 def test_transformers_loads_experts_of_a_native_directory_and_of_its_floats(
     kind: str, tmp_path: Path
 ) -> None:
@@ -152,3 +172,36 @@ def test_what_stays_in_float_is_told_and_why() -> None:
     receipt = Receipt("a", "b", (), "", "", (), (), 0.0, 0, {}, coverage=coverage)
     assert receipt.table().startswith("25.0% of the weights in blocks got int4; not: 75.0% no matrix")
     assert coverage_of(checkpoint, jobs, rows, None) == {}
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "exaone": {  # LlamaForCausalLM, with other names in files
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
+        "num_key_value_heads": 2, "head_dim": 16,
+    },
+    "bigbird_pegasus": {  # its config ties, its class does not
+        "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_named_unlike_its_class_runs_as_transformers_has_it(kind: str, tmp_path: Path) -> None:
+    config = transformers.CONFIG_MAPPING[kind](**{"vocab_size": 320} | OTHERS[kind])
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "float")
+    fewbits.quantize(tmp_path / "float", tmp_path / "int4", to="int4_g32", effort="fast", verify=False)
+    fewbits.convert(tmp_path / "int4", tmp_path / "decoded", file="huggingface")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.float32)
+        found = fewbits.load(tmp_path / "int4")(input_ids=ids).logits
+        torch.testing.assert_close(found, twin.eval()(input_ids=ids).logits)
+
+
+def test_a_model_without_numbered_blocks_is_not_left_uncalibrated_in_silence(tmp_path: Path) -> None:
+    config = transformers.XLMConfig(vocab_size=320, emb_dim=64, n_layers=2, n_heads=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "float")
+    text = Tokens.of(torch.randint(3, 300, (4, 24)), "random")
+    with pytest.raises(PlanError, match="no name has the number of a block"):
+        fewbits.quantize(tmp_path / "float", tmp_path / "out", to="int4_g32", method="gptq", calibrate=text)

@@ -97,6 +97,8 @@ def _as_class(checkpoint: Checkpoint) -> Checkpoint | None:
                 f"config.json says tie_word_embeddings, but {target} and {source} differ: both are kept, and "
                 "the output's config.json says false"
             ]
+    if "lm_head.weight" in tensors and not cls.tied:
+        config["tie_word_embeddings"] = False  # whatever it says, the class has no copy
     aside = [name for name in tensors if name not in cls.names]
     if aside:
         notes += [

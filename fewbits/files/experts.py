@@ -10,6 +10,7 @@ mixtral's own names for them are block_sparse_moe.experts.E.w1, w3 and w2, and b
 of other models get names of ours, transposed where the model has (e, in, out):
 
     feed_forward.experts.gate_up_proj (e, h, 2f)  ->  ...gate_up_proj.experts.E.weight (2f, h)
+    ffn.experts.mlp.w2 (e * f, h)                 ->  ...w2.experts.E.weight (h, f)
 
 `split_experts` and `joined` apply these in the two directions.
 """
@@ -17,7 +18,7 @@ of other models get names of ours, transposed where the model has (e, in, out):
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
@@ -87,6 +88,7 @@ def arrays(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> 
     width = text.get("hidden_size") or text.get("d_model")
     found: dict[str, dict[str, Place]] = {}
     for name, shape in shapes.items():
+        found |= _flat_pieces(name, shape, counts, width)
         stacked = len(shape) == 3 and (shape[0] in counts or (shape[0] == 1 and "experts" in name))
         if not stacked or min(shape[1:]) < SMALLEST or "conv" in name:
             continue
@@ -98,6 +100,22 @@ def arrays(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> 
             f"{name.removesuffix('.weight')}.experts.{e}.weight": Place((e,), turned) for e in range(shape[0])
         }
     return found
+
+
+def _flat_pieces(
+    name: str, shape: tuple[int, ...], counts: Set[int], width: int | None
+) -> dict[str, dict[str, Place]]:
+    """The weights in a parameter `(e * f, h)`, below each other; what writes hidden states is transposed."""
+    parts = name.split(".")
+    if len(shape) != 2 or shape[1] != width or "experts" not in parts or parts[-1] == "weight":
+        return {}
+    for count in counts:
+        rows, rest = divmod(shape[0], count)
+        if not rest and rows >= SMALLEST:
+            turned = bool(_WRITES.search(name.rpartition(".")[2]))
+            places = [Place((slice(e * rows, (e + 1) * rows),), turned) for e in range(count)]
+            return {name: {f"{name}.experts.{e}.weight": place for e, place in enumerate(places)}}
+    return {}
 
 
 def _transposed(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], width: int | None) -> bool:

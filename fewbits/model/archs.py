@@ -119,6 +119,9 @@ def architecture(config: Mapping[str, Any]) -> Architecture | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"config.json: architectures is {str(names)[:40]!r}, not a list of names")
     known = architectures()
+    kinds = {arch.model_type for arch in known.values()}
+    if config.get("model_type", "") not in ("", *kinds):  # another model that uses one of these classes
+        return None
     return next((known[name] for name in names if name in known), None)
 
 

@@ -161,11 +161,14 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def expert_counts(config: Mapping[str, Any]) -> set[int]:
-    """The numbers of experts that a config names."""
+    """The numbers of experts that a config names, in its parts too."""
+    fields = text_config(config)
+    parts = [fields, *(part for part in fields.values() if isinstance(part, dict))]
     return {
         value
-        for key, value in text_config(config).items()
-        if "experts" in key and "per_tok" not in key and type(value) is int and value > 1
+        for part in parts
+        for key, value in part.items()
+        if "experts" in str(key) and "per_tok" not in key and type(value) is int and value > 1
     }
 
 

@@ -22,6 +22,7 @@ from ..files.native import NATIVE
 from ..files.output import Output
 from ..formats.base import FORMATS, Format, Kind
 from ..model.archs import GGUFEntry, architecture, check_complete
+from ..model.sites import per_block, sites
 from ..plan.carry import carried
 from ..plan.choices import Decision, check_feasible, decide, entries_of
 from ..plan.mixtures import RECIPES, Recipe
@@ -88,6 +89,7 @@ def resolve(checkpoint: Checkpoint, request: Request, file_type: FileType) -> Re
     decisions = decide(checkpoint, entries, to, request.plan, file_type, request.calibrated)
     decisions = carried(checkpoint, entries, decisions, file_type, request.requantize)
     check_feasible(checkpoint, entries, decisions, request.requantize)
+    _check_any(checkpoint, request, decisions)
     check_algorithms(request)
     recipe = to if isinstance(to, Recipe) else None
     if recipe is not None and not request.calibrated and file_type.writes_gguf_names:
@@ -97,6 +99,21 @@ def resolve(checkpoint: Checkpoint, request: Request, file_type: FileType) -> Re
     unchanged = request.to is None and not request.plan.rules
     mixture = recipe.file_type if recipe else _mixture_of(checkpoint) if unchanged else None
     return Resolved(file_type, tuple(entries), decisions, recipe, mixture, runtime, tuple(notes))
+
+
+def _check_any(checkpoint: Checkpoint, request: Request, decisions: Mapping[str, Decision]) -> None:
+    """PlanError where no name has the number of a block, and for that no weight is calibrated, or none is
+    quantized at all."""
+    if not isinstance(target_of(request.to), Format) or per_block(checkpoint, lambda site: 1):
+        return
+    any_quantized = any(isinstance(each.kind, Format) for each in decisions.values())
+    if any_quantized and not request.method.streams:
+        return
+    name = next((site.name for site in sites(checkpoint)), "no weight matrix")
+    what = "calibrated; take --effort fast" if any_quantized else f"{request.to}; name them by rules"
+    raise PlanError(
+        f"{checkpoint.path}: no name has the number of a block, such as {name}: no weight would be {what}"
+    )
 
 
 def target_of(to: str | None) -> Recipe | Format | None:

@@ -60,6 +60,9 @@ class BlockJob:
             self.notes += [Note(text, "no pairs")] if asked else []
             return
         stats = {name: seen.to("cpu") for name, seen in capture(self.block, x, wanted).stats.items()}
+        unseen = [pair for pair in pairs if not {*pair.consumers} <= stats.keys()]  # experts without a token
+        self.notes += [Note(f"dropped: {pair.name}: no token reached it", "dropped") for pair in unseen]
+        pairs = [pair for pair in pairs if pair not in unseen]
         formats = {site.name: self.run.specs[site.name].format for site in wanted}
         chosen: list[Choice] = []
         for name in asked:
