@@ -22,6 +22,7 @@ from tests.tiny import save_tiny
 if find_spec("llama_cpp") is None:
     pytest.skip("llama-cpp-python is not installed", allow_module_level=True)
 
+LOSS = 4e-3  # nats, of int8: about twice the largest that was measured, 0.0021; a wrong theta makes 0.09
 TOKENS = torch.tensor([[1, 5, 9, 100, 250, 3, 77, 400]])
 Tensors = dict[str, torch.Tensor]
 
@@ -63,7 +64,7 @@ def nats(wanted: torch.Tensor, got: torch.Tensor) -> float:
 
 def calibrated(path: Path, out: Path, to: str = "int8_g32", **given: Any) -> fewbits.Receipt:
     """As the default command does, on random text; a model that is rounded to nearest instead is a fault."""
-    text = Tokens(torch.randint(3, 500, (4, 32)), "random", "")
+    text = Tokens(torch.randint(3, 500, (4, 32), generator=torch.Generator().manual_seed(0)), "random", "")
     receipt = fewbits.quantize(path, out, to=to, calibrate=text, verify=False, **given)
     assert receipt.calibration is not None and not any("rounded to nearest" in note for note in receipt.notes)
     return receipt
@@ -75,7 +76,7 @@ def agree(path: Path, tmp: Path, gguf: bool = True) -> fewbits.Receipt:
     wanted = theirs(path)
     assert torch.equal(ours(path), wanted)
     receipt = calibrated(path, tmp / "native")
-    assert nats(wanted, ours(tmp / "native")) < 2e-3
+    assert nats(wanted, ours(tmp / "native")) < LOSS
     floats = tmp / "floats"
     fewbits.convert(path, floats, "huggingface")
     assert torch.equal(theirs(floats), wanted)
@@ -218,7 +219,7 @@ def test_parts_that_training_adds_to_names_are_left_out(
     receipt = calibrated(path, tmp_path / "out")
     assert any("named as transformers names them" in note for note in receipt.notes)
     assert any("vision_tower" in note for note in receipt.notes)
-    assert nats(wanted, ours(tmp_path / "out")) < 2e-3
+    assert nats(wanted, ours(tmp_path / "out")) < LOSS
     fewbits.convert(path, tmp_path / "float.gguf")
     assert nats(wanted, engine_logits(tmp_path / "float.gguf", TOKENS[0])) < 2e-5
 
@@ -287,4 +288,4 @@ def test_settings_left_over_on_plain_weights_are_dropped(method: str | None, tmp
     assert torch.equal(ours(path), wanted)
     receipt = calibrated(path, tmp_path / "out")
     assert any("quantization_config" in note and "dropped" in note for note in receipt.notes)
-    assert nats(wanted, ours(tmp_path / "out")) < 2e-3
+    assert nats(wanted, ours(tmp_path / "out")) < LOSS
