@@ -9,6 +9,7 @@ import io
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ def dry_load(
     checkpoint: Checkpoint, quantization: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> Reading | None:
     """quantization: the config's quantization_config. tensors: on the meta device. None for a GGUF file, and
-    where transformers lacks the model's class or a package for this quantization."""
-    if not checkpoint.config or checkpoint.gguf_keys:
+    where transformers lacks the model's class, accelerate or a package for this quantization."""
+    if not checkpoint.config or checkpoint.gguf_keys or find_spec("accelerate") is None:
         return None
     try:
         config = model_config(checkpoint)

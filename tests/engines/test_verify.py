@@ -11,7 +11,8 @@ from fewbits.dtypes import DTYPES
 from fewbits.engines import ENGINES
 from fewbits.errors import ModelError
 from fewbits.files.open import FILE_TYPES, open_checkpoint
-from fewbits.release.verify import NEW, Decoded, Outcome, compared, divergence, engines_of, verify
+from fewbits.release.reference import divergence
+from fewbits.release.verify import NEW, Decoded, Outcome, compared, engines_of, verify
 from fewbits.runtime.runner import Blockwise, Whole
 from fewbits.workflow.request import Request
 from fewbits.workflow.run import run as quantize
