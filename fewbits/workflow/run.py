@@ -131,7 +131,7 @@ def _resolved(checkpoint: Checkpoint, request: Request, file_type: FileType) -> 
         whole = as_saved(checkpoint, kinds)
         if whole is not checkpoint:
             checkpoint, resolved = whole, resolve(whole, request, file_type)
-    return checkpoint, settle(checkpoint, read_back(checkpoint, resolved))
+    return checkpoint, read_back(checkpoint, settle(checkpoint, resolved))
 
 
 def _cleaned(output: Output, file: StreamFile, store: BlockStore | None) -> Receipt:
