@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def read_back(checkpoint: Checkpoint, resolved: Resolved) -> Resolved:
         output = resolved.lay_out(checkpoint, Path("output"))
         quantization = output.config.get("quantization_config")
         reading = dry_load(checkpoint, quantization, _tensors(output)) if quantization else None
-        if reading is None or not (reading.failed or reading.missing or reading.unexpected):
+        if reading is None or not (reading.failed or _weights(reading.missing | reading.unexpected)):
             return resolved
         floats = {module_of(name) for name in reading.unexpected if name.endswith(".weight")}
         taken = {key.rpartition(".")[0] for key in reading.missing} & floats
@@ -39,8 +40,8 @@ def read_back(checkpoint: Checkpoint, resolved: Resolved) -> Resolved:
             break
         resolved = replace(resolved, unquantized=(*resolved.unquantized, *sorted(taken)))
     assert reading is not None
-    keys = [f"{name} is not in it" for name in sorted(reading.missing)[:1]]
-    keys += [f"{name} is not one of the class" for name in sorted(reading.unexpected)[:1]]
+    keys = [f"{name} is not in it" for name in _weights(reading.missing)[:1]]
+    keys += [f"{name} is not one of the class" for name in _weights(reading.unexpected)[:1]]
     where = resolved.file_type.where.format(name=resolved.file_type.name)
     raise FormatError(
         f"{checkpoint.path}: transformers does not read {where} of this model as it is meant: "
@@ -58,6 +59,14 @@ def _named_otherwise(checkpoint: Checkpoint, resolved: Resolved) -> set[str]:
         if name.endswith(".weight") and module_of(name) != seen.module
         if len(checkpoint.tensors[name].shape) == 2
     }
+
+
+def _weights(names: Set[str]) -> list[str]:
+    """The names, but for those of zero points, which this loader takes only with `dequantize=True`, and of
+    the steps of inputs and caches, which other engines read."""
+    return sorted(
+        name for name in names if not name.endswith(("_zero_point", "k_scale", "v_scale", "input_scale"))
+    )
 
 
 def _tensors(output: Output) -> dict[str, torch.Tensor]:
