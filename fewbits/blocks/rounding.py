@@ -46,11 +46,8 @@ def rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return rounded_32 if FORMATS.get(name).block == 32 else rounded_256
 
 
-def engine_rounding(checkpoint: Checkpoint) -> Change | None:
-    """For `simulate.changed_inputs`: the inputs of a file's weights, rounded like in its engine. None for
-    other file types than GGUF."""
-    if not checkpoint.gguf_keys:
-        return None
+def engine_rounding(checkpoint: Checkpoint) -> Change:
+    """For `simulate.changed_inputs`: the inputs of a GGUF file's weights, rounded like in its engine."""
 
     def change(site: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         tensor = checkpoint.tensors.get(site)  # a fused tensor of experts is not listed

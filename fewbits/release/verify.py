@@ -11,7 +11,8 @@ nibble order or zero point gives several nats (tests/engines/test_verify.py). Ve
 KL divergence on the prompt below the engine's measured tolerance (engines/__init__.py), and for greedy tokens
 that have our largest logit too or nearly: so a cache that is read wrongly shows.
 
-Where inputs have outliers and weights few bits, an engine's rounding of activations alone can exceed that.
+Where inputs have outliers and weights few bits, an engine's rounding of activations alone can exceed that, or
+send a token to another expert.
 Then a second pass of ours rounds activations the same way (blocks/rounding.py), and the engine must be as
 near to it as the tolerance, or at least nearer than the rounding moved it: values near the middle of two
 codes are rounded to either side, and a model of very few bits amplifies that.
@@ -96,7 +97,7 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """An Outcome for each engine of the file type, in its order; at least one."""
     checkpoint = open_checkpoint(Path(path))
-    ours = Decoded(decoded or checkpoint, our_memory)
+    ours = Decoded(decoded or checkpoint, our_memory, bool(checkpoint.gguf_keys))
     chosen = [each for each in engines_of(checkpoint, engine) if each.heads or ours.head == "causal"]
     parent = None if reference is None else reference_trial(reference, seconds, memory, our_memory)
     for each in chosen:
@@ -120,7 +121,7 @@ def reference_trial(
     reason = obstacle(engine, reference, TOKENS + NEW, memory)
     if reason is not None:
         return Trial(Outcome(engine.name, "not checked", reason=reason))
-    ours = Decoded(reference, our_memory)
+    ours = Decoded(reference, our_memory, bool(reference.gguf_keys))
     trial = _trial(engine, reference, ours, None, (seconds, memory), is_reference=True)
     wrong = misread(reference, trial.said.get("tokens"))
     if wrong is None or trial.outcome.kl is None:
@@ -174,13 +175,15 @@ def verification_need(path: Path, engine: str | None = None, memory: int | None 
 
 @dataclass
 class Decoded:
-    """A checkpoint's own forward pass: its weights decoded, in f32. memory: bytes that it may take.
+    """A checkpoint's own forward pass: its weights decoded, in f32. memory: bytes that it may take. gguf: the
+    engine is that of a GGUF file.
 
     ModelError where the model cannot be run.
     """
 
     checkpoint: Checkpoint
     memory: int | None = None
+    gguf: bool = False
     _passes: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -204,7 +207,7 @@ class Decoded:
     def change(self) -> Change | None:
         """How its engine rounds the inputs of weights, where that is known."""
         if (said := record_of(self.checkpoint.metadata, "activations")) is None:
-            return engine_rounding(self.checkpoint)
+            return engine_rounding(self.checkpoint) if self.gguf else None
         return activations_of(said).change
 
     def logits(self, ids: list[int]) -> torch.Tensor:
@@ -304,17 +307,20 @@ def _compared(
         return Outcome(engine.name, "not checked", reason=f"there is nothing to compare with: {error}")
     tolerance = engine.tolerance_of(ours.checkpoint)
     outcome = compared(engine.name, found, logits, tolerance, took, ours.head)
-    rounded = None if outcome.kl is None or outcome.kl < tolerance else ours.rounded(ids)
+    rounded = None if outcome.kl is None or outcome.verdict == "same" else ours.rounded(ids)
     if rounded is None:
         return outcome
-    count = len(logits) - len(found["new"])
-    near = distance(rounded[:count], torch.from_numpy(found["logits"]), ours.head)
+    count, theirs = len(logits) - len(found["new"]), torch.from_numpy(found["logits"]).float()
+    near = distance(rounded[:count], theirs, ours.head)
     moved = distance(logits[:count], rounded[:count], ours.head)
     text = (
         f"{outcome.measure} {near:.2g} with activations rounded as {engine.name} rounds them, which alone is "
         f"{moved:.2g}"
     )
     wrong = wrong_token(logits[count - 1 :], found["new"], outcome.largest or 0.0)[1]
+    if wrong is not None:
+        largest = float((rounded[:count] - theirs[:, : rounded.shape[1]]).abs().max())
+        wrong = wrong_token(rounded[count - 1 :], found["new"], largest)[1]
     verdict = "same" if near < max(tolerance, moved) and wrong is None else "differs"
     return replace(outcome, verdict=verdict, reason="; ".join(filter(None, (text, wrong))))
 

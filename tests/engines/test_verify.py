@@ -75,7 +75,7 @@ def test_block_by_block_is_the_whole_model(tmp_path, architecture, change, monke
     monkeypatch.setattr(verify_module, "engine_rounding", lambda checkpoint: change)
     ids, found = list(range(5, 45)), {}
     for runner in (Whole(checkpoint), Blockwise(checkpoint)):
-        ours = Decoded(checkpoint)
+        ours = Decoded(checkpoint, gguf=True)
         ours.runner = runner
         found[runner.kind] = ours.logits(ids) if change is None else ours.rounded(ids)
     whole, parts = found.values()
