@@ -108,9 +108,12 @@ def _reads_text(kind: str) -> bool:
 
     import transformers
 
-    cls = transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[kind]]
-    cls = cls[0] if isinstance(cls, tuple) else cls
-    known = signature(cls.forward).parameters
+    try:
+        cls = transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[kind]]
+        cls = cls[0] if isinstance(cls, tuple) else cls
+        known = signature(cls.forward).parameters
+    except (ImportError, ValueError):  # it needs packages that are not there, or names a class that is not
+        return False
     return "input_ids" in known and not {"decoder_input_ids", "pixel_values"} & known.keys()
 
 

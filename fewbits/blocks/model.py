@@ -68,7 +68,7 @@ class BlockModel:
         later = stacks[stacks.index(stacks[stack]) + 1 :]
         self._apart = tuple(f"{each.path}." for each in (stacks[stack], *later))
         modules = {id(module): name for name, module in self._model.named_modules()}
-        self._table = f"{modules[id(self._model.get_input_embeddings())]}.weight"
+        self._table = f"{modules[id(_table_of(self._model, checkpoint))]}.weight"
         self._rows, self._width = get_tensor(self._model, self._table).shape
         output = modules.get(id(self._model.get_output_embeddings()))  # None: no language model's head
         self._output = None if output is None else f"{output}.weight"
@@ -78,7 +78,7 @@ class BlockModel:
         known = signature(self._model.forward).parameters
         self._no_cache = {"use_cache": False} if "use_cache" in known else {}
         self._check_names()
-        _move_buffers(self._model, self.device)
+        _move_buffers(self._model, self.device, checkpoint)
         self._blocks = list(blocks)
         self._stand_ins = [StandIn(block, i) for i, block in enumerate(self._blocks)]
         for i, stand_in in enumerate(self._stand_ins):
@@ -343,9 +343,24 @@ def _stacks(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Stack]:
         raise ModelError(f"{checkpoint.path}: {error}") from error
 
 
-def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+def _table_of(model: PreTrainedModel, checkpoint: Checkpoint) -> torch.nn.Module:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError as error:
+        kind = checkpoint.config.get("model_type")
+        raise ModelError(
+            f"{checkpoint.path}: {kind!r} cannot be run block by block: it has no one table of embeddings"
+        ) from error
+
+
+def _move_buffers(model: torch.nn.Module, device: torch.device, checkpoint: Checkpoint) -> None:
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                kind = checkpoint.config.get("model_type")
+                raise ModelError(
+                    f"{checkpoint.path}: {kind!r} cannot be run block by block: buffer {name!r} is in no file"
+                )
             setattr(module, name, buffer.to(device))
 
 
