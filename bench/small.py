@@ -132,17 +132,22 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def small_model(model_type: str, head: str = "causal") -> Any:
-    """A random model in f32; what initializes to zeros or nothing is random too."""
+    """A random model of a type, as `random_model` makes it."""
     import transformers
 
     known = transformers.CONFIG_MAPPING[model_type]
     fields = shrunk(known().to_dict()) | SPECIAL.get(model_type, {})
     config = known.from_dict(fields)
-    torch.manual_seed(0)
     cls = getattr(transformers, MAPPINGS[head])[type(config)]
     cls = cls[0] if isinstance(cls, tuple) else cls
     if not isinstance(config, cls.config_class):  # of a composed model, whose text model this is
         config = config.get_text_config()
+    return random_model(cls, config)
+
+
+def random_model(cls: Any, config: Any) -> Any:
+    """A model in f32; what initializes to zeros or nothing is random too."""
+    torch.manual_seed(0)
     model = cls(config).float().eval()
     with torch.no_grad():
         for weight in model.parameters():

@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from small import SPECIAL, ids_of, shrunk
+from small import SPECIAL, ids_of, random_model, shrunk
 
 SIDE = 56  # pixels of an image, where the config leaves it open
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -25,21 +25,13 @@ TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id", "
 
 
 def small_multimodal(model_type: str, cls: Any) -> Any:
-    """A random model of a class in f32; what initializes to zeros or nothing is random too."""
+    """A random model of a class, as `random_model` makes it."""
     from transformers import CONFIG_MAPPING
 
     known = CONFIG_MAPPING[model_type]
     fields = merged(shrunk(known().to_dict()), SPECIAL.get(model_type, {}))
     config = known.from_dict(sectioned(merged(fields, MULTIMODAL.get(model_type, {}))))
-    torch.manual_seed(0)
-    model = cls(config).float().eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 1:
-                weight.add_(0.1 * torch.randn_like(weight))
-            elif not weight.isfinite().all() or weight.std() in (0, None) or weight.abs().max() > 20:
-                weight.copy_(0.1 * torch.randn_like(weight))
-    return model
+    return random_model(cls, config)
 
 
 def sectioned(fields: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from fewbits.adapters.llamacpp_convert import SCRIPT, interpreter
 from fewbits.errors import ModelError
 from tests.tiny import bpe_tokenizer, spm_tokenizer
 
+PYTHON = interpreter()  # before a test's own cache
+
 SIZE = 300
 LETTERS = "▁etaoinshrdlu"
 CLASSES = {"llama": "LlamaTokenizerFast"}
@@ -147,8 +149,9 @@ def gguf_model(model_type: str) -> Any:
 
 @contextmanager
 def converting() -> Iterator[None]:
-    """Within, fewbits runs the converter in a child of one process."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Within, fewbits runs the converter in a child of one process, and finds it where it is now, whatever
+    cache a test has."""
+    with patch.dict(os.environ, {"FEWBITS_CONVERTER": str(PYTHON)}), tempfile.TemporaryDirectory() as folder:
         address = str(Path(folder) / "socket")
         python = str(interpreter())
         place = str(interpreter().parent.parent / "llama.cpp")

@@ -13,6 +13,7 @@ from fewbits.blocks.columns import PROBES, Columns, Extent
 from fewbits.blocks.model import BlockModel
 from fewbits.calibrate.tokens import Tokens
 from fewbits.errors import ModelError
+from tests.tiny import save_random
 
 COMMON = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
@@ -45,14 +46,8 @@ an earlier layer; XLNet: (t, b, h)"""
 
 
 def saved(kind: str, folder: Path) -> Any:
-    config = transformers.CONFIG_MAPPING[kind](**(COMMON if kind != "xlnet" else {}) | MODELS[kind])
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(0.1 * torch.randn_like(weight) + (weight if weight.ndim == 1 else 0))
-    model.save_pretrained(folder)
-    return type(model).from_pretrained(folder).eval()
+    fields = (COMMON if kind != "xlnet" else {}) | MODELS[kind]
+    return save_random("AutoModelForCausalLM", kind, fields, folder)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.adapters.observed import next_logits
+from fewbits.adapters.forward import next_logits
 from fewbits.adapters.transformers import load_model
 from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main

@@ -14,7 +14,9 @@ from fewbits.calibrate.tokens import Tokens
 from fewbits.evaluation import Settings, Text
 from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import sites
+from fewbits.release.verify import verify
 from fewbits.runtime.runner import Blockwise
+from tests.tiny import alike, save_random
 
 SMALL = {
     "vocab_size": 320,
@@ -38,13 +40,7 @@ WINDOWS = torch.randint(3, 300, (8, 24), generator=torch.Generator().manual_seed
 
 
 def saved(kind: str, folder: Path) -> Path:
-    auto, fields, _ = MODELS[kind]
-    torch.manual_seed(0)
-    model = getattr(transformers, auto).from_config(transformers.CONFIG_MAPPING[kind](**fields)).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(0.1 * torch.randn_like(weight) + (weight if weight.ndim == 1 else 0))
-    model.save_pretrained(folder)
+    save_random(MODELS[kind][0], kind, MODELS[kind][1], folder)
     return folder
 
 
@@ -53,10 +49,6 @@ def logits(model: Any) -> torch.Tensor:
     sound = {"input_features": torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1))}
     given = sound if model.config.model_type == "whisper" else {"input_ids": WINDOWS[:2]}
     return model(**given, decoder_input_ids=WINDOWS[2:4]).logits
-
-
-def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((got - expected).norm() < 1e-4 * (expected - expected.mean()).norm())
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -73,7 +65,16 @@ def test_every_block_is_calibrated_and_both_loaders_agree(kind: str, tmp_path: P
     loaded = fewbits.load(tmp_path / "int4")
     fewbits.convert(tmp_path / "int4", tmp_path / "decoded", file="huggingface")
     decoded = getattr(transformers, MODELS[kind][0]).from_pretrained(tmp_path / "decoded").eval()
-    assert type(loaded) is type(decoded) and same(logits(loaded), logits(decoded))
+    assert type(loaded) is type(decoded) and alike(logits(loaded), logits(decoded))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_output_and_reference_are_the_same_in_transformers(kind: str, tmp_path: Path) -> None:
+    path = saved(kind, tmp_path / "float")
+    fewbits.quantize(path, tmp_path / "out", to="int8_channel", effort="fast", verify=False)
+    outcome = verify(tmp_path / "out", reference=open_checkpoint(path))
+    assert outcome.verdict == outcome.reference.verdict == "same", outcome.lines()
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -87,7 +88,7 @@ def test_block_by_block_gives_the_logits_of_the_whole(kind: str, tmp_path: Path)
         noise = torch.randn((1, 24, 64), generator=torch.Generator().manual_seed(0))
         given = {"encoder_outputs": (noise.repeat(2, 1, 1),)}
     with torch.no_grad():
-        assert same(found, model(**given, decoder_input_ids=WINDOWS[:2]).logits)
+        assert alike(found, model(**given, decoder_input_ids=WINDOWS[:2]).logits)
 
 
 def test_the_blocks_of_the_decoder_are_numbered_after_the_encoders(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.experts import WHOLE, arrays, place_of
 from fewbits.release.receipt import Receipt
 from fewbits.workflow.coverage import CoverageWarning, coverage_of
+from tests.tiny import save_random
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -50,14 +51,7 @@ STACKS: dict[str, dict[str, Any]] = {
 
 def saved(kind: str, folder: Path) -> Any:
     fields = {key: value for key, value in (SMALL | STACKS[kind]).items() if value is not None}
-    config = transformers.CONFIG_MAPPING[kind](**fields)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(0.1 * torch.randn_like(weight) + (weight if weight.ndim == 1 else 0))
-    model.save_pretrained(folder)
-    return type(model).from_pretrained(folder).eval()
+    return save_random("AutoModelForCausalLM", kind, fields, folder)
 
 
 @pytest.mark.parametrize("kind", STACKS)

@@ -16,6 +16,7 @@ from fewbits.evaluation import Settings, Text
 from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import sites
 from fewbits.plan import parse_rule
+from tests.tiny import alike, save_random
 
 TEXT = {
     "model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96,
@@ -41,13 +42,7 @@ PIXELS = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
 
 
 def saved(kind: str, folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[kind].from_dict(SEEING[kind])
-    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(0.1 * torch.randn_like(weight) + (weight if weight.ndim == 1 else 0))
-    model.save_pretrained(folder)
+    save_random("AutoModelForImageTextToText", kind, SEEING[kind], folder)
     return folder
 
 
@@ -59,10 +54,6 @@ def logits(model: Any, image: bool) -> torch.Tensor:
     ids = torch.cat([WINDOWS[:1, :3], torch.full((1, places), 319), WINDOWS[:1, 3:]], 1)
     more = {"token_type_ids": (ids == 319).long()} if model.config.model_type == "gemma3" else {}
     return model(input_ids=ids, pixel_values=PIXELS, **more).logits
-
-
-def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((got - expected).norm() < 1e-4 * (expected - expected.mean()).norm())
 
 
 @pytest.mark.parametrize("kind", SEEING)
@@ -89,8 +80,8 @@ def test_text_calibrates_the_language_model_and_the_tower_stays_in_float(kind: s
     decoded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "decoded")
     for image in (False, True):
         expected = logits(decoded, image)
-        assert same(logits(model, image), expected)
-        assert not same(expected, logits(parent, image))
+        assert alike(logits(model, image), expected)
+        assert not alike(expected, logits(parent, image))
 
 
 @pytest.mark.engine
@@ -102,7 +93,7 @@ def test_a_compressed_tensors_directory_has_the_same_logits(kind: str, tmp_path:
     auto = transformers.AutoModelForImageTextToText
     packed, decoded = (auto.from_pretrained(tmp_path / name) for name in ("ct", "decoded"))
     for image in (False, True):
-        assert same(logits(packed, image), logits(decoded, image))
+        assert alike(logits(packed, image), logits(decoded, image))
 
 
 def test_a_rule_quantizes_the_tower_without_calibration_and_a_warning_says_so(tmp_path: Path) -> None:
@@ -121,7 +112,7 @@ def test_a_rule_quantizes_the_tower_without_calibration_and_a_warning_says_so(tm
     assert len(rows) == 9 and all(row.algorithm == "rtn" for row in rows.values())
     assert any("without calibration" in note for note in receipt.notes)
     decoded = load_model(open_checkpoint(tmp_path / "out"))
-    assert same(logits(fewbits.load(tmp_path / "out"), True), logits(decoded, True))
+    assert alike(logits(fewbits.load(tmp_path / "out"), True), logits(decoded, True))
 
 
 def test_a_model_that_sees_is_evaluated_on_text(tmp_path: Path) -> None:

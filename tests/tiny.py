@@ -198,6 +198,25 @@ def save_tiny(
     return path
 
 
+def save_random(auto: str, kind: str, fields: Mapping[str, Any], path: Path) -> Any:
+    """A random model of a model type, by one of transformers' Auto classes, saved -> the same, loaded."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[kind].from_dict(dict(fields))
+    model = getattr(transformers, auto).from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.1 * torch.randn_like(weight) + (weight if weight.ndim == 1 else 0))
+    model.save_pretrained(path)
+    return type(model).from_pretrained(path).eval()
+
+
+def alike(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Logits that differ by rounding alone."""
+    return bool((got - expected).norm() < 1e-4 * (expected - expected.mean()).norm())
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from gguf import GGUFReader
 
 import fewbits
 from fewbits.adapters.llamacpp import engine_logits
-from fewbits.adapters.llamacpp_convert import converted_architectures, interpreter
+from fewbits.adapters.llamacpp_convert import converted_architectures
 from fewbits.engines import ENGINES
 from fewbits.files.gguf.converted import Converted
 from fewbits.files.open import open_checkpoint
@@ -75,15 +75,12 @@ NOT_RUN = {"FalconForCausalLM", "GPTNeoXForCausalLM", "Gemma2ForCausalLM"}
 """Converted only: their blocks are not calibrated yet."""
 SENTENCEPIECE = {"GemmaForCausalLM", "Gemma2ForCausalLM", "NemotronForCausalLM"}
 """Their converters read tokenizer.model."""
-PYTHON = interpreter()  # before the tests' own cache
 
 
 @pytest.fixture(scope="module", autouse=True)
 def converter() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWBITS_CONVERTER", str(PYTHON))
-        with converting():
-            yield
+    with converting():
+        yield
 
 
 def saved(name: str, path: Path) -> Path:

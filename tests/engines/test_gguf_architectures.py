@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fewbits.adapters.llamacpp import engine_logits
-from fewbits.adapters.llamacpp_convert import converted_architectures, interpreter
+from fewbits.adapters.llamacpp_convert import converted_architectures
 from tests.converting import convert_in_floats, converting, gguf_model
 from tests.tiny import CORPUS
 
@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(not converted_architectures(), reason="`make converter` installs the converter"),
 ]
-PYTHON = interpreter()  # before the tests' own cache
 
 # Both compute in f32 with sums in another order: 2e-7 to 2e-6 of the logits' norm measured, bloom 1.3e-5.
 # ggml looks GELU up in a table of f16 values, whose spacing is 2^-11 = 4.9e-4 of a value.
@@ -40,10 +39,8 @@ GELU = ["falcon", "gemma2", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neox", "p
 
 @pytest.fixture(scope="module", autouse=True)
 def converter() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWBITS_CONVERTER", str(PYTHON))
-        with converting():
-            yield
+    with converting():
+        yield
 
 
 @pytest.mark.parametrize("model_type", [*TYPES, *GELU])
