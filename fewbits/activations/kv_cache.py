@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..adapters.observed import text_logits
+from ..adapters.forward import text_logits
 from ..blocks.simulate import changed_attention
 from ..errors import CalibrationError, ModelError, PlanError
 from ..registry import Registry

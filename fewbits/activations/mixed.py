@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from ..adapters.observed import text_logits
+from ..adapters.forward import text_logits
 from ..blocks.simulate import changed_inputs
 from ..errors import CalibrationError
 from ..model.sites import role_of

@@ -24,6 +24,7 @@ import torch
 from ..errors import FileError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.experts import WHOLE
+from .forward import GENERATES
 from .transformers import empty_model, head_of, tensors_in
 
 INSTALL = "the graph of an encoder is made by torch's ONNX exporter: pip install 'fewbits[onnx]'"
@@ -82,7 +83,7 @@ def graph_of(checkpoint: Checkpoint) -> Any:
 
     FileError where the exporter is not installed, ModelError where it cannot follow the class.
     """
-    if head_of(checkpoint) == "causal":
+    if head_of(checkpoint) in GENERATES:
         return None
     try:
         import onnxscript  # noqa: F401

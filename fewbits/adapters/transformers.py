@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
@@ -21,7 +22,7 @@ from ..files.experts import WHOLE, Place, arrays, joined, place_of
 from ..files.gguf.tokenizer import tokenizer_json
 from ..qtensor import QTensor
 from ..storage.json import read_json_object
-from .observed import GENERATES, Views, with_head
+from .forward import GENERATES, with_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -144,6 +145,13 @@ def unknown_experts(checkpoint: Checkpoint) -> dict[str, tuple[dict[str, Place],
     return {name: (places, shapes[name]) for name, places in arrays(shapes, checkpoint.config).items()}
 
 
+class _Views(TorchFunctionMode):
+    """Keeps views: nothing is copied only to lie in one piece."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if function is torch.Tensor.contiguous else function(*args, **(kwargs or {}))
+
+
 def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, dict[str, Place]]:
     """key of a model's state -> the tensors of a file in it, and the place of each.
 
@@ -161,7 +169,7 @@ def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, dict[
     state = {key: torch.empty(value.shape, device="meta") for key, value in model.state_dict().items()}
     owner = {value.untyped_storage()._cdata: key for key, value in state.items()}
     found: dict[str, dict[str, Place]] = {key: {} for key in state}
-    with Views():
+    with _Views():
         saved = revert_weight_conversion(model, dict(state))
     for name, value in saved.items():
         key = owner.get(value.untyped_storage()._cdata)

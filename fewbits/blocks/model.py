@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.as_loaded import as_loaded
-from ..adapters.observed import Stack, reads_twice, stacks_of, text_inputs
+from ..adapters.forward import reads_twice, text_inputs
+from ..adapters.observed import Stack, stacks_of
 from ..adapters.transformers import empty_model, tensors_in
 from ..errors import CalibrationError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor

@@ -134,7 +134,7 @@ def _announce(models: Sequence[Checkpoint], text: Text, settings: Settings, writ
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..adapters.observed import GENERATES
+    from ..adapters.forward import GENERATES
     from ..adapters.transformers import head_of, load_tokenizer
     from ..evaluation import Settings, blank_text, evaluate, read_text, self_text
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from inspect import signature
 from time import perf_counter
 from typing import Any
 
@@ -119,8 +120,13 @@ def run(
 
 
 def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
-    """Of each token, or of the text; hidden states of a model without logits."""
-    out = model(torch.tensor([ids]))
+    """Of each token, or of the text; hidden states of a model without logits. A decoder gets its encoder's
+    tokens too."""
+    given, tokens = {}, torch.tensor([ids])
+    twice = getattr(model.config, "is_encoder_decoder", False)
+    if twice and "decoder_input_ids" in signature(model.forward).parameters:
+        given = {"decoder_input_ids": tokens}
+    out = model(tokens, **given)
     rows = out.get("logits", out.get("last_hidden_state"))
     if rows is None or rows.ndim not in (2, 3):
         sys.exit(f"{type(model).__name__} gives neither logits nor hidden states")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.observed import GENERATES
+from ..adapters.forward import GENERATES
 from ..adapters.transformers import head_of
 from ..blocks.activations import DEFAULT_LIMIT
 from ..errors import CalibrationError, FileError, ModelError, raise_all

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.observed import next_logits
+from ..adapters.forward import next_logits
 
 LONGEST_PERIOD = 16
 REPEATS = 3

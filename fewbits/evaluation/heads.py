@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.nn.functional import logsigmoid, normalize
 
+from ..adapters.forward import GENERATES
 from ..adapters.transformers import head_of, load_tokenizer
 from ..errors import CalibrationError, ModelError, PlanError, raise_all
 from ..files.checkpoint import Checkpoint
@@ -128,7 +129,7 @@ def _check(
         for path, head in heads.items()
         if head != heads[reference.path]
     ]
-    if heads[reference.path] == "causal":
+    if heads[reference.path] in GENERATES:
         faults.append(f"{reference.path}: generates text; give it to `evaluate`")
     if examples.labels and heads[reference.path] != "sequence":
         faults.append(f"{reference.path}: labels are for classifiers of texts")

@@ -40,6 +40,7 @@ from typing import Any
 import torch
 
 from ..activations.record import activations_of, record_of
+from ..adapters.forward import GENERATES
 from ..adapters.transformers import head_of, load_tokenizer
 from ..blocks.rounding import engine_rounding
 from ..blocks.simulate import Change, changed_inputs
@@ -196,7 +197,7 @@ class Decoded:
 
     @cached_property
     def runner(self) -> Runner:
-        if self.head == "causal":
+        if self.head in GENERATES:
             return runner_of(self.checkpoint, self.memory)
         whole, free = Whole(self.checkpoint), free_memory() if self.memory is None else self.memory
         if (needed := whole.needs(1, TOKENS)) > free:
@@ -235,7 +236,7 @@ class Decoded:
                     raise
                 self.runner = runner
         with nullcontext() if change is None else changed_inputs(runner.model, change):
-            if self.head == "causal":
+            if self.head in GENERATES:
                 return next(iter(runner.logits(window)))
             out = runner.model(input_ids=window)
         rows: torch.Tensor = out["logits"] if "logits" in out else out["last_hidden_state"]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters.observed import next_logits
+from ..adapters.forward import next_logits
 
 PAGE = 16  # tokens
 GROUPED = "fewbits_grouped"  # the name under which transformers knows our attention

@@ -53,13 +53,16 @@ class PackedWeight(nn.Module):
     @torch.no_grad()
     def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """-> `(n, k)` floats."""
-        return (self.q.decode() * self.factor).to(dtype or self.dtype)
+        return self._scaled(self.q.decode()).to(dtype or self.dtype)
 
     @torch.no_grad()
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """`(...)` int -> `(..., k)`: those rows, decoded alone where the format has no parameter of many."""
         rows, where = ids.unique(return_inverse=True)
-        return (self.q.decode_rows(rows) * self.factor).to(self.dtype)[where]
+        return self._scaled(self.q.decode_rows(rows)).to(self.dtype)[where]
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.factor == 1 else x * self.factor
 
     def div_(self, by: float) -> PackedWeight:
         self.factor /= by

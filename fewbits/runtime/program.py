@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..adapters.exported import exported_program, inputs_of
+from ..adapters.forward import GENERATES
 from ..adapters.transformers import head_of
 from ..errors import FileError, ModelError
 from ..files.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ def save_program(checkpoint: Checkpoint, out: Path, overwrite: bool = False) -> 
     """
     if out.exists() and not overwrite:
         raise FileError(f"{out}: exists; choose another output or pass overwrite")
-    if head_of(checkpoint) == "causal":
+    if head_of(checkpoint) in GENERATES:
         raise ModelError(f"{checkpoint.path}: generates text, and a program has no cache; use gguf or onnx")
     model = load_packed(checkpoint)
     partial = out.with_name(f"{out.stem}.partial{SUFFIX}")

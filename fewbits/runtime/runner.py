@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.observed import text_logits
+from ..adapters.forward import text_logits
 from ..adapters.transformers import load_model
 from ..blocks.activations import DEFAULT_LIMIT, Activations
 from ..blocks.block import Block

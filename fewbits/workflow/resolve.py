@@ -33,7 +33,8 @@ from .request import Request, check_algorithms
 @dataclass(frozen=True)
 class Resolved:
     """The result of a request. decisions: by entry. recipe: the requested llama.cpp file type. runtime:
-    records for the runtime, or the name of a scheme that is not measured yet."""
+    records for the runtime, or the name of a scheme that is not measured yet. unquantized: modules of
+    transformers' class that stay in float, where names do not say so."""
 
     file_type: FileType
     entries: tuple[GGUFEntry, ...]
@@ -42,9 +43,7 @@ class Resolved:
     mixture: int | None
     runtime: Mapping[str, Any]
     notes: tuple[str, ...]
-    unquantized: tuple[
-        str, ...
-    ] = ()  # modules of transformers' class that stay in float, if not known by name
+    unquantized: tuple[str, ...] = ()
 
     def by_output(self, checkpoint: Checkpoint) -> dict[str, Decision]:
         """Decisions by the output's names: its entries, or every tensor of the checkpoint."""
