@@ -9,7 +9,7 @@ import torch
 import fewbits
 from fewbits.cli.main import main
 from tests.encoders import save_encoder
-from tests.tiny import save_tiny
+from tests.tiny import change_weights, save_tiny
 
 RUN = """
 import sys, torch
@@ -57,3 +57,14 @@ def test_what_generates_text_or_exists_is_refused(tmp_path, capsys):
     assert main(["convert", str(encoder), str(tmp_path / "there.pt2")]) == 1
     assert "exists" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "m", "there.pt2"]
+
+
+def test_bad_input_is_named_and_nothing_is_written(tmp_path, capsys):
+    encoder = save_encoder("BertModel", tmp_path / "e")
+    out = tmp_path / "new" / "model.pt2"
+    assert main(["quantize", str(encoder), "--to", "int8_channel", "--out", str(out)]) == 1
+    assert f"fewbits convert DIRECTORY {out}" in capsys.readouterr().err
+    change_weights(encoder, {"encoder.layer.0.output.dense.weight": lambda w: w * torch.nan})
+    assert main(["convert", str(encoder), str(out)]) == 1
+    assert "weights are damaged" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt2"))

@@ -44,9 +44,10 @@ def _needs(engine: Engine, reference: Checkpoint, tokens: int) -> dict[str | Non
     if engine.mapped:
         return {None: reference.nbytes}
     needs: dict[str | None, int] = {None: Whole(reference).needs(1, tokens)}
-    stored = [DTYPES[name] for name in {tensor.dtype for tensor in reference.tensors.values()}]
-    if engine.by_layer and len(stored) == 1 and stored[0].weight:  # a loader that keeps bf16 rounds f32 too
-        needs[stored[0].torch_name] = reference.nbytes + Blockwise(reference).needs(1, tokens)
+    names = {tensor.dtype for tensor in reference.tensors.values()}
+    stored = DTYPES.get(names.pop()) if len(names) == 1 else None  # a loader that keeps bf16 rounds f32 too
+    if engine.by_layer and stored and stored.weight:
+        needs[stored.torch_name] = reference.nbytes + Blockwise(reference).needs(1, tokens)
     return needs
 
 
@@ -71,7 +72,7 @@ def obstacle(engine: Engine, reference: Checkpoint, tokens: int, memory: int | N
 def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Mean KL divergence in nats of logits `(t, vocabulary)`; one of them may be padded to more."""
     width = min(ours.shape[1], theirs.shape[1])
-    p, q = (x[:, :width].float().log_softmax(-1).double() for x in (ours, theirs))
+    p, q = (x[:, :width].double().log_softmax(-1) for x in (ours, theirs))
     return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))  # rounding may leave -1e-12
 
 

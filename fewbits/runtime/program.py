@@ -22,6 +22,7 @@ from ..adapters.forward import GENERATES
 from ..adapters.transformers import head_of
 from ..errors import FileError, ModelError
 from ..files.checkpoint import Checkpoint
+from ..storage.atomic import make_directory
 from .load import load_packed
 
 SUFFIX = ".pt2"
@@ -39,11 +40,14 @@ def save_program(checkpoint: Checkpoint, out: Path, overwrite: bool = False) -> 
         raise FileError(f"{out}: exists; choose another output or pass overwrite")
     if head_of(checkpoint) in GENERATES:
         raise ModelError(f"{checkpoint.path}: generates text, and a program has no cache; use gguf or onnx")
+    make_directory(out.parent)
     model = load_packed(checkpoint)
     partial = out.with_name(f"{out.stem}.partial{SUFFIX}")
     try:
         torch.export.save(exported_program(model), partial)
         apart = _apart(model, partial)
+        if apart != apart:
+            raise ModelError(f"{checkpoint.path}: its output is not finite; its weights are damaged")
         if not apart < TOLERANCE:
             raise ModelError(
                 f"{out}: its output differs from the model's by {apart:.2g} of the largest number"

@@ -16,6 +16,7 @@ from ..files.open import FILE_TYPES, GGUF_FILE
 from ..plan.method import EFFORTS, METHODS, Method
 from ..plan.mixtures import RECIPES
 from ..plan.rules import Option
+from ..runtime.program import SUFFIX
 from .request import CommonOptions, Request
 from .resolve import file_type_for
 
@@ -96,7 +97,9 @@ class Options(CommonOptions):
         return Request(**same | {"method": self.chosen_method(), "streaming": streaming})
 
     def place(self, path: Path, checkpoint: Checkpoint, out: Path | None) -> tuple[Path, FileType]:
-        """The output path and file type for the model at `path`."""
+        """The output path and file type for the model at `path`. PlanError for a program of torch.export."""
+        if out is not None and out.suffix == SUFFIX:
+            raise PlanError(f"{out}: write a directory; `fewbits convert DIRECTORY {out}` makes a program of it")
         if out is not None:
             return out, file_type_for(self.file, out)
         file_type = FILE_TYPES.get(self.file) if self.file else self._usual()
