@@ -99,7 +99,9 @@ class Options(CommonOptions):
     def place(self, path: Path, checkpoint: Checkpoint, out: Path | None) -> tuple[Path, FileType]:
         """The output path and file type for the model at `path`. PlanError for a program of torch.export."""
         if out is not None and out.suffix == SUFFIX:
-            raise PlanError(f"{out}: write a directory; `fewbits convert DIRECTORY {out}` makes a program of it")
+            raise PlanError(
+                f"{out}: write a directory; `fewbits convert DIRECTORY {out}` makes a program of it"
+            )
         if out is not None:
             return out, file_type_for(self.file, out)
         file_type = FILE_TYPES.get(self.file) if self.file else self._usual()
