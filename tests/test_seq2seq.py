@@ -32,6 +32,7 @@ T5 = SMALL | {"num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 
 WHISPER = BART | {"num_mel_bins": 16, "max_source_positions": 32, "max_target_positions": 64}
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "bart": ("AutoModelForSeq2SeqLM", BART, 2 * 6 + 2 * 10),
+    "marian": ("AutoModelForSeq2SeqLM", BART, 2 * 6 + 2 * 10),
     "t5": ("AutoModelForSeq2SeqLM", T5, 2 * 7 + 2 * 11),
     "whisper": ("AutoModelForSpeechSeq2Seq", WHISPER, 2 * 10),
 }

@@ -16,6 +16,7 @@ from fewbits.evaluation import Settings, Text
 from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import sites
 from fewbits.plan import parse_rule
+from fewbits.runtime.runner import Blockwise
 from tests.tiny import alike, save_random
 
 TEXT = {
@@ -35,8 +36,10 @@ SEEING: dict[str, dict[str, Any]] = {
                "mm_tokens_per_image": 4},
     "internvl": {"text_config": TEXT, "image_token_id": 319, "downsample_ratio": 0.5, "vision_config": {
         **VISION, "model_type": "internvl_vision", "image_size": [28, 28], "patch_size": [14, 14]}},
+    "idefics3": {"text_config": TEXT, "image_token_id": 319, "scale_factor": 2,
+                 "vision_config": VISION | {"model_type": "idefics3_vision"}},
 }  # fmt: skip
-TOWERS = {"llava": "vision_tower", "gemma3": "vision_tower", "internvl": "vision_tower"}
+TOWERS = dict.fromkeys(SEEING, "vision_tower") | {"idefics3": "vision_model"}
 WINDOWS = torch.randint(3, 300, (8, 24), generator=torch.Generator().manual_seed(0))
 PIXELS = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
 
@@ -50,10 +53,12 @@ def saved(kind: str, folder: Path) -> Path:
 def logits(model: Any, image: bool) -> torch.Tensor:
     if not image:
         return model(input_ids=WINDOWS[:2]).logits
-    places = 1 if model.config.model_type == "internvl" else 4
+    kind = model.config.model_type
+    places = 1 if kind in ("internvl", "idefics3") else 4
     ids = torch.cat([WINDOWS[:1, :3], torch.full((1, places), 319), WINDOWS[:1, 3:]], 1)
-    more = {"token_type_ids": (ids == 319).long()} if model.config.model_type == "gemma3" else {}
-    return model(input_ids=ids, pixel_values=PIXELS, **more).logits
+    more = {"token_type_ids": (ids == 319).long()} if kind == "gemma3" else {}
+    pixels = PIXELS[None] if kind == "idefics3" else PIXELS  # of several images in a text
+    return model(input_ids=ids, pixel_values=pixels, **more).logits
 
 
 @pytest.mark.parametrize("kind", SEEING)
@@ -135,3 +140,26 @@ def test_roles_and_blocks_come_from_modules(tmp_path: Path) -> None:
     assert found["vision"] == found["projector"] == {("tower", None)}
     assert {block for _, block in found["language"]} == {None, 0, 1}
     assert {role for role, block in found["language"] if block is None} == {"embed", "output"}
+
+
+def test_blocks_for_images_alone_are_rounded_and_a_warning_says_so(tmp_path: Path) -> None:
+    """Llama 3.2: text does not go through the layers of cross attention."""
+    text = TEXT | {"model_type": "mllama_text_model", "num_hidden_layers": 3, "cross_attention_layers": [1],
+                   "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+                   "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_global_layers": 1,
+              "attention_heads": 4, "image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0],
+              "vision_output_dim": 128}  # fmt: skip
+    fields = {"text_config": text, "vision_config": vision, "image_token_index": 319}
+    save_random("AutoModelForImageTextToText", "mllama", fields, tmp_path / "float")
+    with pytest.warns(CalibrationWarning, match=r"7 weights, such as .*layers\.1\..* without calibration"):
+        receipt = fewbits.quantize(
+            tmp_path / "float", tmp_path / "o", to="int4_g32", method="gptq", calibrate=Tokens.of(WINDOWS, "")
+        )
+    read = {row.name: row.tokens for row in receipt.tensors if row.format == "int4_g32"}
+    assert len(read) == 21 and all((tokens is None) == (".1." in name) for name, tokens in read.items())
+    fewbits.convert(tmp_path / "o", tmp_path / "decoded", file="huggingface")
+    decoded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "decoded")
+    assert alike(logits(fewbits.load(tmp_path / "o"), False), logits(decoded, False))
+    found = torch.stack(list(Blockwise(open_checkpoint(tmp_path / "o")).logits(WINDOWS[:2])))
+    assert alike(found, logits(decoded, False))

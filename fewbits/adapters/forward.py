@@ -30,6 +30,14 @@ def with_head(head: str, cls: Any, config: Any) -> tuple[str, Any]:
     return ("seq2seq" if reads_twice(cls, config) else "causal") if head in GENERATES else head, cls
 
 
+def stands_on(model: torch.nn.Module, device: torch.device) -> None:
+    """Let a model without weights say that it is on a device: a forward pass may move tensors there."""
+    for module in model.modules():
+        if "device" in dir(type(module)):
+            cls = type(module)
+            module.__class__ = type(cls.__name__, (cls,), {"device": device, "__module__": cls.__module__})
+
+
 def text_inputs(model: Any, ids: torch.Tensor, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Token ids `(b, t)` as the arguments of a model's forward pass; the encoder of an encoder-decoder gets
     them too. Noise (of `dtype`) stands for the output of one that reads no text."""

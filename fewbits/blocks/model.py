@@ -18,29 +18,30 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..adapters.as_loaded import as_loaded
-from ..adapters.forward import reads_twice, text_inputs
+from ..adapters.computed import fill_computed
+from ..adapters.forward import reads_twice, stands_on, text_inputs
 from ..adapters.observed import Stack, stacks_of
 from ..adapters.transformers import empty_model, tensors_in
 from ..errors import CalibrationError, ModelError, raise_all
-from ..files.checkpoint import Checkpoint, LazyTensor
+from ..files.checkpoint import Checkpoint
 from ..model.sites import TOWER
 from ..qtensor import QTensor
 from .block import Block, get_tensor, put_tensor
 from .columns import PROBES
 from .flow import PLAIN, flow_of
 from .stand_in import Arrived, Call, Pass, StandIn
+from .tables import Table, is_large_table, read_by_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LARGE = 2**22  # weights of a table that is not decoded as a whole
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError)  # of a forward pass
 
 
 class BlockModel:
@@ -62,6 +63,7 @@ class BlockModel:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self._model = empty_model(checkpoint)
         self._made_of = tensors_in(self._model, checkpoint)
+        fill_computed(self._model, self._made_of, checkpoint.tensors)
         stacks = _stacks(self._model, checkpoint)
         self.n_stacks = len(stacks)
         self.hears_noise = reads_twice(self._model) and len(stacks) == 1  # for want of an encoder of text
@@ -80,10 +82,12 @@ class BlockModel:
         self._no_cache = {"use_cache": False} if "use_cache" in known else {}
         self._check_names()
         _move_buffers(self._model, self.device, checkpoint)
+        stands_on(self._model, self.device)
         self._blocks = list(blocks)
         self._stand_ins = [StandIn(block, i) for i, block in enumerate(self._blocks)]
         for i, stand_in in enumerate(self._stand_ins):
             blocks[i] = stand_in
+        self._places = list(range(len(self._blocks)))  # in that list, of the blocks that text goes through
         self._looked_up = set(self._read_rows_alone())
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._last: tuple[torch.Tensor, list[Call]] | None = None  # token ids and their calls
@@ -91,12 +95,16 @@ class BlockModel:
         self._flow = PLAIN
         with self._filled(self._around()):
             self._around_is_there = True
+            self._places = self._called()
+            for i, place in enumerate(self._places):
+                self._stand_ins[place].number = i
             self._flow = flow_of(self._probe, _same, self._why_not())
         self._around_is_there = False
 
     @property
     def n_blocks(self) -> int:
-        return len(self._blocks)
+        """Of the blocks that text goes through: Llama 3.2's cross attention is for images alone."""
+        return len(self._places)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(b, t)` int64 -> `(b, t, h)`: the input of block 0. Only the rows of these tokens are decoded."""
@@ -127,13 +135,14 @@ class BlockModel:
         computation is shared with the block, not copied."""
         self._head = None
         faults = [f"tensor {name!r} is missing" for name in self.names(i) if name not in weights]
-        raise_all(ModelError, f"{self.path}.{i}", faults)
+        raise_all(ModelError, f"{self.path}.{self._places[i]}", faults)
         # The config is shared, not copied: blocks only read it.
         shared = {id(self._model.config): self._model.config}
-        module = deepcopy(self._blocks[i], shared)
-        prefix = f"{self.path}.{i}."
+        place = self._places[i]
+        module = deepcopy(self._blocks[place], shared)
+        prefix = f"{self.path}.{place}."
         made_of = {key.removeprefix(prefix): self._made_of[key] for key in self._keys(i)}
-        block = Block(f"{self.path}.{i}", module, made_of, lambda hidden: self._calls_for(hidden)[i])
+        block = Block(f"{self.path}.{place}", module, made_of, lambda hidden: self._calls_for(hidden)[i])
         block.dtype, block.device, block.number, block.flow = self.dtype, self.device, i, self._flow
         block.set(weights)
         return block
@@ -215,12 +224,29 @@ class BlockModel:
                 self._model(**self._given(inputs), **self._no_cache)
             except Arrived:
                 return running
-            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            except _FAILURES as error:
                 raise ModelError(f"{self._why_not()}: {type(error).__name__}: {error}") from error
         raise ModelError(
             f"{self.checkpoint.path}: its forward pass called {len(running.calls)} of the "
             f"{self.n_blocks} blocks of {self.path}; it cannot be run block by block"
         )
+
+    @torch.no_grad()
+    def _called(self) -> list[int]:
+        """The blocks that a pass calls, in order; all of them where that cannot be told."""
+        every, ids = list(range(len(self._blocks))), torch.arange(4, device=self.device)[None] % self._rows
+        for observe in (False, True):
+            running = Pass(len(every), observe=observe)
+            with self._standing_in(running), _stopping_at(self._model.get_output_embeddings()):
+                try:
+                    self._model(**self._given({"input_ids": ids}), **self._no_cache)
+                except Arrived:
+                    pass
+                except _FAILURES:
+                    continue
+            found = running.numbers
+            return found if found and len({*found}) == len(found) else every
+        return every
 
     def _around(self) -> dict[str, torch.Tensor]:
         """The weights outside the blocks, without tables of embeddings and the output layer."""
@@ -238,23 +264,11 @@ class BlockModel:
     def _read_rows_alone(self) -> Iterator[str]:
         """Tables of embeddings of which each call decodes the rows that it reads; their keys."""
 
-        def fill(module: torch.nn.Module, args: tuple[Any, ...], table: _Table) -> tuple[Any, ...]:
-            rows, where = args[0].unique(return_inverse=True)
-            module.__dict__["weight"] = table[rows]
-            return (where, *args[1:])
-
-        def empty(module: torch.nn.Module, *_: Any, table: _Table) -> None:
-            module.__dict__["weight"] = table
-
         for name, module in self._model.named_modules():
             key = f"{name}.weight"
-            if key == self._table or _is_large_table(module):
-                module.padding_idx = None  # rows come in another order
+            if key == self._table or is_large_table(module):
                 tensor = self.checkpoint.tensors[next(iter(self._made_of[key]))]
-                table = _Table(tensor, self.dtype, self.device)
-                module.__dict__["weight"] = table  # found before the parameter
-                module.register_forward_pre_hook(partial(fill, table=table))
-                module.register_forward_hook(partial(empty, table=table))
+                read_by_rows(module, Table(tensor, self.dtype, self.device))
                 yield key
 
     def _in_tower(self, made_of: Mapping[str, Any]) -> bool:
@@ -293,13 +307,13 @@ class BlockModel:
     def _keys(self, i: int) -> list[str]:
         if not 0 <= i < self.n_blocks:
             raise ModelError(f"{self.checkpoint.path}: block {i} does not exist, it has {self.n_blocks}")
-        return [key for key in self._made_of if key.startswith(f"{self.path}.{i}.")]
+        return [key for key in self._made_of if key.startswith(f"{self.path}.{self._places[i]}.")]
 
     def _check_names(self) -> None:
         """ModelError unless the tensors are exactly those of the model."""
         wanted: dict[str, tuple[int, ...]] = {}
         for key, empty in self._model.state_dict().items():
-            for name, place in self._made_of[key].items():
+            for name, place in self._made_of.get(key, {}).items():
                 wanted[name] = tuple(place.of(empty).shape)
         tensors = {n: t for n, t in self.checkpoint.tensors.items() if n not in self.checkpoint.aside}
         skipped = [*map(re.escape, self._left_out), *(self._model._keys_to_ignore_on_load_unexpected or [])]
@@ -317,24 +331,19 @@ class BlockModel:
         raise_all(ModelError, f"{self.checkpoint.path} as {type(self._model).__name__}", faults)
 
 
-class _Table:
-    """A table of embeddings, of which rows are decoded when they are asked for."""
+@contextmanager
+def _stopping_at(module: torch.nn.Module | None) -> Iterator[None]:
+    """Ends a pass at this module, whose weights are not there."""
 
-    def __init__(self, tensor: LazyTensor, dtype: torch.dtype, device: torch.device) -> None:
-        self._tensor, self.shape, self.dtype, self.device = tensor, torch.Size(tensor.shape), dtype, device
+    def stop(*_: Any) -> None:
+        raise Arrived
 
-    def __getitem__(self, at: Any) -> torch.Tensor:
-        at = at if isinstance(at, tuple) else (at,)
-        value, rows = self._tensor.load(), torch.as_tensor(at[0]).cpu()
-        found = value.decode_rows(rows.reshape(-1)) if isinstance(value, QTensor) else value[rows.reshape(-1)]
-        found = found.reshape(*rows.shape, -1).to(self.device, self.dtype)
-        return found[(..., *at[1:])] if at[1:] else found
-
-
-def _is_large_table(module: torch.nn.Module) -> bool:
-    """A table that is best read by its rows: token embeddings of another kind, as far as it is called so."""
-    by_ids = list(signature(module.forward).parameters)[:1] in (["input"], ["input_ids"])
-    return isinstance(module, torch.nn.Embedding) and by_ids and module.weight.numel() > LARGE
+    hook = None if module is None else module.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def _stacks(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Stack]:

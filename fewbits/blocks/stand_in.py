@@ -105,6 +105,7 @@ class Pass:
     spread: bool = False
     hidden: list[torch.Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)  # of the blocks called
     products: list[Products] = field(default_factory=list)
     sizes: tuple[int, int] = (1, 1)  # b and t
     handed: list[tuple[torch.Tensor, Handed]] = field(default_factory=list)
@@ -149,6 +150,7 @@ class StandIn(torch.nn.Module):
         assert running is not None
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         call = Call(rest, kwargs, None if args else "hidden_states")
+        running.numbers.append(self.number)
         running.enter(hidden, call)
         if running.observe:
             products = self._observed(running, hidden, call)
