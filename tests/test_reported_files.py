@@ -16,8 +16,10 @@ from fewbits.adapters import llamacpp
 from fewbits.adapters.as_loaded import as_loaded
 from fewbits.adapters.llamacpp import engine_logits, engine_tokenize
 from fewbits.adapters.transformers import load_tokenizer
-from fewbits.errors import FewbitsError, FileError, ModelError
+from fewbits.cli.main import main
+from fewbits.errors import FewbitsError, FileError, ModelError, PlanError
 from fewbits.files.gguf.metadata import gguf_metadata, u32
+from fewbits.workflow.resolve import ELSEWHERE, target_of
 from tests import tiny
 from tests.encoders import save_encoder
 from tests.test_reported_inputs import TOKENS, edited, nats, ours, theirs
@@ -306,3 +308,29 @@ def test_weights_of_quanto_are_refused_by_name(tmp_path: Path) -> None:
     path = edited(save_tiny("LlamaForCausalLM", tmp_path / "in"), split)
     with pytest.raises(FileError, match=r"lm_head\.weight\._data is I8.*nothing says how"):
         fewbits.open(path)
+
+
+def test_files_without_their_index_are_named(tmp_path: Path) -> None:
+    path = save_tiny("LlamaForCausalLM", tmp_path / "in")
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    for i, half in enumerate((dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])), 1):
+        save_file(half, path / f"model-0000{i}-of-00002.safetensors")
+    with pytest.raises(FileError, match=r"has 2 files \(model-00001.*but no model\.safetensors\.index\.json"):
+        fewbits.open(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("W4A16", "int4_g128"), ("FP8_DYNAMIC", "--activations fp8_dynamic"), ("awq", "--awq --file awq")],
+)
+def test_what_other_tools_call_a_scheme_is_answered_with_what_to_ask_for(name: str, option: str) -> None:
+    with pytest.raises(PlanError, match=rf"did you mean .*{option}"):
+        target_of(name)
+
+
+@pytest.mark.parametrize("asked", sorted({words for each in ELSEWHERE.values() for words in each}))
+def test_what_it_is_answered_with_is_there(asked: str, tmp_path: Path) -> None:
+    path = save_tiny("LlamaForCausalLM", tmp_path / "in")
+    words = [*asked.split(), "--tokens", "256", "--no-verify", "--out", str(tmp_path / "out")]
+    assert main(["quantize", str(path), "--to", *words]) == 0

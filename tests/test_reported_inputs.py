@@ -184,6 +184,30 @@ def test_what_transformers_passes_over_is_kept_in_float(name: str, tmp_path: Pat
         assert fewbits.open(tmp_path / file).tensors[name].dtype == "f32"
 
 
+def test_blocks_that_config_does_not_count_are_named_and_one_of_another_kind_is_not(tmp_path: Path) -> None:
+    path = edited(save_tiny("LlamaForCausalLM", tmp_path / "in"), num_hidden_layers=1)
+    with pytest.raises(
+        ModelError, match=r"has 1 blocks model\.layers, but the file has model\.layers\.1 too"
+    ):
+        fewbits.quantize(path, tmp_path / "out", to="q4_0", effort="fast")
+
+    def next_token(tensors: Tensors) -> Tensors:
+        """DeepSeek's block for the token after the next: a whole one, and more."""
+        more = {n.replace("rs.1.", "rs.2."): t.clone() for n, t in tensors.items() if "layers.1." in n}
+        return tensors | more | {"model.layers.2.eh_proj.weight": torch.ones(256, 512)}
+
+    agree(edited(path, next_token, num_hidden_layers=2), tmp_path)
+
+
+def test_a_lora_adapter_is_named_with_the_way_to_merge_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    save_file(
+        {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(FileError, match=r"is a LoRA adapter and no model.*merge_and_unload"):
+        fewbits.quantize(tmp_path, tmp_path / "out", to="q4_0", effort="fast")
+
+
 def test_weights_of_lora_are_named_with_the_way_to_merge_them(tmp_path: Path) -> None:
     def adapted(tensors: Tensors) -> Tensors:
         return tensors | {

@@ -11,7 +11,7 @@ A model that transformers cannot build stays as it is on disk.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -27,6 +27,7 @@ from .observed import seen_in
 from .transformers import classes_of, default_fields, empty_model, model_config, tensors_in
 
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
+_NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -100,6 +101,7 @@ def _as_class(checkpoint: Checkpoint) -> Checkpoint | None:
     if "lm_head.weight" in tensors and not cls.tied:
         config["tie_word_embeddings"] = False  # whatever it says, the class has no copy
     aside = [name for name in tensors if name not in cls.names]
+    _check_depth(checkpoint, cls, aside)
     if aside:
         notes += [
             f"{len(aside)} tensors that {cls.name} does not have, such as {aside[0]}, stay as they are; a "
@@ -115,6 +117,29 @@ def _as_class(checkpoint: Checkpoint) -> Checkpoint | None:
         as_loaded=True,
         seen=cls.seen,
     )
+
+
+def _check_depth(checkpoint: Checkpoint, cls: _Class, aside: Sequence[str]) -> None:
+    """ModelError for blocks that config.json does not count, though they are like those of the model."""
+    inside, beyond = _by_block(cls.names), _by_block(aside)
+    known = {(path, frozenset(parts)) for (path, _), parts in inside.items()}
+    more = [place for place, parts in beyond.items() if (place[0], frozenset(parts)) in known]
+    if more:
+        path, number = more[0]
+        count = sum(place[0] == path for place in inside)
+        raise ModelError(
+            f"{checkpoint.path}: with this config.json {cls.name} has {count} blocks {path}, but the file "
+            f"has {path}.{number} too; mend the number of layers in config.json, or leave these tensors out"
+        )
+
+
+def _by_block(names: Iterable[str]) -> dict[tuple[str, str], set[str]]:
+    """(path of a list, number) -> what follows in the names of its tensors."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for name in names:
+        if match := _NUMBERED.match(name):
+            found.setdefault((match[1], match[2]), set()).add(match[3])
+    return found
 
 
 def _with_defaults(config: Any, given: dict[str, Any]) -> dict[str, Any]:

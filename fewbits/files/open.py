@@ -67,6 +67,11 @@ def file_type_at(path: str | Path) -> FileType:
             f"{path}: config.json says quant_method {method!r}; supported: {', '.join(methods)}; load it "
             "with the tool that wrote it, or quantize the original float model"
         )
+    if probe.has("adapter_config.json"):
+        raise FileError(
+            f"{path}: is a LoRA adapter and no model; merge it with its model first: peft's "
+            "model.merge_and_unload().save_pretrained(DIR), then give DIR"
+        )
     if probe.directory:
         raise FileError(f"{path}: has no config.json; give a model directory or a .gguf file")
     if probe.path.suffix in (".safetensors", ".onnx"):

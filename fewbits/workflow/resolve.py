@@ -29,6 +29,23 @@ from ..plan.mixtures import RECIPES, Recipe
 from ..plan.recipes import needing_imatrix
 from .request import Request, check_algorithms
 
+ELSEWHERE = {
+    "fp8": ("fp8_e4m3_channel",),
+    "fp8_dynamic": ("fp8_e4m3_channel --activations fp8_dynamic",),
+    "fp8_block": ("fp8_e4m3_block128",),
+    "w4a16": ("int4_g128",),
+    "w4a16_asym": ("int4_g128_asym",),
+    "w8a16": ("int8_channel",),
+    "w8a8": ("int8_channel --activations int8_dynamic", "fp8_e4m3_channel --activations fp8_dynamic"),
+    "nvfp4a16": ("nvfp4",),
+    "gptq": ("int4_g128 --method gptq --file gptq",),
+    "awq": ("int4_g128_asym --awq --file awq",),
+    "hqq": ("int4_g64_asym_float --method hqq",),
+    "bnb_4bit": ("nf4 --file bitsandbytes",),
+    "bnb_8bit": ("int8_absmax --file bitsandbytes",),
+}
+"""What other tools call a scheme (llm-compressor's presets, methods) -> what to ask for here."""
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -124,7 +141,8 @@ def target_of(to: str | None) -> Recipe | Format | None:
     try:
         return FORMATS.get(to)
     except FormatError as error:
-        near = get_close_matches(to.lower(), sorted({*RECIPES, *FORMATS}), n=3)
+        near = ELSEWHERE.get(to.lower().replace("-", "_"), ())
+        near = near or tuple(get_close_matches(to.lower(), sorted({*RECIPES, *FORMATS}), n=3))
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise PlanError(
             f"{to!r} is neither a file type nor a format; {hint}`fewbits formats` lists both"
