@@ -1,5 +1,6 @@
 """`evaluate` of classifiers, masked models and embeddings, against transformers' own pipelines."""
 
+import itertools
 import json
 import re
 
@@ -96,6 +97,32 @@ def test_accuracy_and_f1_are_those_of_the_pipelines_labels(pair, tmp_path, capsy
     assert figures["accuracy %"] == pytest.approx(100 * right)
     assert figures["F1 %"] == pytest.approx(100 * sum(scores) / len(scores))
     assert f"accuracy % {100 * right:.5g}" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "DistilBertForSequenceClassification"])
+def test_two_texts_are_read_together_as_by_the_pipeline(name, tmp_path):
+    """As in inference: a premise, a hypothesis. BERT is told which is which, DistilBERT is not."""
+    path = save_encoder(name, tmp_path / "in")
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    rows = [{"text": a, "text_pair": b, "label": 0} for a, b in itertools.pairwise(SENTENCES)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = getattr(transformers, name).from_pretrained(path).eval()
+    chosen = []
+    for row in rows:
+        given = tokenizer(row["text"], row["text_pair"], return_tensors="pt")
+        assert bool(given.token_type_ids.any())
+        if name[0] == "D":
+            del given["token_type_ids"]
+        with torch.no_grad():
+            chosen.append(int(model(**given).logits.argmax()))
+    for row, label in zip(rows, chosen, strict=True):
+        row["label"] = label
+    examples = labelled("\n".join(map(json.dumps, rows)), "pairs")
+    assert evaluate_head(path, [path], examples).reference.figures["accuracy %"] == 100
+    alone = labelled("\n".join(json.dumps({"text": row["text"], "label": row["label"]}) for row in rows), "")
+    assert evaluate_head(path, [path], alone).reference.figures["accuracy %"] < 100
 
 
 def test_entities_are_those_of_transformers_pipeline(pair):

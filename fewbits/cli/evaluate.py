@@ -46,7 +46,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument(
         "--labels", type=Path, metavar="FILE",
-        help='of a classifier of texts: JSON lines, {"text": ..., "label": name or number of a class}',
+        help='of a classifier of texts: JSON lines, {"text": ..., "label": name or number of a class}; '
+        '"text_pair": a second text',
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of --sample (default 0)")
     parser.add_argument(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,13 +33,14 @@ from ..files.open import as_checkpoint
 from ..memory import Need, memory_left, resident_memory
 from ..runtime.runner import Whole
 from ..table import Cell, size, table
-from .examples import Examples
+from .examples import Example, Examples
 from .pooling import Pooling, pooling_of
 from .results import Settings
 from .scores import mean
 from .simulated import Simulated, simulated
 
 BATCH = 16  # texts at once
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 MASKED = 4  # tokens of a text that are masked at most, of a tenth of them
 Progress = Callable[[str, int, int], None]
 Batch = dict[str, torch.Tensor]
@@ -89,7 +91,7 @@ class HeadEvaluation:
 def evaluate_head(
     reference: Checkpoint | str | Path,
     quantized_models: Sequence[Checkpoint | str | Path],
-    examples: Examples | Sequence[str],
+    examples: Examples | Sequence[Example],
     settings: Settings | None = None,
     progress: Progress | None = None,
 ) -> HeadEvaluation:
@@ -178,7 +180,7 @@ class _Run:
         """Log-probabilities `(rows, classes)` or embeddings `(rows, h)`, and the seconds that they took."""
         found, seconds = [], 0.0
         for i, batch in enumerate(self.batches):
-            given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            given = {key: batch[key] for key in INPUTS if key in batch}
             began = perf_counter()
             out = model(**given)
             seconds += perf_counter() - began
@@ -204,7 +206,7 @@ class _Run:
 def text_batches(
     checkpoint: Checkpoint,
     model: Any,
-    texts: Sequence[str],
+    texts: Sequence[Example],
     settings: Settings,
     head: str,
     pooling: Pooling,
@@ -227,6 +229,8 @@ def text_batches(
         ids, special = _padded(found.input_ids, pad or 0), _padded(found.special_tokens_mask, 1)
         mask = _padded([[1] * len(row) for row in found.input_ids], 0)
         batch = {"input_ids": ids, "attention_mask": mask, "scored": special == 0}
+        if "token_type_ids" in found and "token_type_ids" in signature(model.forward).parameters:
+            batch["token_type_ids"] = _padded(found.token_type_ids, 0)
         if head == "masked":
             batch["scored"] = _some(batch["scored"], generator)
             batch["answers"] = ids[batch["scored"]]
