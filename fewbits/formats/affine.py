@@ -60,7 +60,7 @@ class Affine(Format):
         return (1 << self.bits) - 1
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> AffineGrid:
-        x, weight = self.cells.gather(w), self.cells.importance(importance, w.shape)
+        x, weight = self.cells.gather(w), self.cells.importance(importance, w)
         fit = {"none": self.fit_symmetric, "int": self.fit_zero, "float": self.fit_minimum}[self.zero]
         return self.grid(fit(x, weight, search), w.shape[1])
 

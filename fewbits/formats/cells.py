@@ -36,17 +36,18 @@ class Cells:
         cells = x.reshape(down, rows, across, columns).permute(1, 3, 0, 2).contiguous()
         return cells.reshape(rows * columns, down, across).permute(1, 2, 0)
 
-    def importance(self, importance: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
-        """`(k,)` or `(n, k)` -> the importance of each gathered weight, at most 1; None if all are equal.
+    def importance(self, importance: torch.Tensor | None, w: torch.Tensor) -> torch.Tensor | None:
+        """`(k,)` or `(n, k)` -> the importance of each weight gathered of w, up to 1; None if all are equal.
 
         Weights that `gather` repeats have importance 0. All weights of a cell without importance have 1.
         """
-        n, k = shape
+        n, k = w.shape
         rows, columns = self.rows or n, self.columns or k
         importance = checked_importance(importance, n, k)
         if importance is None and n % rows == 0 and k % columns == 0:
             return None
-        inside = torch.ones(1 if rows == 1 else n, k)  # one row represents all if rows are independent
+        one = 1 if rows == 1 else n  # one row represents all if rows are independent
+        inside = w.new_ones(one, k, dtype=torch.float32)
         even = self.gather(pad(inside, rows, columns))
         if importance is None:
             return even.expand(ceil(n / rows), -1, -1)
@@ -109,5 +110,5 @@ def pad(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def _stretch(x: torch.Tensor, size: int, axis: int) -> torch.Tensor:
-    have = x.shape[axis]
-    return x if have == size else x.index_select(axis, torch.arange(size).clamp(max=have - 1))
+    have, index = x.shape[axis], torch.arange(size, device=x.device)
+    return x if have == size else x.index_select(axis, index.clamp(max=have - 1))

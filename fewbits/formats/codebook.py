@@ -128,12 +128,12 @@ class DoubleQuantized(ScaledLevels):
         """The rule of bitsandbytes; the search also tries both neighbours of each scale's code."""
         codes, nested, offset = nest(super().fit(w, importance, search).scale)
         if search:
-            x, weight = self.cells.gather(w), self.cells.importance(importance, w.shape)
+            x, weight = self.cells.gather(w), self.cells.importance(importance, w)
             options = [((codes.int() + move).clamp(0, 255),) for move in (0, 1, -1)]
             scaled = per_scale(nested, codes.numel())
 
             def nearest(x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-                return self.nearest(x, DYNAMIC.values[code.long()] * scaled + offset[0])
+                return self.nearest(x, DYNAMIC.of(code) * scaled + offset[0])
 
             codes = choose(x, weight, options, nearest)[0].to(torch.uint8)
         return self.nested_grid(codes, nested, offset, w.shape[1])
@@ -178,7 +178,7 @@ def nested_codes(absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tenso
 
 
 def nested_scale(codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    return DYNAMIC.values[codes.long()] * per_scale(nested, codes.numel()).reshape(codes.shape) + offset
+    return DYNAMIC.of(codes) * per_scale(nested, codes.numel()).reshape(codes.shape) + offset
 
 
 def per_scale(nested: torch.Tensor, count: int) -> torch.Tensor:
@@ -210,7 +210,7 @@ class LearnedGrid(Grid):
         return self.value(codes)
 
     def groups(self, n: int) -> tuple[torch.Tensor, None]:
-        return torch.ones(n, 1), None
+        return self.table.new_ones(n, 1), None
 
     def refitted(
         self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
@@ -241,7 +241,7 @@ class KMeans(Format):
         The search runs Lloyd's iterations from there and from the quantiles, and keeps the better table of
         each cell. It needs about 50 bytes for each weight of a cell.
         """
-        x, weight = self.cells.gather(w)[:, 0].contiguous(), self.cells.importance(importance, w.shape)
+        x, weight = self.cells.gather(w)[:, 0].contiguous(), self.cells.importance(importance, w)
         chunk = max(1, (1 << 20) // x.shape[1])
         tables = [
             fit_levels(
@@ -266,7 +266,7 @@ class KMeans(Format):
 def fit_levels(x: torch.Tensor, weight: torch.Tensor, count: int, search: bool) -> torch.Tensor:
     """`(r, m)` weights and their importance -> `(r, count)` sorted levels, f32 of f16 values."""
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    even = low + (high - low) * torch.linspace(0, 1, count)
+    even = low + (high - low) * torch.linspace(0, 1, count, device=x.device)
     if not search:
         return saturate(even, torch.float16).float()
     x, order = x.sort(dim=1)
@@ -292,7 +292,7 @@ def companded(x: torch.Tensor, weight: torch.Tensor, count: int) -> torch.Tensor
     """
     step = x.diff(dim=1, prepend=x[:, :1])
     share = running_sum(step.double() ** (2 / 3) * weight.double() ** (1 / 3))[:, 1:].contiguous()
-    middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    middles = (torch.arange(count, dtype=torch.float64, device=x.device) + 0.5) / count
     index = torch.searchsorted(share, share[:, -1:] * middles)
     return x.gather(1, index.clamp(max=x.shape[1] - 1))
 

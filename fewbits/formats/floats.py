@@ -96,9 +96,10 @@ SCALES = ELEMENTS["e4m3"].levels  # of the block scales of NVFP4
 
 
 @cache
-def e8m0() -> torch.Tensor:
+def e8m0(device: torch.device | str = "cpu") -> torch.Tensor:
     """`(256,)` f32: the value of each E8M0 code, OCP MX v1.0 section 5.4.1: no sign, no zero, 255 is NaN."""
-    return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [torch.nan], dtype=torch.float32)
+    values = [2.0 ** (code - 127) for code in range(255)] + [torch.nan]
+    return torch.tensor(values, dtype=torch.float32).to(device)
 
 
 def nearest_exponent(scale: torch.Tensor) -> torch.Tensor:
@@ -117,7 +118,7 @@ class PowerGrid(LevelGrid):
         self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
     ) -> PowerGrid:
         exponent = nearest_exponent(scale).clamp(-127, self.exponent_max)
-        return replace(self, scale=e8m0()[exponent + 127])
+        return replace(self, scale=e8m0(scale.device)[exponent + 127])
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {}
@@ -135,10 +136,10 @@ class Microscaling(Format):
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> LevelGrid:
         """Scale exponent floor(log2(amax)) - emax (section 6.3); the search tries its neighbours."""
         cells = Cells(1, self.block)
-        x, weight = cells.gather(w), cells.importance(importance, w.shape)
+        x, weight = cells.gather(w), cells.importance(importance, w)
         rule = torch.frexp(x.abs().amax(-1)).exponent - 1 - self.element.exponent_max
         options = [
-            (e8m0()[(rule + move).clamp(-127, self.scale_exponent_max) + 127],)
+            (e8m0(w.device)[(rule + move).clamp(-127, self.scale_exponent_max) + 127],)
             for move in ((0, 1, -1) if search else (0,))
         ]
         levels = self.element.levels
@@ -157,13 +158,13 @@ class Microscaling(Format):
     def pack(self, grid: PowerGrid, codes: torch.Tensor) -> QTensor:
         planes = {
             "codes": pack(codes, self.element.bits),
-            "scale": torch.searchsorted(e8m0()[:255], grid.scale).to(torch.uint8),
+            "scale": torch.searchsorted(e8m0(codes.device)[:255], grid.scale).to(torch.uint8),
         }
         return QTensor(self, (codes.shape[0], codes.shape[1]), planes)
 
     def unpack(self, q: QTensor) -> tuple[PowerGrid, torch.Tensor]:
         codes = unpack(q.planes["codes"], self.element.bits, q.shape[1])
-        return self.grid(e8m0()[q.planes["scale"].long()], q.shape[1]), codes
+        return self.grid(e8m0(codes.device)[q.planes["scale"].long()], q.shape[1]), codes
 
 
 def reciprocal_twice(x: torch.Tensor) -> torch.Tensor:
@@ -182,7 +183,7 @@ class TwoLevelGrid(LevelGrid):
     global_scale: torch.Tensor
 
     def coded(self, scale_codes: torch.Tensor, global_scale: torch.Tensor) -> TwoLevelGrid:
-        scale = global_scale * SCALES.values[scale_codes.long()]
+        scale = global_scale * SCALES.of(scale_codes)
         return replace(self, scale=scale, scale_codes=scale_codes, global_scale=global_scale)
 
     def refitted(
@@ -213,13 +214,13 @@ class NVFP4(Format):
         """
         element = ELEMENTS["e2m1"].levels
         cells = Cells(1, self.block)
-        x, weight = cells.gather(w), cells.importance(importance, w.shape)
-        rule = fit_table(x, weight, element.sorted, search=False, signed=False)
+        x, weight = cells.gather(w), cells.importance(importance, w)
+        rule = fit_table(x, weight, element.on(x).sorted, search=False, signed=False)
         top = float(SCALES.sorted[-1])
         global_scale = reciprocal_twice(rule.amax() / top).reshape(1, 1)
         scales = [rule]
         if search:
-            scales.append(fit_table(x, weight, element.sorted, signed=False))
+            scales.append(fit_table(x, weight, element.on(x).sorted, signed=False))
         options = [
             ((SCALES.round(scale * inverse(global_scale)).int() + move).clamp(0, 126),)
             for scale in scales
@@ -227,14 +228,14 @@ class NVFP4(Format):
         ]
 
         def nearest(x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-            scale = global_scale[0] * SCALES.values[code.long()]
+            scale = global_scale[0] * SCALES.of(code)
             return element.nearest(x * inverse(scale)).mul_(scale)
 
         (codes,) = choose(x, weight, options, nearest)
         return self.grid(codes.to(torch.uint8), global_scale, w.shape[1])
 
     def grid(self, scale_codes: torch.Tensor, global_scale: torch.Tensor, k: int) -> TwoLevelGrid:
-        scale = global_scale * SCALES.values[scale_codes.long()]
+        scale = global_scale * SCALES.of(scale_codes)
         shared = (ELEMENTS["e2m1"].levels, self.block, k, 1, torch.float32)
         return TwoLevelGrid(scale, *shared, scale_codes, global_scale)
 

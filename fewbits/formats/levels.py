@@ -27,6 +27,21 @@ class Levels:
     table: Callable[[], torch.Tensor]
     ties: str = "even"
 
+    def on(self, x: torch.Tensor) -> Levels:
+        """These on the device of x; all of their tensors lie there."""
+        if x.device.type == "cpu":
+            return self
+        if x.device not in self._elsewhere:
+            there = Levels(self.table, self.ties)
+            for name in ("values", "codes", "sorted", "boundaries"):
+                there.__dict__[name] = getattr(self, name).to(x.device)
+            self._elsewhere[x.device] = there
+        return self._elsewhere[x.device]
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, Levels]:
+        return {}
+
     @cached_property
     def values(self) -> torch.Tensor:
         """`(2^bits,)` f32: the value of each code."""
@@ -58,11 +73,17 @@ class Levels:
 
     def round(self, t: torch.Tensor) -> torch.Tensor:
         """f32 -> u8 codes: nearest, saturating."""
-        return pick(self.codes, self.boundaries, t)
+        here = self.on(t)
+        return pick(here.codes, here.boundaries, t)
 
     def nearest(self, t: torch.Tensor) -> torch.Tensor:
         """f32 -> the values of those codes."""
-        return pick(self.sorted, self.boundaries, t)
+        here = self.on(t)
+        return pick(here.sorted, here.boundaries, t)
+
+    def of(self, codes: torch.Tensor) -> torch.Tensor:
+        """The values of codes, in their shape."""
+        return lookup(self.on(codes).values, codes)
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,7 @@ class LevelGrid(Grid):
         return self._scale(codes.shape[0], columns) * self.level(codes)
 
     def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return lookup(self.levels.values, codes)
+        return self.levels.of(codes)
 
     def groups(self, n: int) -> tuple[torch.Tensor, None]:
         return over_rows(self.scale, self.rows, n).expand(n, -1), None
@@ -131,9 +152,9 @@ class ScaledLevels(Format):
     order: tuple[int, ...] | None = None
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> LevelGrid:
-        x, weight = self.cells.gather(w), self.cells.importance(importance, w.shape)
+        x, weight = self.cells.gather(w), self.cells.importance(importance, w)
         options = [
-            (self.stored(fit_table(x, weight, self.levels.sorted, tried, signed=False)).float(),)
+            (self.stored(fit_table(x, weight, self.levels.on(x).sorted, tried, signed=False)).float(),)
             for tried in tries(search)
         ]
         (scale,) = choose(x, weight, options, self.nearest)

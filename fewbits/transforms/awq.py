@@ -59,7 +59,7 @@ def _search(
     def loss(s: torch.Tensor) -> float:
         return sum(weight_loss(reader, pair, s, quantize) for reader in readers)
 
-    losses = {(0, 0): loss(torch.ones(pair.size))}
+    losses = {(0, 0): loss(torch.ones_like(x))}
     best = (0, 0)
     for turn in range(2 * ROUNDS):
         start = best

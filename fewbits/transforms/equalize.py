@@ -28,7 +28,7 @@ def equalize(
     rounds: int = 20,
 ) -> list[Choice]:
     """Weights of a block -> every pair with its scale. Statistics and formats are not used."""
-    total = {pair: torch.ones(pair.size) for pair in pairs}
+    total = {pair: torch.ones(pair.size, device=weights[pair.consumers[0]].device) for pair in pairs}
     for _ in range(rounds):
         now = dict(weights)
         moved = 0.0

@@ -54,7 +54,7 @@ def smooth(
         if alpha is not None:
             chosen.append((pair, settled(weights, pair, ratio(absmax, alpha, columns, 1 - alpha))))
             continue
-        best, least = None, _total(readers, pair, torch.ones(pair.size), scheme, samples)
+        best, least = None, _total(readers, pair, torch.ones_like(absmax), scheme, samples)
         for a in ALPHAS:
             scale = settled(weights, pair, ratio(absmax, a, columns, 1 - a))
             loss = _total(readers, pair, scale, scheme, samples)

@@ -49,9 +49,8 @@ def quantize_model(
         if isinstance(decision.kind, Format):
             weight = checkpoint.tensors[name].load()
             assert isinstance(weight, torch.Tensor)
-            q, _ = task(name, weight.cpu().float(), _spec(decision.kind, decision.rule, method))
-            planes = {plane: value.to(weight.device) for plane, value in q.planes.items()}
-            weights[name] = (names[name], QTensor(q.format, q.shape, planes))
+            q, _ = task(name, weight.float(), _spec(decision.kind, decision.rule, method))
+            weights[name] = (names[name], q)
     fused = sorted(name for name, tensor in checkpoint.tensors.items() if len(tensor.shape) == 3)
     if fused:
         warnings.warn(

@@ -59,7 +59,7 @@ class BlockJob:
             text = f"no pairs: block {self.index} has none that can be scaled"
             self.notes += [Note(text, "no pairs")] if asked else []
             return
-        stats = {name: seen.to("cpu") for name, seen in capture(self.block, x, wanted).stats.items()}
+        stats = dict(capture(self.block, x, wanted).stats)
         unseen = [pair for pair in pairs if not {*pair.consumers} <= stats.keys()]  # experts without a token
         self.notes += [Note(f"dropped: {pair.name}: no token reached it", "dropped") for pair in unseen]
         pairs = [pair for pair in pairs if pair not in unseen]
@@ -67,7 +67,7 @@ class BlockJob:
         chosen: list[Choice] = []
         for name in asked:
             options = self.run.method.transform_options if name == "smooth" else {}
-            now = {key: value.cpu() for key, value in self.weights.items()} | applied(self.weights, chosen)
+            now = self.weights | applied(self.weights, chosen)
             scaled = TRANSFORMS.get(name)(now, pairs, stats, formats, **options)
             for pair, scale in scaled:
                 stats |= {key: rescaled(stats[key], pair, scale) for key in pair.consumers if key in stats}
@@ -81,7 +81,7 @@ class BlockJob:
         new = applied(self.weights, kept)
         self.weights |= new
         self.block.set(new)
-        self.result |= {name: value for name, value in new.items() if name not in self.run.specs}
+        self.result |= {name: value.cpu() for name, value in new.items() if name not in self.run.specs}
 
     def _sample(self, hidden: torch.Tensor) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
         """Weights to replace -> the block's output on one sequence, in f32: bf16 hides small changes."""

@@ -1,0 +1,50 @@
+"""A calibrated run whose model, statistics and codes are on another device: the CPU's output."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewbits
+from fewbits.calibrate.tokens import Tokens
+from fewbits.workflow.blockwise.settings import Streaming
+from tests.tiny import save_tiny
+
+WINDOWS = torch.randint(3, 500, (24, 64), generator=torch.Generator().manual_seed(0))
+RUNS: dict[str, dict[str, Any]] = {
+    "gptq": {"to": "int4_g64", "method": "gptq"},
+    "gptq onto q4_k": {"to": "q4_k", "method": "gptq"},
+    "weighted": {"to": "q4_0", "method": "weighted"},
+    "awq": {"to": "int4_g64", "method": "rtn", "awq": True},
+    "smooth": {"to": "int8_channel", "method": "rtn", "smooth": True},
+    "equalize": {"to": "int4_g64", "method": "gptq", "equalize": True},
+    "rotate": {"to": "int4_g64", "method": "gptq", "rotate": True},
+    "learned": {"to": "int4_g64", "method": "learned"},
+    "distill": {"to": "int4_g64", "method": "gptq", "distill": 2},
+    "static activations": {"to": "int8_channel", "method": "gptq", "activations": "int8_static"},
+    "cache": {"to": "int4_g64", "method": "gptq", "kv_cache": "fp8", "file": "compressed-tensors"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_output_is_the_cpus(run: str, model: Path, tmp_path: Path, device: torch.device) -> None:
+    given = RUNS[run] | {"calibrate": Tokens.of(WINDOWS, "random"), "verify": False}
+    here = fewbits.quantize(model, tmp_path / "cpu", **given)
+    there = fewbits.quantize(model, tmp_path / "there", **given, streaming=Streaming(device=str(device)))
+    assert not any("dropped" in note for note in there.notes)
+    for a, b in zip(here.tensors, there.tensors, strict=True):
+        # A code between two may fall to either side, and what is fed back of it moves the codes behind it.
+        assert (a.name, a.format, a.tokens) == (b.name, b.format, b.tokens)
+        for ours, theirs in ((a.relative_error, b.relative_error), (a.output_error, b.output_error)):
+            assert theirs == (None if ours is None else pytest.approx(ours, rel=0.05)), a.name
+    with torch.no_grad():
+        logits = [fewbits.load(tmp_path / name)(WINDOWS[:2]).logits for name in ("cpu", "there")]
+        parent = fewbits.load(model)(WINDOWS[:2]).logits
+    lost = [float((each - parent).norm() / parent.norm()) for each in logits]
+    assert lost[1] == pytest.approx(lost[0], rel=0.05)
