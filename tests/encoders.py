@@ -45,6 +45,9 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LlamaForSequenceClassification": ("llama", _DECODER),
     "Qwen3ForSequenceClassification": ("qwen3", _DECODER),
     "Qwen3Model": ("qwen3", _DECODER),
+    "GteModel": ("gte", _COMMON),
+    "NomicBertModel": ("nomic_bert", _COMMON),
+    "JinaEmbeddingsV3Model": ("jina_embeddings_v3", _COMMON),
 }
 """class -> model type and fields of its config"""
 

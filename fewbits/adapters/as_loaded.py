@@ -23,6 +23,7 @@ from ..files.checkpoint import Checkpoint, LazyTensor
 from ..model.archs import architecture, check_values, every_name
 from ..model.sites import Seen
 from .exported import graph_of
+from .joined import split_joined
 from .observed import seen_in
 from .transformers import classes_of, default_fields, empty_model, model_config, tensors_in
 
@@ -78,7 +79,9 @@ def _as_class(checkpoint: Checkpoint) -> Checkpoint | None:
     given = checkpoint.config
     try:
         checkpoint = replace(checkpoint, config=_with_defaults(model_config(checkpoint), given))
-        cls = _known_class(checkpoint) or _class_of(checkpoint)
+        cls = _known_class(checkpoint)
+        if cls is None:
+            cls, checkpoint = _class_of(checkpoint)
     except Exception:  # noqa: BLE001  transformers may fail in any way; whoever runs the model says how
         return None
     tensors, notes = _renamed(checkpoint, cls)
@@ -167,9 +170,11 @@ def _known_class(checkpoint: Checkpoint) -> _Class | None:
     return _Class(arch.name, weights, {table: shape, output: shape}, tied)
 
 
-def _class_of(checkpoint: Checkpoint) -> _Class:
-    """The class that transformers has for the checkpoint."""
+def _class_of(checkpoint: Checkpoint) -> tuple[_Class, Checkpoint]:
+    """The class that transformers has for the checkpoint, and this with joined tensors in their parts."""
     model = empty_model(checkpoint)
+    tensors, notes = split_joined(model, checkpoint.tensors)
+    checkpoint = replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, *notes))
     shapes: Shapes = {}
     state = model.state_dict()
     made_of_all = tensors_in(model, replace(checkpoint, tensors={}))
@@ -184,7 +189,8 @@ def _class_of(checkpoint: Checkpoint) -> _Class:
         seen = seen_in(model, made_of_all)
     except ModelError:  # whoever runs the blocks says why they cannot be told
         seen = {}
-    return _Class(type(model).__name__, shapes.keys(), shapes, tied, model.base_model_prefix, seen)
+    found = _Class(type(model).__name__, shapes.keys(), shapes, tied, model.base_model_prefix, seen)
+    return found, checkpoint
 
 
 def _check_adapters(checkpoint: Checkpoint) -> None:
