@@ -8,10 +8,12 @@ import transformers
 
 import fewbits
 from fewbits.adapters.as_loaded import as_loaded
+from fewbits.calibrate.tokens import Tokens
 from fewbits.files.open import open_checkpoint
 from tests.encoders import save_encoder
 from tests.tiny import alike
 
+TEXT = Tokens.of(torch.randint(5, 300, (8, 24), generator=torch.Generator().manual_seed(1)), "random")
 IDS = torch.randint(5, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -33,7 +35,7 @@ def test_joined_tensors_are_quantized_in_their_parts(name: str, tmp_path: Path) 
     for key in (key for key in state if "q_proj" in key or "v_proj" in key):
         assert torch.equal(parts.tensors[key].load(), state[key])
 
-    receipt = fewbits.quantize(path, tmp_path / "int4", to="int4_g32", method="gptq", calibrate="vocabulary")
+    receipt = fewbits.quantize(path, tmp_path / "int4", to="int4_g32", method="gptq", calibrate=TEXT)
     assert receipt.coverage["share"] == 1 and any(
         "joined tensors are split" in note for note in receipt.notes
     )
@@ -42,4 +44,4 @@ def test_joined_tensors_are_quantized_in_their_parts(name: str, tmp_path: Path) 
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert alike(hidden(fewbits.load(tmp_path / "int4")), hidden(decoded))
     apart = (hidden(decoded) - hidden(parent)).norm() / hidden(parent).norm()
-    assert 0 < apart < 0.3
+    assert 0 < apart < 0.5  # of noise, 1.4

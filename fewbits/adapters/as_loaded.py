@@ -22,8 +22,8 @@ from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
 from ..model.archs import architecture, check_values, every_name
 from ..model.sites import Seen
+from .conversion import split_joined
 from .exported import graph_of
-from .joined import split_joined
 from .observed import seen_in
 from .transformers import classes_of, default_fields, empty_model, model_config, tensors_in
 

@@ -7,21 +7,21 @@ puts experts into its fused arrays, ties weights and computes the rotary buffers
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, raise_all
 from ..files.checkpoint import Checkpoint, LazyTensor
-from ..files.experts import WHOLE, Place, arrays, joined, place_of
+from ..files.experts import WHOLE, Place, arrays, joined
 from ..files.gguf.tokenizer import tokenizer_json
 from ..qtensor import QTensor
 from ..storage.json import read_json_object
+from .conversion import saved_names
 from .forward import GENERATES, with_head
 
 if TYPE_CHECKING:
@@ -143,50 +143,6 @@ def unknown_experts(checkpoint: Checkpoint) -> dict[str, tuple[dict[str, Place],
         if place == WHOLE and name not in checkpoint.tensors
     }
     return {name: (places, shapes[name]) for name, places in arrays(shapes, checkpoint.config).items()}
-
-
-class _Views(TorchFunctionMode):
-    """Keeps views: nothing is copied only to lie in one piece."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if function is torch.Tensor.contiguous else function(*args, **(kwargs or {}))
-
-
-def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, dict[str, Place]]:
-    """key of a model's state -> the tensors of a file in it, and the place of each.
-
-    names: those of the file. transformers' own conversion says what they become: it is applied backwards to
-    empty tensors, whose views tell where each lies; a name that it only renames is followed forwards.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-        revert_weight_conversion,
-    )
-
-    state = {key: torch.empty(value.shape, device="meta") for key, value in model.state_dict().items()}
-    owner = {value.untyped_storage()._cdata: key for key, value in state.items()}
-    found: dict[str, dict[str, Place]] = {key: {} for key in state}
-    with _Views():
-        saved = revert_weight_conversion(model, dict(state))
-    for name, value in saved.items():
-        key = owner.get(value.untyped_storage()._cdata)
-        place = None if key is None else place_of(state[key], value)
-        if key is not None and place is not None:
-            found[key][name] = place
-    steps = get_model_conversion_mapping(model)
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
-    known = {name for made_of in found.values() for name in made_of}
-    for name in names:
-        if name in known:
-            continue
-        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if pattern is None and key in found:
-            found[key] = {name: WHOLE}
-    return {key: made_of or {key: WHOLE} for key, made_of in found.items()}
 
 
 def model_class(checkpoint: Checkpoint, config: Any) -> Any:
