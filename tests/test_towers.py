@@ -16,6 +16,7 @@ from fewbits.evaluation import Settings, Text
 from fewbits.files.open import open_checkpoint
 from fewbits.model.sites import sites
 from fewbits.plan import parse_rule
+from fewbits.runtime.packed import packed_modules
 from fewbits.runtime.runner import Blockwise
 from tests.tiny import alike, save_random
 
@@ -118,6 +119,13 @@ def test_a_rule_quantizes_the_tower_without_calibration_and_a_warning_says_so(tm
     assert any("without calibration" in note for note in receipt.notes)
     decoded = load_model(open_checkpoint(tmp_path / "out"))
     assert alike(logits(fewbits.load(tmp_path / "out"), True), logits(decoded, True))
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_quantize_model_leaves_the_tower_in_float_too(kind: str, tmp_path: Path) -> None:
+    model = transformers.AutoModelForImageTextToText.from_pretrained(saved(kind, tmp_path))
+    packed = [name for name, _, _ in packed_modules(fewbits.quantize_model(model, "int4_g32"))]
+    assert len(packed) == 14 and not any(TOWERS[kind] in name for name in packed)
 
 
 def test_a_model_that_sees_is_evaluated_on_text(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve
+from ..adapters.observed import seen_in
 from ..adapters.transformers import decoded, filled_model, model_config, needed_tensors, unknown_experts
 from ..dtypes import dtype_of
 from ..errors import ModelError, raise_all
@@ -84,7 +85,8 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
 def model_checkpoint(model: PreTrainedModel) -> tuple[dict[str, str], Checkpoint]:
     """A model in memory as a checkpoint under the names that files have; and name in files -> in the model.
 
-    Tied copies are left out. What files hold otherwise (fused experts) has the model's name.
+    Tied copies are left out. What files hold otherwise (fused experts) has the model's name. The roles of its
+    modules are those of a file's tensors, where its blocks can be told.
     """
     from .hf_quantizer import file_names
 
@@ -99,7 +101,11 @@ def model_checkpoint(model: PreTrainedModel) -> tuple[dict[str, str], Checkpoint
         for name, key in names.items() if (value := state[key]).dtype in _DTYPES
     }  # fmt: skip
     path = Path(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    return names, Checkpoint(path, HUGGINGFACE, tensors, model.config.to_dict())
+    try:
+        seen = seen_in(model, {key: {name: None} for name, key in names.items()})
+    except ModelError:
+        seen = {}
+    return names, Checkpoint(path, HUGGINGFACE, tensors, model.config.to_dict(), seen=seen)
 
 
 def pack_weights(model: PreTrainedModel, found: Mapping[str, tuple[str, QTensor]]) -> PreTrainedModel:

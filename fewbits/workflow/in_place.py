@@ -13,6 +13,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.native import NATIVE
 from ..formats.base import Format
 from ..model.archs import architecture
+from ..model.sites import TOWER
 from ..plan import Plan, Rule
 from ..plan.choices import Decision, check_feasible, decide, entries_of
 from ..plan.method import METHODS
@@ -34,7 +35,8 @@ def quantize_model(
 
     to: a format, a llama.cpp file type, or a Plan (then only weights that match its rules). plan: rules that
     precede `to`. method: rtn or hqq, which need no text. Errors: PlanError, FormatError. Arrays that are not
-    two-dimensional (fused experts) are unchanged, with a warning.
+    two-dimensional (fused experts) are unchanged, with a warning; so are towers that no text goes through,
+    unless a rule names them.
 
         >>> model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
         >>> model = fewbits.quantize_model(model, "int4_g128")
@@ -51,7 +53,8 @@ def quantize_model(
             assert isinstance(weight, torch.Tensor)
             q, _ = task(name, weight.float(), _spec(decision.kind, decision.rule, method))
             weights[name] = (names[name], q)
-    fused = sorted(name for name, tensor in checkpoint.tensors.items() if len(tensor.shape) == 3)
+    towers = {name for name, seen in checkpoint.seen.items() if seen.role == TOWER}
+    fused = sorted(n for n, each in checkpoint.tensors.items() if len(each.shape) == 3 and n not in towers)
     if fused:
         warnings.warn(
             f"{len(fused)} arrays that are no matrices, such as {fused[0]}, stay in float: quantize the "
