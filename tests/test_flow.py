@@ -8,7 +8,6 @@ import torch
 import transformers
 
 import fewbits
-from fewbits.blocks import model as blocks_model
 from fewbits.blocks.columns import PROBES, Columns, Extent
 from fewbits.blocks.model import BlockModel
 from fewbits.calibrate.tokens import Tokens
@@ -64,7 +63,7 @@ def test_block_by_block_the_logits_are_those_of_transformers(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = saved(kind, tmp_path)
-    monkeypatch.setattr(blocks_model, "LARGE", 0)  # every table is read by its rows
+    monkeypatch.setattr("fewbits.blocks.tables.LARGE", 0)  # every table is read by its rows
     ids = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = whole(input_ids=ids, use_cache=False).logits

@@ -41,7 +41,7 @@ def test_the_class_and_its_blocks_are_transformers_own(saved, name):
     checkpoint = open_checkpoint(saved(name))
     reference = getattr(transformers, name).from_pretrained(saved(name)).eval()
     assert type(load_model(checkpoint)) is type(reference)
-    assert HEADS[next(part for part in HEADS if part in name[4:])] == head_of(checkpoint)
+    assert HEADS[next(part for part in HEADS if part in name[3:])] == head_of(checkpoint)
     ids = torch.randint(5, 300, (3, 24), generator=torch.Generator().manual_seed(0))
     ids[0, 4] = 1  # RoBERTa's padding would shift the positions after it
     blocks = BlockModel(checkpoint)
