@@ -152,9 +152,8 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
             "code; if you trust them, load the model with transformers and save it: "
             "save_pretrained(DIR) writes safetensors"
         )
-    if len(named) > 1:
-        some = ", ".join(sorted(file.name for file in named)[:2])
-        raise FileError(f"{path}: has {len(named)} files ({some} ...), but no {INDEX}; fetch that as well")
+    if shards := sorted(file.name for file in named if "-of-" in file.name):
+        raise FileError(f"{path}: has {len(shards)} files ({shards[0]} ...), but no {INDEX}; fetch that too")
     raise FileError(f"{path}: has neither {SINGLE} nor {INDEX}; is this a model directory?")
 
 

@@ -29,6 +29,8 @@ def read_back(checkpoint: Checkpoint, resolved: Resolved) -> Resolved:
         output = resolved.lay_out(checkpoint, Path("output"))
         quantization = output.config.get("quantization_config")
         reading = dry_load(checkpoint, quantization, _tensors(output)) if quantization else None
+        if reading is not None:  # what the class does not have is in the input too
+            reading = replace(reading, unexpected=reading.unexpected - checkpoint.aside)
         if reading is None or not (reading.failed or _weights(reading.missing | reading.unexpected)):
             return resolved
         floats = {module_of(name) for name in reading.unexpected if name.endswith(".weight")}
