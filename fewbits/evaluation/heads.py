@@ -179,10 +179,11 @@ class _Run:
     def _rows(self, checkpoint: Checkpoint, model: Any) -> tuple[torch.Tensor, float]:
         """Log-probabilities `(rows, classes)` or embeddings `(rows, h)`, and the seconds that they took."""
         found, seconds = [], 0.0
+        no_cache = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
         for i, batch in enumerate(self.batches):
             given = {key: batch[key] for key in INPUTS if key in batch}
             began = perf_counter()
-            out = model(**given)
+            out = model(**given, **no_cache)
             seconds += perf_counter() - began
             if self.head == "embedding":
                 found.append(normalize(self.pooling(out.last_hidden_state, batch["attention_mask"]), dim=-1))
@@ -257,7 +258,8 @@ def _positions(model: Any) -> int:
         for name, module in model.named_modules()
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
     ]
-    return min([*tables, getattr(model.config, "max_position_embeddings", None) or 2**30])
+    said = getattr(model.config, "max_position_embeddings", None) or 2**30
+    return min([*tables, said if said > 0 else 2**30])  # -1: XLNet's way to say that there is no end
 
 
 def _log_probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:

@@ -17,17 +17,20 @@ KINDS = (
     "tq2_0", "mxfp4_ggml", "iq3_s", "iq2_xxs", "iq1_m",
 )  # fmt: skip
 OPTIONS = [
-    ("gptq", {}), ("gptq", {"fit": "static"}), ("gptq", {"descent": 0}), ("gptq", {"gptaq": 0.25}),
-    ("weighted", {}), ("hqq", {}), ("rtn", {}), ("rtn", {"search": False}),
-]  # fmt: skip
+    ("gptq", {}),
+    ("gptq", {"fit": "static", "descent": 0, "gptaq": 0.25}),
+    ("weighted", {}),
+    ("hqq", {}),
+]
 
 
 @pytest.mark.parametrize(("algorithm", "options"), OPTIONS, ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_codes_are_as_good_as_the_cpus(name, algorithm, options, device):
     fmt, generator = FORMATS.get(name), torch.Generator().manual_seed(0)
-    w = torch.randn(6, 512, generator=generator) * 0.1
-    x = torch.randn(700, 512, generator=generator) @ torch.randn(512, 512, generator=generator) / 20
+    k = 256 if fmt.block == 256 else 128
+    w = torch.randn(3, k, generator=generator) * 0.1
+    x = torch.randn(700, k, generator=generator) @ torch.randn(k, k, generator=generator) / 20
     hessian = (x.T @ x / len(x)).float()
     cross = hessian * 0.9
     stats = Stats(len(x), hessian.diagonal().clone(), x.abs().amax(0), hessian, cross)
