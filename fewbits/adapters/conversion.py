@@ -69,7 +69,9 @@ def split_joined(
     from transformers.core_model_loading import rename_source_key
 
     renamings, converters = _steps(model)
-    splits = [each for each in converters if len(each.source_patterns) == 1 < len(each.target_patterns)]
+    splits = [each for each in converters if splits_one(each)]
+    if not splits:
+        return dict(tensors), []
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     found: dict[str, LazyTensor] = {}
     first = ""
@@ -83,6 +85,11 @@ def split_joined(
         first = first or f"{name} becomes {', '.join(parts)}"
         found |= {part: _part(tensor, part, *place) for part, place in parts.items()}
     return found, [f"joined tensors are split as transformers does: {first}"] if first else []
+
+
+def splits_one(step: Any) -> bool:
+    """Whether a converter makes several tensors of one."""
+    return len(step.source_patterns) == 1 < len(step.target_patterns)
 
 
 def _parts(

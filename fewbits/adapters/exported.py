@@ -24,7 +24,7 @@ import torch
 from ..errors import FileError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.experts import WHOLE
-from .forward import GENERATES
+from .forward import GENERATES, without_cache
 from .transformers import empty_model, head_of, tensors_in
 
 INSTALL = "the graph of an encoder is made by torch's ONNX exporter: pip install 'fewbits[onnx]'"
@@ -37,13 +37,13 @@ class _Outputs(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.cached = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+        self.no_cache = without_cache(model)
 
     def forward(
         self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None
     ) -> dict[str, torch.Tensor]:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, **types, **self.cached)
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, **types, **self.no_cache)
         return {name: value for name, value in out.items() if isinstance(value, torch.Tensor)}
 
 

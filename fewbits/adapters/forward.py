@@ -30,6 +30,11 @@ def with_head(head: str, cls: Any, config: Any) -> tuple[str, Any]:
     return ("seq2seq" if reads_twice(cls, config) else "causal") if head in GENERATES else head, cls
 
 
+def without_cache(model: Any) -> dict[str, Any]:
+    """The argument of a forward pass that keeps no keys and values, where the class has it."""
+    return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+
+
 def stands_on(model: torch.nn.Module, device: torch.device) -> None:
     """Let a model without weights say that it is on a device: a forward pass may move tensors there."""
     for module in model.modules():

@@ -104,7 +104,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
 
     config = model_config(checkpoint)
     cls = model_class(checkpoint, config)
-    config._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
+    config._attn_implementation = None  # sdpa where a class has it, towers too
     config._experts_implementation = "eager"
     for each in filter(None, (config, getattr(config, "text_config", None))):
         if getattr(each, "use_cache", False):

@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..adapters.as_loaded import as_loaded
 from ..adapters.computed import fill_computed
-from ..adapters.forward import reads_twice, stands_on, text_inputs
+from ..adapters.forward import reads_twice, stands_on, text_inputs, without_cache
 from ..adapters.observed import Stack, stacks_of
 from ..adapters.transformers import empty_model, tensors_in
 from ..errors import CalibrationError, ModelError, raise_all
@@ -78,8 +77,7 @@ class BlockModel:
         self._copies = self._model.all_tied_weights_keys  # tied tensor -> the one that it is
         self._left_out = {name for copy in self._copies for name in self._made_of[copy]}
         self._made_of |= {copy: self._made_of[source] for copy, source in self._copies.items()}
-        known = signature(self._model.forward).parameters
-        self._no_cache = {"use_cache": False} if "use_cache" in known else {}
+        self._no_cache = without_cache(self._model)
         self._check_names()
         _move_buffers(self._model, self.device, checkpoint)
         stands_on(self._model, self.device)
@@ -223,6 +221,8 @@ class BlockModel:
             try:
                 self._model(**self._given(inputs), **self._no_cache)
             except Arrived:
+                if running.hidden[0].is_meta:
+                    raise ModelError(f"{self._why_not()}: it reads a table that is not there") from None
                 return running
             except _FAILURES as error:
                 raise ModelError(f"{self._why_not()}: {type(error).__name__}: {error}") from error
@@ -237,7 +237,7 @@ class BlockModel:
         every, ids = list(range(len(self._blocks))), torch.arange(4, device=self.device)[None] % self._rows
         for observe in (False, True):
             running = Pass(len(every), observe=observe)
-            with self._standing_in(running), _stopping_at(self._model.get_output_embeddings()):
+            with self._standing_in(running), self._stopping_at_head():
                 try:
                     self._model(**self._given({"input_ids": ids}), **self._no_cache)
                 except Arrived:
@@ -247,6 +247,15 @@ class BlockModel:
             found = running.numbers
             return found if found and len({*found}) == len(found) else every
         return every
+
+    def _stopping_at_head(self) -> AbstractContextManager[Any]:
+        """Ends a pass at the output layer, whose weights are not there."""
+
+        def stop(*_: Any) -> None:
+            raise Arrived
+
+        head = self._model.get_output_embeddings()
+        return nullcontext() if head is None else head.register_forward_pre_hook(stop)
 
     def _around(self) -> dict[str, torch.Tensor]:
         """The weights outside the blocks, without tables of embeddings and the output layer."""
@@ -329,21 +338,6 @@ class BlockModel:
             if name in tensors and tuple(tensors[name].shape) != shape
         ]
         raise_all(ModelError, f"{self.checkpoint.path} as {type(self._model).__name__}", faults)
-
-
-@contextmanager
-def _stopping_at(module: torch.nn.Module | None) -> Iterator[None]:
-    """Ends a pass at this module, whose weights are not there."""
-
-    def stop(*_: Any) -> None:
-        raise Arrived
-
-    hook = None if module is None else module.register_forward_pre_hook(stop)
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
 
 
 def _stacks(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Stack]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.nn.functional import logsigmoid, normalize
 
-from ..adapters.forward import GENERATES
+from ..adapters.forward import GENERATES, without_cache
 from ..adapters.transformers import head_of, load_tokenizer
 from ..errors import CalibrationError, ModelError, PlanError, raise_all
 from ..files.checkpoint import Checkpoint
@@ -179,7 +179,7 @@ class _Run:
     def _rows(self, checkpoint: Checkpoint, model: Any) -> tuple[torch.Tensor, float]:
         """Log-probabilities `(rows, classes)` or embeddings `(rows, h)`, and the seconds that they took."""
         found, seconds = [], 0.0
-        no_cache = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+        no_cache = without_cache(model)
         for i, batch in enumerate(self.batches):
             given = {key: batch[key] for key in INPUTS if key in batch}
             began = perf_counter()

@@ -110,5 +110,6 @@ def pad(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def _stretch(x: torch.Tensor, size: int, axis: int) -> torch.Tensor:
-    have, index = x.shape[axis], torch.arange(size, device=x.device)
-    return x if have == size else x.index_select(axis, index.clamp(max=have - 1))
+    if (have := x.shape[axis]) == size:
+        return x
+    return x.index_select(axis, torch.arange(size, device=x.device).clamp(max=have - 1))

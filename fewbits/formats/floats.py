@@ -212,15 +212,15 @@ class NVFP4(Format):
 
         The search adds the best scale of each block and the neighbours of both in e4m3.
         """
-        element = ELEMENTS["e2m1"].levels
+        element = ELEMENTS["e2m1"].levels.on(w.device)
         cells = Cells(1, self.block)
         x, weight = cells.gather(w), cells.importance(importance, w)
-        rule = fit_table(x, weight, element.on(x).sorted, search=False, signed=False)
+        rule = fit_table(x, weight, element.sorted, search=False, signed=False)
         top = float(SCALES.sorted[-1])
         global_scale = reciprocal_twice(rule.amax() / top).reshape(1, 1)
         scales = [rule]
         if search:
-            scales.append(fit_table(x, weight, element.on(x).sorted, signed=False))
+            scales.append(fit_table(x, weight, element.sorted, signed=False))
         options = [
             ((SCALES.round(scale * inverse(global_scale)).int() + move).clamp(0, 126),)
             for scale in scales

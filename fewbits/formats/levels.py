@@ -27,16 +27,16 @@ class Levels:
     table: Callable[[], torch.Tensor]
     ties: str = "even"
 
-    def on(self, x: torch.Tensor) -> Levels:
-        """These on the device of x; all of their tensors lie there."""
-        if x.device.type == "cpu":
+    def on(self, device: torch.device) -> Levels:
+        """These on a device; all of their tensors lie there."""
+        if device == self.values.device:
             return self
-        if x.device not in self._elsewhere:
+        if device not in self._elsewhere:
             there = Levels(self.table, self.ties)
             for name in ("values", "codes", "sorted", "boundaries"):
-                there.__dict__[name] = getattr(self, name).to(x.device)
-            self._elsewhere[x.device] = there
-        return self._elsewhere[x.device]
+                there.__dict__[name] = getattr(self, name).to(device)
+            self._elsewhere[device] = there
+        return self._elsewhere[device]
 
     @cached_property
     def _elsewhere(self) -> dict[torch.device, Levels]:
@@ -73,17 +73,17 @@ class Levels:
 
     def round(self, t: torch.Tensor) -> torch.Tensor:
         """f32 -> u8 codes: nearest, saturating."""
-        here = self.on(t)
+        here = self.on(t.device)
         return pick(here.codes, here.boundaries, t)
 
     def nearest(self, t: torch.Tensor) -> torch.Tensor:
         """f32 -> the values of those codes."""
-        here = self.on(t)
+        here = self.on(t.device)
         return pick(here.sorted, here.boundaries, t)
 
     def of(self, codes: torch.Tensor) -> torch.Tensor:
         """The values of codes, in their shape."""
-        return lookup(self.on(codes).values, codes)
+        return lookup(self.on(codes.device).values, codes)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class ScaledLevels(Format):
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> LevelGrid:
         x, weight = self.cells.gather(w), self.cells.importance(importance, w)
         options = [
-            (self.stored(fit_table(x, weight, self.levels.on(x).sorted, tried, signed=False)).float(),)
+            (self.stored(fit_table(x, weight, self.levels.on(x.device).sorted, tried, signed=False)).float(),)
             for tried in tries(search)
         ]
         (scale,) = choose(x, weight, options, self.nearest)

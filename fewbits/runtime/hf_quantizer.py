@@ -33,6 +33,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..adapters.conversion import splits_one
 from ..adapters.transformers import tensors_in
 from ..errors import FileError, ModelError, raise_all
 from ..files.directory import QuantizedEntry
@@ -204,11 +205,14 @@ class FewbitsQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         if not self.fused:
             return weight_conversions
-        updated = super().update_weight_conversions(weight_conversions, model)
-        self._changed = {
-            id(ours): theirs for ours, theirs in zip(updated, weight_conversions, strict=False)
-        } | {id(ours): None for ours in updated[len(weight_conversions) :]}
-        return list(updated)
+        # A quantized tensor is stored in the parts that the model has: what splits one has floats to read.
+        joined = [each for each in weight_conversions if splits_one(each)]
+        rest = [each for each in weight_conversions if not splits_one(each)]
+        updated = super().update_weight_conversions(rest, model)
+        self._changed = {id(ours): theirs for ours, theirs in zip(updated, rest, strict=False)} | {
+            id(ours): None for ours in updated[len(rest) :]
+        }
+        return [*joined, *updated]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         return None if converter.target_patterns[0] in self.planes else super().get_new_dtype(

@@ -12,6 +12,7 @@ another number and length before it gets its name. Source: pytorch.org/docs, tor
 from __future__ import annotations
 
 import os
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def save_program(checkpoint: Checkpoint, out: Path, overwrite: bool = False) -> 
     try:
         torch.export.save(exported_program(model), partial)
         apart = _apart(model, partial)
-        if apart != apart:
+        if isnan(apart):
             raise ModelError(f"{checkpoint.path}: its output is not finite; its weights are damaged")
         if not apart < TOLERANCE:
             raise ModelError(
