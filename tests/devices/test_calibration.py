@@ -14,8 +14,6 @@ from tests.tiny import save_tiny
 WINDOWS = torch.randint(3, 500, (16, 40), generator=torch.Generator().manual_seed(0))
 RUNS: dict[str, dict[str, Any]] = {
     "gptq": {"to": "int4_g64", "method": "gptq"},
-    "awq": {"to": "int4_g64", "method": "rtn", "awq": True},
-    "smooth": {"to": "int8_channel", "method": "rtn", "smooth": True},
     "equalize": {"to": "int4_g64", "method": "gptq", "equalize": True},
     "learned": {"to": "int4_g64", "method": "learned"},
 }
@@ -26,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("model") / "llama")
 
 
-SLOW = ("smooth", "learned")
+SLOW = ("learned",)
 
 
 @pytest.mark.parametrize(
