@@ -25,15 +25,18 @@ _GROUPS = (
 @dataclass(frozen=True)
 class Need:
     """What work takes. way: how it is done, in words. peak: bytes that the process has at most; here: that it
-    has already. scratch: bytes on disk beside the output, until the end."""
+    has already. scratch: bytes on disk beside the output, until the end. device: the GPU it is done on, if it
+    is, and the bytes that it takes there."""
 
     way: str
     peak: int
     here: int
     scratch: int = 0
+    device: tuple[str, int] | None = None
 
     def line(self) -> str:
-        return f"needs {self.peak / 2**30:.2f} GiB of memory at most ({self.way})"
+        there = f", {self.device[1] / 2**30:.2f} GiB on {self.device[0]}" if self.device else ""
+        return f"needs {self.peak / 2**30:.2f} GiB of memory at most{there} ({self.way})"
 
 
 def reset_peak_memory() -> None:

@@ -98,6 +98,11 @@ class QTensor:
         """-> `(n, k)` f32."""
         return self.format.decode(self)
 
+    def to(self, device: str | torch.device) -> QTensor:
+        """The same with its planes on a device."""
+        planes = {name: plane.to(device) for name, plane in self.planes.items()}
+        return QTensor(self.format, self.shape, planes)
+
     def take_rows(self, order: torch.Tensor | slice) -> QTensor:
         """The same weight with reordered rows; exact, because no plane mixes rows. A slice shares memory.
 

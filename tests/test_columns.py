@@ -1,12 +1,14 @@
 """Columns rounded in turn: the C++ core equals its reference bit for bit, for every format."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from fewbits import core
-from fewbits.algorithms.columns import quantize_columns, quantize_columns_reference
+from fewbits.algorithms.columns import LEVELS, quantize_columns, quantize_columns_reference
 from fewbits.errors import KernelError
 from fewbits.formats import FORMATS
 from fewbits.formats.rounding import rounding_of
@@ -27,24 +29,29 @@ def problem(k: int, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def compare_columns() -> int:
-    """Every format, number of rows, and way to move; -> how many formats the core rounds for."""
+def compare_columns(
+    run: Callable[..., Any] = quantize_columns,
+    most: int = LEVELS,
+    rows: tuple[int, ...] = ROWS,
+    widths: tuple[int, ...] = (1, 64),
+) -> int:
+    """`run` for every format, number of rows, and way to move; -> how many formats a kernel rounds for."""
     rounded = 0
     for name in sorted(FORMATS):
         fmt = FORMATS.get(name)
-        for n in ROWS:
+        for n in rows:
             w = torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) * 0.05
             grid = fmt.fit(w, search=False)
-            known = rounding_of(grid, n, torch.arange(256)) is not None
-            rounded += known and n == ROWS[0]
+            known = rounding_of(grid, n, torch.arange(256), most) is not None
+            rounded += known and n == rows[0]
             if not known:
                 continue
-            for k in (1, 64):
+            for k in widths:
                 given = problem(k, n)
                 columns = torch.randperm(256, generator=torch.Generator().manual_seed(k))[:k]
                 common = (grid, given["state"], given["coupling"], columns)
                 for how in ({"pivot": given["pivot"]}, {"old": given["old"]}):
-                    found = quantize_columns(*common, **how), quantize_columns_reference(*common, **how)
+                    found = run(*common, **how), quantize_columns_reference(*common, **how)
                     for fast, slow in zip(*found, strict=True):
                         assert fast.shape == (k, n) and torch.equal(fast.to(slow.dtype), slow), (
                             name, n, k, list(how))  # fmt: skip
@@ -104,7 +111,7 @@ def test_arrays_that_do_not_fit_one_another_are_refused(change: str) -> None:
     k, n = 64, 8
     given = problem(k, n)
     grid = FORMATS.get("int4_g32").fit(given["state"].T.contiguous())
-    rounding = rounding_of(grid, n, torch.arange(k))
+    rounding = rounding_of(grid, n, torch.arange(k), LEVELS)
     assert rounding is not None
     state, coupling, pivot, old = given["state"], given["coupling"], given["pivot"], None
     if change == "coupling":

@@ -214,6 +214,8 @@ def test_sizes_stay_readable(path: Path) -> None:
             where = f"{path.name}:{node.lineno} {node.name}"
             assert (node.end_lineno or 0) - node.lineno < 60, f"{where} is longer than 60 lines"
             names = [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
+            if "triton.jit" in map(ast.unparse, node.decorator_list):
+                continue
             assert len([name for name in names if name not in ("self", "cls")]) <= 7, (
                 f"{where}: over 7 parameters"
             )

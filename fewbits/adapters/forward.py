@@ -57,14 +57,19 @@ def text_inputs(model: Any, ids: torch.Tensor, dtype: torch.dtype | None = None)
     return {"decoder_input_ids": ids, "encoder_outputs": (noise,)}
 
 
+def moved(ids: torch.Tensor, model: Any) -> torch.Tensor:
+    """Tokens on the device of a model."""
+    return ids.to(getattr(model, "device", ids.device))
+
+
 def text_logits(model: Any, ids: torch.Tensor, last: int) -> torch.Tensor:
-    """Tokens `(b, t)` -> logits `(b, last, vocabulary)` of the last positions; of a model without a language
-    model's head, its first output."""
+    """Tokens `(b, t)` -> logits `(b, last, vocabulary)` of the last positions, on the model's device; of a
+    model without a language model's head, its first output."""
     known = signature(model.forward).parameters
     open_ended = any(each.kind is each.VAR_KEYWORD for each in known.values())
     asked = {"use_cache": False, "logits_to_keep": last}
     more = {name: value for name, value in asked.items() if open_ended or name in known}
-    out = model(**text_inputs(model, ids), **more)
+    out = model(**text_inputs(model, moved(ids, model)), **more)
     logits: torch.Tensor = out.logits if "logits" in out else out[0]
     return logits[:, -last:]
 
@@ -75,5 +80,5 @@ def next_logits(model: Any, ids: torch.Tensor, cache: Any = None) -> tuple[torch
     The cache is called `cache` from transformers 5.24 on, `past_key_values` before.
     """
     name = "cache" if "cache" in signature(getattr(model, "forward", model)).parameters else "past_key_values"
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+    out = model(input_ids=moved(ids, model), use_cache=True, logits_to_keep=1, **{name: cache})
     return out.logits[:, -1], getattr(out, name)

@@ -9,18 +9,20 @@ If a grid's codes are points of a lattice, a vector of columns is rounded at onc
 are still applied to the later columns one by one.
 
 `quantize_columns` does the columns of one block; `blocked_update` applies its errors to the columns after
-them. `quantize_columns_reference` and csrc/columns.h are bit-identical.
+them. `quantize_columns_reference`, csrc/columns.h and, on a GPU, kernels/columns.py are bit-identical.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .. import core
+from .. import core, kernels
 from ..formats import Grid
 from ..formats.rounding import rounding_of
 
 UNIT = 128  # columns rounded at once; between such pieces a matrix product is faster
+LEVELS = 16  # the core passes over a table; a longer one is searched faster by torch
+MOST_LEVELS = 256  # a GPU's kernel searches it by halving
 
 Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -38,11 +40,13 @@ def quantize_columns(
     coupling: `(k, k)`, its part above the diagonal. pivot `(k,)` for error feedback, old `(k, n)` for
     descent.
     """
-    if core.takes(state) and state.dtype == torch.float32:
-        rounding = rounding_of(grid, state.shape[1], columns)
+    on_gpu = kernels.takes(state)
+    if (on_gpu or core.takes(state)) and state.dtype == torch.float32:
+        rounding = rounding_of(grid, state.shape[1], columns, MOST_LEVELS if on_gpu else LEVELS)
         if rounding is not None:
             pivot, old = (None if part is None else part.contiguous() for part in (pivot, old))
-            return core.quantize_columns(state.contiguous(), coupling.contiguous(), rounding, pivot, old)
+            run = kernels.load("columns").quantize_columns if on_gpu else core.quantize_columns
+            return run(state.contiguous(), coupling.contiguous(), rounding, pivot, old)
     return quantize_columns_reference(grid, state, coupling, columns, pivot, old)
 
 

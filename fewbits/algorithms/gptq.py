@@ -43,8 +43,9 @@ FITS = ("searched", "dynamic", "static")
 SCALINGS = (1.0, 0.9, 0.95, 1.05)
 # Two rounds gain three quarters of what eight do: 5 % of the loss in 4 bits, 12 % in q2_k.
 DESCENT = 2
-# Weights at once where rows stand alone: feedback and descent hold about ten f32 copies of them.
-PIECE = 2**22
+# Weights at once where rows stand alone: feedback and descent hold about ten f32 copies of them. A GPU is
+# kept busy by more.
+PIECE, GPU_PIECE = 2**22, 2**26
 
 
 def gptq(
@@ -69,7 +70,8 @@ def gptq(
     width = k if fit == "static" else inner.column_block(k) or k
     order = column_order(stats, k if format.ordered else width, format.vector)
     hessian = HessianFactor.of(stats, damp, order)
-    step = max(1, PIECE // k) if inner.rows_alone else n
+    piece = PIECE if w.device.type == "cpu" else GPU_PIECE
+    step = max(1, piece // k) if inner.rows_alone else n
     parts = []
     for start in range(0, n, step):
         target = hessian.target(w[start : start + step], stats, gptaq)

@@ -59,6 +59,13 @@ class Activations:
         pages = -(-x.nbytes // mmap.ALLOCATIONGRANULARITY)
         self.nbytes_on_disk += pages * mmap.ALLOCATIONGRANULARITY
 
+    def halve(self) -> None:
+        """Every batch of more than one sequence becomes two."""
+        halves: list[torch.Tensor | _Range] = []
+        for slot in self._slots:
+            halves += [x.clone() for x in slot.chunk(2)] if isinstance(slot, torch.Tensor) else slot.halves()
+        self._slots = halves
+
     def __len__(self) -> int:
         return len(self._slots)
 
@@ -70,9 +77,11 @@ class Activations:
         if isinstance(slot, torch.Tensor):
             return slot
         assert self._file is not None
-        nbytes = slot.nbytes
-        pages = mmap.mmap(self._file, nbytes, access=mmap.ACCESS_COPY, offset=slot.offset)
-        return torch.frombuffer(pages, dtype=slot.dtype).view(slot.shape)
+        before = slot.offset % mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(
+            self._file, before + slot.nbytes, access=mmap.ACCESS_COPY, offset=slot.offset - before
+        )
+        return torch.frombuffer(pages, dtype=slot.dtype, offset=before).view(slot.shape)
 
     def __setitem__(self, i: int, x: torch.Tensor) -> None:
         slot = self._slots[i]
@@ -140,6 +149,14 @@ class _Range:
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def halves(self) -> list[_Range]:
+        first = -(-self.shape[0] // 2)
+        parts = [_Range(self.offset, (first, *self.shape[1:]), self.dtype)]
+        if self.shape[0] > first:
+            rest = (self.shape[0] - first, *self.shape[1:])
+            parts.append(_Range(self.offset + parts[0].nbytes, rest, self.dtype))
+        return parts
 
 
 def _scratch(folder: Path) -> int:

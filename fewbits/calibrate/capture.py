@@ -113,7 +113,7 @@ def advance(block: Block, batches: Iterable[torch.Tensor], outputs: Sink) -> Non
 def _run(block: Block, i: int, hidden: torch.Tensor, watch: Any, outputs: Sink | None) -> None:
     """Run one batch; its output, if requested, is checked and stored at place i."""
     try:
-        output = block(hidden) if watch is None else block.watched(hidden, watch)
+        output = _whole(block, hidden) if watch is None else block.watched(hidden, watch)
     except _Enough:
         return
     check_output(block, i, hidden, output)
@@ -123,6 +123,16 @@ def _run(block: Block, i: int, hidden: torch.Tensor, watch: Any, outputs: Sink |
         outputs[i] = output
     else:
         outputs.append(output)
+
+
+def _whole(block: Block, hidden: torch.Tensor) -> torch.Tensor:
+    """The block's output; in halves where a GPU has no memory for all sequences at once."""
+    try:
+        return block(hidden)
+    except torch.OutOfMemoryError:
+        if len(hidden) == 1:
+            raise
+    return torch.cat([_whole(block, part).cpu() for part in hidden.chunk(2)])
 
 
 def _inputs(
@@ -253,13 +263,13 @@ class Sums:
 
     def add(self, x: torch.Tensor, floats: torch.Tensor | None = None) -> None:
         """`(t, k)` inputs, and the same in the float model if mismatch is needed."""
-        x = x.float()
+        given, x = x, x.float()
         self.count += x.shape[0]
         torch.maximum(self.absmax, torch.maximum(x.amax(0), -x.amin(0)), out=self.absmax)
         if self.square is not None:
             self.square += x.square().sum(0)
         if self.hessian is not None:
-            add_outer(self.hessian, x)
+            add_outer(self.hessian, given if given.is_cuda else x)
         if self.mismatch is None:
             return
         if floats is None or floats.shape != x.shape:
@@ -292,9 +302,15 @@ class Sums:
 
 
 def add_outer(h: torch.Tensor, x: torch.Tensor) -> None:
-    """h `(k, k)` += x^T x of x `(t, k)`, in place; below the diagonal panels h is unchanged."""
+    """h `(k, k)` f32 += x^T x of x `(t, k)`, in place; below the diagonal panels h is unchanged.
+
+    x: f32; or on a GPU 16-bit floats, whose products are exact in f32, in which they are summed."""
     for start in range(0, h.shape[0], PANEL):
-        h[start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
+        left, right = x[:, start : start + PANEL].T, x[:, start:]
+        if x.dtype.itemsize == 2:
+            h[start : start + PANEL, start:] += torch.mm(left, right, out_dtype=torch.float32)
+        else:
+            h[start : start + PANEL, start:].addmm_(left, right)
 
 
 def mirror(h: torch.Tensor) -> None:

@@ -27,10 +27,10 @@ import torch
 from torch.nn.functional import pad
 
 from ..adapters.transformers import load_model, model_config
+from ..devices import Room
 from ..errors import CalibrationError
 from ..files.checkpoint import Checkpoint, LazyTensor
 from ..formats.base import FORMATS
-from ..memory import free_memory
 from ..model.sites import sites
 from ..qtensor import QTensor
 from ..runtime.decode import Decoder, faster_dtype
@@ -71,14 +71,14 @@ def sample(
     Raises CalibrationError where the model's output is not finite.
     """
     tokens, ids = [heads], heads
-    sharpness = 1 / torch.as_tensor(temperature).expand(len(heads), 1)
+    sharpness = 1 / torch.as_tensor(temperature).expand(len(heads), 1).to(decoder.device)
     decoder.restart()
     with torch.inference_mode():
         for i in range(heads.shape[1], length):
             drawn = draw(decoder(ids), generator, sharpness)
             if drawn is None:
                 raise CalibrationError(f"the model's output is not finite at token {i}")
-            ids = steer(drawn) if steer else drawn
+            ids = steer(drawn) if steer else drawn.cpu()
             tokens.append(ids)
             if step:
                 step(i + 1, length)
@@ -94,7 +94,7 @@ def draw(
     sharpness: `(b, 1)`, what logits are multiplied by. Sums over blocks of the vocabulary first: the
     cumulative distribution is made of one block alone.
     """
-    uniform = torch.rand(len(logits), 1, generator=generator)
+    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
     drawn, rest = [], -logits.shape[1] % BLOCK
     for start in range(0, len(logits), DRAWN_AT_ONCE):
         rows = slice(start, start + DRAWN_AT_ONCE)
@@ -107,9 +107,9 @@ def draw(
         at = uniform[rows] * cumulative[:, -1:]
         block = torch.searchsorted(cumulative, at, right=True).clamp_max(blocks.shape[1] - 1)
         before = pad(cumulative, (1, 0)).gather(1, block)
-        inside = blocks[torch.arange(len(block)), block[:, 0]].cumsum(-1)
+        inside = blocks[torch.arange(len(block), device=block.device), block[:, 0]].cumsum(-1)
         # Rounding may put the point past the block's own sum: never onto a word that cannot come.
-        at = torch.minimum(at - before, inside[:, -1:].nextafter(torch.zeros(())))
+        at = torch.minimum(at - before, inside[:, -1:].nextafter(inside.new_zeros(())))
         drawn.append(block * BLOCK + torch.searchsorted(inside, at, right=True))
     return torch.cat(drawn)
 
@@ -170,11 +170,12 @@ class Documents:
 @dataclass(frozen=True)
 class Writer:
     """kind: the model in "f32" or "bf16", or a copy in one of COPIES. cache: bytes for keys and values.
-    nbytes: in all."""
+    nbytes: in all. device: where it writes."""
 
     kind: str
     cache: int
     nbytes: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def write_rows(
     """
     length, generator = writing.length, torch.Generator().manual_seed(writing.seed)
     heads = _heads(checkpoint, tokenizer, bos, generator)
-    model, notes = load_writer(checkpoint, writing.writer.kind)
+    model, notes = load_writer(checkpoint, writing.writer)
     wanted, at_once = ceil(writing.n_tokens / length), rows_at_once(model, length, writing.writer.cache)
     decoder = Decoder(model, length)
     rows: list[list[int]] = []
@@ -272,25 +273,28 @@ def ends_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> froze
     return frozenset(token for token in ids if token is not None)
 
 
-def writer_of(checkpoint: Checkpoint, memory: int | None = None) -> Writer:
-    """What writes in `memory` bytes (default: what is free): the model in the faster float type, or a copy.
+def writer_of(checkpoint: Checkpoint, room: Room | None = None) -> Writer:
+    """What writes in the memory that there is: the model in the faster float type, or a copy.
 
     Raises CalibrationError where not even the smallest copy fits.
     """
-    memory = free_memory() if memory is None else memory
     most = ROWS_AT_ONCE * _row_nbytes(model_config(checkpoint).get_text_config(), 4, ROW)
-    kinds = ("bf16" if faster_dtype() == torch.bfloat16 else "f32", "bf16", *COPIES)
-    writers = []
-    for kind in dict.fromkeys(kinds):
-        weights, loading = weight_nbytes(checkpoint, kind)
-        for cache in (min(most, CACHE_BYTES), min(most, LEAST_CACHE)):
-            writers.append(Writer(kind, cache, weights + max(loading, cache + WORKING)))
-    for writer in writers:
-        if writer.nbytes <= memory:
-            return writer
+    for device, memory in (room or Room()).places():
+        on_cpu = device.type == "cpu"
+        kinds = ("f32" if on_cpu and faster_dtype() == torch.float32 else "bf16", "bf16", *COPIES)
+        writers = []
+        for kind in dict.fromkeys(kinds):
+            weights, loading = weight_nbytes(checkpoint, kind)
+            for cache in (min(most, CACHE_BYTES), min(most, LEAST_CACHE)):
+                nbytes = weights + max(loading, cache + WORKING)
+                writers.append(Writer(kind, cache, nbytes, str(device)))
+        for writer in writers:
+            if writer.nbytes <= memory:
+                return writer
     least = min(writer.nbytes for writer in writers)
+    where = "" if on_cpu else f" on {device}"
     raise CalibrationError(
-        f"{checkpoint.path}: to write its own text the model needs {least / 2**30:.2f} GiB of memory, "
+        f"{checkpoint.path}: to write its own text the model needs {least / 2**30:.2f} GiB of memory{where}, "
         f"{memory / 2**30:.2f} GiB are free; give a text file (--calibrate FILE), with which it is run block "
         "by block"
     )
@@ -306,14 +310,17 @@ def weight_nbytes(checkpoint: Checkpoint, kind: str) -> tuple[int, int]:
     return int(2 * (every - packed) + packed * float(FORMATS.get(kind).bits_per_weight()) / 8), besides
 
 
-def load_writer(checkpoint: Checkpoint, kind: str) -> tuple[Any, list[str]]:
+def load_writer(checkpoint: Checkpoint, writer: Writer) -> tuple[Any, list[str]]:
     """-> the transformers model that writes, and what to say of it."""
+    kind = writer.kind
     if kind not in COPIES:
-        return load_model(checkpoint, torch.float32 if kind == "f32" else torch.bfloat16), []
+        model: Any = load_model(checkpoint, torch.float32 if kind == "f32" else torch.bfloat16)
+        return model.to(writer.device), []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*are held as floats")  # experts stay floats, as meant
         model = load_packed(quantized_copy(checkpoint, kind), torch.bfloat16)
-    return model, [f"text written by a copy of the model in {kind}: in floats it does not fit the memory"]
+    note = f"text written by a copy of the model in {kind}: in floats it does not fit the memory"
+    return model.to(writer.device), [note]
 
 
 def quantized_copy(checkpoint: Checkpoint, kind: str) -> Checkpoint:

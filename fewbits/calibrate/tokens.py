@@ -26,6 +26,7 @@ import torch
 
 from ..adapters.as_loaded import as_loaded
 from ..adapters.transformers import head_of, load_tokenizer
+from ..devices import Room
 from ..errors import CalibrationError, raise_all
 from ..files.checkpoint import Checkpoint
 from .documents import Document, read_characters, read_dataset, read_json_lines
@@ -70,11 +71,11 @@ def read_tokens(
     context: int = 512,
     seed: int = 0,
     progress: Progress | None = None,
-    memory: int | None = None,
+    room: Room | None = None,
 ) -> Tokens:
     """Calibration text for a model -> at least `n_tokens` tokens in windows of `context`.
 
-    memory: limit in bytes for generating text (default: free memory).
+    room: device and memory for generating text (default: the CPU, what is free).
     spec: "self", "vocabulary", the path of a text or JSON lines file, or hf:NAME[:CONFIG][:SPLIT]. A shorter
     text gives all its whole windows and a note with both numbers. Raises CalibrationError for less
     than one window, and FileError for a file that cannot be read.
@@ -86,7 +87,7 @@ def read_tokens(
     tokenizer = load_tokenizer(checkpoint)
     bos = bos_of(tokenizer)
     if spec == SELF:
-        writing = Writing(needed, min(context, ROW), writer_of(checkpoint, memory), seed)
+        writing = Writing(needed, min(context, ROW), writer_of(checkpoint, room), seed)
         stream, source, notes = _from_self(checkpoint, tokenizer, writing, progress)
     elif spec == VOCABULARY:
         stream, source, notes = _from_vocabulary(checkpoint, tokenizer, needed, seed)

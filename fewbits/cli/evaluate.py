@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters.hub import resolve
+from ..devices import Room
 from ..errors import FileError, PlanError
 from ..files.open import open_checkpoint
 from ..memory import left_of
+from .options import device_argument
 from .progress import StageProgress
 from .units import gib
 
@@ -64,6 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", metavar="NAME", help="run the quantized models in it: llama.cpp, transformers, ..."
     )
     _simulation_arguments(parser)
+    device_argument(parser)
     parser.add_argument(
         "--memory", type=gib, metavar="GIB",
         help="memory to take (default: what is free); what does not fit runs block by block, side by side",
@@ -111,8 +114,8 @@ def _calibrated(
     if options.activation_text is None:
         return given
     if options.activation_text == "self":
-        memory = left_of(options.memory)
-        tokens = self_text(reference, CALIBRATION, options.seed + 1, WINDOW, progress, memory).tokens
+        room = Room(options.device, left_of(options.memory))
+        tokens = self_text(reference, CALIBRATION, options.seed + 1, WINDOW, progress, room).tokens
     else:
         tokens = read_text(reference, read_file(Path(options.activation_text)), "calibration").tokens[
             :CALIBRATION
@@ -129,7 +132,7 @@ def _announce(models: Sequence[Checkpoint], text: Text, settings: Settings, writ
 
     need = memory_need(models, text, settings)
     if writes:
-        nbytes = writer_of(models[0], left_of(settings.memory)).nbytes
+        nbytes = writer_of(models[0], Room(settings.device, left_of(settings.memory))).nbytes
         need = replace(need, peak=max(need.peak, need.here + nbytes))
     print(f"fewbits evaluate: {need.line()}", file=sys.stderr)
 
@@ -151,6 +154,7 @@ def run(options: argparse.Namespace) -> int:
         simulation=_simulation(options),
         memory=options.memory,
         engine=options.engine,
+        device=options.device,
     )
     if (head := head_of(reference)) not in GENERATES:
         return _run_head(options, reference, quantized_models, settings)
@@ -168,8 +172,8 @@ def run(options: argparse.Namespace) -> int:
         simulation = _calibrated(settings.simulation, options, reference, progress)
         settings = replace(settings, simulation=simulation)
         if options.text is None:
-            memory = left_of(options.memory)
-            text = self_text(reference, options.sample, options.seed, options.context, progress, memory)
+            room = Room(options.device, left_of(options.memory))
+            text = self_text(reference, options.sample, options.seed, options.context, progress, room)
         tokenizer = load_tokenizer(reference)
         result = evaluate(reference, quantized_models, text, settings, tokenizer.decode, progress)
     if options.record:

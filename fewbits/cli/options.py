@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CalibrationError, FileError
+from ..devices import AUTO, device_of
+from ..errors import FileError
 from ..files.open import FILE_TYPES
 from ..plan import Plan, parse_rule
 from ..plan.method import EFFORTS, METHODS
@@ -108,10 +109,18 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory for hidden states; the rest goes to a scratch file (default 2)",
     )  # fmt: skip
     group.add_argument("--scratch", type=Path, metavar="DIR", help="folder of that file (default: system's)")
-    group.add_argument("--device", default="cpu", help="device of the model: cpu (default) or cuda")
+    device_argument(group)
     group.add_argument(
         "--compute", choices=("auto", *DTYPES), default="auto",
-        help="arithmetic of the model: auto is bf16 with AMX or CUDA, else f32",
+        help="arithmetic of the model: auto is bf16 on a GPU and with AMX, else f32",
+    )  # fmt: skip
+
+
+def device_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--device", default=AUTO, metavar="NAME",
+        help="device of the model: auto (default: the GPU with the most free memory, else the CPU), cpu, "
+        "cuda, cuda:1, ...",
     )  # fmt: skip
 
 
@@ -131,25 +140,22 @@ def options_of(given: argparse.Namespace) -> Options:
 
 
 def streaming_of(given: argparse.Namespace) -> Streaming:
-    device = given.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise CalibrationError(f"--device {device}: torch finds no CUDA device here; use cpu")
     return Streaming(
         activation_memory=given.activation_memory,
         scratch=given.scratch,
-        device=device,
-        dtype=_dtype(given.compute, device),
+        device=given.device,
+        dtype=_dtype(given.compute, device_of(given.device)),
         seed=given.seed or 0,
     )
 
 
-def _dtype(name: str, device: str) -> torch.dtype:
-    """auto: bf16 on CUDA and with AMX, else f32. Some other CPUs multiply bf16 faster, but the check of AWQ,
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 on a GPU and with AMX, else f32. Some other CPUs multiply bf16 faster, but the check of AWQ,
     SmoothQuant and equalization keeps few pairs in bf16."""
     if name != "auto":
         return DTYPES[name]
     amx = torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device != "cpu" or amx else torch.float32
+    return torch.bfloat16 if device.type != "cpu" or amx else torch.float32
 
 
 def read_plan(rules: list[str], file: Path | None) -> Plan:

@@ -52,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--calibrate", metavar="SOURCE", help="as in quantize; text is not read")
     text.add_argument("--tokens", type=int, metavar="N", help="number of tokens (default 32768)")
     text.add_argument("--activation-memory", type=gib, default="2", metavar="GIB", help="(default 2)")
-    parser.set_defaults(context=None, seed=None, scratch=None, device="cpu", compute="auto")
+    parser.set_defaults(context=None, seed=None, scratch=None, device="auto", compute="auto")
 
 
 def run(options: argparse.Namespace) -> int:

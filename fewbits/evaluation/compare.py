@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import torch
 from ..adapters.forward import GENERATES
 from ..adapters.transformers import head_of
 from ..blocks.activations import DEFAULT_LIMIT
+from ..devices import Room
 from ..errors import CalibrationError, FileError, ModelError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.open import as_checkpoint
-from ..memory import Need, left_of, memory_left, resident_memory
+from ..memory import Need, left_of, resident_memory
 from ..runtime.runner import Blockwise, InEngine, Runner, Whole, choose, needs_side_by_side
 from ..table import size
 from .generation import continuation, greedy
@@ -63,18 +64,18 @@ def evaluate(
     run = _Run(windows, settings, vocabulary, decode or _numbers, progress or _silent)
     missing, scratch = None, settings.scratch
     engines = [InEngine(model, settings.engine, scratch) for model in quantized_models if settings.engine]
-    if engines or _ways([reference, *quantized_models], windows.shape, settings)[0]:
+    way = None if engines else _way([reference, *quantized_models], windows.shape, settings)
+    if way is None or way.whole:
         with tempfile.TemporaryDirectory(dir=scratch, prefix="fewbits-evaluate-") as folder:
             run.open_store(Path(folder))
-            reference_scores = run.reference(
-                _reference(reference, windows.shape, settings) if engines else Whole(reference)
-            )
-            each = engines or map(Whole, quantized_models)  # one in memory at a time
+            ours = _reference(reference, windows.shape, settings) if way is None else way.runner(reference)
+            reference_scores = run.reference(ours)
+            each = engines if way is None else map(way.runner, quantized_models)  # one in memory at a time
             quantized_models_scores = tuple(run.quantized(runner) for runner in each)
         if engines and settings.prompts:
             missing = "No text was continued: the quantized models ran in an engine."
     else:
-        reference_scores, *rest = run.side_by_side([reference, *quantized_models])
+        reference_scores, *rest = run.side_by_side([reference, *quantized_models], way.device)
         quantized_models_scores = tuple(rest)
         if settings.prompts:
             missing = "No text was continued: the models do not fit the memory as a whole, with a cache."
@@ -99,31 +100,47 @@ def memory_need(models: Sequence[Checkpoint], text: Text, settings: Settings) ->
         runners = [ours, *(InEngine(model, settings.engine) for model in models[1:])]
         most = max(runner.needs(*windows.shape) for runner in runners)
         return Need(f"the reference {ours.kind}, the others in {settings.engine}", here + most, here)
-    whole, nbytes = _ways(models, windows.shape, settings)
-    return Need("one model after the other" if whole else "block by block, side by side", here + nbytes, here)
+    way = _way(models, windows.shape, settings)
+    words = "one model after the other" if way.whole else "block by block, side by side"
+    there = None if way.device.type == "cpu" else (str(way.device), way.nbytes)
+    return Need(words, here + way.nbytes, here, device=there)
 
 
-def _ways(models: Sequence[Checkpoint], shape: Sequence[int], settings: Settings) -> tuple[bool, int]:
-    """Does each model fit the memory as a whole, in f32? And the bytes that they take so, or block by block.
-    ModelError, with numbers, where they do not fit either way, or where a simulation wants them whole."""
-    free = memory_left(settings.memory)
+@dataclass(frozen=True)
+class _Way:
+    """Are models run whole, one after the other, or block by block, side by side? The device, and the bytes
+    that they take there."""
+
+    whole: bool
+    device: torch.device
+    nbytes: int
+
+    def runner(self, model: Checkpoint) -> Runner:
+        """Of a whole model."""
+        return Whole(model, device=self.device)
+
+
+def _way(models: Sequence[Checkpoint], shape: Sequence[int], settings: Settings) -> _Way:
+    """How the models are run, in f32: whole where they fit the memory of a device, else block by block.
+    ModelError, with numbers, where they fit no way, or where a simulation wants them whole."""
     whole = {_name(model): Whole(model).needs(*shape) for model in models}
     largest = max(whole, key=lambda name: whole[name])
-    if whole[largest] <= free:
-        return True, whole[largest]
-    runners = [_blockwise(model, models, settings) for model in models]
-    blocks = needs_side_by_side(runners, shape[0], shape[1])
+    for device, free in Room(settings.device, left_of(settings.memory)).places():
+        if whole[largest] <= free:
+            return _Way(True, device, whole[largest])
+        runners = [_blockwise(model, models, settings, device) for model in models]
+        blocks = needs_side_by_side(runners, shape[0], shape[1])
+        if blocks <= free and settings.simulation == Simulation():
+            return _Way(False, device, blocks)
     if settings.simulation != Simulation():
         raise ModelError(
             f"{largest}: quantized activations and caches are simulated in a whole model, which needs "
             f"{size(whole[largest])} of memory; {size(free)} are free"
         )
-    if blocks > free:
-        raise ModelError(
-            f"{largest}: needs {size(whole[largest])} of memory whole, all {len(models)} models block by "
-            f"block {size(blocks)}; {size(free)} are free: evaluate fewer windows or a smaller context"
-        )
-    return False, blocks
+    raise ModelError(
+        f"{largest}: needs {size(whole[largest])} of memory whole, all {len(models)} models block by "
+        f"block {size(blocks)}; {size(free)} are free: evaluate fewer windows or a smaller context"
+    )
 
 
 def _reference(model: Checkpoint, shape: Sequence[int], settings: Settings) -> Runner:
@@ -131,9 +148,12 @@ def _reference(model: Checkpoint, shape: Sequence[int], settings: Settings) -> R
     return choose(model, shape[0], shape[1], left_of(settings.memory), settings.scratch)
 
 
-def _blockwise(model: Checkpoint, models: Sequence[Checkpoint], settings: Settings) -> Blockwise:
+def _blockwise(
+    model: Checkpoint, models: Sequence[Checkpoint], settings: Settings, device: torch.device
+) -> Blockwise:
     """Hidden states of all models together take at most what one model's may."""
-    return Blockwise(model, limit=DEFAULT_LIMIT // len(models), scratch=settings.scratch)
+    limit = DEFAULT_LIMIT // len(models)
+    return Blockwise(model, limit=limit, scratch=settings.scratch, device=device)
 
 
 def cut(text: Text, settings: Settings, vocabulary: int) -> torch.Tensor:
@@ -195,7 +215,7 @@ class _Run:
         nll = []
         for i, log_p in enumerate(self._log_probabilities(runner)):
             self.store[i] = log_p
-            nll.append(negative_log_likelihood(log_p, self.targets[i]))
+            nll.append(negative_log_likelihood(self.store[i], self.targets[i]))
         self.written = self._continue(runner)
         return self._scores(runner, torch.cat(nll))
 
@@ -209,11 +229,13 @@ class _Run:
 
     def _compared(self, runner: Runner) -> TokenScores:
         found = enumerate(self._log_probabilities(runner))
-        return TokenScores.join([compare(self.store[i], log_p, self.targets[i]) for i, log_p in found])
+        return TokenScores.join(
+            [compare(self.store[i].to(log_p.device), log_p, self.targets[i]) for i, log_p in found]
+        )
 
-    def side_by_side(self, models: Sequence[Checkpoint]) -> list[ModelScores]:
+    def side_by_side(self, models: Sequence[Checkpoint], device: torch.device) -> list[ModelScores]:
         """The reference and its quantized models, one block of each in memory at a time."""
-        runners = [_blockwise(model, models, self.settings) for model in models]
+        runners = [_blockwise(model, models, self.settings, device) for model in models]
         blocks = [runner.n_blocks for runner in runners]
         if len(set(blocks)) > 1:
             raise ModelError(f"the models have {blocks} blocks: they cannot be run side by side")
@@ -243,7 +265,7 @@ class _Run:
                 log_p = runner.logits_of(i, self.settings.first)[:-1].log_softmax(-1)
                 if j == 0:
                     expected = log_p
-                    nll.append(negative_log_likelihood(log_p, target))
+                    nll.append(negative_log_likelihood(log_p, target.to(log_p.device)).cpu())
                 else:
                     parts.setdefault(j, []).append(compare(expected, log_p, target))
             self.progress("logits", i + 1, len(self.targets))

@@ -27,10 +27,11 @@ from torch.nn.functional import logsigmoid, normalize
 
 from ..adapters.forward import GENERATES, without_cache
 from ..adapters.transformers import head_of, load_tokenizer
+from ..devices import Room
 from ..errors import CalibrationError, ModelError, PlanError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.open import as_checkpoint
-from ..memory import Need, memory_left, resident_memory
+from ..memory import Need, left_of, resident_memory
 from ..runtime.runner import Whole
 from ..table import Cell, size, table
 from .examples import Example, Examples
@@ -103,7 +104,8 @@ def evaluate_head(
     reference, *quantized_models = map(as_checkpoint, (reference, *quantized_models))
     settings = settings or Settings()
     examples = examples if isinstance(examples, Examples) else Examples(tuple(examples), "the texts given")
-    _check(reference, quantized_models, examples, settings)
+    device = _check(reference, quantized_models, examples, settings)
+    settings = replace(settings, device=str(device))
     run = _Run(reference, examples, settings, progress or (lambda stage, done, total: None))
     found = tuple(run.scores(model) for model in quantized_models)
     return HeadEvaluation(
@@ -113,14 +115,27 @@ def evaluate_head(
 
 def head_memory_need(models: Sequence[Checkpoint], texts: int, settings: Settings) -> Need:
     """What evaluating `models` on a number of texts takes: from headers alone."""
-    here = resident_memory()
-    most = max(Whole(model).needs(texts, BATCH * settings.context) for model in models)
-    return Need("one model after the other", here + most, here)
+    here, needed = resident_memory(), _needed(models, texts, settings)
+    device, most = _place(needed, settings)[0], max(needed.values())
+    there = None if device.type == "cpu" else (str(device), most)
+    return Need("one model after the other", here + most, here, device=there)
+
+
+def _needed(models: Sequence[Checkpoint], texts: int, settings: Settings) -> dict[Path, int]:
+    """Bytes that each model takes."""
+    return {model.path: Whole(model).needs(texts, BATCH * settings.context) for model in models}
+
+
+def _place(needed: Mapping[Path, int], settings: Settings) -> tuple[torch.device, int]:
+    """The device on which the models fit, else the last that may be tried; and the bytes free there."""
+    places = Room(settings.device, left_of(settings.memory)).places()
+    return next((place for place in places if max(needed.values()) <= place[1]), places[-1])
 
 
 def _check(
     reference: Checkpoint, models: Sequence[Checkpoint], examples: Examples, settings: Settings
-) -> None:
+) -> torch.device:
+    """Refuse what cannot be compared -> the device of the models."""
     if settings.engine or settings.simulation.cache:
         raise PlanError("--engine and --kv-cache are for models that generate text; this one does not")
     if not examples.texts:
@@ -135,12 +150,13 @@ def _check(
         faults.append(f"{reference.path}: generates text; give it to `evaluate`")
     if examples.labels and heads[reference.path] != "sequence":
         faults.append(f"{reference.path}: labels are for classifiers of texts")
-    free = memory_left(settings.memory)
-    for model in (reference, *models):
-        needed = Whole(model).needs(len(examples.texts), BATCH * settings.context)
-        if needed > free:
-            faults.append(f"{model.path}: needs {size(needed)} of memory, {size(free)} are free")
+    needed = _needed((reference, *models), len(examples.texts), settings)
+    device, free = _place(needed, settings)
+    for path, nbytes in needed.items():
+        if nbytes > free:
+            faults.append(f"{path}: needs {size(nbytes)} of memory, {size(free)} are free")
     raise_all(ModelError, "evaluate", faults)
+    return device
 
 
 class _Run:
@@ -151,14 +167,16 @@ class _Run:
     ) -> None:
         self.head, self.settings, self.progress = head_of(reference), settings, progress
         self.pooling = pooling_of(reference)
-        model = Whole(reference).model
+        self.device = torch.device(settings.device)
+        model = Whole(reference, device=self.device).model
         self.batches = list(text_batches(reference, model, examples.texts, settings, self.head, self.pooling))
         self.targets = self._targets(model, examples)
         self.expected, seconds = self._rows(reference, model)
         self.reference = self._scores(reference, seconds, self._absolute(self.expected))
 
     def scores(self, checkpoint: Checkpoint) -> HeadScores:
-        model, simulation = Whole(checkpoint).model, self.settings.simulation.of(checkpoint.metadata)
+        model = Whole(checkpoint, device=self.device).model
+        simulation = self.settings.simulation.of(checkpoint.metadata)
         with simulated(model, simulation) as record:
             rows, seconds = self._rows(checkpoint, model)
         if rows.shape != self.expected.shape:
@@ -181,6 +199,7 @@ class _Run:
         found, seconds = [], 0.0
         no_cache = without_cache(model)
         for i, batch in enumerate(self.batches):
+            batch = {key: value.to(self.device) for key, value in batch.items()}
             given = {key: batch[key] for key in INPUTS if key in batch}
             began = perf_counter()
             out = model(**given, **no_cache)
@@ -191,7 +210,7 @@ class _Run:
                 logits = out.logits if self.head == "sequence" else out.logits[batch["scored"]]
                 found.append(_log_probabilities(logits.float(), model.config))
             self.progress(f"{checkpoint.path.name}: texts", i + 1, len(self.batches))
-        rows = torch.cat(found)
+        rows = torch.cat(found).cpu()
         if not bool(rows.isfinite().all()):
             raise ModelError(f"{checkpoint.path}: its output is not finite; its weights are damaged")
         return rows, seconds

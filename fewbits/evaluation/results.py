@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..devices import AUTO
 from ..errors import PlanError
 from ..table import Cell, size, table
 from .generation import Continuation
@@ -23,6 +24,7 @@ class Settings:
     for hidden states. simulation: quantized activations and cache, of the quantized models only. memory:
     bytes that this process may take (default: what is free); models that do not fit run block by block.
     engine: the quantized models run in it, as it computes them (default: decoded, in our own forward pass).
+    device: where the models run, in f32: "cpu", "cuda", or "auto", a GPU where there is one with room.
     """
 
     context: int = 512
@@ -35,6 +37,7 @@ class Settings:
     simulation: Simulation = field(default_factory=Simulation)
     memory: int | None = None
     engine: str | None = None
+    device: str = AUTO
 
     def __post_init__(self) -> None:
         if self.engine is not None and self.simulation != Simulation():

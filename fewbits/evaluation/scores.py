@@ -63,16 +63,17 @@ def negative_log_likelihood(log_p: torch.Tensor, targets: torch.Tensor) -> torch
 
 
 def compare(reference: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-    """Log-probabilities `(t, vocab)` f32 of both, `(t,)` tokens -> TokenScores."""
+    """Log-probabilities `(t, vocab)` f32 of both on one device, `(t,)` tokens -> TokenScores on the CPU."""
+    targets = targets.to(quantized.device)
     kl = [
         (p.double().exp() * (p.double() - q.double())).sum(1)
         for p, q in zip(reference.split(ROWS_AT_ONCE), quantized.split(ROWS_AT_ONCE), strict=True)
     ]
     return TokenScores(
-        nll_reference=negative_log_likelihood(reference, targets),
-        nll_quantized=negative_log_likelihood(quantized, targets),
-        kl=torch.cat(kl),
-        same_top=reference.argmax(1) == quantized.argmax(1),
+        nll_reference=negative_log_likelihood(reference, targets).cpu(),
+        nll_quantized=negative_log_likelihood(quantized, targets).cpu(),
+        kl=torch.cat(kl).cpu(),
+        same_top=(reference.argmax(1) == quantized.argmax(1)).cpu(),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from ..adapters.transformers import load_tokenizer
 from ..calibrate.sampling import damage_of, load_writer, rows_at_once, sample, writer_of
 from ..calibrate.tokens import bos_of
+from ..devices import Room
 from ..errors import CalibrationError
 from ..files.checkpoint import Checkpoint
 from ..runtime.decode import Decoder
@@ -52,18 +53,18 @@ def self_text(
     seed: int = 0,
     context: int = 512,
     progress: Callable[[str, int, int], None] | None = None,
-    memory: int | None = None,
+    room: Room | None = None,
 ) -> Text:
-    """Sample at least `n_tokens` tokens from the model at temperature 1 -> Text. memory: bytes that sampling
-    may take (default: what is free).
+    """Sample at least `n_tokens` tokens from the model at temperature 1 -> Text. room: device and memory for
+    sampling (default: the CPU, what is free).
 
     Sequences of `context` tokens lie one after the other, so that each is one window. Each begins
     with one token drawn uniformly from the vocabulary: begun with BOS, a chat model would write the
     same template every time. The same seed gives the same text on the same machine.
     """
     n = len(blank_text(n_tokens, context).tokens) // context
-    writer = writer_of(checkpoint, memory)
-    model, notes = load_writer(checkpoint, writer.kind)
+    writer = writer_of(checkpoint, room)
+    model, notes = load_writer(checkpoint, writer)
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
     at_once = rows_at_once(model, context, writer.cache)

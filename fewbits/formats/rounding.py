@@ -1,4 +1,4 @@
-"""The rounding of a grid as data for the C++ core: see `core.Rounding`."""
+"""The rounding of a grid as data for kernels: see `core.Rounding`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .grids import AffineGrid, TableGrid
 from .levels import LevelGrid
 from .search import inverse, middles
 
-LEVELS = 16  # a longer table is searched faster elsewhere
 
+def rounding_of(grid: Grid, n: int, columns: torch.Tensor, most: int) -> Rounding | None:
+    """A grid, for `columns (k,)` of it in that order -> its Rounding, on the grid's device.
 
-def rounding_of(grid: Grid, n: int, columns: torch.Tensor) -> Rounding | None:
-    """A grid, for `columns (k,)` of it in that order -> its Rounding; None if the core does not support
-    it."""
+    None for a grid that is neither scale and offset nor a sorted table, and for tables of more than `most`
+    levels."""
     meaning = getattr(grid, "meaning", grid)
     scale, offset = (None if part is None else part.T.contiguous() for part in meaning.groups(n))
     assert scale is not None
@@ -27,10 +27,11 @@ def rounding_of(grid: Grid, n: int, columns: torch.Tensor) -> Rounding | None:
     if isinstance(meaning, TableGrid) and meaning.table.ndim == 1:
         table = meaning.table, middles(meaning.table), meaning.codes
     elif isinstance(meaning, LevelGrid):
-        table = meaning.levels.sorted, meaning.levels.boundaries, meaning.levels.codes
+        levels = meaning.levels.on(scale.device)
+        table = levels.sorted, levels.boundaries, levels.codes
     else:
         return None
-    if len(table[0]) > LEVELS:
+    if len(table[0]) > most:
         return None
-    levels, boundaries, codes = (part.float().contiguous() for part in table)
-    return Rounding(group, scale, inverse(scale), table=(levels, boundaries, codes))
+    values, boundaries, codes = (part.float().contiguous() for part in table)
+    return Rounding(group, scale, inverse(scale), table=(values, boundaries, codes))

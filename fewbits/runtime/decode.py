@@ -45,10 +45,12 @@ class Decoder:
     def __init__(self, model: Any, length: int) -> None:
         """length: tokens of a row, at most. The model is changed: attention and linear maps are made fast."""
         self.model, self.length, self.cache = model, length, None
+        self.device = torch.device(getattr(model, "device", "cpu"))
         self.fast = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
         if self.fast:
             _use_grouped_attention(model)
-            _reorder_weights(model)
+            if self.device.type == "cpu":
+                _reorder_weights(model)
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:

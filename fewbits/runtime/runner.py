@@ -40,13 +40,21 @@ SPARE = 256 * 2**20  # what a forward pass takes besides: activations, buffers o
 
 class Runner(ABC):
     """kind: for people. cached: can it continue a text, with a cache of keys and values? seconds: what its
-    forward passes have taken."""
+    forward passes have taken. device: where they run."""
 
     kind: str
     cached = False
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
         self.checkpoint, self.dtype, self.seconds = checkpoint, dtype, 0.0
+        self.device = torch.device(device)
+
+    @property
+    def where(self) -> str:
+        """For `kind`."""
+        return "" if self.device.type == "cpu" else f" on {self.device}"
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -56,12 +64,13 @@ class Runner(ABC):
 
     @abstractmethod
     def needs(self, windows: int, context: int) -> int:
-        """Bytes of memory for `windows` windows of `context` tokens, besides what the process has now."""
+        """Bytes of memory, of its device, for `windows` windows of `context` tokens, besides what the process
+        has now."""
 
     @abstractmethod
     def logits(self, windows: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
-        """`(w, t)` int64 -> for each window in turn, `(t - first, vocabulary)` f32: of the positions from
-        `first` on. ModelError where an output is not finite."""
+        """`(w, t)` int64 -> for each window in turn, `(t - first, vocabulary)` f32 on its device: of the
+        positions from `first` on. ModelError where an output is not finite."""
 
     @property
     def model(self) -> Any:
@@ -75,11 +84,15 @@ class Whole(Runner):
     cached = True
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, packed: bool = False
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        packed: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:
-        super().__init__(checkpoint, dtype)
+        super().__init__(checkpoint, dtype, device)
         self.packed = packed
-        self.kind = f"whole, {'packed' if packed else str(dtype).removeprefix('torch.')}"
+        self.kind = f"whole, {'packed' if packed else str(dtype).removeprefix('torch.')}{self.where}"
 
     def needs(self, windows: int, context: int) -> int:
         tensors = self.checkpoint.tensors.values()
@@ -93,7 +106,8 @@ class Whole(Runner):
 
     @cached_property
     def model(self) -> Any:
-        return (load_packed if self.packed else load_model)(self.checkpoint, self.dtype)
+        model: Any = (load_packed if self.packed else load_model)(self.checkpoint, self.dtype)
+        return model.to(self.device)
 
     def logits(self, windows: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
         model, kept = self.model, windows.shape[1] - first
@@ -118,8 +132,10 @@ class Blockwise(Runner):
         dtype: torch.dtype = torch.float32,
         limit: int = DEFAULT_LIMIT,
         scratch: Path | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
-        super().__init__(checkpoint, dtype)
+        super().__init__(checkpoint, dtype, device)
+        self.kind += self.where
         self.limit, self.scratch = limit, scratch
         self.hidden: Activations = Activations((), limit, scratch)
 
@@ -138,7 +154,7 @@ class Blockwise(Runner):
 
     @cached_property
     def blocks(self) -> BlockModel:
-        return BlockModel(self.checkpoint, self.dtype)
+        return BlockModel(self.checkpoint, self.dtype, self.device)
 
     @property
     def n_blocks(self) -> int:

@@ -91,9 +91,11 @@ def learn_block(
     where = getattr(block, "name", "block")
     if not inputs or len(inputs) != len(targets):
         raise CalibrationError(f"{where}: {len(inputs)} inputs and {len(targets)} targets; 1 each at least")
+    device = getattr(block, "device", torch.device("cpu"))
+    there = {name: weights[name].to(device, torch.float32) for name in formats}
     roundings = {
-        name: LearnedRounding(weights[name].float().cpu(), start.get(name) or fmt.encode(weights[name].cpu()))
-        for name, fmt in formats.items()
+        name: LearnedRounding(w, start[name].to(device) if name in start else formats[name].encode(w))
+        for name, w in there.items()
     }
     descent = _Descent(block, roundings, inputs, targets, settings, where)
     descent.go()
@@ -101,7 +103,7 @@ def learn_block(
 
 
 class LearnedRounding:
-    """The training state of one weight on the CPU: V and the factors of its block parameters."""
+    """The training state of one weight, on its device: V and the factors of its block parameters."""
 
     def __init__(self, w: torch.Tensor, q: QTensor):
         self.w, self.start = w, q

@@ -51,7 +51,7 @@ def quantize_model(
         if isinstance(decision.kind, Format):
             weight = checkpoint.tensors[name].load()
             assert isinstance(weight, torch.Tensor)
-            q, _ = task(name, weight.float(), _spec(decision.kind, decision.rule, method))
+            q = task(name, weight.float(), _spec(decision.kind, decision.rule, method))
             weights[name] = (names[name], q)
     towers = {name for name, seen in checkpoint.seen.items() if seen.role == TOWER}
     fused = sorted(n for n, each in checkpoint.tensors.items() if len(each.shape) == 3 and n not in towers)

@@ -14,8 +14,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
+
 from ..algorithms import NEEDS
+from ..algorithms.gptq import GPU_PIECE
 from ..calibrate.sampling import writer_of
+from ..devices import AUTO, Room, free_device_memory
 from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
 from ..files.output import Job, Output
@@ -23,6 +27,7 @@ from ..formats.base import CHUNK, Format
 from ..memory import Need, free_memory, left_of, resident_memory
 from ..model.sites import Site, per_block, sites
 from ..plan.choices import Decision
+from .blockwise.settings import Streaming
 from .request import Request
 from .task import Spec, spec_of
 
@@ -30,6 +35,7 @@ ALLOWANCE = 3 * 2**29  # 1.5 GiB: torch, transformers, Hessians and what is quan
 BESIDE = 11 * 2**26  # what is not Hessians, where these take more: torch, transformers, results
 ROWS_IN_F32 = 10  # copies of CHUNK weights in f32 that an encoder holds at most
 MARGIN = 64 * 2**20  # allocators keep what was freed; digests read their input in pieces
+DEVICE_SPARE = 2**29  # bytes: libraries of the GPU, and what its allocator cannot use
 LEAST_STATES = 2**26  # bytes of hidden states in memory, where there is no more
 
 
@@ -89,8 +95,53 @@ def memory_need(
     if walked and request.method.distill:
         whole = 8 * checkpoint.numel + ALLOWANCE
     if walked and writes_text:
-        whole = max(whole, here + writer_of(checkpoint, left_of(request.memory)).nbytes)
+        room = Room(request.streaming.device, left_of(request.memory))
+        whole = max(whole, here + writer_of(checkpoint, room).nbytes)
     return Need("whole model" if whole else way, max(peak, whole), here, scratch)
+
+
+def placed(request: Request, walked: Sequence[Task], checkpoint: Checkpoint) -> tuple[Request, int]:
+    """The request with batches that fit its GPU, and the bytes that the walk takes there: 0 on the CPU.
+
+    `auto` takes the CPU, with a note, where one sequence is too much. ModelError where a GPU was named.
+    """
+    device = request.streaming.place
+    if device.type == "cpu" or not walked:
+        return request, 0
+    free, batch = free_device_memory(device), request.streaming.batch
+    while True:
+        request = replace(request, streaming=replace(request.streaming, batch=batch))
+        nbytes = _device_peak(checkpoint, walked, request)
+        if free is None or nbytes <= free:
+            return request, nbytes
+        if batch == 1:
+            break
+        batch //= 2
+    text = f"a block with one sequence takes {nbytes / 2**30:.2f} GiB on {device}, which has "
+    text += f"{free / 2**30:.2f} GiB free"
+    if request.streaming.device != AUTO:
+        raise ModelError(
+            f"{checkpoint.path}: {text}; free memory there, take a smaller context, or --device cpu"
+        )
+    streaming = replace(request.streaming, device="cpu", batch=Streaming.batch, dtype=torch.float32)
+    return replace(request, streaming=streaming, notes=(*request.notes, f"run on the CPU: {text}")), 0
+
+
+def _device_peak(checkpoint: Checkpoint, walked: Sequence[Task], request: Request) -> int:
+    """A block as modules, and as they were where they are kept; Hessians; what choosing codes for the widest
+    matrix takes; the activations of a batch."""
+    assert request.tokens is not None
+    method, dtype = request.method, request.streaming.dtype
+    copies = 3 if method.gptaq or method.learn else 2
+    modules = copies * dtype.itemsize * max(block_weights(checkpoint))
+    widest = max((t.shape[1] for t in walked if NEEDS[t.algorithm] == "hessian"), default=0)
+    largest = max(prod(task.shape) for task in walked)
+    choosing = 4 * (4 * largest + ROWS_IN_F32 * 4 * min(largest, GPU_PIECE))
+    context, width = request.tokens.windows.shape[1], max(task.shape[1] for task in walked)
+    narrow = min(task.shape[1] for task in walked)
+    rows = request.streaming.rows(context, width)
+    states = rows * context * (8 * narrow + 3 * width) * 4
+    return modules + 5 * 4 * widest**2 + choosing + states + DEVICE_SPARE
 
 
 def fitted(
@@ -104,14 +155,22 @@ def fitted(
 
     The memory is that of the request, else what is free. ModelError where it does not suffice.
     """
-    need = memory_need(checkpoint, target, decisions, request, writes_text)
+    walked = [task for task in tasks_of(checkpoint, target, decisions, request) if task.walked]
+    request, there = placed(request, walked, checkpoint)
+    device = (str(request.streaming.place), there) if there else None
+
+    def need_of(request: Request) -> Need:
+        need = memory_need(checkpoint, target, decisions, request, writes_text)
+        return replace(need, device=device)
+
+    need = need_of(request)
     limit = _limit(request, need.here)
     if need.peak <= limit:
         return request, need
 
     def holding(nbytes: int) -> tuple[Request, Need]:
         less = replace(request, streaming=replace(request.streaming, activation_memory=nbytes))
-        return less, memory_need(checkpoint, target, decisions, less, writes_text)
+        return less, need_of(less)
 
     least = min(LEAST_STATES, request.streaming.activation_memory)
     _, need = holding(least)

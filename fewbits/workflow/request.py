@@ -11,6 +11,7 @@ from ..algorithms import NEEDS
 from ..calibrate.statistics import Statistics, content_digest, stats_for
 from ..calibrate.stats import Stats
 from ..calibrate.tokens import Tokens
+from ..devices import device_name
 from ..errors import PlanError, raise_all
 from ..plan import Plan, Rule
 from ..plan.method import Method
@@ -159,18 +160,12 @@ def fingerprint_fields(request: Request) -> dict[str, object]:
         "text": None if request.tokens is None else request.tokens.digest,
         "statistics": None if statistics is None else statistics.digest or content_digest(statistics),
         "batch": streaming.batch,
-        "device": _device(streaming.device),
+        "device": device_name(streaming.place),
         "dtype": str(streaming.dtype),
         "seed": streaming.seed,
         "strict calibration": request.strict_calibration,
         "threads": torch.get_num_threads(),
     }
-
-
-def _device(name: str) -> str:
-    """The name of a device, with the model of a GPU."""
-    known = name.startswith("cuda") and torch.cuda.is_available()
-    return f"{name} {torch.cuda.get_device_name(name)}" if known else name
 
 
 def calibration_of(request: Request) -> dict[str, object]:

@@ -77,7 +77,9 @@ def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress
     checkpoint, resolved = _resolved(checkpoint, request, file_type_for(request.file, out))
     check_place(checkpoint, out, resolved.file_type, request.overwrite)
     output, decisions = resolved.lay_out(checkpoint, out), resolved.by_output(checkpoint)
+    before = len(request.notes)
     request, _ = fitted(checkpoint, output, decisions, request)
+    notes = (*notes, *request.notes[before:])
     identity = fingerprint(source, fingerprint_fields(request))
     folder = out.with_name(out.name + ".blocks")
     if request.tokens is not None:

@@ -97,13 +97,12 @@ def takes(algorithm: str) -> list[str]:
     return [*signature(ALGORITHMS.get(algorithm)).parameters][3:]
 
 
-def task(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> tuple[QTensor, WeightRecord]:
-    """`(n, k)` floats -> the weight in spec.format and its record; errors name the weight."""
+def task(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> QTensor:
+    """`(n, k)` floats -> the weight in spec.format; errors name the weight."""
     try:
-        q = ALGORITHMS.get(spec.algorithm)(w, spec.format, stats, **spec.options)
+        return ALGORITHMS.get(spec.algorithm)(w, spec.format, stats, **spec.options)
     except (FormatError, CalibrationError) as error:
         raise type(error)(f"{name}: {str(error).removeprefix('tensor: ')}") from error
-    return q, measured(w, q, spec, stats)
 
 
 def measured(w: torch.Tensor, q: QTensor, spec: Spec, stats: Stats | None) -> WeightRecord:
@@ -200,7 +199,9 @@ def _piece(
     if isinstance(job.kind, DType):
         return _cast(name, value, job.kind)
     stats = work.stats(name)
-    return task(name, value, _outside(spec_of(job.kind, rule, work.method, work.search), rule, stats), stats)
+    spec = _outside(spec_of(job.kind, rule, work.method, work.search), rule, stats)
+    q = task(name, value, spec, stats)
+    return q, measured(value, q, spec, stats)
 
 
 def _outside(spec: Spec, rule: Rule | None, stats: Stats | None) -> Spec:

@@ -16,6 +16,7 @@ from ..blocks.model import BlockModel
 from ..calibrate.imatrix import open_statistics
 from ..calibrate.statistics import Statistics
 from ..calibrate.tokens import SELF, VOCABULARY, Tokens, read_tokens
+from ..devices import Room
 from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
 from ..memory import left_of
@@ -81,8 +82,9 @@ def reader(checkpoint: Checkpoint, options: Options, progress: Stage | None = No
     count = options.tokens or TOKENS
 
     def read(source: str) -> Tokens:
-        memory, context = left_of(options.memory), options.context or default_context(checkpoint)
-        return read_tokens(checkpoint, source, count, context, options.seed or 0, progress, memory)
+        room = Room(options.streaming.device, left_of(options.memory))
+        context = options.context or default_context(checkpoint)
+        return read_tokens(checkpoint, source, count, context, options.seed or 0, progress, room)
 
     return read
 

@@ -82,8 +82,21 @@ def pretend() -> Iterator[torch.device]:
     """Within, tensors can be made on the device."""
     register()
     # A tensor that stands for another has a version, which those of inference mode have not.
-    with patch.object(torch, "inference_mode", torch.no_grad), _Operators(), _Numbers():
+    mode = torch.inference_mode
+    with (
+        patch.object(mode, "__enter__", _enter), patch.object(mode, "__exit__", _leave),
+        _Operators(), _Numbers(),
+    ):  # fmt: skip
         yield torch.device(NAME)
+
+
+def _enter(self: Any) -> None:
+    self.instead = torch.no_grad()
+    self.instead.__enter__()
+
+
+def _leave(self: Any, *raised: Any) -> None:
+    self.instead.__exit__(*raised)
 
 
 def _inner(x: Any) -> Any:

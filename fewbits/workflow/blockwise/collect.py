@@ -51,7 +51,7 @@ def collect(
     saved: list[Statistics] = []
     stack, n_stacks = 0, 1
     while stack < n_stacks:
-        model = BlockModel(checkpoint, streaming.dtype, streaming.device, stack)
+        model = BlockModel(checkpoint, streaming.dtype, streaming.place, stack)
         saved += _of_stack(model, inside, tokens, streaming, (parts, len(saved), hessian), report)
         stack, n_stacks = stack + 1, model.n_stacks
     return join(saved)

@@ -35,7 +35,7 @@ class BlockJob:
 
     result: what the block's tensors became. records: what each quantized one cost. notes: for the receipt.
     tell: is called before each site with its last neighbour's output error. keeps: are the float weights of
-    finished sites still needed?
+    finished sites still needed? moved: are the block's inputs being replaced by its outputs?
     """
 
     def __init__(self, run: Run, index: int, block: Block, weights: dict[str, torch.Tensor], tell: Tell):
@@ -46,6 +46,7 @@ class BlockJob:
         self.stats: dict[str, Stats] = {}  # only where `learn` will measure again: they are large
         self.error: float | None = None
         self.keeps = True
+        self.moved = False
 
     def needs_hessian(self, stage: Sequence[Site]) -> bool:
         return any(NEEDS[self.run.specs[site.name].algorithm] == "hessian" for site in stage)
@@ -90,37 +91,57 @@ class BlockJob:
     def quantize(self, stage: Sequence[Site], captured: Capture) -> None:
         """Choose codes for the sites of one stage, and put them into the block."""
         self.notes += [Note(text) for text in captured.notes]
+        chosen: dict[str, QTensor] = {}
+        for together in self._together(stage, captured):
+            self.tell(self.index, "", together[0], self.error)
+            chosen |= self._sites(together, captured.stats.get(together[0].name))
         for site in stage:
-            self.tell(self.index, "", site, self.error)
-            self._site(site, captured.stats.get(site.name))
-        for site in stage:
-            self.block.set({site.name: decoded(self.result[site.name])})
+            self.block.set({site.name: chosen[site.name].decode()})
             if not self.keeps:
                 del self.weights[site.name]
 
-    def _site(self, site: Site, stats: Stats | None) -> None:
-        spec, w = self.run.specs[site.name], self.weights[site.name].cpu()
+    def _together(self, stage: Sequence[Site], captured: Capture) -> list[list[Site]]:
+        """Sites whose codes are chosen at once. On a GPU, which small weights leave idle: those that read one
+        input, and whose rows do not depend on one another."""
+        groups: dict[object, list[Site]] = {}
+        for site in stage:
+            spec, stats = self.run.specs[site.name], captured.stats.get(site.name)
+            alone = self.block.device.type == "cpu" or stats is None or not spec.format.rows_alone
+            like = (id(stats), spec.format.name, spec.algorithm, *sorted(spec.options.items()))
+            groups.setdefault(site.name if alone else like, []).append(site)
+        return list(groups.values())
+
+    def _sites(self, sites: Sequence[Site], stats: Stats | None) -> dict[str, QTensor]:
+        """Choose codes for sites of one spec and one input, where the model is; keep them on the CPU."""
+        first, spec = sites[0], self.run.specs[sites[0].name]
         if stats is None:
-            self.notes.append(Note(f"unseen: {site.name} met no token and is rounded to nearest", "unseen"))
+            self.notes.append(Note(f"unseen: {first.name} met no token and is rounded to nearest", "unseen"))
             spec = Spec(spec.format, "rtn", {})
         else:
-            stats = stats.to("cpu")
             if self.run.method.learn is not None:
-                self.stats[site.name] = stats
+                self.stats |= dict.fromkeys((site.name for site in sites), stats)
             if NEEDS[spec.algorithm] != "nothing":
-                self._check_tokens(site, stats)
+                self._check_tokens(first, stats)
+        weights = {site.name: self.weights[site.name].to(self.block.device) for site in sites}
         return_freed_memory()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            q, record = task(site.name, w, spec, stats)
+            joined = torch.cat([*weights.values()]) if len(sites) > 1 else weights[first.name]
+            whole = task(" and ".join(weights), joined, spec, stats)
         for warning in caught:
             if issubclass(warning.category, CalibrationWarning):
-                self.notes.append(Note(f"{site.name}: {warning.message}"))
+                self.notes.append(Note(f"{first.name}: {warning.message}"))
             else:  # not of this weight: whoever listens to warnings is to hear it
                 warnings.warn_explicit(
                     warning.message, warning.category, warning.filename, warning.lineno, source=warning.source
                 )
-        self._accept(site, q, record)
+        start, found = 0, {}
+        for site in sites:
+            w = weights[site.name]
+            found[site.name] = whole if len(sites) == 1 else whole.take_rows(slice(start, start + len(w)))
+            self._accept(site, found[site.name], measured(w, found[site.name], spec, stats))
+            start += len(w)
+        return found
 
     def _accept(self, site: Site, q: QTensor, record: WeightRecord) -> None:
         self.error = record.output_error
@@ -130,7 +151,7 @@ class BlockJob:
                 f"{LARGEST_ERROR:g}; finished blocks are kept: give this weight another format with a rule, "
                 "or more tokens, and run again"
             )
-        self.result[site.name] = q
+        self.result[site.name] = q.to("cpu")
         self.records[site.name] = record
 
     def _check_tokens(self, site: Site, stats: Stats) -> None:
@@ -156,7 +177,7 @@ class BlockJob:
         for site in wanted:
             old, q = self.records[site.name], learned[site.name]
             spec = Spec(q.format, old.algorithm, {**old.options, "learn": level})
-            w = self.weights[site.name].cpu()
+            w = self.weights[site.name].to(self.block.device)
             self._accept(site, q, measured(w, q, spec, self.stats.get(site.name)))
         self.block.set({name: q.decode() for name, q in learned.items()})
 

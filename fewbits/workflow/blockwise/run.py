@@ -29,6 +29,8 @@ from ...blocks.activations import Activations
 from ...blocks.block import Block
 from ...blocks.model import BlockModel
 from ...calibrate.capture import FloatStream, advance, capture
+from ...devices import return_device_memory
+from ...errors import CalibrationError
 from ...files.checkpoint import Checkpoint, LazyTensor
 from ...model.sites import Site, sites
 from ...qtensor import QTensor
@@ -132,11 +134,14 @@ class _Walk:
     def __init__(self, run: Run, store: BlockStore, progress: Progress, stack: int, first: int):
         self.run, self.store, self.progress = run, store, progress
         self.first = first
-        self.model = BlockModel(run.checkpoint, run.streaming.dtype, run.streaming.device, stack)
+        self.model = BlockModel(run.checkpoint, run.streaming.dtype, run.streaming.place, stack)
         self.sites = {site.name: site for site in sites(run.checkpoint) if site.name in run.specs}
         self.total = sum(_size(site) for site in self.sites.values())
         self.done = 0
         self.seen: set[str] = set()
+        self.notes: list[Note] = []  # for the next block's
+        self.waits = True  # may batches wait inside a block?
+        self.job: BlockJob | None = None
 
     def go(self) -> None:
         """Quantize every block that the store does not hold yet."""
@@ -154,17 +159,16 @@ class _Walk:
 
     def _blocks(self, x: Activations, floats: Activations | None) -> None:
         for i in range(self.model.n_blocks):
-            weights = self.model.weights(i)
             rest = range(self.first + i + 1, self.first + self.model.n_blocks)
             more = not all(self.store.has(later) for later in rest)
             if self.store.has(self.first + i):
-                block = self._replay(i, weights, floats)
+                block = self._replay(i, self.model.weights(i), floats)
                 through = False
             else:
-                block, through = self._quantize(i, weights, x, floats)
+                block, through = self._quantized(i, x, floats)
             if more and not through:
                 advance(block, x, x)
-            del weights, block
+            del block
 
     def _replay(self, i: int, weights: Mapping[str, torch.Tensor], floats: Activations | None) -> Block:
         """A block that is quantized already: only its effect on what follows is wanted."""
@@ -178,13 +182,38 @@ class _Walk:
         block.set({name: decoded(tensor.load()) for name, tensor in entries.items()})
         return block
 
-    def _quantize(
-        self, i: int, weights: dict[str, torch.Tensor], x: Activations, floats: Activations | None
-    ) -> tuple[Block, bool]:
+    def _quantized(self, i: int, x: Activations, floats: Activations | None) -> tuple[Block, bool]:
+        """`_quantize` with batches that are halved where a GPU has no memory for them. CalibrationError where
+        a single sequence is too much."""
+        while True:
+            try:
+                return self._quantize(i, x, floats)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            moved, self.job = self.job is not None and self.job.moved, None
+            longest = max(len(batch) for batch in x)
+            if self.waits and not moved:
+                self.waits = False
+                continue
+            if longest == 1 or moved:
+                raise CalibrationError(
+                    f"block {i} with one sequence of {x[0].shape[1]} tokens does not fit the memory of "
+                    f"{self.model.device} ({reason}); take a smaller --context, or --device cpu"
+                )
+            for each in (x, floats):
+                if each is not None:
+                    each.halve()
+            text = f"out of memory on {self.model.device}: batches of {-(-longest // 2)} from block {i} on"
+            self.notes = [Note(text)]
+
+    def _quantize(self, i: int, x: Activations, floats: Activations | None) -> tuple[Block, bool]:
         """Quantize one block into the store -> it with its quantized weights; is x its output already?"""
-        method = self.run.method
+        method, weights = self.run.method, self.model.weights(i)
+        return_device_memory(self.model.device)
         wanted = [self.sites[name] for name in weights if name in self.sites]
         job = BlockJob(self.run, i, self.model.block(i, weights), weights, self._tell)
+        job.notes += self.notes
+        self.job = job
         if wanted:
             job.transform(wanted, x)
         # Float stream and learning need the float weights to the end; else one copy of the block is enough.
@@ -208,12 +237,13 @@ class _Walk:
         if floats is not None and groups is None:
             advance(reference, floats, floats)
         self.store.write(self.first + i, job.result, _kept(job.records, job.notes))
+        self.notes = []
         return job.block, groups is not None
 
     def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:
         """May all batches wait inside the block at once? Not experts: batches reach them in another order."""
-        method = self.run.method
-        if not method.sequential or method.learn or any(site.expert is not None for site in wanted):
+        method, experts = self.run.method, any(site.expert is not None for site in wanted)
+        if not self.waits or not method.sequential or method.learn or experts:
             return False
         width = 6 * x[0].shape[-1] + max(site.shape[1] for site in wanted)
         streams = 1 if floats is None else 2

@@ -10,6 +10,7 @@ import torch
 
 from ...blocks.activations import DEFAULT_LIMIT
 from ...calibrate.tokens import Tokens
+from ...devices import AUTO, device_of
 from ...files.checkpoint import Checkpoint
 from ...plan.method import Method
 from ..task import Spec
@@ -22,16 +23,27 @@ class Streaming:
     """How a model is run.
 
     activation_memory: bytes of hidden states kept in memory, the rest lies in a scratch file in `scratch`.
-    batch: sequences at once, fewer where a block is wide. device: "cpu" or "cuda", for the model and the
-    Hessians; codes are chosen on the CPU. dtype: of the model's arithmetic.
+    batch: sequences at once, fewer where a block is wide. device: by name, of the model, its Hessians and the
+    choice of codes; "auto": a GPU where there is one with room. dtype: of the model's arithmetic; None: bf16
+    on a GPU, f32 on the CPU.
     """
 
     activation_memory: int = DEFAULT_LIMIT
     scratch: Path | None = None
     batch: int = 8
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
+    device: str = AUTO
+    dtype: torch.dtype = None  # type: ignore[assignment]  # never, once it is made
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype is None:
+            on_cpu = self.place.type == "cpu"
+            object.__setattr__(self, "dtype", torch.float32 if on_cpu else torch.bfloat16)
+
+    @property
+    def place(self) -> torch.device:
+        """The device itself. KernelError for one that is not here."""
+        return device_of(self.device)
 
     def rows(self, context: int, width: int) -> int:
         """Sequences at once, so that one activation of `width` columns takes WIDEST bytes at most."""

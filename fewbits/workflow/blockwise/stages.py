@@ -72,6 +72,7 @@ def quantize_paused(
                 raise CalibrationError(f"{names[0]}: its inputs are not finite; check the blocks before it")
             seen = sums.stats()
             job.quantize(stage, Capture(dict.fromkeys(names, seen), (), ()))
+        job.moved = True
         for stream, block, ended in ((x, job.block, passes), (floats, reference, others)):
             for i, each in enumerate(ended):
                 _finish(each, block, i, stream)
