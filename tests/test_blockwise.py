@@ -271,23 +271,23 @@ def test_a_weight_that_is_not_finite_is_named_and_the_blocks_before_it_are_kept(
 
 
 def test_an_error_that_explodes_names_the_weight_and_the_run_goes_on_from_there(llama, tmp_path, monkeypatch):
-    real = job_module.task
+    real = job_module.measured
     left = [9]  # of the 14 weights; the tenth is broken
 
-    def breaking(name, w, spec, stats):
+    def breaking(w, q, spec, stats):
         left[0] -= 1
-        q, record = real(name, w, spec, stats)
+        record = real(w, q, spec, stats)
         error = record.output if left[0] >= 0 else (1e4 * record.output[1], record.output[1])
-        return q, replace(record, output=error)
+        return replace(record, output=error)
 
-    monkeypatch.setattr(job_module, "task", breaking)
+    monkeypatch.setattr(job_module, "measured", breaking)
     out = tmp_path / "m.gguf"
     with pytest.raises(
         CalibrationError, match=r"layers\.1\.\S+: its output error is \d+\S* times its output"
     ):
         quantize(llama, out, asked("q4_0"))
     assert blocks_of(out) == ["block-0000.json"]
-    monkeypatch.setattr(job_module, "task", real)
+    monkeypatch.setattr(job_module, "measured", real)
     quantize(llama, out, asked("q4_0"))
     quantize(llama, tmp_path / "fresh.gguf", asked("q4_0"))
     assert out.read_bytes() == (tmp_path / "fresh.gguf").read_bytes()

@@ -36,7 +36,7 @@ def need(model: Path, **given: object):
 def test_a_machine_without_memory_refuses_before_anything_is_written(model, monkeypatch, capsys):
     """Of a text that is read; of one that the model writes; of one tensor at a time, which fits."""
     monkeypatch.setattr("fewbits.workflow.memory.free_memory", lambda: 2**28)
-    monkeypatch.setattr("fewbits.calibrate.sampling.free_memory", lambda: 2**28)
+    monkeypatch.setattr("fewbits.memory.free_memory", lambda: 2**28)
     before = sorted(model.parent.rglob("*"))
     with pytest.raises(ModelError, match=r"block by block\); .* GiB are free: .*--effort fast"):
         need(model, calibrate="text.txt")

@@ -16,6 +16,7 @@ from fewbits.calibrate import kept, sampling, tokens
 from fewbits.calibrate.sampling import LOOP, NGRAM, Documents, Heads, Writing, sample, write_rows
 from fewbits.calibrate.tokens import bos_of, read_tokens
 from fewbits.cli.main import main
+from fewbits.devices import Room
 from fewbits.errors import CalibrationError
 from fewbits.files.open import open_checkpoint
 from fewbits.runtime.decode import Decoder
@@ -150,13 +151,13 @@ def test_a_copy_writes_where_the_model_does_not_fit(plain, kind):
     cache = sampling.writer_of(plain).cache
     weights, loading = sampling.weight_nbytes(plain, kind)
     memory = weights + max(loading, cache + sampling.WORKING)
-    assert sampling.writer_of(plain, memory).kind == kind
-    found = read_tokens(plain, "self", 64, context=32, memory=memory)
+    assert sampling.writer_of(plain, Room(left=memory)).kind == kind
+    found = read_tokens(plain, "self", 64, context=32, room=Room(left=memory))
     assert found.windows.shape == (2, 32) and f"copy of the model in {kind}" in found.notes[0]
     with pytest.raises(
         CalibrationError, match=r"needs [\d.]+ GiB of memory, 0.00 GiB are free; give a text file"
     ):
-        read_tokens(plain, "self", 64, context=32, memory=2**20)
+        read_tokens(plain, "self", 64, context=32, room=Room(left=2**20))
 
 
 def test_a_copy_is_as_near_as_its_format_allows(plain):
@@ -164,7 +165,7 @@ def test_a_copy_is_as_near_as_its_format_allows(plain):
     127, and by what the scale loses as f16: 127 * 2^-11 of itself."""
     name = "model.layers.0.mlp.up_proj"
     w = plain.tensors[f"{name}.weight"].load().float()
-    model, _ = sampling.load_writer(plain, "q8_0")
+    model, _ = sampling.load_writer(plain, sampling.Writer("q8_0", 0, 0))
     copied = model.get_submodule(name).weight.decode(torch.float32)
     scale = w.view(len(w), -1, 32).abs().amax(-1, keepdim=True) / 127
     assert 0 < float(((copied - w).view(len(w), -1, 32).abs() / scale).max()) < 1.06

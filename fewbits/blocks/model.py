@@ -123,10 +123,11 @@ class BlockModel:
         """Checkpoint names of block i's tensors, in the order of its modules; experts one by one."""
         return [name for key in self._keys(i) for name in self._made_of[key]]
 
-    def weights(self, i: int) -> dict[str, torch.Tensor]:
-        """The tensors of block i, decoded to f32: copies that do not reference the mapped file."""
+    def weights(self, i: int, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of block i, decoded to f32, on a device (default: the model's): copies that do not
+        reference the mapped file."""
         self._head = None
-        return {name: self._decode(name, torch.float32) for name in self.names(i)}
+        return {name: self._decode(name, torch.float32, device or self.device) for name in self.names(i)}
 
     def block(self, i: int, weights: Mapping[str, torch.Tensor]) -> Block:
         """Block i filled with `weights`: every name of `names(i)`. A weight with the dtype and device of the
@@ -159,7 +160,7 @@ class BlockModel:
             raise ModelError(f"{self.checkpoint.path}: {type(self._model).__name__} has no logits of tokens")
         if self._head is None:
             name = next(iter(self._made_of[self._output]))
-            self._head = self._around() | {self._output: self._decode(name, self.dtype)}
+            self._head = self._around() | {self._output: self._decode(name, self.dtype, self.device)}
         states = self._flow.hidden(hidden)
         running = Pass(self.n_blocks, self._flow.known, states, sizes=(hidden.shape[0], hidden.shape[1]))
         with self._filled(self._head), self._standing_in(running):
@@ -266,7 +267,7 @@ class BlockModel:
                 continue
             whole = torch.empty(get_tensor(self._model, key).shape, dtype=self.dtype, device=self.device)
             for name, place in self._made_of[key].items():
-                place.of(whole).copy_(self._decode(name, self.dtype))
+                place.of(whole).copy_(self._decode(name, self.dtype, self.device))
             around[key] = whole
         return around
 
@@ -284,10 +285,10 @@ class BlockModel:
         """Whether a tensor is of a part that no text goes through."""
         return any((seen := self.checkpoint.seen.get(name)) and seen.role == TOWER for name in made_of)
 
-    def _decode(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        value = self.checkpoint.tensors[name].load()
+    def _decode(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        value = self.checkpoint.tensors[name].load().to(device)  # as few bytes as it has
         value = value.decode() if isinstance(value, QTensor) else value
-        return value.to(self.device, dtype, copy=True)
+        return value.to(dtype, copy=True)
 
     @contextmanager
     def _filled(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:

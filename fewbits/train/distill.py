@@ -64,7 +64,7 @@ class DistillSettings:
     lr_vectors: the same for norms and biases. Both rise over a tenth of the steps and fall to a tenth on a
     cosine. held_out: number of windows at the end that are used for evaluation only; every: steps between two
     evaluations. state: file to resume a killed run from, written at each evaluation; the caller deletes
-    it."""
+    it. device: of the quantized model as a whole, and of the reference's blocks in turn."""
 
     steps: int = 200
     lr: float = 5e-4
@@ -74,6 +74,7 @@ class DistillSettings:
     held_out: int = 8
     every: int = 25
     state: Path | None = None
+    device: str = "cpu"
 
 
 FEWEST = DistillSettings.held_out + DistillSettings.batch  # windows
@@ -120,8 +121,10 @@ def distill(
     is not finite; FileError for the state of another run."""
     settings, progress = settings or DistillSettings(), progress or _silent
     _check(tokens, settings)
-    teacher = Teacher(Blockwise(reference), tokens, lambda done, total: progress("reference", done, total))
-    student = Student(load_model(quantized), quantized, tokens[0])
+    device = torch.device(settings.device)
+    runner = Blockwise(reference, device=device)
+    teacher = Teacher(runner, tokens, lambda done, total: progress("reference", done, total))
+    student = Student(load_model(quantized), quantized, tokens[0], device)
     run = _Run(teacher, student, tokens, settings)
     if settings.state is not None and settings.state.exists():
         run.resume(settings.state)
@@ -216,7 +219,10 @@ class _Run:
 
     def result(self) -> Distilled:
         """The best state, without tensors that it leaves unchanged."""
-        packed, start = (self.student.pack(self.start + self.unit * a) for a in (self.best, 0 * self.best))
+        packed, start = (
+            {name: value.to("cpu") for name, value in self.student.pack(self.start + self.unit * a).items()}
+            for a in (self.best, 0 * self.best)
+        )
         changed = {name: value for name, value in packed.items() if not _same(value, start[name])}
         first, best = self.history[0].held_out, min(judgement.held_out for judgement in self.history)
         judged_on = f"on {self.settings.held_out} windows held out"
@@ -241,7 +247,7 @@ class _Run:
         settings = {key: value for key, value in asdict(self.settings).items() if key != "state"}
         digest = sha256(repr(sorted(settings.items())).encode())
         for part in (self.tokens, self.start, self.teacher.hidden(len(self.tokens) - 1)):
-            digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
@@ -250,7 +256,7 @@ class _Run:
 
         record = {"step": self.step, "history": [asdict(judgement) for judgement in self.history]}
         about = {"distill": json.dumps(record), "fingerprint": self.fingerprint()}
-        state = {name: getattr(self, name) for name in STATE}
+        state = {name: getattr(self, name).cpu() for name in STATE}
         write_atomic(path, save(state, about))
 
     def resume(self, path: Path) -> None:

@@ -36,9 +36,10 @@ class Part:
 class Student:
     """Made of a transformers model in f32 and the checkpoint it was loaded from."""
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, tokens: torch.Tensor):
+    def __init__(self, model: Any, checkpoint: Checkpoint, tokens: torch.Tensor, device: torch.device):
         """tokens `(c,)`: any window, to check that the model can be split."""
-        self.model = model.requires_grad_(False)
+        self.model = model.requires_grad_(False).to(device)
+        self.device = device
         self.quantized: dict[str, QTensor] = {}
         self.vectors: dict[str, torch.Tensor] = {}
         self.parts: list[Part] = []
@@ -54,7 +55,7 @@ class Student:
             )
         for part in self.parts:
             part.value.requires_grad_()
-        self.halves = Halves(model, tokens)
+        self.halves = Halves(self.model, tokens.to(device))
 
     def _add_linear(self, name: str, q: torch.Tensor | QTensor) -> None:
         path = name.removesuffix(".weight")
@@ -62,7 +63,7 @@ class Student:
         if not isinstance(q, QTensor) or type(module) is not torch.nn.Linear:
             self.fixed.append(name)
             return
-        grid, codes = q.format.unpack(q)
+        grid, codes = q.format.unpack(q.to(self.device))
         if module.weight is self.model.get_input_embeddings().weight or not grid.parameters():
             self.fixed.append(name)
             return
@@ -101,7 +102,8 @@ class Student:
 
     def spread(self, kinds: Mapping[str, float]) -> torch.Tensor:
         """One number for each kind -> `(p,)`."""
-        return torch.cat([torch.full((part.value.numel(),), kinds[part.kind]) for part in self.parts])
+        values = [(part.value, kinds[part.kind]) for part in self.parts]
+        return torch.cat([value.new_full((value.numel(),), number) for value, number in values])
 
     def _pieces(self, flat: torch.Tensor) -> list[torch.Tensor]:
         pieces = flat.split([part.value.numel() for part in self.parts])
@@ -117,7 +119,7 @@ class Student:
             if name in self.vectors:
                 packed[name] = given[""].to(self.vectors[name].dtype)
             else:
-                q = self.quantized[name]
+                q = self.quantized[name].to(self.device)
                 grid, codes = q.format.unpack(q)
                 packed[name] = q.format.pack(grid.replaced(given), codes)
         return packed
@@ -139,7 +141,7 @@ class Student:
 
         Only the logits of one window are in memory; their gradient, (q - p) / positions, needs no graph.
         """
-        hidden = self.halves.blocks(windows)
+        hidden = self.halves.blocks(windows.to(self.device))
         cut = hidden.detach().requires_grad_()
         total = 0.0
         for i in range(len(windows)):
@@ -155,7 +157,7 @@ class Student:
     def divergence(self, window: torch.Tensor, log_p: torch.Tensor) -> float:
         """Tokens `(c,)`, the teacher's log p `(c, v)` -> mean KL(teacher || student)."""
         with torch.no_grad():
-            logits = self.halves.head(self.halves.blocks(window[None]))
+            logits = self.halves.head(self.halves.blocks(window[None].to(self.device)))
             return _divergence(log_p, logits[0].float().log_softmax(-1))
 
 

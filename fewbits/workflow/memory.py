@@ -132,16 +132,17 @@ def _device_peak(checkpoint: Checkpoint, walked: Sequence[Task], request: Reques
     matrix takes; the activations of a batch."""
     assert request.tokens is not None
     method, dtype = request.method, request.streaming.dtype
-    copies = 3 if method.gptaq or method.learn else 2
-    modules = copies * dtype.itemsize * max(block_weights(checkpoint))
+    copies = (2 if method.gptaq or method.learn else 1) * dtype.itemsize
+    copies += 8 if method.learn or method.transforms else 0  # their floats, and as they are rewritten
+    modules = copies * max(block_weights(checkpoint))
     widest = max((t.shape[1] for t in walked if NEEDS[t.algorithm] == "hessian"), default=0)
     largest = max(prod(task.shape) for task in walked)
-    choosing = 4 * (4 * largest + ROWS_IN_F32 * 4 * min(largest, GPU_PIECE))
+    choosing = 4 * (3 * largest + ROWS_IN_F32 * min(largest, GPU_PIECE))
     context, width = request.tokens.windows.shape[1], max(task.shape[1] for task in walked)
     narrow = min(task.shape[1] for task in walked)
     rows = request.streaming.rows(context, width)
     states = rows * context * (8 * narrow + 3 * width) * 4
-    return modules + 5 * 4 * widest**2 + choosing + states + DEVICE_SPARE
+    return modules + 4 * 4 * widest**2 + choosing + states + DEVICE_SPARE
 
 
 def fitted(
@@ -256,7 +257,8 @@ def _walk_peak(checkpoint: Checkpoint, walked: Sequence[Task], hidden: int, requ
     read from; hidden states; Hessians, or what else is made of a block's inputs."""
     dtype = request.streaming.dtype
     copies = 4 + (0 if dtype.itemsize == 4 else dtype.itemsize)
-    nbytes = 2 * copies * max(block_weights(checkpoint)) + _block_nbytes(checkpoint)
+    blocks = 2 if request.streaming.place.type == "cpu" else 3  # beside a GPU, one more is read ahead
+    nbytes = blocks * copies * max(block_weights(checkpoint)) + _block_nbytes(checkpoint)
     widest = max((t.shape[1] for t in walked if NEEDS[t.algorithm] == "hessian"), default=0)
     states = max(hidden, waiting(walked, request)) if request.method.sequential else hidden
     states = min(states, request.streaming.activation_memory)

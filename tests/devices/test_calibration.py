@@ -15,7 +15,6 @@ WINDOWS = torch.randint(3, 500, (16, 40), generator=torch.Generator().manual_see
 RUNS: dict[str, dict[str, Any]] = {
     "gptq": {"to": "int4_g64", "method": "gptq"},
     "equalize": {"to": "int4_g64", "method": "gptq", "equalize": True},
-    "learned": {"to": "int4_g64", "method": "learned"},
 }
 
 
@@ -24,12 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("model") / "llama")
 
 
-SLOW = ("learned",)
-
-
-@pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=pytest.mark.slow if run in SLOW else ()) for run in RUNS]
-)
+@pytest.mark.parametrize("run", RUNS)
 def test_the_output_is_the_cpus(run: str, model: Path, tmp_path: Path, device: torch.device) -> None:
     given = RUNS[run] | {"calibrate": Tokens.of(WINDOWS, "random"), "verify": False}
     here = fewbits.quantize(model, tmp_path / "cpu", **given)

@@ -65,6 +65,7 @@ class BlockJob:
         self.notes += [Note(f"dropped: {pair.name}: no token reached it", "dropped") for pair in unseen]
         pairs = [pair for pair in pairs if pair not in unseen]
         formats = {site.name: self.run.specs[site.name].format for site in wanted}
+        self.weights = {name: weight.to(self.block.device) for name, weight in self.weights.items()}
         chosen: list[Choice] = []
         for name in asked:
             options = self.run.method.transform_options if name == "smooth" else {}

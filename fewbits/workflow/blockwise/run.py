@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from ...blocks.activations import Activations
 from ...blocks.block import Block
 from ...blocks.model import BlockModel
 from ...calibrate.capture import FloatStream, advance, capture
-from ...devices import return_device_memory
+from ...devices import Room, return_device_memory
 from ...errors import CalibrationError
 from ...files.checkpoint import Checkpoint, LazyTensor
 from ...model.sites import Site, sites
@@ -112,7 +113,11 @@ def _distill(
     steps = run.method.distill
     state = store.folder / "distill.state"
     distilled = distill(
-        run.checkpoint, quantized, run.tokens.windows, DistillSettings(steps=steps, state=state), progress
+        run.checkpoint,
+        quantized,
+        run.tokens.windows,
+        DistillSettings(steps=steps, state=state, device=str(_place_of_whole(run))),
+        progress,
     )
     changed: Records = {}
     for name, value in distilled.tensors.items():
@@ -125,6 +130,12 @@ def _distill(
         *distilled.notes,
     ]
     store.write(at, distilled.tensors, _kept(changed, [Note(text) for text in notes]))
+
+
+def _place_of_whole(run: Run) -> torch.device:
+    """The device on which the whole model is trained, in f32: the first that has room for it twice."""
+    places = Room(run.streaming.device).places()
+    return next((place for place, free in places if 8 * run.checkpoint.numel <= free), places[-1][0])
 
 
 class _Walk:
@@ -142,6 +153,8 @@ class _Walk:
         self.notes: list[Note] = []  # for the next block's
         self.waits = True  # may batches wait inside a block?
         self.job: BlockJob | None = None
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
 
     def go(self) -> None:
         """Quantize every block that the store does not hold yet."""
@@ -162,13 +175,25 @@ class _Walk:
             rest = range(self.first + i + 1, self.first + self.model.n_blocks)
             more = not all(self.store.has(later) for later in rest)
             if self.store.has(self.first + i):
-                block = self._replay(i, self.model.weights(i), floats)
+                block = self._replay(i, self._weights(i), floats)
                 through = False
             else:
                 block, through = self._quantized(i, x, floats)
             if more and not through:
                 advance(block, x, x)
             del block
+
+    def _weights(self, i: int) -> dict[str, torch.Tensor]:
+        """Of block i, in f32 on the CPU: a GPU gets each when its codes are chosen. Those of the next block
+        are read meanwhile."""
+        if self.model.device.type == "cpu":
+            return self.model.weights(i)
+        here = torch.device("cpu")
+        ahead = self.ahead.pop(i, None)
+        weights = self.model.weights(i, here) if ahead is None else ahead.result()
+        if i + 1 < self.model.n_blocks:
+            self.ahead = {i + 1: self.reader.submit(self.model.weights, i + 1, here)}
+        return weights
 
     def _replay(self, i: int, weights: Mapping[str, torch.Tensor], floats: Activations | None) -> Block:
         """A block that is quantized already: only its effect on what follows is wanted."""
@@ -208,7 +233,7 @@ class _Walk:
 
     def _quantize(self, i: int, x: Activations, floats: Activations | None) -> tuple[Block, bool]:
         """Quantize one block into the store -> it with its quantized weights; is x its output already?"""
-        method, weights = self.run.method, self.model.weights(i)
+        method, weights = self.run.method, self._weights(i)
         return_device_memory(self.model.device)
         wanted = [self.sites[name] for name in weights if name in self.sites]
         job = BlockJob(self.run, i, self.model.block(i, weights), weights, self._tell)
