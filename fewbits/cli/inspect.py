@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+from array import array
+from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..adapters.hub import resolve
+from ..files.checkpoint import Checkpoint, LazyTensor
+from ..files.filetype import FileType
+from ..files.huggingface import HUGGINGFACE
 from ..files.open import file_type_at
+from ..formats.lossless import GGUF_BLOCKS, lossless_equivalents
+from ..qtensor import QTensor
+from ..storage.mapped import read_bytes
+from ..storage.safetensors import read_header
 from ..table import Cell, size, table
 
-EXAMPLES = """Reads headers only.
+EXAMPLES = """Reads headers, and a few values: a model that was trained for few bits lies on their grid.
 
 examples:
   fewbits inspect model-Q4_K_M.gguf
   fewbits inspect ./Llama-3.2-1B --json"""
 
 LONGEST = 60
+TRIED, ROWS = 8, 32  # weights, and rows of them
+GROUPS, DIFFERENT = 64, 30.5  # see formats/trained.py
+WORDS = {"bf16": "H", "f16": "H", "f32": "I"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(f"{path}: {description['kind']}, {description['weights']} weights, {size(description['nbytes'])}, "
           f"{description['bits_per_weight']:.3f} bits per weight\n")  # fmt: skip
+    if description["trained_for"]:
+        print(f"{trained_line(description['trained_for'])}\n")
     print(table(["key", "value"], [[key, short(value)] for key, value in description["metadata"].items()]))
     rows: list[list[Cell]] = [[kind, *figures.values()] for kind, figures in description["types"].items()]
     for row in rows:
@@ -72,10 +87,60 @@ def describe(path: Path) -> dict[str, Any]:
         "weights": weights,
         "nbytes": nbytes,
         "bits_per_weight": 8 * nbytes / max(1, weights),
+        "trained_for": trained_for(path, file_type),
         "metadata": dict(metadata),
         "types": dict(sorted(types.items(), key=lambda item: -item[1]["weights"])),
         "tensors": tensors,
     }
+
+
+def trained_for(path: Path, file_type: FileType) -> dict[str, int]:
+    """Formats on whose grid a few weights of a float checkpoint lie -> how many of those tried, with the
+    number of those that lie on none under "none". Empty for all other models."""
+    if file_type is not HUGGINGFACE:
+        return {}
+    checkpoint = file_type.open(path)
+    matrices = [
+        tensor
+        for tensor in checkpoint.tensors.values()
+        if not tensor.quantized and tensor.file and len(tensor.shape) == 2 and tensor.shape[1] % 32 == 0
+    ]
+    tried = matrices[:: max(1, len(matrices) // TRIED)][:TRIED]
+    if not any(_repeats(checkpoint, tensor) for tensor in tried):
+        return {}
+    from ..formats.trained import trained_grids
+
+    found: Counter[str] = Counter()
+    for tensor in tried:
+        w = tensor.load()
+        assert not isinstance(w, QTensor)
+        grids = trained_grids(w[:ROWS].float())
+        found[next((q.format.name for q in grids), "none")] += 1
+    return {} if set(found) == {"none"} else dict(found.most_common())
+
+
+def _repeats(checkpoint: Checkpoint, tensor: LazyTensor) -> bool:
+    """Whether equal values are frequent in the first groups of 32 weights. Nothing large is imported."""
+    file = checkpoint.path / (tensor.file or "")
+    entry = read_header(file)[tensor.name]
+    word = WORDS.get(entry.dtype.lower())
+    if word is None:
+        return False
+    count = min(tensor.shape[0] * tensor.shape[1], 32 * GROUPS)
+    words = array(word)
+    words.frombytes(read_bytes(file, entry.offset, count * words.itemsize, tensor.name))
+    different = [len(set(words[i : i + 32])) for i in range(0, count, 32)]
+    return sum(different) < DIFFERENT * len(different)
+
+
+def trained_line(found: Mapping[str, int]) -> str:
+    """For people."""
+    total = sum(found.values())
+    parts = [f"{count} of {total} weights tried lie on the grid of {name}" for name, count in found.items()
+             if name != "none"]  # fmt: skip
+    first = next(name for name in found if name != "none")
+    names = " or ".join([first, *(name for name in lossless_equivalents(first) if name in GGUF_BLOCKS)])
+    return f"{', '.join(parts)}: trained for it; --to {names} keeps every code"
 
 
 def short(value: Any) -> str:

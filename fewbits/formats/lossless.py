@@ -27,7 +27,7 @@ from .base import FORMATS, Format
 from .ggml import Ggml
 from .grids import AffineGrid, spread
 
-_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of 32 columns, scale and offset in f16
+GGUF_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of 32 columns, scale and offset in f16
 _MXFP4 = ("mxfp4", "mxfp4_ggml")
 
 
@@ -46,7 +46,7 @@ def lossless_equivalents(name: str) -> Iterator[str]:
         return
     source = FORMATS.get(name)
     zeros = isinstance(source, Affine) and source.zero == "int"
-    blocks = [b for b in _BLOCKS if _shape_of(FORMATS.get(b))[0] == bits]
+    blocks = [b for b in GGUF_BLOCKS if _shape_of(FORMATS.get(b))[0] == bits]
     blocks = blocks[::-1] if zeros else blocks
     groups: list[int | None] = [columns]
     groups += [g for g in (256, 128, 64, 32, 16) if not columns or (g < columns and columns % g == 0)]
@@ -84,7 +84,7 @@ def _shape_of(format: Format) -> tuple[int, int | None, bool]:
     formats of another kind."""
     if isinstance(format, Affine) and format.cells.rows == 1:
         return format.bits, format.cells.columns, format.zero == "float"
-    if isinstance(format, Ggml) and format.name in _BLOCKS:
+    if isinstance(format, Ggml) and format.name in GGUF_BLOCKS:
         return format.top.bit_length(), format.group, format.kind == "affine"
     return 0, None, False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Sequence
 from math import prod
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from ..algorithms import CalibrationWarning
 from ..files.checkpoint import Checkpoint
 from ..files.output import Job
+from ..formats.lossless import GGUF_BLOCKS, lossless_equivalents
 from ..model.sites import TOWER, block_matrices, sites
 from ..release.receipt import TensorRow
+from .task import KEPT
 
 PROMISED = 0.95
 
@@ -47,6 +50,26 @@ def coverage_of(
     if share < PROMISED:
         warnings.warn(shortfall_of(coverage), CoverageWarning, stacklevel=3)
     return coverage
+
+
+def trained_notes(rows: Sequence[TensorRow]) -> tuple[str, ...]:
+    """Weights on the grid of a format, for which they were trained: kept so, or, with a warning, not."""
+    notes = []
+    for kept in (True, False):
+        found = [row for row in rows if row.options.get("grid") and (row.algorithm == KEPT) == kept]
+        if not found:
+            continue
+        grids = Counter(str(row.options["grid"]) for row in found)
+        grid = grids.most_common(1)[0][0]
+        text = f"{len(found)} weights, such as {found[0].name}, lie on the grid of {grid}: trained for it"
+        if kept:
+            notes.append(f"{text}; their codes are kept")
+            continue
+        names = " or ".join([grid, *(name for name in lossless_equivalents(grid) if name in GGUF_BLOCKS)])
+        text += f". {found[0].format} does not hold these values; --to {names} keeps every code"
+        warnings.warn(text, CalibrationWarning, stacklevel=3)
+        notes.append(text)
+    return tuple(notes)
 
 
 def outside_notes(

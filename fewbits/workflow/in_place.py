@@ -21,7 +21,7 @@ from ..plan.mixtures import Recipe
 from ..qtensor import QTensor
 from ..runtime.load import model_checkpoint, pack_weights
 from .resolve import target_of
-from .task import Spec, spec_of, task
+from .task import Spec, chosen, spec_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ def quantize_model(
         if isinstance(decision.kind, Format):
             weight = checkpoint.tensors[name].load()
             assert isinstance(weight, torch.Tensor)
-            q = task(name, weight.float(), _spec(decision.kind, decision.rule, method))
+            q, _ = chosen(name, weight.float(), _spec(decision.kind, decision.rule, method))
             weights[name] = (names[name], q)
     towers = {name for name, seen in checkpoint.seen.items() if seen.role == TOWER}
     fused = sorted(n for n, each in checkpoint.tensors.items() if len(each.shape) == 3 and n not in towers)

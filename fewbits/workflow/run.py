@@ -41,7 +41,7 @@ from .as_saved import as_saved
 from .blockstore import BlockStore, check_ours
 from .blockwise import Run, quantize_blocks
 from .converted import clean, needs_converter, planned, run_converted
-from .coverage import coverage_of, outside_notes
+from .coverage import coverage_of, outside_notes, trained_notes
 from .memory import fitted
 from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
 from .read_back import read_back
@@ -114,6 +114,7 @@ def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress
             notes += coverage_notes(request.statistics, names, "hessian" in needs_of(request))
         rows = _write_all(checkpoint, output, decisions, work, file, progress)
         notes += outside_notes(floats, output.jobs, rows, None if store is None else records)
+        notes += trained_notes(rows)
         for path in output.stale:
             path.unlink(missing_ok=True)
         file.finish(keep_journal=True)

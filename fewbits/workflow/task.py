@@ -23,12 +23,14 @@ from ..files.output import Job
 from ..formats import Distortion
 from ..formats.base import CHUNK, Format
 from ..formats.lossless import convert_lossless
+from ..formats.trained import kept_codes
 from ..plan.choices import Decision
 from ..plan.method import Method
 from ..plan.rules import Rule
 from ..qtensor import QTensor
 from ..storage.stream import StreamFile
 
+KEPT = "kept"  # the algorithm of codes for which a weight was trained
 PIECE = 2**22  # weights whose output error is computed at once
 
 
@@ -103,6 +105,16 @@ def task(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> 
         return ALGORITHMS.get(spec.algorithm)(w, spec.format, stats, **spec.options)
     except (FormatError, CalibrationError) as error:
         raise type(error)(f"{name}: {str(error).removeprefix('tensor: ')}") from error
+
+
+def chosen(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> tuple[QTensor, Spec]:
+    """The codes that a weight was trained for, where the format of the spec holds them, else those of its
+    algorithm; and the spec of what was done, whose option `grid` is the format that it was trained for."""
+    kept, grid = kept_codes(w, spec.format)
+    if kept is not None:
+        return kept, Spec(spec.format, KEPT, {"grid": grid})
+    options = spec.options if grid is None else {**spec.options, "grid": grid}
+    return task(name, w, spec, stats), Spec(spec.format, spec.algorithm, options)
 
 
 def measured(w: torch.Tensor, q: QTensor, spec: Spec, stats: Stats | None) -> WeightRecord:
@@ -200,8 +212,8 @@ def _piece(
         return _cast(name, value, job.kind)
     stats = work.stats(name)
     spec = _outside(spec_of(job.kind, rule, work.method, work.search), rule, stats)
-    q = task(name, value, spec, stats)
-    return q, measured(value, q, spec, stats)
+    q, done = chosen(name, value, spec, stats)
+    return q, measured(value, q, done, stats)
 
 
 def _outside(spec: Spec, rule: Rule | None, stats: Stats | None) -> Spec:
