@@ -68,13 +68,13 @@ def wordpiece() -> dict[str, Any]:
     return json.loads(tokenizer.to_str())
 
 
-def save_encoder(name: str, path: Path, labels: int = 3, **given: Any) -> Path:
+def save_encoder(name: str, path: Path, labels: int = 3, seed: int = 0, **given: Any) -> Path:
     """A random model of class `name` as a Hugging Face directory at `path`."""
     import transformers
 
     kind, fields = ENCODERS[name]
     given = {"vocab_size": VOCAB, "num_labels": labels, "pad_token_id": 0, **fields, **given}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(transformers, name)(transformers.CONFIG_MAPPING[kind](**given)).eval()
     with torch.no_grad():
         for weight in model.parameters():

@@ -195,8 +195,8 @@ def test_inspect_says_so(
     qat: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", str(qat[0]), "--no-tensors"]) == 0
-    assert re.search(r"\d of 8 weights tried lie on the grid of int4_g32: trained for it; --to int4_g32 or q4_0",
-                     capsys.readouterr().out)  # fmt: skip
+    said = r"\d of 8 weights tried lie on the grid of int4_g32: trained for it; --to int4_g32 or q4_0"
+    assert re.search(said, capsys.readouterr().out)
     assert main(["inspect", str(qat[0]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trained_for"]["int4_g32"] >= 6
     plain = save_tiny("LlamaForCausalLM", tmp_path / "plain")

@@ -32,6 +32,7 @@ EXAMPLES = f"""examples:
 
 COMMANDS = {
     "quantize": "quantize a model into a GGUF file or a directory",
+    "train": "quantize a model, then train it for its few bits (quantization-aware training)",
     "plan": "predict size, memory, time and engines of a quantization before it runs",
     "calibrate": "measure activation statistics of a model, for quantize --calibrate",
     "evaluate": "compare quantized models with the original: KL divergence, agreement, perplexity, text",

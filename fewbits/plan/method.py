@@ -15,6 +15,7 @@ from ..errors import PlanError, raise_all
 from ..transforms import TRANSFORMS
 from .rules import Option
 
+LR_CODES = 0.01  # spacings of the grid a step; see train/distill.py
 REWRITES = ("rotate", *TRANSFORMS)
 
 
@@ -26,7 +27,8 @@ class Method:
     the inputs of a site are measured after the earlier sites of its block are quantized, instead of in the
     float block. gptaq: each site approximates the float model's output (mismatch is collected). learn: None,
     "light" or "best": rounding learned by gradients after the algorithm. distill: steps of distilling block
-    scales and norms after all blocks."""
+    scales and norms after all blocks; train: steps of the same that train codes too, in its place, with
+    train_options (fields of train.distill.DistillSettings)."""
 
     algorithm: str = "rtn"
     options: Mapping[str, Option] = field(default_factory=dict)
@@ -36,6 +38,8 @@ class Method:
     gptaq: bool = False
     learn: str | None = None
     distill: int = 0
+    train: int = 0
+    train_options: Mapping[str, Option] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         faults = [
@@ -45,8 +49,9 @@ class Method:
         ]
         if self.learn not in (None, "light", "best"):
             faults.append(f"learn is {self.learn!r}; it is light or best")
-        if self.distill < 0:
-            faults.append(f"distill is {self.distill} steps; it is 0 or more")
+        for name in ("distill", "train"):
+            if getattr(self, name) < 0:
+                faults.append(f"{name} is {getattr(self, name)} steps; it is 0 or more")
         raise_all(PlanError, "method", faults)
 
     def settings(self) -> dict[str, Any]:
@@ -58,7 +63,20 @@ class Method:
     def streams(self) -> bool:
         """Whether the model must be run, so that saved statistics are not enough."""
         moved = set(self.transforms) - {"rotate"}
-        return bool(self.sequential or self.gptaq or self.learn or self.distill or moved)
+        return bool(self.sequential or self.gptaq or self.learn or self.trains or moved)
+
+    @property
+    def trains(self) -> int:
+        """Steps of training the whole model, codes or only scales."""
+        return self.train or self.distill
+
+    def training(self) -> dict[str, Any]:
+        """Fields of the settings of that training besides its steps."""
+        return {"lr_codes": LR_CODES, **self.train_options} if self.train else {}
+
+    @property
+    def training_name(self) -> str:
+        return "train" if self.train else "distill"
 
     @property
     def needs_data(self) -> bool:

@@ -133,9 +133,9 @@ def _model_seconds(
         settings = EFFORTS[method.learn]
         seen = settings.steps * settings.batch * request.streaming.batch * context * BACKWARD
         seconds["learned rounding"] = 2 * weights * (seen + settings.checks * tokens.count) / rate
-    if method.distill:
-        distill = DistillSettings(steps=method.distill)
+    if method.trains:
+        distill = DistillSettings(steps=method.trains, **method.training())
         judged = (1 + ceil(distill.steps / distill.every)) * distill.held_out * context
         seen = distill.steps * distill.batch * context * BACKWARD + judged + tokens.count
-        seconds["distill"] = 2 * model * seen / rate
+        seconds[method.training_name] = 2 * model * seen / rate
     return seconds

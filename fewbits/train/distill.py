@@ -53,6 +53,7 @@ from .teacher import Teacher
 Progress = Callable[[str, int, int], None]
 BETAS = (0.9, 0.95)
 STATE = ("a", "mean", "square", "best")
+FROZEN = 0.85  # of the steps: then codes are fixed, and what swings between two no longer does
 TINY = 1e-12  # added to Adam's root mean square: gradients of single scales are as small as 1e-8
 
 
@@ -64,7 +65,9 @@ class DistillSettings:
     lr_vectors: the same for norms and biases. Both rise over a tenth of the steps and fall to a tenth on a
     cosine. held_out: number of windows at the end that are used for evaluation only; every: steps between two
     evaluations. state: file to resume a killed run from, written at each evaluation; the caller deletes
-    it. device: of the quantized model as a whole, and of the reference's blocks in turn."""
+    it. device: of the quantized model as a whole, and of the reference's blocks in turn. lr_codes: of the
+    float weights that codes are rounded from, in spacings of the grid; 0: codes are fixed. It falls to 0 at
+    FROZEN of the steps, after which only the other numbers move."""
 
     steps: int = 200
     lr: float = 5e-4
@@ -75,6 +78,7 @@ class DistillSettings:
     every: int = 25
     state: Path | None = None
     device: str = "cpu"
+    lr_codes: float = 0.0
 
 
 FEWEST = DistillSettings.held_out + DistillSettings.batch  # windows
@@ -124,7 +128,8 @@ def distill(
     device = torch.device(settings.device)
     runner = Blockwise(reference, device=device)
     teacher = Teacher(runner, tokens, lambda done, total: progress("reference", done, total))
-    student = Student(load_model(quantized), quantized, tokens[0], device)
+    floats = reference if settings.lr_codes else None
+    student = Student(load_model(quantized), quantized, tokens[0], device, floats)
     run = _Run(teacher, student, tokens, settings)
     if settings.state is not None and settings.state.exists():
         run.resume(settings.state)
@@ -159,8 +164,7 @@ class _Run:
     def __init__(self, teacher: Teacher, student: Student, tokens: torch.Tensor, settings: DistillSettings):
         self.teacher, self.student, self.tokens, self.settings = teacher, student, tokens, settings
         self.train = len(tokens) - settings.held_out
-        rate = {"block": settings.lr, "vector": settings.lr_vectors}
-        self.start, self.unit, self.rate = student.read(), student.units(), student.spread(rate)
+        self.start, self.unit, self.spans = student.read(), student.units(), student.spans()
         self.a, self.mean, self.square = (torch.zeros_like(self.start) for _ in range(3))
         self.best = self.a.clone()
         self.step = 0
@@ -175,13 +179,21 @@ class _Run:
         loss = self.student.learn(self.tokens[windows], lambda i: self.teacher.log_p(windows[i]))
         self.losses.append(loss)
         self.check(loss, f"the loss of step {self.step + 1}")
-        gradient = self.student.gradient() * self.unit
+        whole = self.student.gradient()
         self.step += 1
         first, second = BETAS
-        self.mean.lerp_(gradient, 1 - first)
-        self.square.lerp_(gradient.square(), 1 - second)
-        root = (self.square / (1 - second**self.step)).sqrt_().add_(TINY)
-        self.a -= self.rate * self.schedule() * (self.mean / (1 - first**self.step)) / root
+        for at, kind in self.spans:  # part by part: a model's weights are many
+            gradient = whole[at].mul_(self.unit[at])
+            self.mean[at].lerp_(gradient, 1 - first)
+            self.square[at].lerp_(gradient.square_(), 1 - second)
+            root = (self.square[at] / (1 - second**self.step)).sqrt_().add_(TINY)
+            self.a[at].addcdiv_(self.mean[at], root, value=-self.rate(kind) / (1 - first**self.step))
+
+    def rate(self, kind: str) -> float:
+        """The learning rate of a kind of number at this step."""
+        if kind == "latent":
+            return self.settings.lr_codes * max(0.0, self.schedule() - self.schedule(FROZEN))
+        return self.schedule() * (self.settings.lr if kind == "block" else self.settings.lr_vectors)
 
     def chosen(self, step: int) -> list[int]:
         """The windows of a step: every window once in each pass, each pass shuffled by its own seed."""
@@ -189,12 +201,14 @@ class _Run:
         n, seed = self.train, self.settings.seed
         return [shuffled(n, seed, place // n)[place % n] for place in places]
 
-    def schedule(self) -> float:
-        """The factor of the learning rates: linear over the first tenth, then down to a tenth on a cosine."""
+    def schedule(self, at: float | None = None) -> float:
+        """The factor of the learning rates at a share of the steps (default: now): linear over the first
+        tenth, then down to a tenth on a cosine."""
+        step = self.step if at is None else at * self.settings.steps
         warm = ceil(self.settings.steps / 10)
-        if self.step <= warm:
-            return self.step / warm
-        done = (self.step - warm) / max(1, self.settings.steps - warm)
+        if step <= warm:
+            return step / warm
+        done = (step - warm) / max(1, self.settings.steps - warm)
         return 0.1 + 0.45 * (1 + cos(pi * done))
 
     def judge(self) -> None:

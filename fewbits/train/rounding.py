@@ -108,7 +108,7 @@ class LearnedRounding:
     def __init__(self, w: torch.Tensor, q: QTensor):
         self.w, self.start = w, q
         self.grid, codes = q.format.unpack(q)
-        self.gap = _gap(self.grid, w)
+        self.gap = gap_of(self.grid, w)
         self.v = _first(self.grid, w, codes, self.gap)
         self.travel = NEAR if float((self.v != 0).float().mean()) > CHOSEN else REACH
         self.low, self.high = self.v.clamp(max=-REACH), self.v.clamp(min=REACH)
@@ -142,7 +142,7 @@ class LearnedRounding:
         return self.grid.replaced({name: p * (1 + self.factors[name]) for name, p in self.parameters.items()})
 
 
-def _gap(grid: Grid, w: torch.Tensor) -> torch.Tensor:
+def gap_of(grid: Grid, w: torch.Tensor) -> torch.Tensor:
     """`(n, k)` -> `(n, k)`: the spacing of representable values, constant in a group."""
     error = (w - grid.value(grid.round(w))).square()
     mean = grid.sums(error) / grid.sums(torch.ones_like(w[:1]))

@@ -5,7 +5,7 @@ offsets) and piecewise constant in the weights that chose the codes. So
 
     dL/dp     the chain rule with codes fixed: sums over a group of dL/dvalue * level, and of dL/dvalue,
               then from scale and offset to what is stored                                  GridLinear
-    dL/dw     that of the identity if w is rounded                                     straight_through
+    dL/dw     that of the identity if w is rounded                        straight_through, LatentLinear
 
 (the straight-through estimator: Bengio et al., arXiv 1308.3432). Neither keeps a dense weight for the
 backward pass: it is recomputed from codes (a byte per weight) and parameters.
@@ -42,8 +42,30 @@ class GridLinear(torch.nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class LatentLinear(GridLinear):
+    """The same with codes that are trained too: those to which `latent` `(n, k)` f32 is rounded at each pass.
+    A weight beyond the ends of its grid gets no gradient that would take it farther. gap `(n, k)`: the
+    spacing of the grid near each weight."""
+
+    def __init__(
+        self, grid: Grid, latent: torch.Tensor, gap: torch.Tensor, bias: torch.nn.Parameter | None
+    ) -> None:
+        super().__init__(grid, torch.empty(0), bias)
+        self.latent, self.gap = torch.nn.Parameter(latent), gap
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parameters = dict(self.block_parameters)
+        with torch.no_grad():
+            codes = _replaced(self.grid, tuple(parameters), [*parameters.values()]).round(self.latent)
+        y = _Multiply.apply(
+            x, self.grid, codes, tuple(parameters), *parameters.values(), self.latent, self.gap
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
 class _Multiply(torch.autograd.Function):
-    """x W^T, keeping x, codes and block parameters for the backward pass, but not W."""
+    """x W^T, keeping x, codes and block parameters for the backward pass, but not W. values: one for each of
+    `names`, and the latent weight and its gap, if there is one."""
 
     @staticmethod
     def forward(
@@ -56,31 +78,57 @@ class _Multiply(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.grid, ctx.names = grid, names
         ctx.save_for_backward(x, codes, *values)
-        grid = _replaced(grid, names, values)
-        return functional.linear(x, _spread(grid, grid.level(codes), *_groups(grid, codes)))
+        grid = _replaced(grid, names, values[: len(names)])
+        return functional.linear(x, _weight(grid, codes))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, codes, *values = ctx.saved_tensors
-        leaves = [value.detach().requires_grad_() for value in values]
+        latent = values[len(ctx.names) :]
+        leaves = [value.detach().requires_grad_() for value in values[: len(ctx.names)]]
         with torch.enable_grad():
             grid = _replaced(ctx.grid, ctx.names, leaves)
             groups = _groups(grid, codes)
-        level, to_x = grid.level(codes).detach(), None
+        to_x = None
+        with torch.no_grad():
+            weight = _weight(grid, codes)
         if ctx.needs_input_grad[0]:
-            to_x = gradient @ _spread(grid, level, *(part.detach() for part in groups)).to(gradient.dtype)
-        if not leaves:
+            to_x = gradient @ weight.to(gradient.dtype)
+        if not values:
             return (to_x, None, None, None)
         rows = gradient.flatten(0, -2)
         to_w = (rows.T @ x.flatten(0, -2).to(rows.dtype)).float()
-        if not groups[0].requires_grad:  # the levels themselves are the parameters
-            with torch.enable_grad():
-                to_leaves = torch.autograd.grad(grid.value(codes), leaves, to_w)
-            return (to_x, None, None, None, *to_leaves)
-        sums = [grid.sums(to_w * level)]
-        if len(groups) == 2:
-            sums.append(grid.sums(to_w))
-        return (to_x, None, None, None, *torch.autograd.grad(groups, leaves, sums))
+        to_leaves = _to_leaves(grid, codes, groups, leaves, to_w) if leaves else ()
+        to_latent = (_inward(to_w, latent[0] - weight, latent[1]), None) if latent else ()
+        return (to_x, None, None, None, *to_leaves, *to_latent)
+
+
+def _to_leaves(
+    grid: Grid,
+    codes: torch.Tensor,
+    groups: list[torch.Tensor],
+    leaves: list[torch.Tensor],
+    to_w: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """The gradient of the block parameters from that of the weight."""
+    if not groups[0].requires_grad:  # the levels themselves are the parameters
+        with torch.enable_grad():
+            return torch.autograd.grad(grid.value(codes), leaves, to_w)
+    sums = [grid.sums(to_w * grid.level(codes).detach())]
+    if len(groups) == 2:
+        sums.append(grid.sums(to_w))
+    return torch.autograd.grad(groups, leaves, sums)
+
+
+def _inward(to_w: torch.Tensor, off: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+    """The gradient without the part that would take weights farther beyond the end of the grid."""
+    # Descent moves against the gradient: outward where both have different signs.
+    return torch.where((off.abs() > gap) & (off * to_w < 0), 0.0, to_w)
+
+
+def _weight(grid: Grid, codes: torch.Tensor) -> torch.Tensor:
+    groups = _groups(grid, codes)
+    return _spread(grid, grid.level(codes), *groups) if groups else grid.value(codes)
 
 
 def _replaced(grid: Grid, names: Sequence[str], values: Sequence[torch.Tensor]) -> Grid:

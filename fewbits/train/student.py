@@ -1,6 +1,7 @@
 """Student: a quantized model whose continuous numbers can be read, written and trained as one flat vector.
 
 linear weights on a grid     -> GridLinear: codes fixed, block parameters trainable     kind "block"
+                                LatentLinear: float weights too, rounded at each pass   kind "latent"
 norms and biases, 1-D        -> trainable                                               kind "vector"
 everything else              -> fixed; `fixed` names it if quantized (embeddings, fused experts: their
                                 modules are not plain linear layers)
@@ -16,10 +17,14 @@ import torch
 
 from ..errors import CalibrationError
 from ..files.checkpoint import Checkpoint
+from ..formats.base import Grid
 from ..qtensor import QTensor
 from .halves import Halves
-from .ste import GridLinear
+from .rounding import gap_of
+from .ste import GridLinear, LatentLinear
 
+LATENT = "latent"  # the key of a float weight that codes are rounded from
+NEAR = 0.45  # of a gap: how far from its code's value a latent weight starts at most
 FLOOR = 0.1  # least unit of a number, as a share of its row's mean magnitude
 
 
@@ -36,14 +41,23 @@ class Part:
 class Student:
     """Made of a transformers model in f32 and the checkpoint it was loaded from."""
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, tokens: torch.Tensor, device: torch.device):
-        """tokens `(c,)`: any window, to check that the model can be split."""
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        tokens: torch.Tensor,
+        device: torch.device,
+        floats: Checkpoint | None = None,
+    ):
+        """tokens `(c,)`: any window, to check that the model can be split. floats: the checkpoint before it
+        was quantized, if codes are trained: latent weights start at its weights, as near as codes allow."""
         self.model = model.requires_grad_(False).to(device)
-        self.device = device
+        self.device, self.floats = device, floats
         self.quantized: dict[str, QTensor] = {}
         self.vectors: dict[str, torch.Tensor] = {}
         self.parts: list[Part] = []
         self.fixed: list[str] = []
+        self.gaps: dict[str, torch.Tensor] = {}
         for name, tensor in checkpoint.tensors.items():
             if tensor.quantized:
                 self._add_linear(name, tensor.load())
@@ -67,10 +81,27 @@ class Student:
         if module.weight is self.model.get_input_embeddings().weight or not grid.parameters():
             self.fixed.append(name)
             return
-        linear = GridLinear(grid, codes, module.bias)
+        if self.floats is None:
+            linear = GridLinear(grid, codes, module.bias)
+        else:
+            latent = self._latent(name, grid, codes)
+            linear = LatentLinear(grid, latent, gap_of(grid, latent), module.bias)
         self.model.set_submodule(path, linear)
         self.quantized[name] = q
         self.parts += [Part(name, key, "block", value) for key, value in linear.block_parameters.items()]
+        if isinstance(linear, LatentLinear):
+            self.parts.append(Part(name, LATENT, "latent", linear.latent))
+            self.gaps[name] = linear.gap
+
+    def _latent(self, name: str, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
+        """`(n, k)` f32: the float weight, moved so far that it is rounded to `codes`."""
+        assert self.floats is not None
+        w = self.floats.tensors[name].load()
+        assert isinstance(w, torch.Tensor)
+        w, value = w.to(self.device, torch.float32), grid.value(codes)
+        reach = NEAR * gap_of(grid, w)
+        latent = torch.minimum(torch.maximum(w, value - reach), value + reach)
+        return torch.where(grid.round(latent) == codes, latent, value)
 
     def _add_vector(self, name: str, stored: torch.Tensor | QTensor) -> None:
         value = dict(self.model.named_parameters()).get(name)
@@ -96,14 +127,23 @@ class Student:
         return torch.cat([value.flatten() for value in gradients])
 
     def units(self) -> torch.Tensor:
-        """-> `(p,)`: the size of each number, at least FLOOR of its row's mean."""
-        sizes = [part.value.detach().abs() for part in self.parts]
-        return torch.cat([size.maximum(FLOOR * size.mean(-1, keepdim=True)).flatten() for size in sizes])
+        """-> `(p,)`: the size of each number, at least FLOOR of its row's mean; of a latent weight the
+        spacing of the grid."""
+        return torch.cat([self._unit(part).flatten() for part in self.parts])
 
-    def spread(self, kinds: Mapping[str, float]) -> torch.Tensor:
-        """One number for each kind -> `(p,)`."""
-        values = [(part.value, kinds[part.kind]) for part in self.parts]
-        return torch.cat([value.new_full((value.numel(),), number) for value, number in values])
+    def _unit(self, part: Part) -> torch.Tensor:
+        if part.kind == "latent":
+            return self.gaps[part.name]
+        size = part.value.detach().abs()
+        return size.maximum(FLOOR * size.mean(-1, keepdim=True))
+
+    def spans(self) -> list[tuple[slice, str]]:
+        """The place of each part in the vector, and its kind."""
+        found, start = [], 0
+        for part in self.parts:
+            found.append((slice(start, start + part.value.numel()), part.kind))
+            start += part.value.numel()
+        return found
 
     def _pieces(self, flat: torch.Tensor) -> list[torch.Tensor]:
         pieces = flat.split([part.value.numel() for part in self.parts])
@@ -119,17 +159,29 @@ class Student:
             if name in self.vectors:
                 packed[name] = given[""].to(self.vectors[name].dtype)
             else:
-                q = self.quantized[name].to(self.device)
-                grid, codes = q.format.unpack(q)
-                packed[name] = q.format.pack(grid.replaced(given), codes)
+                packed[name] = self._packed(name, given)
         return packed
+
+    def _packed(self, name: str, given: Mapping[str, torch.Tensor]) -> QTensor:
+        """A weight with trained block parameters; codes are those of the latent weight on the grid as
+        stored."""
+        q = self.quantized[name].to(self.device)
+        grid, codes = q.format.unpack(q)
+        parameters = {key: value for key, value in given.items() if key != LATENT}
+        q = q.format.pack(grid.replaced(parameters) if parameters else grid, codes)
+        if LATENT not in given:
+            return q
+        grid, _ = q.format.unpack(q)
+        return q.format.pack(grid, grid.round(given[LATENT]))
 
     def rounded(self, flat: torch.Tensor) -> torch.Tensor:
         """`(p,)` -> `(p,)`: the same numbers as `pack` stores them."""
         packed, values = self.pack(flat), []
-        for part in self.parts:
+        for part, latent in zip(self.parts, self._pieces(flat), strict=True):
             value = packed[part.name]
-            if isinstance(value, QTensor):
+            if part.kind == "latent":
+                value = latent
+            elif isinstance(value, QTensor):
                 value = value.format.unpack(value)[0].parameters()[part.key]
             values.append(value.float().flatten())
         return torch.cat(values)

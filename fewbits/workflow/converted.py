@@ -146,7 +146,7 @@ def _calibrated(
 ) -> Receipt:
     """Codes chosen for the model's own weights, under GGUF names."""
     resolved = resolve(base, request, GGUF_FILE)
-    moved = bool(request.method.transforms) or bool(request.method.distill)
+    moved = bool(request.method.transforms) or bool(request.method.trains)
     if moved:
         _check_all_found(base, converted)
     plan = Plan(_model_rules(model, converted, resolved))

@@ -92,8 +92,9 @@ def memory_need(
         way, scratch = "block by block", max(0, hidden - request.streaming.activation_memory)
         peak = max(peak, _walk_peak(checkpoint, walked, hidden, request))
     whole = 0
-    if walked and request.method.distill:
-        whole = 8 * checkpoint.numel + ALLOWANCE
+    if walked and request.method.trains:
+        copies = 14 if request.method.train else 2  # weights, gradients, Adam's moments, best, units, buffers
+        whole = 4 * copies * checkpoint.numel + ALLOWANCE
     if walked and writes_text:
         room = Room(request.streaming.device, left_of(request.memory))
         whole = max(whole, here + writer_of(checkpoint, room).nbytes)

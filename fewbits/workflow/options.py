@@ -26,9 +26,10 @@ class Options(CommonOptions):
     """The fields of CommonOptions. `file` defaults to GGUF for a llama.cpp file type and to a native
     directory for a format. The plan's [run] table sets options that are None here.
 
-    effort: fast, good (default) or best; method: a name of METHODS or a Method, instead. smooth (SmoothQuant:
-    True, or its alpha), awq, rotate, equalize: transforms before quantization. distill: steps of distillation
-    after it.
+    effort: fast, good (default) or best; method: a name of METHODS or a Method, instead. smooth
+    (SmoothQuant: True, or its alpha), awq, rotate, equalize: transforms before quantization. distill: steps
+    of distillation after it. train: steps that train codes too, in its place (quantization-aware training),
+    of `batch` windows each; lr_codes: the largest change of a weight in a step, in spacings of its grid.
 
     calibrate: a text or JSONL file, hf:NAME, "self" (the default: the model generates text), "vocabulary"
     (random tokens: the default of models that generate none), saved statistics, or Tokens or Statistics.
@@ -42,6 +43,9 @@ class Options(CommonOptions):
     rotate: bool | None = None
     equalize: bool | None = None
     distill: int | None = None
+    train: int | None = None
+    batch: int | None = None
+    lr_codes: float | None = None
     calibrate: str | Path | Tokens | Statistics | None = None
     tokens: int | None = None
     context: int | None = None
@@ -78,7 +82,14 @@ class Options(CommonOptions):
         )
         distill = base.distill if self.distill is None else self.distill
         details = details or dict(base.transform_options)
-        return replace(base, transforms=transforms, transform_options=details, distill=distill)
+        method = replace(base, transforms=transforms, transform_options=details, distill=distill)
+        return method if self.train is None else self._trained(method)
+
+    def _trained(self, method: Method) -> Method:
+        """With training of codes; PlanError where only its details are given, or distillation besides."""
+        given = {"batch": self.batch, "lr_codes": self.lr_codes}
+        options: dict[str, Option] = {name: value for name, value in given.items() if value is not None}
+        return replace(method, distill=0, train=self.train or 0, train_options=options)
 
     def _base(self) -> Method:
         if isinstance(self.method, Method):

@@ -123,9 +123,9 @@ def check_method(request: Request) -> None:
             f"{request.statistics.source}: has no Hessian, which {request.method.algorithm} needs; use "
             "--method weighted, or calibrate again"
         )
-    if request.method.distill and request.tokens is not None and len(request.tokens.windows) < FEWEST:
+    if request.method.trains and request.tokens is not None and len(request.tokens.windows) < FEWEST:
         faults.append(
-            f"distill needs {FEWEST} windows, some of them held out; the text has "
+            f"{request.method.training_name} needs {FEWEST} windows, some of them held out; the text has "
             f"{len(request.tokens.windows)}; give more tokens or a smaller context"
         )
     raise_all(PlanError, "method", faults)

@@ -199,6 +199,7 @@ def _piece(
     name: str, value: torch.Tensor | QTensor, job: Job, rule: Rule | None, work: Work
 ) -> tuple[torch.Tensor | QTensor, WeightRecord | None]:
     """The planes of one source and its record; None if it is copied."""
+    again = isinstance(value, QTensor)
     if isinstance(value, QTensor):
         if value.format == job.kind:
             return value, work.done.get(name)
@@ -212,7 +213,7 @@ def _piece(
         return _cast(name, value, job.kind)
     stats = work.stats(name)
     spec = _outside(spec_of(job.kind, rule, work.method, work.search), rule, stats)
-    q, done = chosen(name, value, spec, stats)
+    q, done = (task(name, value, spec, stats), spec) if again else chosen(name, value, spec, stats)
     return q, measured(value, q, done, stats)
 
 

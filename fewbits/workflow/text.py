@@ -61,10 +61,10 @@ def with_text(request: Request, checkpoint: Checkpoint, options: Options, read: 
 
 def with_what_its_head_allows(request: Request, checkpoint: Checkpoint) -> Request:
     """The request without distillation, which compares next tokens, for a model that predicts none."""
-    if not request.method.distill or head_of(checkpoint) == "causal":
+    if not request.method.trains or head_of(checkpoint) == "causal":
         return request
-    note = "not distilled: only a model that generates text is"
-    return replace(request, method=replace(request.method, distill=0), notes=(*request.notes, note))
+    note = f"no {request.method.training_name}: only a model that generates text is"
+    return replace(request, method=replace(request.method, distill=0, train=0), notes=(*request.notes, note))
 
 
 def with_read_text(

@@ -95,20 +95,25 @@ def test_weights_alone_are_transformers_with_the_decoded_weights(tmp_path, to):
 
 
 def test_smaller_error_than_onnxruntimes_own_quantizer(tmp_path):
+    """Over four models: of a single one, three texts' classes are too few to tell."""
     from onnxruntime.quantization import quantize_dynamic
 
-    source = save_encoder("DistilBertForSequenceClassification", tmp_path / "source")
-    wanted = expected(source)["logits"]
-    fewbits.convert(source, tmp_path / "float", "onnx")
-    onnx.save(onnx.load(tmp_path / "float/model.onnx"), tmp_path / "whole.onnx")
-    options = ort.SessionOptions()  # it quantizes weights that are stored as MatMul reads them
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "folded.onnx"), 3
-    ort.InferenceSession(tmp_path / "whole.onnx", options, providers=["CPUExecutionProvider"])
-    quantize_dynamic(tmp_path / "folded.onnx", tmp_path / "theirs.onnx", op_types_to_quantize=["MatMul"])
-    fewbits.quantize(source, tmp_path / "ours", file="onnx", **DYNAMIC, **GIVEN)
-    theirs, ours = (ran(tmp_path / name)["logits"] for name in ("theirs.onnx", "ours/model.onnx"))
-    assert 0 < (ours - wanted).norm() < (theirs - wanted).norm()
+    errors = {"ours": 0.0, "theirs": 0.0}
+    for seed in range(4):
+        folder = tmp_path / str(seed)
+        source = save_encoder("DistilBertForSequenceClassification", folder / "source", seed=seed)
+        wanted = expected(source)["logits"]
+        fewbits.convert(source, folder / "float", "onnx")
+        onnx.save(onnx.load(folder / "float/model.onnx"), folder / "whole.onnx")
+        options = ort.SessionOptions()  # it quantizes weights that are stored as MatMul reads them
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath, options.log_severity_level = str(folder / "folded.onnx"), 3
+        ort.InferenceSession(folder / "whole.onnx", options, providers=["CPUExecutionProvider"])
+        quantize_dynamic(folder / "folded.onnx", folder / "theirs.onnx", op_types_to_quantize=["MatMul"])
+        fewbits.quantize(source, folder / "ours", file="onnx", **DYNAMIC, **GIVEN)
+        for name, file in (("ours", "ours/model.onnx"), ("theirs", "theirs.onnx")):
+            errors[name] += float((ran(folder / file)["logits"] - wanted).square().sum())
+    assert 0 < errors["ours"] < errors["theirs"], errors
 
 
 def test_one_command_and_its_verification(tmp_path, capsys):

@@ -20,7 +20,7 @@ from ...model.sites import Site
 from ...qtensor import QTensor
 from ...train.rounding import EFFORTS, learn_block
 from ...transforms import TRANSFORMS, Choice, applied, checked, find_pairs, rescaled
-from ..task import Spec, WeightRecord, chosen, measured
+from ..task import Spec, WeightRecord, chosen, measured, task
 from .settings import Note, Run
 
 Records = dict[str, WeightRecord]
@@ -128,7 +128,11 @@ class BlockJob:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             joined = torch.cat([*weights.values()]) if len(sites) > 1 else weights[first.name]
-            whole, spec = chosen(" and ".join(weights), joined, spec, stats)
+            names = " and ".join(weights)
+            if self.run.checkpoint.tensors[first.name].quantized:  # from a grid that is known
+                whole = task(names, joined, spec, stats)
+            else:
+                whole, spec = chosen(names, joined, spec, stats)
         for warning in caught:
             if issubclass(warning.category, CalibrationWarning):
                 self.notes.append(Note(f"{first.name}: {warning.message}"))

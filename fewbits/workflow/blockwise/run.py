@@ -69,7 +69,7 @@ def quantize_blocks(
         n, stack, n_stacks = last, stack + 1, walk.model.n_stacks
         if walk.model.hears_noise:
             notes.append(Note("the encoder reads no text: the decoder is calibrated on noise for its output"))
-    if run.method.distill:
+    if run.method.trains:
         if not store.has(n):
             quantized = replace(run.checkpoint, tensors=dict(tensors))
             _distill(run, quantized, records, store, n, progress)
@@ -110,23 +110,25 @@ def _distill(
     run: Run, quantized: Checkpoint, records: Records, store: BlockStore, at: int, progress: Progress | None
 ) -> None:
     """Distil scales and norms of the quantized model; kept in the store as one more block."""
-    steps = run.method.distill
+    method, steps = run.method, run.method.trains
     state = store.folder / "distill.state"
     distilled = distill(
         run.checkpoint,
         quantized,
         run.tokens.windows,
-        DistillSettings(steps=steps, state=state, device=str(_place_of_whole(run))),
+        DistillSettings(steps=steps, state=state, device=str(_place_of_whole(run)), **method.training()),
         progress,
     )
     changed: Records = {}
     for name, value in distilled.tensors.items():
         if isinstance(value, QTensor) and name in records:
             w, old = run.checkpoint.tensors[name].load(), records[name]
-            spec = Spec(value.format, old.algorithm, {**old.options, "distill": steps})
-            changed[name] = replace(measured(w, value, spec, None), tokens=old.tokens)  # type: ignore[arg-type]
+            spec = Spec(value.format, old.algorithm, {**old.options, method.training_name: steps})
+            record = measured(w, value, spec, None)  # type: ignore[arg-type]
+            changed[name] = replace(record, tokens=old.tokens)
     notes = [
-        f"distilled: KL divergence on held-out windows from {distilled.before:.4f} to {distilled.after:.4f}",
+        f"{method.training_name}: KL divergence on held-out windows from {distilled.before:.4f} to "
+        f"{distilled.after:.4f}",
         *distilled.notes,
     ]
     store.write(at, distilled.tensors, _kept(changed, [Note(text) for text in notes]))
@@ -158,7 +160,7 @@ class _Walk:
 
     def go(self) -> None:
         """Quantize every block that the store does not hold yet."""
-        streaming, windows = self.run.streaming, self.run.tokens.windows
+        streaming, windows = self.run.streaming, self.run.calibration
         limit = streaming.activation_memory // (2 if self.run.method.gptaq else 1)
         with torch.no_grad(), Activations((), limit, streaming.scratch) as x:
             widest = max((max(site.shape) for site in self.sites.values()), default=1)
@@ -272,7 +274,7 @@ class _Walk:
             return False
         width = 6 * x[0].shape[-1] + max(site.shape[1] for site in wanted)
         streams = 1 if floats is None else 2
-        nbytes = self.run.tokens.windows.numel() * width * x[0].element_size() * streams
+        nbytes = self.run.calibration.numel() * width * x[0].element_size() * streams
         return nbytes <= self.run.streaming.activation_memory
 
     def _tell(self, i: int, what: str, site: Site, error: float | None) -> None:

@@ -15,6 +15,7 @@ from ...files.checkpoint import Checkpoint
 from ...plan.method import Method
 from ..task import Spec
 
+CALIBRATION = 32768  # tokens
 WIDEST = 64 * 2**20  # bytes
 
 
@@ -69,3 +70,10 @@ class Run:
     tokens: Tokens
     streaming: Streaming = field(default_factory=Streaming)
     strict: bool = False
+
+    @property
+    def calibration(self) -> torch.Tensor:
+        """The windows of the text that codes are chosen on: all, but where the model is trained on them after
+        that only the first CALIBRATION tokens."""
+        windows = self.tokens.windows
+        return windows[: max(1, CALIBRATION // windows.shape[1])] if self.method.train else windows

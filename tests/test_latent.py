@@ -1,0 +1,139 @@
+"""Codes that are trained: what is written is what the last forward pass multiplied with; it gets better."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fewbits
+from fewbits.adapters.transformers import load_model
+from fewbits.calibrate.tokens import Tokens
+from fewbits.cli.main import main
+from fewbits.files.open import open_checkpoint
+from fewbits.formats import FORMATS
+from fewbits.qtensor import QTensor
+from fewbits.train.distill import DistillSettings, distill
+from fewbits.train.rounding import gap_of
+from fewbits.train.ste import LatentLinear
+from fewbits.train.student import Student
+from tests.test_distill import SMALL, TOKENS, in_format
+from tests.tiny import save_tiny
+
+KINDS = ("int4_g32", "int2_g32", "int4_g32_asym", "q4_0", "q4_1", "q8_0", "nf4", "mxfp4", "fp8_e4m3_channel")
+WIDE = ("q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs", "iq3_s", "tq2_0")
+
+
+def linear_of(name: str, n: int = 6) -> tuple[LatentLinear, torch.Tensor]:
+    fmt = FORMATS.get(name)
+    k = max(64, fmt.block)
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.1
+    grid, _ = fmt.unpack(fmt.encode(w))
+    return LatentLinear(grid, w.clone(), gap_of(grid, w), None), w
+
+
+@pytest.mark.parametrize("name", [*KINDS, *WIDE])
+def test_gradients_are_those_of_the_rounded_weight(name: str) -> None:
+    """Against autograd through the same weight as a leaf; and of the block parameters, by differences."""
+    linear, w = linear_of(name)
+    x = torch.randn(5, w.shape[1], generator=torch.Generator().manual_seed(1))
+    value = linear.grid.value(linear.grid.round(w)).requires_grad_()
+    given = x.clone().requires_grad_()
+    wanted = nn.functional.linear(given, value)
+    wanted.square().sum().backward()
+    ours = x.clone().requires_grad_()
+    out = linear(ours)
+    assert torch.allclose(out, wanted, rtol=1e-5, atol=1e-6)
+    out.square().sum().backward()
+    assert given.grad is not None and ours.grad is not None and value.grad is not None
+    assert torch.allclose(ours.grad, given.grad, rtol=1e-4, atol=1e-5)
+    assert linear.latent.grad is not None
+    inside = linear.latent.grad != 0
+    assert float(inside.double().mean()) > 0.9
+    assert torch.allclose(linear.latent.grad[inside], value.grad[inside], rtol=1e-3, atol=1e-4)
+
+
+def test_a_weight_beyond_its_grid_is_not_taken_farther() -> None:
+    linear, w = linear_of("int4_g32")
+    with torch.no_grad():
+        linear.latent[0, 0], linear.latent[1, 0] = 9.0, -9.0
+    for direction in (1.0, -1.0):
+        linear.latent.grad = None
+        (direction * linear(torch.ones(1, w.shape[1])).sum()).backward()
+        assert linear.latent.grad is not None
+        kept = [float(linear.latent.grad[row, 0]) for row in (0, 1)]
+        # Descent moves against the gradient: only what brings them back is left.
+        assert kept == ([1.0, 0.0] if direction > 0 else [0.0, -1.0])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("latent") / "model", **SMALL)
+
+
+@pytest.mark.parametrize("kind", ["int2_g32", "q4_0", "int4_g32_asym"])
+def test_the_file_holds_the_weights_of_the_last_forward_pass(model: Path, kind: str) -> None:
+    reference = open_checkpoint(model)
+    quantized = in_format(reference, kind)
+    student = Student(load_model(quantized), quantized, TOKENS[0], torch.device("cpu"), reference)
+    start = student.pack(student.read())
+    for name, value in start.items():  # training starts at the codes that it was given
+        if isinstance(value, QTensor):
+            assert torch.equal(value.decode(), quantized.tensors[name].load().decode())  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(0)
+    flat = student.read()
+    flat = student.rounded(flat + 0.7 * student.units() * torch.randn(len(flat), generator=generator))
+    student.write(flat)
+    held = student.pack(flat)
+    changed = 0
+    for path, module in student.halves._blocks.named_modules():
+        if isinstance(module, LatentLinear):
+            name = f"model.{path}.weight"
+            q, before = held[name], quantized.tensors[name].load()
+            assert isinstance(q, QTensor) and isinstance(before, QTensor)
+            zero = 0 if module.bias is None else module.bias
+            assert torch.equal((module(torch.eye(q.shape[1])) - zero).detach().T, q.decode())
+            changed += int((q.decode() != before.decode()).sum())
+    assert changed > 1000
+
+
+@pytest.mark.parametrize("kind", ["int2_g32", "q4_0"])
+def test_training_codes_gains_more_than_training_scales(model: Path, kind: str) -> None:
+    reference = open_checkpoint(model)
+    tokens = torch.randint(3, 500, (120, 24), generator=torch.Generator().manual_seed(0))
+    settings = DistillSettings(steps=60, lr=2e-3, lr_vectors=2e-3, batch=8, held_out=8, every=20)
+    quantized = in_format(reference, kind)
+    scales = distill(reference, quantized, tokens, settings)
+    codes = distill(reference, quantized, tokens, replace(settings, lr_codes=0.02))
+    assert codes.after < 0.9 * scales.after and codes.after < 0.8 * codes.before
+    again = distill(reference, quantized, tokens, replace(settings, lr_codes=0.02))
+    assert again.history == codes.history
+
+
+def test_the_command_trains_into_a_file(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "the quick brown fox jumps over the lazy dog and runs away "
+    (tmp_path / "text.txt").write_text(words * 300)
+    out = tmp_path / "out"
+    given: list[Any] = [
+        "train", model, "--to", "int2_g32", "--calibrate", tmp_path / "text.txt", "--tokens", 2048,
+        "--context", 32, "--steps", 8, "--batch", 2, "--lr-codes", 0.02, "--out", out, "--no-verify",
+    ]  # fmt: skip
+    assert main([str(each) for each in given]) == 0
+    capsys.readouterr()
+    receipt = fewbits.Receipt.from_json((out / "receipt.json").read_text(), "receipt")
+    assert receipt.method["train"] == 8
+    assert any(note.startswith("train: KL divergence on held-out windows") for note in receipt.notes)
+    assert (
+        main(["train", str(model), "--to", "int2_g32", "--effort", "fast", "--out", str(tmp_path / "o")]) == 1
+    )
+    assert "leave out --effort fast" in capsys.readouterr().err
+
+
+def test_too_little_text_is_said_before_anything_is_done(model: Path, tmp_path: Path) -> None:
+    text = Tokens.of(TOKENS[:5], "short")
+    with pytest.raises(fewbits.PlanError, match="train needs 10 windows"):
+        fewbits.quantize(model, tmp_path / "o", to="int2_g32", calibrate=text, train=5, verify=False)
