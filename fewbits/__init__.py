@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .workflow.options import Options
     from .workflow.quantize import quantize
     from .workflow.run import convert
+    from .workflow.training import export, prepare_qat
 
 _HOMES = {
     "errors": "CalibrationError FewbitsError FileError FormatError KernelError ModelError PlanError",
@@ -65,6 +66,7 @@ _HOMES = {
     "workflow.options": "Options",
     "workflow.quantize": "quantize",
     "workflow.run": "convert",
+    "workflow.training": "export prepare_qat",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -93,8 +95,10 @@ __all__ = [
     "convert",
     "evaluate",
     "evaluate_head",
+    "export",
     "load",
     "open",
+    "prepare_qat",
     "quantize",
     "quantize_model",
     "read_tokens",

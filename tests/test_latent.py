@@ -137,3 +137,56 @@ def test_too_little_text_is_said_before_anything_is_done(model: Path, tmp_path: 
     text = Tokens.of(TOKENS[:5], "short")
     with pytest.raises(fewbits.PlanError, match="train needs 10 windows"):
         fewbits.quantize(model, tmp_path / "o", to="int2_g32", calibrate=text, train=5, verify=False)
+
+
+# ---- a loop of one's own -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(model: Path) -> Any:
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return fewbits.prepare_qat(loaded, "int4_g32")
+
+
+def test_trainer_trains_it_and_any_file_type_holds_the_last_weights(prepared: Any, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS.tolist()]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"), max_steps=12, per_device_train_batch_size=3, learning_rate=3e-3,
+        report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(model=prepared, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0] - 0.1
+    prepared.eval()
+    with torch.no_grad():
+        wanted = prepared(TOKENS[:2]).logits
+    for out, file in (("model.gguf", None), ("native", None), ("compressed", "compressed-tensors")):
+        receipt = fewbits.export(prepared, tmp_path / out, file)
+        assert {row.format for row in receipt.tensors if "_proj" in row.name} <= {"q4_0", "int4_g32"}
+        tensors = fewbits.open(tmp_path / out).tensors
+        for path, module in prepared.named_modules():
+            if isinstance(module, LatentLinear) and "q_proj" not in path and "k_proj" not in path:
+                q = tensors[f"{path}.weight"].load()
+                assert isinstance(q, QTensor) and torch.equal(q.decode(), module.weight), path
+    found = fewbits.load(tmp_path / "compressed")
+    with torch.no_grad():
+        assert torch.allclose(found(TOKENS[:2]).logits, wanted, atol=1e-4)
+    with torch.no_grad():  # and it goes on
+        assert torch.equal(prepared(TOKENS[:2]).logits, wanted)
+
+
+def test_what_cannot_be_prepared_or_exported_is_refused(prepared: Any, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(fewbits.ModelError, match="prepared already"):
+        fewbits.prepare_qat(prepared, "q4_0")
+    plain = load_model(open_checkpoint(model))
+    with pytest.raises(fewbits.ModelError, match="is not prepared; call prepare_qat"):
+        fewbits.export(plain, tmp_path / "out")
+    prepared.config.name_or_path = "nowhere"
+    with pytest.raises(fewbits.ModelError, match="nowhere: not a directory"):
+        fewbits.export(prepared, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -50,7 +50,9 @@ def test_in_place_says_what_it_cannot(tmp_path):
         fewbits.quantize_model(small, "int4_g32")
 
 
-@pytest.mark.parametrize("name", ["open", "quantize", "convert", "load", "quantize_model", "evaluate"])
+@pytest.mark.parametrize(
+    "name", ["open", "quantize", "convert", "load", "quantize_model", "evaluate", "prepare_qat"]
+)
 def test_the_examples_run(tmp_path, name):
     import transformers
 

@@ -205,6 +205,10 @@ class _Run:
             out = model(**given, **no_cache)
             seconds += perf_counter() - began
             if self.head == "embedding":
+                if "last_hidden_state" not in out:
+                    raise ModelError(
+                        f"{checkpoint.path}: {type(model).__name__} gives {', '.join(out)}, no hidden states"
+                    )
                 found.append(normalize(self.pooling(out.last_hidden_state, batch["attention_mask"]), dim=-1))
             else:
                 logits = out.logits if self.head == "sequence" else out.logits[batch["scored"]]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .gguf.parse import GGUFValue
 
 
+MEMORY = "memory"  # in place of a file, for tensors that are in none
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """One tensor of a checkpoint, not yet read.

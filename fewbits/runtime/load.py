@@ -20,7 +20,7 @@ from ..adapters.observed import seen_in
 from ..adapters.transformers import decoded, filled_model, model_config, needed_tensors, unknown_experts
 from ..dtypes import dtype_of
 from ..errors import ModelError, raise_all
-from ..files.checkpoint import Checkpoint, LazyTensor
+from ..files.checkpoint import MEMORY, Checkpoint, LazyTensor
 from ..files.directory import Stored
 from ..files.huggingface import HUGGINGFACE
 from ..files.native import quantization_config
@@ -96,7 +96,7 @@ def model_checkpoint(model: PreTrainedModel) -> tuple[dict[str, str], Checkpoint
     names = file_names(model, state)
     names |= {key: key for key in state if key not in names.values()}
     tensors = {
-        name: LazyTensor(name, tuple(value.shape), dtype_of(value.dtype), value.nbytes, "memory",
+        name: LazyTensor(name, tuple(value.shape), dtype_of(value.dtype), value.nbytes, MEMORY,
                          partial(state.__getitem__, key))
         for name, key in names.items() if (value := state[key]).dtype in _DTYPES
     }  # fmt: skip

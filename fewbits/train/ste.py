@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from ..formats.base import Grid
+from ..formats.codebook import LearnedGrid
 
 
 class GridLinear(torch.nn.Module):
@@ -53,14 +54,42 @@ class LatentLinear(GridLinear):
         super().__init__(grid, torch.empty(0), bias)
         self.latent, self.gap = torch.nn.Parameter(latent), gap
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parameters = dict(self.block_parameters)
+    @property
+    def weight(self) -> torch.Tensor:
+        """`(n, k)` f32: what it multiplies with."""
         with torch.no_grad():
-            codes = _replaced(self.grid, tuple(parameters), [*parameters.values()]).round(self.latent)
+            grid = self.grid_now()
+            return grid.value(grid.round(self.latent))
+
+    def grid_now(self) -> Grid:
+        """The grid of its block parameters, as they are stored."""
+        parameters = self._stored()
+        return _replaced(self.grid, tuple(parameters), [*parameters.values()])
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        """The block parameters rounded to the type that a file has them in; their gradient passes through."""
+        kind = stored_type(self.grid)
+        return {
+            name: value + (value.to(kind).float() - value).detach()
+            for name, value in self.block_parameters.items()
+        }
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parameters = self._stored()
+        with torch.no_grad():
+            codes = self.grid_now().round(self.latent)
         y = _Multiply.apply(
             x, self.grid, codes, tuple(parameters), *parameters.values(), self.latent, self.gap
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def stored_type(grid: Grid) -> torch.dtype:
+    """Of a grid's block parameters in files: its own, or f16, which GGML blocks and tables have."""
+    given = getattr(grid, "dtype", None)
+    if isinstance(given, torch.dtype):
+        return given
+    return torch.float16 if hasattr(grid, "meaning") or isinstance(grid, LearnedGrid) else torch.float32
 
 
 class _Multiply(torch.autograd.Function):

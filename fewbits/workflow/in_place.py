@@ -45,7 +45,7 @@ def quantize_model(
     """
     names, checkpoint = model_checkpoint(model)
     plan = to if isinstance(to, Plan) else plan or Plan()
-    decisions = _decisions(checkpoint, None if isinstance(to, Plan) else to, plan)
+    decisions = decisions_of(checkpoint, None if isinstance(to, Plan) else to, plan)
     weights: dict[str, tuple[str, QTensor]] = {}
     for name, decision in decisions.items():
         if isinstance(decision.kind, Format):
@@ -64,7 +64,7 @@ def quantize_model(
     return pack_weights(model, weights)
 
 
-def _decisions(checkpoint: Checkpoint, to: str | None, plan: Plan) -> dict[str, Decision]:
+def decisions_of(checkpoint: Checkpoint, to: str | None, plan: Plan) -> dict[str, Decision]:
     """tensor -> its Decision, checked."""
     target = target_of(to)
     entries = entries_of(checkpoint, architecture(checkpoint.config) if isinstance(target, Recipe) else None)

@@ -13,14 +13,16 @@ import torch
 
 from .. import core
 from ..errors import FileError
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import MEMORY, Checkpoint, LazyTensor
+from ..qtensor import QTensor
 from ..release.receipt import FileDigest
+from ..storage.atomic import as_bytes
 from ..version import VERSION
 
 
 def input_files(checkpoint: Checkpoint) -> list[Path]:
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    return sorted({root / tensor.file for tensor in checkpoint.tensors.values()})
+    return sorted({root / tensor.file for tensor in checkpoint.tensors.values() if tensor.file != MEMORY})
 
 
 def fingerprint(checkpoint: Checkpoint, options: Mapping[str, object]) -> dict[str, str]:
@@ -33,7 +35,10 @@ def fingerprint(checkpoint: Checkpoint, options: Mapping[str, object]) -> dict[s
     included: the core's instruction set, which changes no bit. Measured with torch 2.13 and 7 formats: torch
     without AVX2 rounds some weights differently in every algorithm; 2 threads instead of 1 change gptq, but
     not rtn, hqq or weighted; FEWBITS_ISA changes none."""
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in input_files(checkpoint)]
+    stats: list[tuple[object, ...]] = [
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in input_files(checkpoint)
+    ]
+    stats += [(name, _digest_of(t)) for name, t in checkpoint.tensors.items() if t.file == MEMORY]
     fields = {
         "input files": _digest(stats),
         "config": _digest(checkpoint.config),
@@ -43,6 +48,14 @@ def fingerprint(checkpoint: Checkpoint, options: Mapping[str, object]) -> dict[s
         "instruction set": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
     return {name: json.dumps(value, sort_keys=True, default=str) for name, value in fields.items()}
+
+
+def _digest_of(tensor: LazyTensor) -> str:
+    """Of its values."""
+    value, digest = tensor.load(), hashlib.sha256()
+    for part in value.planes.values() if isinstance(value, QTensor) else (value,):
+        digest.update(as_bytes(part.detach().cpu()))
+    return digest.hexdigest()
 
 
 def _digest(value: object) -> str:
