@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <tuple>
 
+#include "rans.h"
 #include "run.h"
 
 namespace nb = nanobind;
@@ -81,6 +82,15 @@ void round_columns(std::tuple<int64_t, int64_t> sizes,
     quantize_columns(kernels(), columns, threads);
 }
 
+// -> bytes written, or -1
+int64_t encode_bytes(Address in, int64_t count, Address frequency, Address out, int64_t room) {
+    return rans_encode(at<uint8_t>(in), count, at<uint16_t>(frequency), at<uint8_t>(out), room);
+}
+
+bool decode_bytes(Address in, int64_t bytes, Address frequency, Address out, int64_t count) {
+    return rans_decode(at<uint8_t>(in), bytes, at<uint16_t>(frequency), at<uint8_t>(out), count);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -90,4 +100,6 @@ NB_MODULE(_core, m) {
     m.def("decode", &decode_blocks, Release());
     m.def("register_table", &register_points);
     m.def("quantize_columns", &round_columns, Release());
+    m.def("rans_encode", &encode_bytes, Release());
+    m.def("rans_decode", &decode_bytes, Release());
 }

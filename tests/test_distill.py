@@ -166,22 +166,25 @@ def test_every_architecture_can_be_cut_before_its_output_layer(name: str) -> Non
 
 def stop_at(step: int) -> Callable[[str, int, int], None]:
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "distill" and done == step:
+        if stage.startswith(("distill", "train")) and done == step:
             raise KeyboardInterrupt
 
     return progress
 
 
-def test_killed_at_any_step_it_ends_as_if_it_had_not_been(reference: Checkpoint, tmp_path: Path) -> None:
-    quantized = in_format(reference, "q4_1")
-    whole = distill(reference, quantized, TOKENS, SHORT)
+@pytest.mark.parametrize("lr_codes", [0.0, 0.05])
+def test_killed_at_any_step_it_ends_as_if_it_had_not_been(
+    reference: Checkpoint, tmp_path: Path, lr_codes: float
+) -> None:
+    quantized, short = in_format(reference, "q4_1"), replace(SHORT, lr_codes=lr_codes)
+    whole = distill(reference, quantized, TOKENS, short)
     for step in (2, 5, 12):
-        settings = replace(SHORT, state=tmp_path / f"{step}.safetensors")
+        settings = replace(short, state=tmp_path / f"{step}.safetensors")
         with pytest.raises(KeyboardInterrupt):
             distill(reference, quantized, TOKENS, settings, stop_at(step))
         assert settings.state is not None and settings.state.exists() == (step > 4)
         assert equal(distill(reference, quantized, TOKENS, settings), whole)
-    assert not equal(distill(reference, quantized, TOKENS, replace(SHORT, seed=1)), whole)
+    assert not equal(distill(reference, quantized, TOKENS, replace(short, seed=1)), whole)
 
 
 def test_a_state_of_another_run_or_a_damaged_one_is_refused(reference: Checkpoint, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ COMMANDS = {
     "lm-eval": "run tasks of lm-eval (the evaluation harness) on a model of any file type",
     "inspect": "show the tensors, types, bits and metadata of a model",
     "convert": "write a model to another file type without quantizing again",
+    "pack": "entropy-code a model file: smaller to store and to send",
+    "unpack": "the file that pack was given, bit for bit",
     "verify": "load an output in its engine and compare logits and greedy tokens",
     "push": "upload a model that fewbits wrote, with its card and receipt",
     "formats": "list number formats and file types",

@@ -39,6 +39,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
+    if given.steps < 1 or given.batch < 1:
+        raise PlanError(f"--steps {given.steps}, --batch {given.batch}: at least 1 of each")
     if given.effort == "fast" or given.distill:
         raise PlanError("train starts from GPTQ and trains scales: leave out --effort fast, --distill")
     given.train = given.steps

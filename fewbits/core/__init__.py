@@ -260,3 +260,25 @@ def quantize_columns(
     written = codes.data_ptr(), values.data_ptr(), moves.data_ptr()
     _module().quantize_columns((k, n), given, affine, table, written, threads())
     return codes, values, moves
+
+
+def rans_encode(symbols: torch.Tensor, frequency: torch.Tensor) -> torch.Tensor:
+    """Bytes `(n,)` u8, their frequencies `(256,)` i16 of sum 2^12 -> their rANS stream, u8: see csrc/rans.h.
+
+    KernelError for a symbol that has no frequency."""
+    given = _address("symbols", symbols, torch.uint8)
+    table = _address("frequencies", frequency, torch.int16, shape=(256,))
+    out = torch.empty(2 * symbols.numel() + 64, dtype=torch.uint8, device="cpu")
+    count = _module().rans_encode(given, symbols.numel(), table, out.data_ptr(), out.numel())
+    if count < 0:
+        raise KernelError("rANS: a symbol has no frequency, or they do not sum to 4096")
+    return out[:count].clone()
+
+
+def rans_decode(stream: torch.Tensor, frequency: torch.Tensor, out: torch.Tensor) -> bool:
+    """A rANS stream u8 -> does it hold exactly as many bytes as `out` `(n,)` u8? They are written there."""
+    given = _address("a stream", stream, torch.uint8)
+    table = _address("frequencies", frequency, torch.int16, shape=(256,))
+    return bool(
+        _module().rans_decode(given, stream.numel(), table, _address("bytes", out, torch.uint8), out.numel())
+    )

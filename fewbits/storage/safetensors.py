@@ -66,6 +66,15 @@ def read_header(path: Path) -> dict[str, Entry]:
     return {entry.name: entry for entry in entries}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; FileError like `read_header`."""
+    read_header(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        metadata = parse_json_object(file.read(length), f"{path}: header").get("__metadata__", {})
+    return dict(metadata)
+
+
 def _header_length(path: Path, raw: bytes, size: int) -> int:
     if len(raw) < 8:
         raise FileError(f"{path}: {size} bytes are too few for a safetensors file; fetch it again")

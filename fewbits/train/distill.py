@@ -135,7 +135,7 @@ def distill(
         run.resume(settings.state)
     while run.step < settings.steps:
         run.advance()
-        progress("distill", run.step, settings.steps)
+        progress(run.stage, run.step, settings.steps)
         if run.step % settings.every == 0 or run.step == settings.steps:
             run.judge()
             if settings.state is not None:
@@ -155,6 +155,9 @@ def _check(tokens: torch.Tensor, settings: DistillSettings) -> None:
     for name in ("steps", "batch", "held_out", "every"):
         if getattr(settings, name) < 1:
             faults.append(f"{name} is {getattr(settings, name)}; at least 1 is needed")
+    for name in ("lr", "lr_vectors", "lr_codes"):
+        if not 0 <= getattr(settings, name) < 1:
+            faults.append(f"{name} is {getattr(settings, name)}; it is a share, from 0 up to 1")
     raise_all(CalibrationError, "distill", faults)
 
 
@@ -188,6 +191,15 @@ class _Run:
             self.square[at].lerp_(gradient.square_(), 1 - second)
             root = (self.square[at] / (1 - second**self.step)).sqrt_().add_(TINY)
             self.a[at].addcdiv_(self.mean[at], root, value=-self.rate(kind) / (1 - first**self.step))
+
+    @property
+    def stage(self) -> str:
+        """For people, with the figures of now where the whole model is trained."""
+        if not self.settings.lr_codes:
+            return "distill"
+        best = min(judgement.held_out for judgement in self.history)
+        now = f"{self.losses[-1]:.4f}" if self.losses else "-"
+        return f"train: KL {now}, held out {best:.4f}"
 
     def rate(self, kind: str) -> float:
         """The learning rate of a kind of number at this step."""

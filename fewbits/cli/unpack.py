@@ -1,0 +1,26 @@
+"""`fewbits unpack`: the file that `fewbits pack` was given."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..packing import unpack_file
+from ..table import size
+from .pack import EXAMPLES as EXAMPLES
+from .pack import common
+from .progress import ByteProgress
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE")
+    common(parser)
+
+
+def run(given: argparse.Namespace) -> int:
+    with ByteProgress("unpack") as progress:
+        out = unpack_file(given.file, given.out, given.overwrite, progress)
+    nbytes = out.stat().st_size
+    print(json.dumps({"out": str(out), "nbytes": nbytes}) if given.json else f"{size(nbytes)}\n\nwrote {out}")
+    return 0
