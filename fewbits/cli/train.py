@@ -13,7 +13,7 @@ together so that the quantized model's next-token distributions are those of MOD
 forward pass computes with the weights as the file will hold them; gradients pass the rounding straight
 through. Every format and file type of `quantize`; the best state by held-out text is written, or GPTQ's.
 
-Memory: about 14 copies of the model in f32. A killed run goes on with the same command.
+Memory: about 15 copies of the model in f32. A killed run goes on with the same command.
 
 examples:
   fewbits train demo:smollm2 --to q4_0 --calibrate wiki.txt --tokens 524288 --steps 250

@@ -81,9 +81,6 @@ class DistillSettings:
     lr_codes: float = 0.0
 
 
-FEWEST = DistillSettings.held_out + DistillSettings.batch  # windows
-
-
 @dataclass(frozen=True)
 class Judgement:
     """After `step` steps: mean KL divergence on the training windows since the last evaluation, and on the
@@ -143,14 +140,13 @@ def distill(
     return run.result()
 
 
-def _check(tokens: torch.Tensor, settings: DistillSettings) -> None:
+def settings_faults(settings: DistillSettings, windows: int) -> list[str]:
+    """What is wrong with the settings for a text of so many windows."""
     faults = []
-    if tokens.ndim != 2 or tokens.dtype != torch.int64:
-        faults.append(f"tokens are {tuple(tokens.shape)} {tokens.dtype}, windows (w, c) int64 are needed")
-    elif len(tokens) < settings.held_out + settings.batch:
+    if windows < settings.held_out + settings.batch:
         faults.append(
-            f"{len(tokens)} windows are too few for batches of {settings.batch} and {settings.held_out} "
-            "held out; give more text, or hold out fewer"
+            f"{windows} windows are too few for batches of {settings.batch} and {settings.held_out} held "
+            "out; give more text, a smaller context, or smaller batches"
         )
     for name in ("steps", "batch", "held_out", "every"):
         if getattr(settings, name) < 1:
@@ -158,6 +154,14 @@ def _check(tokens: torch.Tensor, settings: DistillSettings) -> None:
     for name in ("lr", "lr_vectors", "lr_codes"):
         if not 0 <= getattr(settings, name) < 1:
             faults.append(f"{name} is {getattr(settings, name)}; it is a share, from 0 up to 1")
+    return faults
+
+
+def _check(tokens: torch.Tensor, settings: DistillSettings) -> None:
+    if tokens.ndim != 2 or tokens.dtype != torch.int64:
+        faults = [f"tokens are {tuple(tokens.shape)} {tokens.dtype}, windows (w, c) int64 are needed"]
+    else:
+        faults = settings_faults(settings, len(tokens))
     raise_all(CalibrationError, "distill", faults)
 
 

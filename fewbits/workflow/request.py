@@ -15,7 +15,7 @@ from ..devices import device_name
 from ..errors import PlanError, raise_all
 from ..plan import Plan, Rule
 from ..plan.method import Method
-from ..train.distill import FEWEST
+from ..train.distill import DistillSettings, settings_faults
 from .blockwise.settings import Streaming
 from .task import takes
 
@@ -123,11 +123,10 @@ def check_method(request: Request) -> None:
             f"{request.statistics.source}: has no Hessian, which {request.method.algorithm} needs; use "
             "--method weighted, or calibrate again"
         )
-    if request.method.trains and request.tokens is not None and len(request.tokens.windows) < FEWEST:
-        faults.append(
-            f"{request.method.training_name} needs {FEWEST} windows, some of them held out; the text has "
-            f"{len(request.tokens.windows)}; give more tokens or a smaller context"
-        )
+    if request.method.trains and request.tokens is not None:
+        settings = DistillSettings(steps=request.method.trains, **request.method.training())
+        name, windows = request.method.training_name, len(request.tokens.windows)
+        faults += [f"{name}: {fault}" for fault in settings_faults(settings, windows)]
     raise_all(PlanError, "method", faults)
 
 
