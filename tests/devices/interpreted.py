@@ -38,7 +38,7 @@ def compare(device: str) -> int:
         found = columns.quantize_columns(state.to(device), coupling.to(device), Rounding(**parts), **given)
         return [part.cpu() for part in found]
 
-    return compare_columns(run, MOST_LEVELS, rows=(33,), widths=(13,))
+    return compare_columns(run, MOST_LEVELS, rows=(33,), widths=(5,))
 
 
 def compiled(capability: int) -> None:

@@ -11,7 +11,7 @@ from fewbits.calibrate.tokens import Tokens
 from fewbits.workflow.blockwise.settings import Streaming
 from tests.tiny import save_tiny
 
-WINDOWS = torch.randint(3, 500, (16, 40), generator=torch.Generator().manual_seed(0))
+WINDOWS = torch.randint(3, 500, (6, 40), generator=torch.Generator().manual_seed(0))
 RUNS: dict[str, dict[str, Any]] = {
     "gptq": {"to": "int4_g64", "method": "gptq"},
     "equalize": {"to": "int4_g64", "method": "gptq", "equalize": True},
