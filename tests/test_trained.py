@@ -140,6 +140,8 @@ def test_other_weights_lie_on_no_grid(dtype: str) -> None:
     assert not [*trained_grids(values)]
     pruned = torch.where(torch.rand(SHAPE) < 0.7, 0.0, w)  # many equal values, no grid
     assert not [*trained_grids(pruned)]
+    for constant in (torch.zeros(SHAPE), torch.ones(SHAPE), torch.where(torch.rand(SHAPE) < 0.5, 0.0, 0.5)):
+        assert not [*trained_grids(constant)]
 
 
 # ---- a model -------------------------------------------------------------------------------------

@@ -82,10 +82,13 @@ def kept_codes(w: torch.Tensor, to: Format) -> tuple[QTensor | None, str | None]
 
 
 def repeats(w: torch.Tensor) -> bool:
-    """Whether groups of 32 weights have fewer different values than random numbers of their float type."""
+    """Whether groups of 32 weights have fewer different values than random numbers of their float type, yet
+    more than two: a constant lies on any grid."""
     if w.shape[1] % 32:
         return False
     groups = w[:SAMPLE].reshape(-1, 32)[:REPEATS_IN].sort(1).values
+    if len(groups.unique()) < 3:
+        return False
     different = (groups.diff(dim=1) != 0).sum(1) + 1
     return float(different.double().mean()) < DIFFERENT
 

@@ -70,6 +70,12 @@ class Method:
         """Steps of training the whole model, codes or only scales."""
         return self.train or self.distill
 
+    @property
+    def copies(self) -> int:
+        """Of the model's numbers in f32 that training holds at most: weights; where codes are trained
+        gradients, Adam's moments, the best, units and buffers too."""
+        return 15 if self.train else 2
+
     def training(self) -> dict[str, Any]:
         """Fields of the settings of that training besides its steps."""
         return {"lr_codes": LR_CODES, **self.train_options} if self.train else {}

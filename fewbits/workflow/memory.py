@@ -93,8 +93,7 @@ def memory_need(
         peak = max(peak, _walk_peak(checkpoint, walked, hidden, request))
     whole = 0
     if walked and request.method.trains:
-        copies = 15 if request.method.train else 2  # weights, gradients, Adam's moments, best, units, buffers
-        whole = 4 * copies * checkpoint.numel + ALLOWANCE
+        whole = 4 * request.method.copies * checkpoint.numel + ALLOWANCE
     if walked and writes_text:
         room = Room(request.streaming.device, left_of(request.memory))
         whole = max(whole, here + writer_of(checkpoint, room).nbytes)

@@ -135,9 +135,9 @@ def _distill(
 
 
 def _place_of_whole(run: Run) -> torch.device:
-    """The device on which the whole model is trained, in f32: the first that has room for it twice."""
-    places = Room(run.streaming.device).places()
-    return next((place for place, free in places if 8 * run.checkpoint.numel <= free), places[-1][0])
+    """The device on which the whole model is trained, in f32: the first that has room."""
+    places, nbytes = Room(run.streaming.device).places(), 4 * run.method.copies * run.checkpoint.numel
+    return next((place for place, free in places if nbytes <= free), places[-1][0])
 
 
 class _Walk:
