@@ -92,12 +92,13 @@ class BlockJob:
     def quantize(self, stage: Sequence[Site], captured: Capture) -> None:
         """Choose codes for the sites of one stage, and put them into the block."""
         self.notes += [Note(text) for text in captured.notes]
-        chosen: dict[str, QTensor] = {}
+        quantized: dict[str, QTensor] = {}
         for together in self._together(stage, captured):
-            self.tell(self.index, "", together[0], self.error)
-            chosen |= self._sites(together, captured.stats.get(together[0].name))
+            for site in together:
+                self.tell(self.index, "", site, self.error)
+            quantized |= self._sites(together, captured.stats.get(together[0].name))
         for site in stage:
-            self.block.set({site.name: chosen[site.name].decode()})
+            self.block.set({site.name: quantized[site.name].decode()})
             if not self.keeps:
                 del self.weights[site.name]
 

@@ -264,7 +264,7 @@ class _Walk:
         if floats is not None and groups is None:
             advance(reference, floats, floats)
         self.store.write(self.first + i, job.result, _kept(job.records, job.notes))
-        self.notes = []
+        self.notes, self.job = [], None  # a job holds its block's floats
         return job.block, groups is not None
 
     def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:
