@@ -375,14 +375,14 @@ def test_what_was_asked_for_by_name_is_an_error_instead(llama, tmp_path, capsys,
 
 
 def test_warnings_of_other_things_are_not_filed_under_a_weight(llama, tmp_path, monkeypatch):
-    real = job_module.task
+    real = job_module.chosen
 
     def warning(*given):
         warnings.warn("the disk is nearly full", ResourceWarning, stacklevel=1)
         warnings.warn("nearly singular", CalibrationWarning, stacklevel=1)
         return real(*given)
 
-    monkeypatch.setattr(job_module, "task", warning)
+    monkeypatch.setattr(job_module, "chosen", warning)
     with pytest.warns(ResourceWarning, match="nearly full"):
         receipt = quantize(llama, tmp_path / "m.gguf", asked("q4_0"))
     assert not any("nearly full" in note for note in receipt.notes)

@@ -126,7 +126,7 @@ def test_the_command_trains_into_a_file(
     capsys.readouterr()
     receipt = fewbits.Receipt.from_json((out / "receipt.json").read_text(), "receipt")
     assert receipt.method["train"] == 8
-    assert any(note.startswith("train: KL divergence on held-out windows") for note in receipt.notes)
+    assert any(note.startswith("trained: KL divergence on held-out windows") for note in receipt.notes)
     assert (
         main(["train", str(model), "--to", "int2_g32", "--effort", "fast", "--out", str(tmp_path / "o")]) == 1
     )

@@ -126,8 +126,9 @@ def _distill(
             spec = Spec(value.format, old.algorithm, {**old.options, method.training_name: steps})
             record = measured(w, value, spec, None)  # type: ignore[arg-type]
             changed[name] = replace(record, tokens=old.tokens)
+    what = "trained" if method.train else "distilled"
     notes = [
-        f"{method.training_name}: KL divergence on held-out windows from {distilled.before:.4f} to "
+        f"{what}: KL divergence on held-out windows from {distilled.before:.4f} to "
         f"{distilled.after:.4f}",
         *distilled.notes,
     ]
