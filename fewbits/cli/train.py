@@ -34,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lr-codes", type=float, metavar="X",
-        help="largest change of a weight in a step, in spacings of its grid (default 0.01)",
+        help="largest change of a weight in a step, in spacings of its grid (default 0.001)",
     )  # fmt: skip
 
 
