@@ -150,7 +150,7 @@ def dying(real):  # the call after `after` others kills when it is done
     return call
 
 if point == "inside":
-    job.task = dying(job.task)
+    job.chosen = dying(job.chosen)
 if point in ("unclaimed", "unrenamed"):
     real_replace = os.replace
     def replace(*names):

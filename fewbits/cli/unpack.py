@@ -8,9 +8,14 @@ from pathlib import Path
 
 from ..packing import unpack_file
 from ..table import size
-from .pack import EXAMPLES as EXAMPLES
 from .pack import common
 from .progress import ByteProgress
+
+EXAMPLES = """Checks the digest of the file that `fewbits pack` was given; of a damaged one nothing is left.
+
+examples:
+  fewbits unpack model-Q4_K_M.gguf.packed.safetensors
+  fewbits unpack llama.packed.safetensors --out ./Llama-3.2-1B/model.safetensors"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

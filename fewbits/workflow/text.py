@@ -63,7 +63,8 @@ def with_what_its_head_allows(request: Request, checkpoint: Checkpoint) -> Reque
     """The request without distillation, which compares next tokens, for a model that predicts none."""
     if not request.method.trains or head_of(checkpoint) == "causal":
         return request
-    note = f"no {request.method.training_name}: only a model that generates text is"
+    done = "trained" if request.method.train else "distilled"
+    note = f"not {done}: only a model that generates text is"
     return replace(request, method=replace(request.method, distill=0, train=0), notes=(*request.notes, note))
 
 
