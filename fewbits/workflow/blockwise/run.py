@@ -128,8 +128,7 @@ def _distill(
             changed[name] = replace(record, tokens=old.tokens)
     what = "trained" if method.train else "distilled"
     notes = [
-        f"{what}: KL divergence on held-out windows from {distilled.before:.4f} to "
-        f"{distilled.after:.4f}",
+        f"{what}: KL divergence on held-out windows from {distilled.before:.4f} to {distilled.after:.4f}",
         *distilled.notes,
     ]
     store.write(at, distilled.tensors, _kept(changed, [Note(text) for text in notes]))
