@@ -88,7 +88,8 @@ int64_t encode_bytes(Address in, int64_t count, Address frequency, Address out, 
 }
 
 bool decode_bytes(Address in, int64_t bytes, Address frequency, Address out, int64_t count) {
-    return rans_decode(at<uint8_t>(in), bytes, at<uint16_t>(frequency), at<uint8_t>(out), count);
+    return rans_decode(at<uint8_t>(in), bytes, at<uint16_t>(frequency), at<uint8_t>(out), count,
+                       std::string(kernels().isa) != "portable");
 }
 
 }  // namespace

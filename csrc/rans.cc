@@ -1,11 +1,10 @@
-// rANS in plain C++, the same for every instruction set: see rans.h.
+// rANS: see rans.h. Streams and bytes are the same for every instruction set.
 #include "rans.h"
 
 #include <cstring>
 
-#if defined(__x86_64__) && !defined(FEWBITS_PORTABLE)
+#if defined(FEWBITS_X86)
 #include <immintrin.h>
-#define RANS_AVX2
 #endif
 
 namespace fewbits {
@@ -17,7 +16,7 @@ static bool rans_sums(const uint16_t* frequency) {
 }
 
 int64_t rans_encode(const uint8_t* in, int64_t count, const uint16_t* frequency, uint8_t* out,
-                           int64_t room) {
+                    int64_t room) {
     if (!rans_sums(frequency)) return -1;
     uint32_t start[256], sum = 0, state[RANS_STATES];
     for (int s = 0; s < 256; ++s) {
@@ -64,7 +63,7 @@ static int64_t eight_portable(const uint32_t* slots, uint32_t* x, const uint8_t*
     return i;
 }
 
-#ifdef RANS_AVX2
+#if defined(FEWBITS_X86)
 // For each mask of lanes: lane j gets the word of its rank among the lanes of the mask.
 struct Ranks {
     alignas(32) int32_t of[256][8];
@@ -109,15 +108,8 @@ __attribute__((target("avx2"))) static int64_t eight_avx2(const uint32_t* slots,
 }
 #endif
 
-static int64_t eight_at_once(const uint32_t* slots, uint32_t* x, const uint8_t** words, const uint8_t* end,
-                             uint8_t* out, int64_t count) {
-#ifdef RANS_AVX2
-    if (__builtin_cpu_supports("avx2")) return eight_avx2(slots, x, words, end, out, count);
-#endif
-    return eight_portable(slots, x, words, end, out, count);
-}
-
-bool rans_decode(const uint8_t* in, int64_t bytes, const uint16_t* frequency, uint8_t* out, int64_t count) {
+bool rans_decode(const uint8_t* in, int64_t bytes, const uint16_t* frequency, uint8_t* out, int64_t count,
+                 bool avx2) {
     if (!rans_sums(frequency) || bytes < 4 * RANS_STATES) return false;
     static thread_local uint32_t slots[RANS_TOTAL];  // symbol, frequency - 1, place - start: 8, 12, 12 bits
     uint32_t place = 0, x[RANS_STATES];
@@ -128,7 +120,12 @@ bool rans_decode(const uint8_t* in, int64_t bytes, const uint16_t* frequency, ui
         x[j] = in[4 * j] | in[4 * j + 1] << 8 | in[4 * j + 2] << 16 | uint32_t(in[4 * j + 3]) << 24;
     const uint8_t *words = in + 4 * RANS_STATES, *end = in + bytes;
     // Eight symbols read eight words at most: no check inside while so many are left.
-    int64_t i = eight_at_once(slots, x, &words, end, out, count);
+    auto* eight = eight_portable;
+#if defined(FEWBITS_X86)
+    if (avx2) eight = eight_avx2;
+#endif
+    (void)avx2;
+    int64_t i = eight(slots, x, &words, end, out, count);
     for (; i < count; ++i) {
         uint32_t& state = x[i % RANS_STATES];
         uint32_t slot = slots[state & (RANS_TOTAL - 1)];

@@ -20,6 +20,8 @@ constexpr uint32_t RANS_TOTAL = 1u << RANS_BITS, RANS_LOW = 1u << 16;
 int64_t rans_encode(const uint8_t* in, int64_t count, const uint16_t* frequency, uint8_t* out, int64_t room);
 
 // -> whether the stream held exactly `count` symbols and ended where encoding began. Reads only `bytes` of it.
-bool rans_decode(const uint8_t* in, int64_t bytes, const uint16_t* frequency, uint8_t* out, int64_t count);
+// avx2: may it use these instructions?
+bool rans_decode(const uint8_t* in, int64_t bytes, const uint16_t* frequency, uint8_t* out, int64_t count,
+                 bool avx2);
 
 }  // namespace fewbits

@@ -36,6 +36,11 @@ class Room:
         first = (device, free if there is None else min(free, there))
         return [first, here] if self.device == AUTO else [first]
 
+    def place_for(self, nbytes: int) -> tuple[torch.device, int]:
+        """The first of `places` with so many bytes free, else the last."""
+        places = self.places()
+        return next((place for place in places if nbytes <= place[1]), places[-1])
+
 
 def device_of(name: str = AUTO) -> torch.device:
     """A name -> the device. KernelError for one that torch does not know or does not find here."""

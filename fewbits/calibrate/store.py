@@ -27,7 +27,7 @@ from ..errors import CalibrationError, FileError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..storage.atomic import as_bytes, write_file_atomic
 from ..storage.json import parse_json_object
-from ..storage.safetensors import Entry, lay_out, map_tensor, read_header
+from ..storage.safetensors import Entry, lay_out, map_tensor, read_header, read_metadata
 from .statistics import FIELDS, RECENT, LazyStats, ModelIdentity, Statistics, check_model, value_faults
 from .stats import Stats
 
@@ -149,10 +149,8 @@ def _read(path: Path, key: str, entries: Mapping[str, Entry], hessian: bool) -> 
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """The metadata of a file whose header was checked, with types checked."""
-    with path.open("rb") as file:
-        header = parse_json_object(file.read(int.from_bytes(file.read(8), "little")), f"{path}: header")
-    given = header.get("__metadata__", {})
+    """The metadata of a file, with types checked."""
+    given = read_metadata(path)
     if given.get(KIND) != VERSION:
         raise FileError(
             f"{path}: {KIND} is {given.get(KIND)!r}, {VERSION!r} is read; not a file of statistics, or of "

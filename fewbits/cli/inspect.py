@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.hub import resolve
-from ..files.checkpoint import Checkpoint, LazyTensor
 from ..files.filetype import FileType
 from ..files.huggingface import HUGGINGFACE
 from ..files.open import file_type_at
-from ..formats.lossless import GGUF_BLOCKS, lossless_equivalents
+from ..formats.lossless import holders
+from ..formats.trained import DIFFERENT, trained_grids
 from ..qtensor import QTensor
 from ..storage.mapped import read_bytes
-from ..storage.safetensors import read_header
+from ..storage.safetensors import Entry, read_header
 from ..table import Cell, size, table
 
 EXAMPLES = """Reads headers, and a few values: a model that was trained for few bits lies on their grid.
@@ -30,7 +30,7 @@ examples:
 
 LONGEST = 60
 TRIED, ROWS = 8, 32  # weights, and rows of them
-GROUPS, DIFFERENT = 64, 30.5  # see formats/trained.py
+GROUPS = 64  # of 32 weights, looked at before anything large is imported
 WORDS = {"bf16": "H", "f16": "H", "f32": "I"}
 
 
@@ -106,10 +106,9 @@ def trained_for(path: Path, file_type: FileType) -> dict[str, int]:
         if not tensor.quantized and tensor.file and len(tensor.shape) == 2 and tensor.shape[1] % 32 == 0
     ]
     tried = matrices[:: max(1, len(matrices) // TRIED)][:TRIED]
-    if not any(_repeats(checkpoint, tensor) for tensor in tried):
+    files = {tensor.file: read_header(checkpoint.path / tensor.file) for tensor in tried}
+    if not any(_repeats(checkpoint.path / t.file, files[t.file][t.name]) for t in tried):
         return {}
-    from ..formats.trained import trained_grids
-
     found: Counter[str] = Counter()
     for tensor in tried:
         w = tensor.load()
@@ -119,16 +118,14 @@ def trained_for(path: Path, file_type: FileType) -> dict[str, int]:
     return {} if set(found) == {"none"} else dict(found.most_common())
 
 
-def _repeats(checkpoint: Checkpoint, tensor: LazyTensor) -> bool:
+def _repeats(file: Path, entry: Entry) -> bool:
     """Whether equal values are frequent in the first groups of 32 weights. Nothing large is imported."""
-    file = checkpoint.path / (tensor.file or "")
-    entry = read_header(file)[tensor.name]
     word = WORDS.get(entry.dtype.lower())
     if word is None:
         return False
-    count = min(tensor.shape[0] * tensor.shape[1], 32 * GROUPS)
+    count = min(prod(entry.shape), 32 * GROUPS)
     words = array(word)
-    words.frombytes(read_bytes(file, entry.offset, count * words.itemsize, tensor.name))
+    words.frombytes(read_bytes(file, entry.offset, count * words.itemsize, entry.name))
     different = [len(set(words[i : i + 32])) for i in range(0, count, 32)]
     return sum(different) < DIFFERENT * len(different)
 
@@ -139,8 +136,7 @@ def trained_line(found: Mapping[str, int]) -> str:
     parts = [f"{count} of {total} weights tried lie on the grid of {name}" for name, count in found.items()
              if name != "none"]  # fmt: skip
     first = next(name for name in found if name != "none")
-    names = " or ".join([first, *(name for name in lossless_equivalents(first) if name in GGUF_BLOCKS)])
-    return f"{', '.join(parts)}: trained for it; --to {names} keeps every code"
+    return f"{', '.join(parts)}: trained for it; --to {holders(first)} keeps every code"
 
 
 def short(value: Any) -> str:

@@ -128,8 +128,7 @@ def _needed(models: Sequence[Checkpoint], texts: int, settings: Settings) -> dic
 
 def _place(needed: Mapping[Path, int], settings: Settings) -> tuple[torch.device, int]:
     """The device on which the models fit, else the last that may be tried; and the bytes free there."""
-    places = Room(settings.device, left_of(settings.memory)).places()
-    return next((place for place in places if max(needed.values()) <= place[1]), places[-1])
+    return Room(settings.device, left_of(settings.memory)).place_for(max(needed.values()))
 
 
 def _check(

@@ -27,7 +27,7 @@ from .base import FORMATS, Format
 from .ggml import Ggml
 from .grids import AffineGrid, spread
 
-GGUF_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of 32 columns, scale and offset in f16
+_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of 32 columns, scale and offset in f16
 _MXFP4 = ("mxfp4", "mxfp4_ggml")
 
 
@@ -46,7 +46,7 @@ def lossless_equivalents(name: str) -> Iterator[str]:
         return
     source = FORMATS.get(name)
     zeros = isinstance(source, Affine) and source.zero == "int"
-    blocks = [b for b in GGUF_BLOCKS if _shape_of(FORMATS.get(b))[0] == bits]
+    blocks = [b for b in _BLOCKS if _shape_of(FORMATS.get(b))[0] == bits]
     blocks = blocks[::-1] if zeros else blocks
     groups: list[int | None] = [columns]
     groups += [g for g in (256, 128, 64, 32, 16) if not columns or (g < columns and columns % g == 0)]
@@ -57,6 +57,11 @@ def lossless_equivalents(name: str) -> Iterator[str]:
         names = [f"int{bits}_{same}{kind}{dtype}" for dtype in ("", "_f32", "_bf16") for kind in kinds]
         names += blocks if group == 32 else []
         yield from (FORMATS.get(other).name for other in names if FORMATS.get(other).name != name)
+
+
+def holders(name: str) -> str:
+    """For people: a format, and the GGUF types that may hold all of its values."""
+    return " or ".join([name, *(other for other in lossless_equivalents(name) if other in _BLOCKS)])
 
 
 def convert_lossless(q: QTensor, to: Format) -> QTensor | None:
@@ -84,7 +89,7 @@ def _shape_of(format: Format) -> tuple[int, int | None, bool]:
     formats of another kind."""
     if isinstance(format, Affine) and format.cells.rows == 1:
         return format.bits, format.cells.columns, format.zero == "float"
-    if isinstance(format, Ggml) and format.name in GGUF_BLOCKS:
+    if isinstance(format, Ggml) and format.name in _BLOCKS:
         return format.top.bit_length(), format.group, format.kind == "affine"
     return 0, None, False
 

@@ -18,13 +18,13 @@ and to send; when it is unpacked, memory and speed are those of the file it was.
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
-from hashlib import sha256
+from hashlib import file_digest, sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +33,7 @@ import torch
 from .. import core
 from ..errors import FileError
 from ..files.gguf.parse import read_part
+from ..storage.atomic import as_bytes, write_file_atomic
 from ..storage.json import regular_size
 from ..storage.mapped import map_bytes, read_bytes
 from ..storage.safetensors import lay_out, read_header, read_metadata
@@ -58,33 +59,24 @@ def pack_file(
     _check_place(out, source, overwrite)
     size, places = regular_size(source), _places(source)
     rows: list[dict[str, Any]] = []
-    temporary = [out.with_name(out.name + end) for end in (".data", ".partial")]
     try:
-        with temporary[0].open("wb") as data:
+        with tempfile.TemporaryFile(dir=out.parent) as data:  # the header, which is first, has its lengths
             done = 0
             for name, kind, offset, nbytes in places:
                 rows.append(_pack_tensor(source, layout_of(kind), offset, nbytes, data))
                 done += nbytes
                 if progress:
                     progress(name, done, size)
-            length = data.tell()
-        outside = zlib.compress(b"".join(_outside(source, rows, size)), 9)
-        about = {"name": source.name, "nbytes": size, "sha256": _digest(source), "tensors": rows}
-        header, _ = lay_out(
-            [("data", "u8", (length,)), ("outside", "u8", (len(outside),))],
-            {KEY: json.dumps(about, separators=(",", ":"))},
-        )
-        with temporary[1].open("wb") as file, temporary[0].open("rb") as data:
-            file.write(header)
-            shutil.copyfileobj(data, file, 2**22)
-            file.write(outside)
-        temporary[1].replace(out)
+            outside = zlib.compress(b"".join(_outside(source, rows, size)), 9)
+            about = {"name": source.name, "nbytes": size, "sha256": _digest(source), "tensors": rows}
+            header, _ = lay_out(
+                [("data", "u8", (data.tell(),)), ("outside", "u8", (len(outside),))],
+                {KEY: json.dumps(about, separators=(",", ":"))},
+            )
+            data.seek(0)
+            write_file_atomic(out, chain([header], iter(partial(data.read, 2**22), b""), [outside]))
     except OSError as error:
         raise FileError(f"{out}: cannot be written: {error.strerror}") from error
-    finally:
-        for each in temporary:
-            with suppress(OSError):
-                each.unlink(missing_ok=True)
     return out
 
 
@@ -95,45 +87,41 @@ def unpack_file(
 
     FileError for a file that is not packed, or is cut or altered: then nothing is left.
     """
-    about, entries = _about(source), read_header(source)
+    about = _about(source)
     name = about["name"]
     if Path(name).name != name or name in ("", ".", ".."):
         raise FileError(f"{source}: names its file {name!r}, which is no name of a file; it is not written")
     out = out or source.with_name(name)
     _check_place(out, source, overwrite)
+    write_file_atomic(out, _whole(source, about, progress))
+    return out
+
+
+def _whole(source: Path, about: dict[str, Any], progress: Progress | None) -> Iterator[bytes | memoryview]:
+    """The file that was packed, part by part; at the end FileError if its digest is another."""
+    entries = read_header(source)
     data, outside = entries["data"], entries["outside"]
-    temporary = out.with_name(out.name + ".partial")
     try:
         rest = zlib.decompress(read_bytes(source, outside.offset, outside.nbytes))
     except zlib.error as error:
         raise FileError(f"{source}: damaged: {error}; fetch it again") from error
     digest, at, used, done = sha256(), data.offset, 0, 0
-    try:
-        with temporary.open("wb") as file:
-
-            def write(part: Any) -> None:
-                digest.update(part)
-                file.write(part)
-
-            for row in about["tensors"]:
-                gap = row["offset"] - done
-                write(rest[used : used + gap])
-                used, done = used + gap, row["offset"] + row["nbytes"]
-                for part in _unpacked(source, row, at, data.offset + data.nbytes):
-                    write(part.numpy().data)
-                at += _length(row)
-                if progress:
-                    progress(name, done, about["nbytes"])
-            write(rest[used:])
-        if digest.hexdigest() != about["sha256"]:
-            raise FileError(f"{source}: its digest is not {name}'s: it was cut or altered; fetch it again")
-        temporary.replace(out)
-    except OSError as error:
-        raise FileError(f"{out}: cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return out
+    for row in about["tensors"]:
+        gap = row["offset"] - done
+        tensor = as_bytes(_unpacked(source, row, at, data.offset + data.nbytes))
+        parts: tuple[bytes | memoryview, ...] = (rest[used : used + gap], tensor)
+        used, done, at = used + gap, row["offset"] + row["nbytes"], at + _length(row)
+        for part in parts:
+            digest.update(part)
+            yield part
+        if progress:
+            progress(about["name"], done, about["nbytes"])
+    digest.update(rest[used:])
+    yield rest[used:]
+    if digest.hexdigest() != about["sha256"]:
+        raise FileError(
+            f"{source}: its digest is not {about['name']}'s: it was cut or altered; fetch it again"
+        )
 
 
 def _check_place(out: Path, source: Path, overwrite: bool) -> None:
@@ -167,7 +155,8 @@ def _pack_tensor(source: Path, layout: str, offset: int, nbytes: int, data: Bina
     streams = [torch.cat([part[i] for part in parts]) for i in range(len(parts[0]))] if parts else []
     rows: list[dict[str, Any]] = []
     for stream in streams:
-        counts = torch.bincount(stream.int(), minlength=256)
+        counts = sum(torch.bincount(piece.int(), minlength=256) for piece in stream.split(PIECE))
+        assert isinstance(counts, torch.Tensor)
         table = frequencies(counts)
         pieces = -(-stream.numel() // PIECE)
         if coded_bits(counts, table) / 8 + 512 + 34 * pieces >= 0.995 * stream.numel():
@@ -182,13 +171,13 @@ def _pack_tensor(source: Path, layout: str, offset: int, nbytes: int, data: Bina
     return {"offset": offset, "nbytes": nbytes, "layout": layout, "streams": rows}
 
 
-def _unpacked(source: Path, row: dict[str, Any], at: int, end: int) -> Iterator[torch.Tensor]:
+def _unpacked(source: Path, row: dict[str, Any], at: int, end: int) -> torch.Tensor:
     """The bytes of a tensor, whose streams begin at `at`."""
     if at + _length(row) > end:
         raise FileError(f"{source}: is cut; fetch it again")
-    streams = []
     if not row["nbytes"]:
-        return
+        return torch.empty(0, dtype=torch.uint8)
+    streams = []
     for stream, count in zip(row["streams"], sizes(row["layout"], row["nbytes"]), strict=True):
         if "raw" in stream:
             if stream["raw"] != count:
@@ -208,8 +197,7 @@ def _unpacked(source: Path, row: dict[str, Any], at: int, end: int) -> Iterator[
         if any(part is None for part in found):
             raise FileError(f"{source}: damaged: a stream cannot be decoded; fetch it again")
         streams.append(torch.cat([part for part in found if part is not None]))
-    if streams:
-        yield joined(row["layout"], streams)
+    return joined(row["layout"], streams)
 
 
 def _encoded(table: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
@@ -243,11 +231,13 @@ def _about(source: Path) -> dict[str, Any]:
         assert isinstance(about["name"], str) and isinstance(about["sha256"], str)
         end = 0
         for row in about["tensors"]:
+            assert all(type(row[key]) is int for key in ("offset", "nbytes"))
             assert 0 <= end <= row["offset"] and row["nbytes"] >= 0
             assert row["nbytes"] % block_of(row["layout"]) == 0
+            assert not row["nbytes"] or len(row["streams"]) == len(sizes(row["layout"], row["nbytes"]))
             end = row["offset"] + row["nbytes"]
             for stream in row["streams"]:
-                assert all(isinstance(n, int) and n >= 0 for n in stream.get("coded", [stream.get("raw")]))
+                assert all(type(n) is int and n >= 0 for n in stream.get("coded", [stream.get("raw")]))
         assert end <= about["nbytes"]
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
@@ -262,8 +252,5 @@ def _parallel(work: Callable[[Any], Any], items: Any) -> Iterator[Any]:
 
 
 def _digest(source: Path) -> str:
-    digest = sha256()
     with source.open("rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
+        return file_digest(file, "sha256").hexdigest()

@@ -72,7 +72,7 @@ def encode_reference(symbols: torch.Tensor, frequency: torch.Tensor) -> torch.Te
 def decode_reference(stream: torch.Tensor, frequency: torch.Tensor, count: int) -> torch.Tensor | None:
     """`decode` in plain Python."""
     raw = stream.numpy().tobytes()
-    if len(raw) < 4 * STATES or len(raw) % 2 or int(frequency.sum()) != TOTAL:
+    if len(raw) < 4 * STATES or len(raw) % 2 or int(frequency.min()) < 0 or int(frequency.sum()) != TOTAL:
         return None
     states = list(struct.unpack(f"<{STATES}I", raw[: 4 * STATES]))
     words = struct.unpack(f"<{(len(raw) - 4 * STATES) // 2}H", raw[4 * STATES :])

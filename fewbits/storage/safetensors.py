@@ -47,6 +47,15 @@ class Entry:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file, in file order; every fault of the header in one FileError."""
+    return _read(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; FileError like `read_header`."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     size = regular_size(path)
     try:
         with path.open("rb") as file:
@@ -63,16 +72,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     raise_all(FileError, str(path), faults)
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     raise_all(FileError, str(path), _layout_faults(entries, data_start, size))
-    return {entry.name: entry for entry in entries}
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; FileError like `read_header`."""
-    read_header(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        metadata = parse_json_object(file.read(length), f"{path}: header").get("__metadata__", {})
-    return dict(metadata)
+    return {entry.name: entry for entry in entries}, metadata
 
 
 def _header_length(path: Path, raw: bytes, size: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from ..algorithms import CalibrationWarning
 from ..files.checkpoint import Checkpoint
 from ..files.output import Job
-from ..formats.lossless import GGUF_BLOCKS, lossless_equivalents
+from ..formats.lossless import holders
 from ..model.sites import TOWER, block_matrices, sites
 from ..release.receipt import TensorRow
 from .task import KEPT
@@ -65,8 +65,7 @@ def trained_notes(rows: Sequence[TensorRow]) -> tuple[str, ...]:
         if kept:
             notes.append(f"{text}; their codes are kept")
             continue
-        names = " or ".join([grid, *(name for name in lossless_equivalents(grid) if name in GGUF_BLOCKS)])
-        text += f". {found[0].format} does not hold these values; --to {names} keeps every code"
+        text += f". {found[0].format} does not hold these values; --to {holders(grid)} keeps every code"
         warnings.warn(text, CalibrationWarning, stacklevel=3)
         notes.append(text)
     return tuple(notes)

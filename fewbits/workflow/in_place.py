@@ -44,8 +44,7 @@ def quantize_model(
         4.125
     """
     names, checkpoint = model_checkpoint(model)
-    plan = to if isinstance(to, Plan) else plan or Plan()
-    decisions = decisions_of(checkpoint, None if isinstance(to, Plan) else to, plan)
+    decisions = decisions_of(checkpoint, *asked_for(to, plan))
     weights: dict[str, tuple[str, QTensor]] = {}
     for name, decision in decisions.items():
         if isinstance(decision.kind, Format):
@@ -62,6 +61,11 @@ def quantize_model(
             stacklevel=2,
         )
     return pack_weights(model, weights)
+
+
+def asked_for(to: str | Plan, plan: Plan | None) -> tuple[str | None, Plan]:
+    """The type, if one is given, and the rules."""
+    return (None, to) if isinstance(to, Plan) else (to, plan or Plan())
 
 
 def decisions_of(checkpoint: Checkpoint, to: str | None, plan: Plan) -> dict[str, Decision]:

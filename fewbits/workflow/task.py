@@ -107,10 +107,14 @@ def task(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> 
         raise type(error)(f"{name}: {str(error).removeprefix('tensor: ')}") from error
 
 
-def chosen(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> tuple[QTensor, Spec]:
+def chosen(
+    name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None, again: bool = False
+) -> tuple[QTensor, Spec]:
     """The codes that a weight was trained for, where the format of the spec holds them, else those of its
-    algorithm; and the spec of what was done, whose option `grid` is the format that it was trained for."""
-    kept, grid = kept_codes(w, spec.format)
+    algorithm; and the spec of what was done, whose option `grid` is the format that it was trained for.
+
+    again: it was quantized before, so that its grid is known and was asked to change."""
+    kept, grid = (None, None) if again else kept_codes(w, spec.format)
     if kept is not None:
         return kept, Spec(spec.format, KEPT, {"grid": grid})
     options = spec.options if grid is None else {**spec.options, "grid": grid}
@@ -213,7 +217,7 @@ def _piece(
         return _cast(name, value, job.kind)
     stats = work.stats(name)
     spec = _outside(spec_of(job.kind, rule, work.method, work.search), rule, stats)
-    q, done = (task(name, value, spec, stats), spec) if again else chosen(name, value, spec, stats)
+    q, done = chosen(name, value, spec, stats, again)
     return q, measured(value, q, done, stats)
 
 

@@ -28,7 +28,7 @@ from ..release.receipt import Receipt
 from ..runtime.load import model_checkpoint
 from ..train.rounding import gap_of
 from ..train.ste import LatentLinear
-from .in_place import decisions_of
+from .in_place import asked_for, decisions_of
 from .quantize import clean
 from .request import Request
 from .run import run
@@ -70,8 +70,7 @@ def prepare_qat(model: PreTrainedModel, to: str | Plan, plan: Plan | None = None
     if hasattr(model, ATTRIBUTE):
         raise ModelError(f"{type(model).__name__} is prepared already; export it, or load it again")
     names, checkpoint = model_checkpoint(model)
-    given = Plan() if plan is None else plan
-    asked, rules = (None, to) if isinstance(to, Plan) else (to, given)
+    asked, rules = asked_for(to, plan)
     formats: dict[str, Format] = {}
     faults = []
     for name, decision in decisions_of(checkpoint, asked, rules).items():
@@ -125,7 +124,9 @@ def export(
         tensors = dict(checkpoint.tensors)
         for path, q in held.items():
             name = of_module[path]
-            tensors[name] = LazyTensor(name, q.shape, q.format, q.nbytes, MEMORY, partial(_self, q))
+            tensors[name] = LazyTensor(
+                name, q.shape, q.format, q.nbytes, MEMORY, partial(held.__getitem__, path)
+            )
         source = open_checkpoint(place)
         whole = replace(source, tensors=tensors, config=checkpoint.config, seen=checkpoint.seen)
         request = Request(to=prepared.to, plan=prepared.plan, file=file, overwrite=overwrite, requantize=True)
@@ -156,7 +157,3 @@ def _plain(model: Any, held: dict[str, QTensor]) -> Iterator[tuple[dict[str, str
     finally:
         for path, module in modules.items():
             model.set_submodule(path, module)
-
-
-def _self(q: QTensor) -> QTensor:
-    return q

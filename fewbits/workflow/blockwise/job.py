@@ -20,7 +20,7 @@ from ...model.sites import Site
 from ...qtensor import QTensor
 from ...train.rounding import EFFORTS, learn_block
 from ...transforms import TRANSFORMS, Choice, applied, checked, find_pairs, rescaled
-from ..task import Spec, WeightRecord, chosen, measured, task
+from ..task import Spec, WeightRecord, chosen, measured
 from .settings import Note, Run
 
 Records = dict[str, WeightRecord]
@@ -35,7 +35,7 @@ class BlockJob:
 
     result: what the block's tensors became. records: what each quantized one cost. notes: for the receipt.
     tell: is called before each site with its last neighbour's output error. keeps: are the float weights of
-    finished sites still needed? moved: are the block's inputs being replaced by its outputs?
+    finished sites still needed?
     """
 
     def __init__(self, run: Run, index: int, block: Block, weights: dict[str, torch.Tensor], tell: Tell):
@@ -46,7 +46,6 @@ class BlockJob:
         self.stats: dict[str, Stats] = {}  # only where `learn` will measure again: they are large
         self.error: float | None = None
         self.keeps = True
-        self.moved = False
 
     def needs_hessian(self, stage: Sequence[Site]) -> bool:
         return any(NEEDS[self.run.specs[site.name].algorithm] == "hessian" for site in stage)
@@ -129,11 +128,8 @@ class BlockJob:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             joined = torch.cat([*weights.values()]) if len(sites) > 1 else weights[first.name]
-            names = " and ".join(weights)
-            if self.run.checkpoint.tensors[first.name].quantized:  # from a grid that is known
-                whole = task(names, joined, spec, stats)
-            else:
-                whole, spec = chosen(names, joined, spec, stats)
+            again = self.run.checkpoint.tensors[first.name].quantized
+            whole, spec = chosen(" and ".join(weights), joined, spec, stats, again)
         for warning in caught:
             if issubclass(warning.category, CalibrationWarning):
                 self.notes.append(Note(f"{first.name}: {warning.message}"))

@@ -136,8 +136,7 @@ def _distill(
 
 def _place_of_whole(run: Run) -> torch.device:
     """The device on which the whole model is trained, in f32: the first that has room."""
-    places, nbytes = Room(run.streaming.device).places(), 4 * run.method.copies * run.checkpoint.numel
-    return next((place for place, free in places if nbytes <= free), places[-1][0])
+    return Room(run.streaming.device).place_for(4 * run.method.copies * run.checkpoint.numel)[0]
 
 
 class _Walk:
@@ -152,9 +151,7 @@ class _Walk:
         self.total = sum(_size(site) for site in self.sites.values())
         self.done = 0
         self.seen: set[str] = set()
-        self.notes: list[Note] = []  # for the next block's
         self.waits = True  # may batches wait inside a block?
-        self.job: BlockJob | None = None
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
 
@@ -212,17 +209,17 @@ class _Walk:
     def _quantized(self, i: int, x: Activations, floats: Activations | None) -> tuple[Block, bool]:
         """`_quantize` with batches that are halved where a GPU has no memory for them. CalibrationError where
         a single sequence is too much."""
+        notes: list[Note] = []
         while True:
             try:
-                return self._quantize(i, x, floats)
+                return self._quantize(i, x, floats, notes)
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
-            moved, self.job = self.job is not None and self.job.moved, None
-            longest = max(len(batch) for batch in x)
-            if self.waits and not moved:
+            if self.waits:
                 self.waits = False
                 continue
-            if longest == 1 or moved:
+            longest = max(len(batch) for batch in x)
+            if longest == 1:
                 raise CalibrationError(
                     f"block {i} with one sequence of {x[0].shape[1]} tokens does not fit the memory of "
                     f"{self.model.device} ({reason}); take a smaller --context, or --device cpu"
@@ -231,16 +228,17 @@ class _Walk:
                 if each is not None:
                     each.halve()
             text = f"out of memory on {self.model.device}: batches of {-(-longest // 2)} from block {i} on"
-            self.notes = [Note(text)]
+            notes = [Note(text)]
 
-    def _quantize(self, i: int, x: Activations, floats: Activations | None) -> tuple[Block, bool]:
+    def _quantize(
+        self, i: int, x: Activations, floats: Activations | None, notes: Sequence[Note]
+    ) -> tuple[Block, bool]:
         """Quantize one block into the store -> it with its quantized weights; is x its output already?"""
         method, weights = self.run.method, self._weights(i)
         return_device_memory(self.model.device)
         wanted = [self.sites[name] for name in weights if name in self.sites]
         job = BlockJob(self.run, i, self.model.block(i, weights), weights, self._tell)
-        job.notes += self.notes
-        self.job = job
+        job.notes += notes
         if wanted:
             job.transform(wanted, x)
         # Float stream and learning need the float weights to the end; else one copy of the block is enough.
@@ -264,7 +262,6 @@ class _Walk:
         if floats is not None and groups is None:
             advance(reference, floats, floats)
         self.store.write(self.first + i, job.result, _kept(job.records, job.notes))
-        self.notes, self.job = [], None  # a job holds its block's floats
         return job.block, groups is not None
 
     def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:

@@ -72,10 +72,15 @@ def quantize_paused(
                 raise CalibrationError(f"{names[0]}: its inputs are not finite; check the blocks before it")
             seen = sums.stats()
             job.quantize(stage, Capture(dict.fromkeys(names, seen), (), ()))
-        job.moved = True
         for stream, block, ended in ((x, job.block, passes), (floats, reference, others)):
             for i, each in enumerate(ended):
-                _finish(each, block, i, stream)
+                try:
+                    _finish(each, block, i, stream)
+                except torch.OutOfMemoryError as error:  # inputs are replaced: this block cannot begin again
+                    raise CalibrationError(
+                        f"{block.name}: out of memory at its end ({str(error).splitlines()[0]}); finished "
+                        "blocks are kept: free memory there and run again, or take --device cpu"
+                    ) from error
 
 
 def _stop(each: Paused, name: str) -> torch.Tensor:
