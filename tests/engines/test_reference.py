@@ -123,8 +123,8 @@ def test_a_layer_at_a_time_in_f32_gives_the_logits_of_the_whole_in_f32(tmp_path,
 
 
 def test_a_reference_too_large_for_f32_stays_as_it_is_stored(tmp_path):
-    small = {"num_hidden_layers": 192, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
-    path = save_tiny("LlamaForCausalLM", tmp_path / "m", **small)
+    shape = {"num_hidden_layers": 192, "hidden_size": 256, "intermediate_size": 1024}
+    path = save_tiny("LlamaForCausalLM", tmp_path / "m", num_attention_heads=4, **shape)
     LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
     checkpoint = open_checkpoint(path)
     whole = Whole(checkpoint).needs(1, TOKENS + NEW)
