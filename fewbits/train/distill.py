@@ -32,11 +32,13 @@ arXiv 2407.11062, whose second phase trains only block scales.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,41 +46,20 @@ from ..adapters.transformers import load_model
 from ..errors import CalibrationError, FileError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..qtensor import QTensor
-from ..runtime.runner import Blockwise
+from ..runtime.decode import faster_dtype
 from ..storage.atomic import write_atomic
+from .objective import LOSSES
+from .optimizer import optimizer_of
 from .rounding import shuffled
-from .student import Student
-from .teacher import Teacher
+from .settings import AT_ONCE, DistillSettings, settings_faults
+from .student import Goals, Student
+from .teacher import Teacher, teacher_of
 
 Progress = Callable[[str, int, int], None]
-BETAS = (0.9, 0.95)
-STATE = ("a", "mean", "square", "best")
+STATE = ("a", "best")
+TINY = 1e-12
 FROZEN = 0.85  # of the steps: then codes are fixed, and what swings between two no longer does
-TINY = 1e-12  # added to Adam's root mean square: gradients of single scales are as small as 1e-8
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """Duration and learning rates.
-
-    steps: of `batch` windows each. lr: the largest relative change of a block parameter in one step;
-    lr_vectors: the same for norms and biases. Both rise over a tenth of the steps and fall to a tenth on a
-    cosine. held_out: number of windows at the end that are used for evaluation only; every: steps between two
-    evaluations. state: file to resume a killed run from, written at each evaluation; the caller deletes
-    it. device: of the quantized model as a whole, and of the reference's blocks in turn. lr_codes: of the
-    float weights that codes are rounded from, in spacings of the grid; 0: codes are fixed. It falls to 0 at
-    FROZEN of the steps, after which only the other numbers move."""
-
-    steps: int = 200
-    lr: float = 5e-4
-    lr_vectors: float = 5e-4
-    batch: int = 2
-    seed: int = 0
-    held_out: int = 8
-    every: int = 25
-    state: Path | None = None
-    device: str = "cpu"
-    lr_codes: float = 0.0
+COMPUTES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -123,8 +104,7 @@ def distill(
     settings, progress = settings or DistillSettings(), progress or _silent
     _check(tokens, settings)
     device = torch.device(settings.device)
-    runner = Blockwise(reference, device=device)
-    teacher = Teacher(runner, tokens, lambda done, total: progress("reference", done, total))
+    teacher = teacher_of(reference, tokens, settings, lambda done, total: progress("reference", done, total))
     floats = reference if settings.lr_codes else None
     student = Student(load_model(quantized), quantized, tokens[0], device, floats)
     run = _Run(teacher, student, tokens, settings)
@@ -133,28 +113,12 @@ def distill(
     while run.step < settings.steps:
         run.advance()
         progress(run.stage, run.step, settings.steps)
-        if run.step % settings.every == 0 or run.step == settings.steps:
+        judged = run.step % settings.every == 0 or run.step == settings.steps
+        if judged:
             run.judge()
-            if settings.state is not None:
-                run.save(settings.state)
+        if settings.state is not None and (judged or time.monotonic() - run.saved > 60 * settings.minutes):
+            run.save(settings.state)
     return run.result()
-
-
-def settings_faults(settings: DistillSettings, windows: int) -> list[str]:
-    """What is wrong with the settings for a text of so many windows."""
-    faults = []
-    if windows < settings.held_out + settings.batch:
-        faults.append(
-            f"{windows} windows are too few for batches of {settings.batch} and {settings.held_out} held "
-            "out; give more text, a smaller context, or smaller batches"
-        )
-    for name in ("steps", "batch", "held_out", "every"):
-        if getattr(settings, name) < 1:
-            faults.append(f"{name} is {getattr(settings, name)}; at least 1 is needed")
-    for name in ("lr", "lr_vectors", "lr_codes"):
-        if not 0 <= getattr(settings, name) < 1:
-            faults.append(f"{name} is {getattr(settings, name)}; it is a share, from 0 up to 1")
-    return faults
 
 
 def _check(tokens: torch.Tensor, settings: DistillSettings) -> None:
@@ -171,30 +135,67 @@ class _Run:
     def __init__(self, teacher: Teacher, student: Student, tokens: torch.Tensor, settings: DistillSettings):
         self.teacher, self.student, self.tokens, self.settings = teacher, student, tokens, settings
         self.train = len(tokens) - settings.held_out
+        if settings.recompute:
+            student.halves.recompute()
         self.start, self.unit, self.spans = student.read(), student.units(), student.spans()
-        self.a, self.mean, self.square = (torch.zeros_like(self.start) for _ in range(3))
+        self.a = torch.zeros_like(self.start)
         self.best = self.a.clone()
-        self.step = 0
+        device = self.start.device
+        self.compute = arithmetic(settings.compute, device)
+        # Parts of `a`, which the optimizer changes in place.
+        self.parts = [torch.nn.Parameter(self.a[at]) for at, _ in self.spans]
+        groups = [
+            {"params": [part], "kind": kind} for part, (_, kind) in zip(self.parts, self.spans, strict=True)
+        ]
+        self.optimizer = optimizer_of(settings.optimizer, groups, device)
+        scales = self.compute == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scales)
+        self.step, self.skipped = 0, 0
         self.history: list[Judgement] = []
         self.losses: list[float] = []
+        self.saved = self.begun = time.monotonic()
+        self.resumed = 0
         self.judge()
 
     def advance(self) -> None:
-        """One step of Adam on `batch` windows."""
+        """One step of the optimizer on `batch` windows."""
+        settings = self.settings
         self.student.write(self.start + self.unit * self.a)
         windows = self.chosen(self.step)
-        loss = self.student.learn(self.tokens[windows], lambda i: self.teacher.log_p(windows[i]))
+        goals = Goals(
+            parent=lambda i: self.teacher.distributions(windows[i]),
+            share=LOSSES[settings.loss],
+            temperature=settings.temperature,
+            factor=float(self.scaler.scale(torch.ones((), device=self.start.device))),
+            compute=self.compute,
+            micro=settings.micro or max(1, AT_ONCE // self.tokens.shape[1]),
+        )
+        loss = self.student.learn(self.tokens[windows], goals)
         self.losses.append(loss)
-        self.check(loss, f"the loss of step {self.step + 1}")
-        whole = self.student.gradient()
+        self.check(loss, f"the loss of step {self.step + 1}", windows)
+        whole = self.student.gradient().mul_(self.unit)
         self.step += 1
-        first, second = BETAS
-        for at, kind in self.spans:  # part by part: a model's weights are many
-            gradient = whole[at].mul_(self.unit[at])
-            self.mean[at].lerp_(gradient, 1 - first)
-            self.square[at].lerp_(gradient.square_(), 1 - second)
-            root = (self.square[at] / (1 - second**self.step)).sqrt_().add_(TINY)
-            self.a[at].addcdiv_(self.mean[at], root, value=-self.rate(kind) / (1 - first**self.step))
+        for part, group, (at, kind) in zip(self.parts, self.optimizer.param_groups, self.spans, strict=True):
+            part.grad, group["lr"] = whole[at], self.rate(kind)
+        self.scaler.unscale_(self.optimizer)
+        if settings.clip:
+            torch.nn.utils.clip_grad_norm_(self.parts, settings.clip)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.skipped += self.scaler.get_scale() < scale
+        if settings.damp and settings.lr_codes:
+            self.calm()
+
+    @torch.no_grad()
+    def calm(self) -> None:
+        """Draw latent weights a little to what they are rounded to (Nagel et al., arXiv 2203.08550)."""
+        share = self.settings.damp * self.rate("latent") * self.step / self.settings.steps
+        self.student.write(self.start + self.unit * self.a)
+        for (at, kind), part in zip(self.spans, self.student.parts, strict=True):
+            if kind == "latent":
+                off = (self.student.weight_of(part) - part.value).flatten()
+                self.a[at] += off.mul_(share).div_(self.unit[at].clamp(min=TINY))
 
     @property
     def stage(self) -> str:
@@ -203,7 +204,9 @@ class _Run:
             return "distill"
         best = min(judgement.held_out for judgement in self.history)
         now = f"{self.losses[-1]:.4f}" if self.losses else "-"
-        return f"train: KL {now}, held out {best:.4f}"
+        tokens = (self.step - self.resumed) * self.settings.batch * self.tokens.shape[1]
+        speed = tokens / max(time.monotonic() - self.begun, 1e-9)
+        return f"train: {self.settings.loss} {now}, KL held out {best:.4f}, {speed:.0f} tokens/s"
 
     def rate(self, kind: str) -> float:
         """The learning rate of a kind of number at this step."""
@@ -233,19 +236,24 @@ class _Run:
         judges = range(self.train, len(self.tokens))
         divergences = [self.student.divergence(self.tokens[i], self.teacher.log_p(i)) for i in judges]
         held_out = sum(divergences) / len(divergences)
-        self.check(held_out, f"the KL divergence held out, after {self.step} steps,")
+        self.check(held_out, f"the KL divergence held out, after {self.step} steps,", [self.train])
         learned = sum(self.losses) / len(self.losses) if self.losses else None
         if self.history and held_out < min(judgement.held_out for judgement in self.history):
             self.best = self.a.clone()
         self.history.append(Judgement(self.step, learned, held_out))
         self.losses = []
 
-    def check(self, value: float, what: str) -> None:
-        if not isfinite(value):
-            raise CalibrationError(
-                f"distill: {what} is {value}; use a smaller lr than {self.settings.lr}, or check the "
-                "checkpoint with `fewbits evaluate`"
-            )
+    def check(self, value: float, what: str, windows: list[int]) -> None:
+        if isfinite(value):
+            return
+        sites = [self.student.blame(self.tokens[i]) for i in windows]
+        where = next(
+            (f"; the first output that is not finite is that of {site}" for site in sites if site), ""
+        )
+        raise CalibrationError(
+            f"distill: {what} is {value}{where}; use a smaller lr than {self.settings.lr}, or check the "
+            "checkpoint with `fewbits evaluate`"
+        )
 
     def result(self) -> Distilled:
         """The best state, without tensors that it leaves unchanged."""
@@ -274,7 +282,9 @@ class _Run:
     def fingerprint(self) -> str:
         """Digest of settings, tokens, the student's start and the teacher's hidden states, which decide the
         result."""
-        settings = {key: value for key, value in asdict(self.settings).items() if key != "state"}
+        away = ("state", "minutes")
+        settings = {key: value for key, value in asdict(self.settings).items() if key not in away}
+        settings["compute"] = str(self.compute)
         digest = sha256(repr(sorted(settings.items())).encode())
         for part in (self.tokens, self.start, self.teacher.hidden(len(self.tokens) - 1)):
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -284,10 +294,26 @@ class _Run:
         """Write the state, atomically."""
         from safetensors.torch import save
 
-        record = {"step": self.step, "history": [asdict(judgement) for judgement in self.history]}
+        record = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "history": [asdict(judgement) for judgement in self.history],
+            "losses": self.losses,
+            "scaler": self.scaler.state_dict(),
+        }
         about = {"distill": json.dumps(record), "fingerprint": self.fingerprint()}
-        state = {name: getattr(self, name).cpu() for name in STATE}
+        state = {name: getattr(self, name).cpu() for name in STATE} | self.moments()
         write_atomic(path, save(state, about))
+        self.saved = time.monotonic()
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """The optimizer's own tensors, by part and name."""
+        found = {}
+        for i, part in enumerate(self.parts):
+            for key, value in self.optimizer.state.get(part, {}).items():
+                number = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+                found[f"optimizer.{i}.{key}"] = number.cpu().contiguous()
+        return found
 
     def resume(self, path: Path) -> None:
         """Resume from a state; FileError for one that is damaged or of another run."""
@@ -304,8 +330,25 @@ class _Run:
             )
         record = json.loads(about["distill"])
         self.step, self.history = record["step"], [Judgement(**row) for row in record["history"]]
+        self.resumed, self.skipped, self.losses = self.step, record["skipped"], record["losses"]
+        self.scaler.load_state_dict(record["scaler"])
         for name in STATE:
-            getattr(self, name).copy_(state[name])
+            getattr(self, name).copy_(state.pop(name))
+        held: dict[int, dict[str, Any]] = {}
+        for name, value in state.items():
+            _, i, key = name.split(".", 2)
+            held.setdefault(int(i), {})[key] = value
+        given = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": held, "param_groups": given["param_groups"]})
+
+
+def arithmetic(name: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products for a setting; auto: bf16 where the device has it, faster than f32."""
+    if name != "auto":
+        return COMPUTES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return faster_dtype() if device.type == "cpu" else torch.float32
 
 
 def _same(value: QTensor | torch.Tensor, other: QTensor | torch.Tensor) -> bool:

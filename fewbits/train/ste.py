@@ -126,7 +126,7 @@ class _Rounded:
         return cls(codes, weight.to(kind), beyond, off.flatten()[beyond].sign())
 
     def inward(self, to_w: torch.Tensor) -> torch.Tensor:
-        """A gradient `(n, k)` without the part that would take weights farther beyond; changes it in place."""
+        """A gradient `(n, k)`, in place, without the part that would take weights farther beyond."""
         flat = to_w.view(-1)
         there = flat[self.beyond]
         # Descent moves against the gradient: outward where both have different signs.

@@ -10,6 +10,7 @@ everything else              -> fixed; `fixed` names it if quantized (embeddings
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from ..files.checkpoint import Checkpoint
 from ..formats.base import Grid
 from ..qtensor import QTensor
 from .halves import Halves
+from .objective import Distributions, divergence, loss_and_gradient
 from .rounding import gap_of
-from .ste import GridLinear, LatentLinear
+from .ste import GridLinear, LatentLinear, rounded_once
 
 LATENT = "latent"  # the key of a float weight that codes are rounded from
 NEAR = 0.45  # of a gap: how far from its code's value a latent weight starts at most
@@ -36,6 +38,20 @@ class Part:
     key: str
     kind: str
     value: torch.nn.Parameter
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What a step minimizes. parent: a row of the batch -> its distributions; share: the part of KL, the rest
+    is next-token loss; factor: of the gradient (loss scaling); compute: type of the matrix products in the
+    blocks; micro: windows at once."""
+
+    parent: Callable[[int], Distributions]
+    share: float = 1.0
+    temperature: float = 1.0
+    factor: float = 1.0
+    compute: torch.dtype = torch.float32
+    micro: int = 1
 
 
 class Student:
@@ -57,7 +73,7 @@ class Student:
         self.vectors: dict[str, torch.Tensor] = {}
         self.parts: list[Part] = []
         self.fixed: list[str] = []
-        self.gaps: dict[str, torch.Tensor] = {}
+        self.latents: dict[str, LatentLinear] = {}
         for name, tensor in checkpoint.tensors.items():
             if tensor.quantized:
                 self._add_linear(name, tensor.load())
@@ -91,7 +107,7 @@ class Student:
         self.parts += [Part(name, key, "block", value) for key, value in linear.block_parameters.items()]
         if isinstance(linear, LatentLinear):
             self.parts.append(Part(name, LATENT, "latent", linear.latent))
-            self.gaps[name] = linear.gap
+            self.latents[name] = linear
 
     def _latent(self, name: str, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
         """`(n, k)` f32: the float weight, moved so far that it is rounded to `codes`."""
@@ -133,7 +149,7 @@ class Student:
 
     def _unit(self, part: Part) -> torch.Tensor:
         if part.kind == "latent":
-            return self.gaps[part.name]
+            return self.latents[part.name].gap
         size = part.value.detach().abs()
         return size.maximum(FLOOR * size.mean(-1, keepdim=True))
 
@@ -174,6 +190,10 @@ class Student:
         grid, _ = q.format.unpack(q)
         return q.format.pack(grid, grid.round(given[LATENT]))
 
+    def weight_of(self, part: Part) -> torch.Tensor:
+        """What the latent weight of a part is rounded to now."""
+        return self.latents[part.name].weight
+
     def rounded(self, flat: torch.Tensor) -> torch.Tensor:
         """`(p,)` -> `(p,)`: the same numbers as `pack` stores them."""
         packed, values = self.pack(flat), []
@@ -188,31 +208,60 @@ class Student:
 
     # ---- running it
 
-    def learn(self, windows: torch.Tensor, log_p: Callable[[int], torch.Tensor]) -> float:
-        """Tokens `(b, c)`; log_p(i): the teacher's `(c, v)` for row i -> mean KL; its gradient is added.
+    def learn(self, windows: torch.Tensor, goals: Goals) -> float:
+        """Tokens `(b, c)` -> mean loss over them; its gradient, times goals.factor, is added.
 
-        Only the logits of one window are in memory; their gradient, (q - p) / positions, needs no graph.
-        """
-        hidden = self.halves.blocks(windows.to(self.device))
-        cut = hidden.detach().requires_grad_()
+        Only the logits of one window are in memory; their gradient needs no graph."""
         total = 0.0
-        for i in range(len(windows)):
-            logits = self.halves.head(cut[i : i + 1])
-            reference, quantized = log_p(i), logits.detach()[0].float().log_softmax(-1)
-            total += _divergence(reference, quantized)
-            logits.backward(
-                (quantized.exp_().sub_(reference.exp_()) / windows.numel())[None].to(logits.dtype)
-            )
-        hidden.backward(cut.grad)
+        with rounded_once([*self.halves.modules(), *self.model.modules()]):
+            for start in range(0, len(windows), goals.micro):
+                total += self._learn(windows, range(start, min(start + goals.micro, len(windows))), goals)
         return total / len(windows)
+
+    def _learn(self, windows: torch.Tensor, rows: range, goals: Goals) -> float:
+        """-> the sum of the losses of these rows."""
+        batch = windows[rows.start : rows.stop].to(self.device)
+        with self._arithmetic(goals.compute):
+            hidden = self.halves.blocks(batch)
+        cut = hidden.detach().float().requires_grad_()
+        total = 0.0
+        for i, row in enumerate(rows):
+            logits = self.halves.head(cut[i : i + 1])
+            parent = goals.parent(row) if goals.share > 0 else None
+            loss, gradient = loss_and_gradient(
+                logits.detach()[0], parent, batch[i, 1:], goals.share, goals.temperature
+            )
+            total += loss
+            logits.backward((gradient * (goals.factor / len(windows)))[None].to(logits.dtype))
+        assert cut.grad is not None
+        hidden.backward(cut.grad.to(hidden.dtype))
+        return total
+
+    def _arithmetic(self, compute: torch.dtype) -> AbstractContextManager[Any]:
+        if compute == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, compute)
+
+    def blame(self, window: torch.Tensor) -> str:
+        """Tokens `(c,)` -> the first module whose output is not finite, for an error; "" if none is."""
+        found: list[str] = []
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(module: Any, given: Any, out: Any) -> None:
+                if isinstance(out, torch.Tensor) and not found and not bool(out.isfinite().all()):
+                    found.append(name)
+
+            return hook
+
+        hooks = [module.register_forward_hook(look(name)) for name, module in self.halves.named()]
+        with torch.no_grad():
+            self.halves.blocks(window[None].to(self.device))
+        for handle in hooks:
+            handle.remove()
+        return found[0] if found else ""
 
     def divergence(self, window: torch.Tensor, log_p: torch.Tensor) -> float:
         """Tokens `(c,)`, the teacher's log p `(c, v)` -> mean KL(teacher || student)."""
         with torch.no_grad():
             logits = self.halves.head(self.halves.blocks(window[None].to(self.device)))
-            return _divergence(log_p, logits[0].float().log_softmax(-1))
-
-
-def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
-    """`(c, v)` both -> the mean over c of KL(p || q)."""
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+            return divergence(log_p, logits[0].float().log_softmax(-1))
