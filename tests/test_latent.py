@@ -137,7 +137,7 @@ def test_too_little_text_is_said_before_anything_is_done(model: Path, tmp_path: 
     text = Tokens.of(TOKENS[:5], "short")
     with pytest.raises(fewbits.PlanError, match=r"train: lr_codes is 2; it is a share"):
         fewbits.quantize(
-            model, tmp_path / "o", to="int2_g32", calibrate=text, train=5, lr_codes=2, verify=False
+            model, tmp_path / "o", to="int2_g32", calibrate=text, train=5, training={"lr_codes": 2}
         )
     with pytest.raises(fewbits.PlanError, match="train: 5 windows are too few for batches of 2 and 8"):
         fewbits.quantize(model, tmp_path / "o", to="int2_g32", calibrate=text, train=5, verify=False)

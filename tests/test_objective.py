@@ -119,8 +119,8 @@ def test_other_losses_fall(reference: Checkpoint, loss: str) -> None:
 def test_bf16_gains_what_f32_gains(reference: Checkpoint) -> None:
     quantized = off(in_format(reference, "int4_g32"))
     gains = []
-    for compute in ("f32", "bf16"):
-        done = distill(reference, quantized, TOKENS, replace(SHORT, steps=12, compute=compute))
+    for precision in ("f32", "bf16"):
+        done = distill(reference, quantized, TOKENS, replace(SHORT, steps=12, precision=precision))
         gains.append(done.before - done.after)
     assert gains[1] == pytest.approx(gains[0], rel=0.1) and gains[0] > 0
 
@@ -149,7 +149,7 @@ def test_f16_scales_its_loss_and_skips_steps_that_overflow(
         scales.append((self.scaler.get_scale(), torch.equal(before, self.a)))
 
     monkeypatch.setattr(training._Run, "advance", stepped)
-    done = distill(reference, quantized, TOKENS, replace(SHORT, steps=40, every=10, compute="f16"))
+    done = distill(reference, quantized, TOKENS, replace(SHORT, steps=40, every=10, precision="f16"))
     assert done.after < done.before
     scale, good, doubled = 2.0**40, 0, 0
     for found, skipped in scales:
@@ -214,12 +214,12 @@ def test_an_optimizer_that_is_not_installed_is_named(name: str, monkeypatch: pyt
 
 
 def test_senseless_settings_are_listed(reference: Checkpoint) -> None:
-    wrong = replace(SHORT, loss="l2", compute="int8", optimizer="lion", temperature=0.0, top_k=-1, micro=0)
+    wrong = replace(SHORT, loss="l2", precision="int8", optimizer="lion", temperature=0.0, top_k=-1, micro=0)
     with pytest.raises(CalibrationError) as e:
         distill(reference, reference, TOKENS, wrong)
     for text in (
         "loss is 'l2'",
-        "compute is 'int8'",
+        "precision is 'int8'",
         "'lion'; known: adamw",
         "temperature",
         "top_k",

@@ -59,7 +59,7 @@ Progress = Callable[[str, int, int], None]
 STATE = ("a", "best")
 TINY = 1e-12
 FROZEN = 0.85  # of the steps: then codes are fixed, and what swings between two no longer does
-COMPUTES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _Run:
         self.a = torch.zeros_like(self.start)
         self.best = self.a.clone()
         device = self.start.device
-        self.compute = arithmetic(settings.compute, device)
+        self.compute = arithmetic(settings.precision, device)
         # Parts of `a`, which the optimizer changes in place.
         self.parts = [torch.nn.Parameter(self.a[at]) for at, _ in self.spans]
         groups = [
@@ -284,7 +284,7 @@ class _Run:
         result."""
         away = ("state", "minutes")
         settings = {key: value for key, value in asdict(self.settings).items() if key not in away}
-        settings["compute"] = str(self.compute)
+        settings["precision"] = str(self.compute)
         digest = sha256(repr(sorted(settings.items())).encode())
         for part in (self.tokens, self.start, self.teacher.hidden(len(self.tokens) - 1)):
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -345,7 +345,7 @@ class _Run:
 def arithmetic(name: str, device: torch.device) -> torch.dtype:
     """The type of matrix products for a setting; auto: bf16 where the device has it, faster than f32."""
     if name != "auto":
-        return COMPUTES[name]
+        return PRECISIONS[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return faster_dtype() if device.type == "cpu" else torch.float32

@@ -8,7 +8,7 @@ from pathlib import Path
 from .objective import LOSSES
 from .optimizer import OPTIMIZERS
 
-COMPUTES = ("auto", "f32", "bf16", "f16")
+PRECISIONS = ("auto", "f32", "bf16", "f16")
 AT_ONCE = 4096  # tokens that go through the model together, unless `micro` says otherwise
 
 
@@ -25,7 +25,7 @@ class DistillSettings:
 
     loss: one of objective.LOSSES. top_k: the parent's k most probable tokens are kept instead of its hidden
     states, the others as one sum; 0: all. temperature: both distributions are softened by it.
-    compute: type of the matrix products: f32, bf16, f16 with loss scaling, or auto: bf16 where it is faster.
+    precision: of the matrix products: f32, bf16, f16 with loss scaling, or auto: bf16 where it is faster.
     optimizer: one of optimizer.OPTIMIZERS. clip: the largest norm of the gradient; 0: none. recompute: blocks
     run twice instead of keeping what is inside (gradient checkpointing).
 
@@ -49,7 +49,7 @@ class DistillSettings:
     loss: str = "kl"
     top_k: int = 0
     temperature: float = 1.0
-    compute: str = "f32"
+    precision: str = "f32"
     optimizer: str = "adamw"
     clip: float = 0.0
     recompute: bool = False
@@ -77,7 +77,7 @@ def settings_faults(settings: DistillSettings, windows: int) -> list[str]:
         faults.append(f"micro is {settings.micro}; at least 1 window at once is needed")
     if settings.temperature <= 0:
         faults.append(f"temperature is {settings.temperature}; it is above 0")
-    known = {"loss": LOSSES, "compute": COMPUTES, "optimizer": OPTIMIZERS}
+    known = {"loss": LOSSES, "precision": PRECISIONS, "optimizer": OPTIMIZERS}
     for name, words in known.items():
         if getattr(settings, name) not in words:
             faults.append(f"{name} is {getattr(settings, name)!r}; known: {', '.join(words)}")

@@ -3,6 +3,7 @@ Request."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..plan.method import EFFORTS, METHODS, Method
 from ..plan.mixtures import RECIPES
 from ..plan.rules import Option
 from ..runtime.program import SUFFIX
+from ..train.settings import DistillSettings
 from .request import CommonOptions, Request
 from .resolve import file_type_for
 
@@ -28,8 +30,8 @@ class Options(CommonOptions):
 
     effort: fast, good (default) or best; method: a name of METHODS or a Method, instead. smooth
     (SmoothQuant: True, or its alpha), awq, rotate, equalize: transforms before quantization. distill: steps
-    of distillation after it. train: steps that train codes too, in its place (quantization-aware training),
-    of `batch` windows each; lr_codes: the largest change of a weight in a step, in spacings of its grid.
+    of distillation after it. train: steps that train codes too, in its place (quantization-aware training);
+    training: other settings of it, by their names in train.settings.DistillSettings.
 
     calibrate: a text or JSONL file, hf:NAME, "self" (the default: the model generates text), "vocabulary"
     (random tokens: the default of models that generate none), saved statistics, or Tokens or Statistics.
@@ -44,8 +46,7 @@ class Options(CommonOptions):
     equalize: bool | None = None
     distill: int | None = None
     train: int | None = None
-    batch: int | None = None
-    lr_codes: float | None = None
+    training: Mapping[str, Option] | None = None
     calibrate: str | Path | Tokens | Statistics | None = None
     tokens: int | None = None
     context: int | None = None
@@ -86,10 +87,12 @@ class Options(CommonOptions):
         return method if self.train is None else self._trained(method)
 
     def _trained(self, method: Method) -> Method:
-        """With training of codes; PlanError where only its details are given, or distillation besides."""
-        given = {"batch": self.batch, "lr_codes": self.lr_codes}
-        options: dict[str, Option] = {name: value for name, value in given.items() if value is not None}
-        return replace(method, distill=0, train=self.train or 0, train_options=options)
+        """With training of codes in the place of distillation; PlanError for settings that it has not."""
+        known = {each.name for each in fields(DistillSettings)} - {"steps", "state", "device", "seed"}
+        unknown = [name for name in self.training or {} if name not in known]
+        if unknown:
+            raise PlanError(f"training has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return replace(method, distill=0, train=self.train or 0, train_options=dict(self.training or {}))
 
     def _base(self) -> Method:
         if isinstance(self.method, Method):
