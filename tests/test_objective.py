@@ -11,7 +11,7 @@ from fewbits.errors import CalibrationError, FileError
 from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
 from fewbits.runtime.runner import Blockwise
-from fewbits.train import distill as training
+from fewbits.train import loop as training
 from fewbits.train.distill import DistillSettings, distill
 from fewbits.train.objective import Distributions, loss_and_gradient
 from fewbits.train.optimizer import OPTIMIZERS, optimizer_of
@@ -131,24 +131,24 @@ def test_f16_scales_its_loss_and_skips_steps_that_overflow(
     """Micikevicius et al., arXiv 1710.03740: a factor too large overflows f16 and is halved, the step left
     out; after four good steps it is doubled."""
     quantized = off(in_format(reference, "int4_g32"))
-    runs: list[training._Run] = []
-    made = training._Run.__init__
+    runs: list[training.Loop] = []
+    made = training.Loop.__init__
 
-    def watched(self: training._Run, *given: object) -> None:
+    def watched(self: training.Loop, *given: object) -> None:
         made(self, *given)  # type: ignore[arg-type]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=4)
         runs.append(self)
 
-    monkeypatch.setattr(training._Run, "__init__", watched)
+    monkeypatch.setattr(training.Loop, "__init__", watched)
     scales: list[tuple[float, bool]] = []
-    advance = training._Run.advance
+    advance = training.Loop.advance
 
-    def stepped(self: training._Run) -> None:
+    def stepped(self: training.Loop) -> None:
         before = self.a.clone()
         advance(self)
         scales.append((self.scaler.get_scale(), torch.equal(before, self.a)))
 
-    monkeypatch.setattr(training._Run, "advance", stepped)
+    monkeypatch.setattr(training.Loop, "advance", stepped)
     done = distill(reference, quantized, TOKENS, replace(SHORT, steps=40, every=10, precision="f16"))
     assert done.after < done.before
     scale, good, doubled = 2.0**40, 0, 0
@@ -160,7 +160,7 @@ def test_f16_scales_its_loss_and_skips_steps_that_overflow(
     assert doubled > 1 and runs[0].skipped == sum(skipped for _, skipped in scales) > 3
 
 
-def codes_of(run: training._Run) -> list[torch.Tensor]:
+def codes_of(run: training.Loop) -> list[torch.Tensor]:
     with torch.no_grad():
         return [module.grid_now().round(module.latent) for module in run.student.latents.values()]
 
@@ -172,9 +172,9 @@ def test_weights_that_are_drawn_to_their_codes_swing_less(reference: Checkpoint)
     for damp in (0.0, 20.0):
         settings = replace(SHORT, steps=30, every=30, held_out=8, lr_codes=0.05, damp=damp)
         flips: list[int] = []
-        advance = training._Run.advance
+        advance = training.Loop.advance
 
-        def counted(self: training._Run, advance=advance, flips=flips) -> None:  # type: ignore[no-untyped-def]
+        def counted(self: training.Loop, advance=advance, flips=flips) -> None:  # type: ignore[no-untyped-def]
             codes = codes_of(self)
             advance(self)
             self.student.write(self.start + self.unit * self.a)
@@ -182,7 +182,7 @@ def test_weights_that_are_drawn_to_their_codes_swing_less(reference: Checkpoint)
             flips.append(sum(int((a != b).sum()) for a, b in pairs))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training._Run, "advance", counted)
+            patch.setattr(training.Loop, "advance", counted)
             distill(reference, quantized, tokens, settings)
         changes.append(sum(flips[15:25]))
     assert changes[1] < 0.7 * changes[0]
@@ -191,15 +191,15 @@ def test_weights_that_are_drawn_to_their_codes_swing_less(reference: Checkpoint)
 def test_a_loss_that_is_not_finite_names_step_and_site(
     reference: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = training._Run.advance
+    advance = training.Loop.advance
 
-    def broken(self: training._Run) -> None:
+    def broken(self: training.Loop) -> None:
         if self.step == 2:
             linear = self.student.latents["model.layers.1.mlp.up_proj.weight"]
             linear.bias = torch.nn.Parameter(torch.full((96,), float("nan")))
         advance(self)
 
-    monkeypatch.setattr(training._Run, "advance", broken)
+    monkeypatch.setattr(training.Loop, "advance", broken)
     with pytest.raises(
         CalibrationError, match=r"the loss of step 3 is nan; .* model\.layers\.1\.mlp\.up_proj"
     ):

@@ -23,23 +23,27 @@ from torch.nn import functional
 
 from ..formats.base import Grid
 from ..formats.codebook import LearnedGrid
+from .inputs import FakeInput
 
 
 class GridLinear(torch.nn.Module):
     """y = x W^T + bias, `(..., k) -> (..., n)`, with W on a grid: fixed codes, trainable block parameters.
 
-    `block_parameters`: names of `grid.parameters()` -> f32 nn.Parameter of the same shape.
+    `block_parameters`: names of `grid.parameters()` -> f32 nn.Parameter of the same shape. `input`: what
+    quantizes x first, if that is set.
     """
 
     def __init__(self, grid: Grid, codes: torch.Tensor, bias: torch.nn.Parameter | None):
         super().__init__()
         self.grid, self.bias = grid, bias
         self.codes = codes
+        self.input: FakeInput | None = None
         self.block_parameters = torch.nn.ParameterDict(
             {name: torch.nn.Parameter(value.float().clone()) for name, value in grid.parameters().items()}
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.input is None else self.input(x)
         parameters = dict(self.block_parameters)
         y = _Multiply.apply(x, self.grid, self.codes, tuple(parameters), *parameters.values())
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -88,6 +92,7 @@ class LatentLinear(GridLinear):
         return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.input is None else self.input(x)
         parameters = self._stored()
         rounded = self.rounded(product_type(x))
         y = _Trained.apply(x, rounded, self.grid, tuple(parameters), self.latent, *parameters.values())

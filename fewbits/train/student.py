@@ -2,6 +2,7 @@
 
 linear weights on a grid     -> GridLinear: codes fixed, block parameters trainable     kind "block"
                                 LatentLinear: float weights too, rounded at each pass   kind "latent"
+the step of a static input   -> trainable                                               kind "block"
 norms and biases, 1-D        -> trainable                                               kind "vector"
 everything else              -> fixed; `fixed` names it if quantized (embeddings, fused experts: their
                                 modules are not plain linear layers)
@@ -16,16 +17,19 @@ from typing import Any
 
 import torch
 
+from ..activations.mixed import Activations
 from ..errors import CalibrationError
 from ..files.checkpoint import Checkpoint
 from ..formats.base import Grid
 from ..qtensor import QTensor
 from .halves import Halves
+from .inputs import FakeInput
 from .objective import Distributions, divergence, loss_and_gradient
 from .rounding import gap_of
 from .ste import GridLinear, LatentLinear, rounded_once
 
 LATENT = "latent"  # the key of a float weight that codes are rounded from
+INPUT = "input"  # the key of the step of a static scheme of activations
 NEAR = 0.45  # of a gap: how far from its code's value a latent weight starts at most
 FLOOR = 0.1  # least unit of a number, as a share of its row's mean magnitude
 
@@ -64,11 +68,13 @@ class Student:
         tokens: torch.Tensor,
         device: torch.device,
         floats: Checkpoint | None = None,
+        activations: Activations | None = None,
     ):
         """tokens `(c,)`: any window, to check that the model can be split. floats: the checkpoint before it
-        was quantized, if codes are trained: latent weights start at its weights, as near as codes allow."""
+        was quantized, if codes are trained: latent weights start at its weights, as near as codes allow.
+        activations: how inputs of its linear layers are quantized, if they are."""
         self.model = model.requires_grad_(False).to(device)
-        self.device, self.floats = device, floats
+        self.device, self.floats, self.activations = device, floats, activations
         self.quantized: dict[str, QTensor] = {}
         self.vectors: dict[str, torch.Tensor] = {}
         self.parts: list[Part] = []
@@ -94,7 +100,8 @@ class Student:
             self.fixed.append(name)
             return
         grid, codes = q.format.unpack(q.to(self.device))
-        if module.weight is self.model.get_input_embeddings().weight or not grid.parameters():
+        idle = self.floats is None and self.activations is None and not grid.parameters()
+        if module.weight is self.model.get_input_embeddings().weight or idle:
             self.fixed.append(name)
             return
         if self.floats is None:
@@ -108,6 +115,10 @@ class Student:
         if isinstance(linear, LatentLinear):
             self.parts.append(Part(name, LATENT, "latent", linear.latent))
             self.latents[name] = linear
+        if self.activations is not None and self.activations.quantizes(name):
+            linear.input = FakeInput(self.activations.quantizer(name), self.device)
+            if linear.input.scale is not None:
+                self.parts.append(Part(name, INPUT, "block", linear.input.scale))
 
     def _latent(self, name: str, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
         """`(n, k)` f32: the float weight, moved so far that it is rounded to `codes`."""
@@ -183,12 +194,22 @@ class Student:
         stored."""
         q = self.quantized[name].to(self.device)
         grid, codes = q.format.unpack(q)
-        parameters = {key: value for key, value in given.items() if key != LATENT}
+        parameters = {key: value for key, value in given.items() if key not in (LATENT, INPUT)}
         q = q.format.pack(grid.replaced(parameters) if parameters else grid, codes)
         if LATENT not in given:
             return q
         grid, _ = q.format.unpack(q)
         return q.format.pack(grid, grid.round(given[LATENT]))
+
+    def ranges(self, flat: torch.Tensor) -> dict[str, list[float]]:
+        """`(p,)` -> the step and zero point of each static input, as a record of activations has them."""
+        found = {}
+        for part, piece in zip(self.parts, self._pieces(flat), strict=True):
+            if part.key == INPUT:
+                assert self.activations is not None
+                affine = self.activations.quantizers[part.name].affine
+                found[part.name] = [float(piece), 0 if affine is None else int(affine.zero)]
+        return found
 
     def weight_of(self, part: Part) -> torch.Tensor:
         """What the latent weight of a part is rounded to now."""
@@ -199,7 +220,7 @@ class Student:
         packed, values = self.pack(flat), []
         for part, latent in zip(self.parts, self._pieces(flat), strict=True):
             value = packed[part.name]
-            if part.kind == "latent":
+            if part.key in (LATENT, INPUT):
                 value = latent
             elif isinstance(value, QTensor):
                 value = value.format.unpack(value)[0].parameters()[part.key]

@@ -39,7 +39,7 @@ from ..storage.stream import StreamFile
 from ..transforms.rotate import rotate
 from .as_saved import as_saved
 from .blockstore import BlockStore, check_ours
-from .blockwise import Run, quantize_blocks
+from .blockwise import MEASURED, Run, quantize_blocks
 from .converted import clean, needs_converter, planned, run_converted
 from .coverage import coverage_of, outside_notes, trained_notes
 from .memory import fitted
@@ -194,6 +194,8 @@ def _measured(
     """The records of the runtime schemes, measured if needed, and their notes."""
     windows = None if request.tokens is None else request.tokens.windows
     measure = {"activations": record, "kv_cache": record_cache}
+    if MEASURED in checkpoint.metadata:
+        runtime = {**runtime, "activations": checkpoint.metadata[MEASURED]}
     records = {
         kind: measure[kind](checkpoint, known, windows) if isinstance(known, str) else known
         for kind, known in runtime.items()
@@ -256,8 +258,9 @@ def _block_by_block(
         if isinstance(job.kind, Format)
     }
     todo = Run(
-        checkpoint, specs, request.method, request.tokens, request.streaming, request.strict_calibration
-    )
+        checkpoint, specs, request.method, request.tokens, request.streaming, request.strict_calibration,
+        request.activations,
+    )  # fmt: skip
     return quantize_blocks(todo, store, progress)
 
 
