@@ -39,7 +39,7 @@ from ..storage.stream import StreamFile
 from ..transforms.rotate import rotate
 from .as_saved import as_saved
 from .blockstore import BlockStore, check_ours
-from .blockwise import MEASURED, Run, quantize_blocks
+from .blockwise import TRAINED, Run, quantize_blocks
 from .converted import clean, needs_converter, planned, run_converted
 from .coverage import coverage_of, outside_notes, trained_notes
 from .memory import fitted
@@ -120,6 +120,7 @@ def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress
         file.finish(keep_journal=True)
         output.finish(measured)
         receipt = _receipt(floats, output, request, rows)
+        receipt = replace(receipt, training=tuple(checkpoint.metadata.get(TRAINED, {}).get("history", ())))
         receipt = replace(receipt, target=str(out), inputs=hashing.result(), notes=notes)
         receipt = replace(receipt, seconds=time.monotonic() - start, peak_memory_bytes=peak_memory())
         write_atomic(output.receipt, receipt.to_json().encode())
@@ -194,8 +195,8 @@ def _measured(
     """The records of the runtime schemes, measured if needed, and their notes."""
     windows = None if request.tokens is None else request.tokens.windows
     measure = {"activations": record, "kv_cache": record_cache}
-    if MEASURED in checkpoint.metadata:
-        runtime = {**runtime, "activations": checkpoint.metadata[MEASURED]}
+    trained = checkpoint.metadata.get(TRAINED, {}).get("activations")
+    runtime = runtime if trained is None else {**runtime, "activations": trained}
     records = {
         kind: measure[kind](checkpoint, known, windows) if isinstance(known, str) else known
         for kind, known in runtime.items()

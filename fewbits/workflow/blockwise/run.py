@@ -20,7 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -45,7 +45,7 @@ from .settings import Note, Run
 from .stages import Batches, quantize_paused, read_once, stages_of
 
 Progress = Callable[[str, int, int], None]
-MEASURED = "trained activations"  # in the metadata of a checkpoint: their record
+TRAINED = "trained"  # in the metadata of a checkpoint: history, and record of activations, of its training
 
 
 def quantize_blocks(
@@ -77,9 +77,9 @@ def quantize_blocks(
             quantized = replace(run.checkpoint, tensors=dict(tensors))
             _distill(run, quantized, records, store, n, progress)
         _take(store, n, tensors, records, notes)
-        trained = store.read(n)[1].get("activations")
+        trained = store.read(n)[1][TRAINED]
     notes += _without_pairs(run, notes)
-    metadata = run.checkpoint.metadata if trained is None else {**run.checkpoint.metadata, MEASURED: trained}
+    metadata = run.checkpoint.metadata if trained is None else {**run.checkpoint.metadata, TRAINED: trained}
     return replace(run.checkpoint, tensors=tensors, metadata=metadata), records, _gathered(notes)
 
 
@@ -139,7 +139,9 @@ def _distill(
         *distilled.notes,
     ]
     kept = _kept(changed, [Note(text) for text in notes])
-    store.write(at, distilled.tensors, {**kept, "activations": distilled.activations})
+    history = [asdict(judgement) for judgement in distilled.history]
+    trained = {"history": history, "activations": distilled.activations}
+    store.write(at, distilled.tensors, {**kept, TRAINED: trained})
 
 
 def _place_of_whole(run: Run) -> torch.device:
