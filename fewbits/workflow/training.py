@@ -91,8 +91,21 @@ def prepare_qat(
     """
     if hasattr(model, ATTRIBUTE):
         raise ModelError(f"{type(model).__name__} is prepared already; export it, or load it again")
-    names, checkpoint = model_checkpoint(model)
     asked, rules = asked_for(to, plan)
+    formats = _formats(model, asked, rules)
+    inputs = ranges_of(model, formats, activations, tokens, outputs)
+    for path, format in formats.items():
+        linear = _latent(model.get_submodule(path), format, positive=outputs)
+        linear.input, linear.output = inputs.get(path, (None, None))
+        linear.relative()
+        model.set_submodule(path, linear)
+    setattr(model, ATTRIBUTE, Prepared(asked, rules, formats, activations))
+    return model
+
+
+def _formats(model: Any, asked: str | None, rules: Plan) -> dict[str, Format]:
+    """Linear layer of a block -> the format of its weight; ModelError for weights of other modules."""
+    names, checkpoint = model_checkpoint(model)
     formats: dict[str, Format] = {}
     faults = []
     for name, decision in decisions_of(checkpoint, asked, rules).items():
@@ -109,20 +122,16 @@ def prepare_qat(
             continue
         formats[path] = decision.kind
     raise_all(ModelError, type(model).__name__, faults)
-    inputs = ranges_of(model, formats, activations, tokens, outputs)
-    for path, format in formats.items():
-        module = model.get_submodule(path)
-        assert isinstance(module, nn.Linear)
-        w = module.weight.detach().float().clone()
-        grid, _ = format.unpack(format.encode(w))
-        if outputs and "scale" in grid.parameters():  # a multiplier of integers is positive
-            grid = grid.replaced({**grid.parameters(), "scale": grid.parameters()["scale"].abs()})
-        linear = LatentLinear(grid, w, gap_of(grid, w), module.bias)
-        linear.input, linear.output = inputs.get(path, (None, None))
-        linear.relative()
-        model.set_submodule(path, linear)
-    setattr(model, ATTRIBUTE, Prepared(asked, rules, formats, activations))
-    return model
+    return formats
+
+
+def _latent(linear: Any, format: Format, positive: bool) -> LatentLinear:
+    """positive: its scales are, since a multiplier of integers is."""
+    w = linear.weight.detach().float().clone()
+    grid, _ = format.unpack(format.encode(w))
+    if positive and "scale" in grid.parameters():
+        grid = grid.replaced({**grid.parameters(), "scale": grid.parameters()["scale"].abs()})
+    return LatentLinear(grid, w, gap_of(grid, w), linear.bias)
 
 
 def ranges_of(
