@@ -289,7 +289,7 @@ class _Walk:
         return job.block, groups is not None
 
     def _keep(self, i: int, job: BlockJob) -> None:
-        """Store a finished block. A GPU goes on meanwhile; a fault of the disk ends the run one block later."""
+        """Store a finished block. A GPU goes on meanwhile: a fault of the disk ends the run at the next."""
         write = partial(self.store.write, self.first + i, job.result, _kept(job.records, job.notes))
         if self.model.device.type == "cpu":
             write()
