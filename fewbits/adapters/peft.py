@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from ..errors import FileError, KernelError, PlanError
+from ..files.adapter import is_adapter
 from ..storage.atomic import make_directory
 
-CONFIG = "adapter_config.json"
 ADAPTER = "default"  # PEFT's name of the only adapter of a model
 
 
@@ -69,7 +69,7 @@ def factors_of(model: Any) -> Iterator[tuple[str, Factors]]:
 
 def check_place(out: Path, overwrite: bool = False) -> None:
     """FileError if something is in the way of an adapter's directory: with overwrite, what is no adapter."""
-    if out.exists() and not (overwrite and (out / CONFIG).is_file()):
+    if out.exists() and not (overwrite and is_adapter(out)):
         way = "not an adapter" if overwrite else "choose another output or pass --overwrite"
         raise FileError(f"{out}: exists; {way}")
 

@@ -1,11 +1,12 @@
-"""Low-rank adapters (LoRA) in PEFT's directories, read without PEFT.
+"""Low-rank adapters (LoRA) in the directories of PEFT, read without it.
 
     adapter_config.json          r, lora_alpha, use_rslora, base_model_name_or_path ...
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, k), .lora_B.weight (n, r)
 
     W + scale B A                scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
-What changes a model in another way (DoRA's magnitudes, trained biases or whole modules ...) is refused by name.
+What changes a model in another way (DoRA's magnitudes, trained biases or whole modules, an initialization
+that moves the model's own weights ...) is refused by name.
 Sources: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732; PEFT, docs/source/developer_guides/checkpoint.md.
 """
 
@@ -27,11 +28,14 @@ from .checkpoint import Checkpoint
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _OTHER = (
-    "use_dora", "alpha_pattern", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
-    "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens",
-    "megatron_config", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+    "use_dora", "alpha_pattern", "lora_bias", "modules_to_save", "trainable_token_indices",
+    "target_parameters", "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config",
 )  # fmt: skip
 """fields of adapter_config.json that, if set, make the adapter more than W + scale B A"""
+_MOVES = ("pissa", "olora", "corda", "lora_ga")
+"""values of init_lora_weights that begin so take what A and B begin with out of W"""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,8 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
     used = [name for name in _OTHER if config.get(name)]
     if config.get("bias", "none") != "none":
         used.append(f"bias {str(config['bias'])[:20]!r}")
+    if str(start := config.get("init_lora_weights")).lower().startswith(_MOVES):
+        used.append(f"init_lora_weights {start!r}")
     if used:
         raise ModelError(
             f"{path}: {', '.join(used)}: more than W + scale B A, which is not supported; merge it with PEFT "
@@ -139,9 +145,9 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _alpha(path: Path, config: Mapping[str, Any]) -> float:
-    alpha = config.get("lora_alpha")
-    if type(alpha) not in (int, float) or not isfinite(alpha):
-        raise FileError(f"{path / CONFIG}: lora_alpha is {str(alpha)[:40]!r}, not a number; damaged file")
+    alpha: Any = config.get("lora_alpha")
+    if type(alpha) not in (int, float) or not isfinite(alpha) or alpha <= 0:
+        raise FileError(f"{path / CONFIG}: lora_alpha is {str(alpha)[:40]!r}, not positive; damaged file")
     return float(alpha)
 
 

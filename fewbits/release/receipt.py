@@ -79,7 +79,7 @@ class Receipt:
     facts for the user: ignored fields, types that need an imatrix, experts without tokens. verified: result
     of the output's engine: engine, version, verdict, differences. evaluation: against the reference, if
     measured. about: the reference's license and name. coverage: how many weights of the model's blocks got
-    the requested format, and what the others are."""
+    the requested format, and what the others are. merged: which adapter into the model, how, at what loss."""
 
     source: str
     target: str
@@ -99,6 +99,7 @@ class Receipt:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     coverage: Mapping[str, Any] = field(default_factory=dict)
+    merged: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -1,10 +1,10 @@
 """fit_adapter(): train the low-rank adapter of a PeftModel whose weights are packed and stay so.
 
     tokens -> blocks (packed W, A, B) -> hidden -> logits of one window at a time -> loss
-    AdamW on A and B: learning rate up over a tenth of the steps, down to a tenth on a cosine; gradients clipped
+    AdamW on A and B, gradients clipped: learning rate up over a tenth of the steps, then down on a cosine
 
-    next_token(tokens)    -log q of the token that came                    the text is what is learned
-    toward(teacher)       KL(p || q) to the model before quantization      the adapter makes up for the rounding
+    next_token(tokens)    -log q of the token that came                  the text is what is learned
+    toward(teacher)       KL(p || q) to the model before quantization    the adapter makes up for the rounding
 
 In memory are the packed weights, A and B four times (values, gradients, Adam's moments) and the best, and the
 activations of a batch. Every few steps the adapter is judged on windows held out, and the best is kept.

@@ -117,8 +117,8 @@ def train_adapter(
 
 @dataclass(frozen=True)
 class Where:
-    """device: of the model. overwrite: replace an adapter. name: what the adapter calls its model (default: the
-    path). progress: called with (stage, done, total)."""
+    """device: of the model. overwrite: replace an adapter. name: what the adapter calls its model (default:
+    the path). progress: called with (stage, done, total)."""
 
     device: str = "cpu"
     overwrite: bool = False
