@@ -78,9 +78,8 @@ class Adapter:
                 faults.append(f"adds to {name}, which the model does not have")
             elif tensor.shape != added.shape:
                 faults.append(f"adds {added.shape} to {name}, which is {tensor.shape} in the model")
-        if faults:
-            faults.append(f"give the model that it was trained on ({self.base or 'its config names none'})")
-        raise_all(ModelError, f"{self.path} on {checkpoint.path}", faults, limit=6)
+        way = f"give the model that it was trained on ({self.base or 'its config names none'})"
+        raise_all(ModelError, f"{self.path} is not of {checkpoint.path}; {way}", faults, limit=6)
 
 
 def is_adapter(path: Path) -> bool:
@@ -125,7 +124,10 @@ def open_adapter(path: str | Path) -> Adapter:
     if not pairs and not faults:
         faults.append("holds no adapter; save it again")
     raise_all(FileError, str(file), faults, limit=6)
-    return Adapter(path, str(config.get("base_model_name_or_path") or ""), weights)
+    base = config.get("base_model_name_or_path")
+    return Adapter(
+        path, "" if base in (None, "None") else str(base), weights
+    )  # PEFT may write None as a word
 
 
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:

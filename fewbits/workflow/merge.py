@@ -17,7 +17,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class MergeOptions:
 
     file: str | None = None
     tokens: Tokens | None = None
-    streaming: Streaming = Streaming()
+    streaming: Streaming = field(default_factory=Streaming)
     overwrite: bool = False
     seed: int = 0
 

@@ -44,7 +44,7 @@ def write_adapter(adapter: Adapter, base: Checkpoint, out: Path, overwrite: bool
         Keys.Adapter.LORA_ALPHA: f32(alphas[0]),
     }
     tensors: dict[str, torch.Tensor] = {}
-    for (name, added), entry, alpha in zip(adapter.weights.items(), entries, alphas, strict=True):
+    for added, entry, alpha in zip(adapter.weights.values(), entries, alphas, strict=True):
         b = added.b * (alpha / alphas[0])  # ranks differ, and so may what alpha has to be
         if entry.rows == "rope":
             b = b[rope_rows(b.shape[0], entry.heads)]
@@ -66,9 +66,8 @@ def _entries(adapter: Adapter, base: Checkpoint) -> list[GGUFEntry]:
         for name in adapter.weights
         if name not in found or len(found[name].sources) > 1
     ]
-    if faults:
-        faults.append("merge the adapter into its model (`fewbits merge`), and convert that")
-    raise_all(ModelError, str(adapter.path), faults, limit=6)
+    way = "merge it into its model (`fewbits merge`), and convert that"
+    raise_all(ModelError, f"{adapter.path}: GGUF cannot hold it; {way}", faults, limit=6)
     return [found[name] for name in adapter.weights]
 
 
