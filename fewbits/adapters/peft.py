@@ -77,6 +77,8 @@ def check_place(out: Path, overwrite: bool = False) -> None:
 def save_adapter(model: Any, out: Path, base: str, overwrite: bool = False) -> None:
     """Write a PeftModel's adapter as PEFT does, complete or not at all. base: what adapter_config.json names
     as the adapted model."""
+    from safetensors import SafetensorError
+
     check_place(out, overwrite)
     make_directory(out.parent)
     try:
@@ -85,13 +87,23 @@ def save_adapter(model: Any, out: Path, base: str, overwrite: bool = False) -> N
             model.peft_config[ADAPTER].base_model_name_or_path = base
             with _quiet():
                 model.save_pretrained(partial / "new", save_embedding_layers=False)
-            if out.exists():
-                os.replace(out, partial / "old")
-            os.replace(partial / "new", out)
+            _put(partial / "new", out, partial / "old")
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise FileError(f"{out}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _put(new: Path, out: Path, old: Path) -> None:
+    """Move a directory to `out`, and what is there to `old`, or back if that fails."""
+    if out.exists():
+        os.replace(out, old)
+    try:
+        os.replace(new, out)
+    except OSError:
+        if old.exists():
+            os.replace(old, out)
+        raise
 
 
 def check_shape(shape: Shape) -> None:

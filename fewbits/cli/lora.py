@@ -21,7 +21,6 @@ from .options import options_of
 from .progress import StageProgress
 
 LR = LoraSettings.lr
-SELF = "self"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,9 +77,8 @@ def run(given: argparse.Namespace) -> int:
     targets = tuple(name for name in (given.lora_targets or "").split(",") if name)
     shape = Shape(given.lora, alpha, given.lora_dropout or 0.0)
     lora = Lora(shape, targets, given.loss, given.init or "zero")
-    settings = LoraSettings(
-        given.steps, given.lr or LR, given.batch, seed=given.seed or 0, group=given.lora_group
-    )
+    lr = LR if given.lr is None else given.lr
+    settings = LoraSettings(given.steps, lr, given.batch, seed=given.seed or 0, group=given.lora_group)
     check_place(out, given.overwrite)
     base, name, code = _base(given)
     if code == DIFFERS:

@@ -21,8 +21,8 @@ EXAMPLES = """MODEL is a model of any file type, float or quantized; ADAPTER a d
 `fewbits train --lora`, saved. A quantized model keeps its formats, scales and all other tensors.
 
 Exact where the format has float offsets and the adapter is constant in their groups (train --lora-group).
-Else with --calibrate each weight gets the codes of least output error (GPTQ on the same grid), without the
-nearest ones. The receipt has the KL divergence from the unmerged model, and that of rounding alone.
+Else with --calibrate GPTQ chooses codes on the same grid by the error of each output; without it they are
+rounded to nearest. The receipt has the KL divergence from the unmerged model, and that of rounding alone.
 
 examples:
   fewbits merge ./Llama-3.2-1B mine-lora -o llama-mine

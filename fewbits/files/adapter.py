@@ -109,7 +109,7 @@ def open_adapter(path: str | Path) -> Adapter:
         value = map_tensor(file, entry)
         if value.ndim != 2 or not value.is_floating_point() or not value.numel():
             faults.append(f"{name!r} is {entry.dtype} {entry.shape}, floats of two dimensions are needed")
-        elif not bool(torch.isfinite(value).all()):
+        elif not bool(torch.isfinite(value.float()).all()):
             faults.append(f"{name!r} has values that are NaN or infinite")
         pairs.setdefault(match["module"], {})[match["factor"]] = value
     weights: dict[str, LowRank] = {}
@@ -125,9 +125,8 @@ def open_adapter(path: str | Path) -> Adapter:
         faults.append("holds no adapter; save it again")
     raise_all(FileError, str(file), faults, limit=6)
     base = config.get("base_model_name_or_path")
-    return Adapter(
-        path, "" if base in (None, "None") else str(base), weights
-    )  # PEFT may write None as a word
+    known = "" if base in (None, "None") else str(base)  # PEFT may write None as a word
+    return Adapter(path, known, weights)
 
 
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:

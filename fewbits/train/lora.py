@@ -58,6 +58,8 @@ class LoraSettings:
             for name in ("steps", "batch", "held_out", "every")
             if getattr(self, name) < 1
         ]
+        if self.group is not None and self.group < 1:
+            faults.append(f"group is {self.group} columns; at least 1 is needed")
         if not 0 < self.lr < 1 or not self.clip > 0:
             faults.append(f"lr is {self.lr}, clip {self.clip}; lr is between 0 and 1, clip positive")
         raise_all(PlanError, "lora", faults)

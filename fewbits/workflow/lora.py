@@ -61,6 +61,17 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Where:
+    """device: of the model. overwrite: replace an adapter. name: what the adapter calls its model (default:
+    the path). progress: called with (stage, done, total)."""
+
+    device: str = "cpu"
+    overwrite: bool = False
+    name: str | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
 class Trained:
     """modules: with an adapter. parameters: numbers in it. history: losses on windows held out."""
 
@@ -113,17 +124,6 @@ def train_adapter(
     save_adapter(model, out, where.name or str(base.path), where.overwrite)
     parameters = sum(found.a.numel() + found.b.numel() for _, found in factors_of(model))
     return Trained(out, tuple(names), parameters, lora.loss_for(parent), history)
-
-
-@dataclass(frozen=True)
-class Where:
-    """device: of the model. overwrite: replace an adapter. name: what the adapter calls its model (default:
-    the path). progress: called with (stage, done, total)."""
-
-    device: str = "cpu"
-    overwrite: bool = False
-    name: str | None = None
-    progress: Progress | None = None
 
 
 def adaptable(base: Checkpoint, model: nn.Module, targets: tuple[str, ...]) -> dict[str, str]:

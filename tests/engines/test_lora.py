@@ -54,7 +54,7 @@ def test_llama_cpp_adds_what_peft_adds(tmp_path, name, targets, rslora):
 
 
 def test_over_a_quantized_file(tmp_path):
-    """llama.cpp rounds activations to 8 bits: it is as far off as without an adapter."""
+    """llama.cpp rounds activations to 8 bits: it is about as far off as without an adapter, in both models."""
     run(save_tiny("LlamaForCausalLM", tmp_path / "base"), tmp_path / "base.gguf", Request("q8_0"))
     base = open_checkpoint(tmp_path / "base.gguf")
     adapter = save_adapter(tmp_path / "base.gguf", tmp_path / "adapter")
@@ -62,6 +62,10 @@ def test_over_a_quantized_file(tmp_path):
     with torch.no_grad():
         plain = load_model(base)(IDS[None]).logits[0]
         wanted = load_adapter(load_model(base), adapter)(IDS[None]).logits[0]
-    rounding = (engine_logits(tmp_path / "base.gguf") - plain).norm() / plain.norm()
+    without = engine_logits(tmp_path / "base.gguf")
     found = engine_logits(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
-    assert (found - wanted).norm() / wanted.norm() < 2 * rounding < 0.05
+    rounding, left, added = (
+        ((ours - theirs).norm() / theirs.norm()).item()
+        for ours, theirs in ((without, plain), (found, wanted), (without, wanted))
+    )
+    assert left < 2 * rounding < added / 3, (left, rounding, added)
