@@ -54,7 +54,7 @@ def test_llama_cpp_adds_what_peft_adds(tmp_path, name, targets, rslora):
 
 
 def test_over_a_quantized_file(tmp_path):
-    """llama.cpp rounds activations to 8 bits: it is about as far off as without an adapter, in both models."""
+    """llama.cpp rounds activations to 8 bits: about as far off as without an adapter."""
     run(save_tiny("LlamaForCausalLM", tmp_path / "base"), tmp_path / "base.gguf", Request("q8_0"))
     base = open_checkpoint(tmp_path / "base.gguf")
     adapter = save_adapter(tmp_path / "base.gguf", tmp_path / "adapter")
