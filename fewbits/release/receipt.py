@@ -80,7 +80,7 @@ class Receipt:
     of the output's engine: engine, version, verdict, differences. evaluation: against the reference, if
     measured. about: the reference's license and name. coverage: how many weights of the model's blocks got
     the requested format, and what the others are. training: the evaluations of a training run: step, loss
-    since the last, KL divergence held out."""
+    since the last, KL divergence held out. merged: which adapter into the model, how, at what loss."""
 
     source: str
     target: str
@@ -101,6 +101,7 @@ class Receipt:
     about: Mapping[str, Any] = field(default_factory=dict)
     coverage: Mapping[str, Any] = field(default_factory=dict)
     training: tuple[Mapping[str, Any], ...] = ()
+    merged: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
