@@ -188,20 +188,23 @@ def per_scale(nested: torch.Tensor, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LearnedGrid(Grid):
-    """value = table[code]: sorted levels `(n, L)`, or `(1, L)` for all rows, stored as f16."""
+    """value = table[code]: levels `(n, L)`, or `(1, L)` for all rows, stored as f16. A fit sorts them; training may
+    exchange neighbours."""
 
     table: torch.Tensor
     group: int
 
     @cached_property
-    def boundaries(self) -> torch.Tensor:
-        return ((self.table[:, 1:] + self.table[:, :-1]) * 0.5).contiguous()
+    def sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The boundaries between levels, and the code of each level by rising value."""
+        levels, codes = self.table.sort(dim=1, stable=True)
+        return ((levels[:, 1:] + levels[:, :-1]) * 0.5).contiguous(), codes
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        w = w.contiguous()
+        w, (boundaries, codes) = w.contiguous(), self.sorted
         if self.table.shape[0] == 1:
-            return torch.bucketize(w, self.boundaries[0], right=True).to(torch.uint8)
-        return torch.searchsorted(self.boundaries, w, right=True).to(torch.uint8)
+            return codes[0][torch.bucketize(w, boundaries[0], right=True)].to(torch.uint8)
+        return codes.gather(1, torch.searchsorted(boundaries, w, right=True)).to(torch.uint8)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         return self.table.expand(codes.shape[0], -1).gather(1, codes.long())
@@ -218,6 +221,11 @@ class LearnedGrid(Grid):
         rows = 1 if self.table.shape[0] == scale.shape[0] else None
         table = self.table * mean_over_rows(scale.clamp(min=0), rows, weight)
         return replace(self, table=saturate(table, torch.float16).float())
+
+    def with_zero(self, scale: torch.Tensor | None = None) -> LearnedGrid:
+        """The level nearest to 0 becomes 0; order stays."""
+        nearest = self.table.abs().argmin(1, keepdim=True)
+        return replace(self, table=self.table.scatter(1, nearest, 0.0))
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {"table": self.table}

@@ -67,7 +67,8 @@ class DistillSettings:
     evaluations. state: file to resume a killed run from, written at each evaluation; the caller deletes
     it. device: of the quantized model as a whole, and of the reference's blocks in turn. lr_codes: of the
     float weights that codes are rounded from, in spacings of the grid; 0: codes are fixed. It falls to 0 at
-    FROZEN of the steps, after which only the other numbers move."""
+    FROZEN of the steps, after which only the other numbers move. keep_zeros: weights that are 0 at the start,
+    as pruned ones are, stay 0."""
 
     steps: int = 200
     lr: float = 5e-4
@@ -79,6 +80,7 @@ class DistillSettings:
     state: Path | None = None
     device: str = "cpu"
     lr_codes: float = 0.0
+    keep_zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def distill(
     teacher = Teacher(runner, tokens, lambda done, total: progress("reference", done, total))
     floats = reference if settings.lr_codes else None
     student = Student(load_model(quantized), quantized, tokens[0], device, floats)
+    if settings.keep_zeros:
+        student.hold_zeros()
     run = _Run(teacher, student, tokens, settings)
     if settings.state is not None and settings.state.exists():
         run.resume(settings.state)

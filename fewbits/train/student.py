@@ -58,6 +58,7 @@ class Student:
         self.parts: list[Part] = []
         self.fixed: list[str] = []
         self.gaps: dict[str, torch.Tensor] = {}
+        self.holds_zeros = False
         for name, tensor in checkpoint.tensors.items():
             if tensor.quantized:
                 self._add_linear(name, tensor.load())
@@ -92,6 +93,15 @@ class Student:
         if isinstance(linear, LatentLinear):
             self.parts.append(Part(name, LATENT, "latent", linear.latent))
             self.gaps[name] = linear.gap
+
+    def hold_zeros(self) -> None:
+        """Weights that are 0, as pruned ones are, stay 0: so do their latent weights and the level 0 of a learned
+        table, since their unit is 0."""
+        self.holds_zeros = True
+        for part in self.parts:
+            if part.kind == "latent":
+                zero = self.quantized[part.name].to(self.device).decode() == 0
+                part.value.data.masked_fill_(zero, 0.0)
 
     def _latent(self, name: str, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
         """`(n, k)` f32: the float weight, moved so far that it is rounded to `codes`."""
@@ -132,10 +142,13 @@ class Student:
         return torch.cat([self._unit(part).flatten() for part in self.parts])
 
     def _unit(self, part: Part) -> torch.Tensor:
-        if part.kind == "latent":
-            return self.gaps[part.name]
         size = part.value.detach().abs()
-        return size.maximum(FLOOR * size.mean(-1, keepdim=True))
+        unit = (
+            self.gaps[part.name]
+            if part.kind == "latent"
+            else size.maximum(FLOOR * size.mean(-1, keepdim=True))
+        )
+        return unit * (size != 0) if self.holds_zeros and part.kind != "vector" else unit
 
     def spans(self) -> list[tuple[slice, str]]:
         """The place of each part in the vector, and its kind."""
