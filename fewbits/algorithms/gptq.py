@@ -79,8 +79,8 @@ class Settings(NamedTuple):
 def gptq_pruned(
     w: torch.Tensor, format: Format, stats: Stats | None, keep: torch.Tensor | None, settings: Settings
 ) -> QTensor:
-    """`gptq` of a pruned weight: the others make up for those that `keep` `(n, k)` bool drops, and are rounded,
-    in one pass (SparseGPT, arXiv 2301.00774, section 3.4)."""
+    """`gptq` of a pruned weight: the others make up for those that `keep` `(n, k)` bool drops, and are
+    rounded, in one pass (SparseGPT, arXiv 2301.00774, section 3.4)."""
     check_options(*settings)
     damp, fit, descent, gptaq = settings
     format.check(w)

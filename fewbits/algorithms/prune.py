@@ -1,11 +1,11 @@
-"""Pruning: which weights of a matrix become 0. Their values are the algorithm's: gptq lets the kept weights make
-up for the dropped ones, the others leave them as they are.
+"""Pruning: which weights of a matrix become 0. What the others become is up to the algorithm: gptq lets them
+make up for those that are dropped, the others leave them as they are.
 
-    magnitude   |w|, compared over the whole weight                    Han et al., arXiv 1510.00149, section 2
-    wanda       |w| * |x|, compared in each output row                 Sun et al., arXiv 2306.11695
-    sparsegpt   w^2 / U_jj^2, compared in each block of 128 columns when it is reached: columns are taken from
-                left to right, and each dropped weight moves the later ones as in gptq
-                                                                       Frantar and Alistarh, arXiv 2301.00774
+    magnitude   |w|, compared over the whole weight                Han et al., arXiv 1510.00149, section 2
+    wanda       |w| * |x|, compared in each output row             Sun et al., arXiv 2306.11695
+    sparsegpt   w^2 / U_jj^2, compared in each block of 128        Frantar and Alistarh, arXiv 2301.00774
+                columns when it is reached: columns are taken from left to right, and each dropped weight
+                moves the later ones as in gptq
 
 The last is what dropping a weight costs once all later columns make up for it (H^-1 = U^T U, see hessian.py).
 Patterns: `unstructured`, as above; `row`, the same share in each output row; `2:4` and `4:8`, two of four or
@@ -72,8 +72,8 @@ class Pruning:
         """FormatError for rows of k columns that the pattern does not divide."""
         if self.group and k % self.group:
             raise FormatError(
-                f"{name}: row length {k} is not a multiple of {self.group}, which pattern {self.pattern} needs; "
-                "take pattern row or unstructured"
+                f"{name}: row length {k} is not a multiple of {self.group}, which pattern {self.pattern} "
+                "needs; take pattern row or unstructured"
             )
 
 
@@ -92,7 +92,7 @@ def kept(
 
 
 def _least_left(score: torch.Tensor, pruning: Pruning, whole: bool) -> torch.Tensor:
-    """Scores `(n, k)` -> what is kept. whole: compared over the whole matrix, unless the pattern says rows."""
+    """Scores `(n, k)` -> what is kept. whole: compared over the whole, unless by rows."""
     n, k = score.shape
     if pruning.group:
         return _without_least(score.reshape(n, -1, pruning.group), pruning.group // 2).reshape(n, k)
@@ -111,8 +111,7 @@ def _adaptive(target: torch.Tensor, factor: torch.Tensor, pruning: Pruning) -> t
     """Target `(n, k)` and U `(k, k)` -> what sparsegpt keeps."""
     state = target.T.contiguous()
     moves, keep = torch.empty_like(state), torch.ones_like(state, dtype=torch.bool)
-    k, n = state.shape
-    unit = pruning.group or UNIT
+    n, unit = len(target), pruning.group or UNIT
 
     def block(start: int, stop: int) -> None:
         here = slice(start, stop)
@@ -153,8 +152,8 @@ def quantize_pruned(
         return gptq_pruned(w, format, stats, keep, Settings(**options))
     w = w.float() * keep
     q = algorithm(w, format, stats, **options)
-    grid, codes = format.unpack(q)
-    if grid.groups(len(w))[1] is not None:
-        grid = fit_with_zero(format, w)
+    fitted, codes = format.unpack(q)
+    grid = fitted.with_zero() if fitted.groups(len(w))[1] is None else fit_with_zero(format, w)
+    if grid is not fitted:
         codes = grid.round(w)
     return format.pack(grid, torch.where(keep, codes, zero_codes(grid, w)))

@@ -89,8 +89,9 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--prune", choices=tuple(PRUNERS),
-        help="which weights become 0: sparsegpt (default where the method has Hessians) by what dropping one costs "
-        "once later columns make up for it, wanda by |w| |x|, magnitude (default of --effort fast) by |w|",
+        help="which weights become 0: sparsegpt (default where the method has Hessians) by what dropping one "
+        "costs once later columns make up for it, wanda by |w| |x|, magnitude (default of --effort fast) by "
+        "|w|",
     )  # fmt: skip
     group.add_argument(
         "--sparsity-pattern", choices=tuple(PATTERNS),

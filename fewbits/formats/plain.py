@@ -1,7 +1,7 @@
 """Float types as formats, for algorithms that choose values: a pruned weight stays in its float type.
 
-The codes are the values themselves. There is no scale, so nothing is fitted. These formats are not registered:
-files store such a weight as a plain tensor (`stored`).
+The codes are the values themselves. There is no scale, so nothing is fitted. These formats are not
+registered: files store such a weight as a plain tensor (`stored`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Grids that hold 0, for pruned weights.
 
-Symmetric formats, integer zero points and most tables have 0 among their values. Formats with a float offset
-(q4_1, q4_k, int4_g64_asym_float) have it only by chance: their offset is put on minus `half` steps, where half
-is a power of two, so that the code `half` is 0 exactly. A learned table gives up its level nearest to 0. Some
-tables have no 0 at all (iq4_nl, the lattices of IQ1 to IQ3); `holds_zero` tells.
+Symmetric formats, integer zero points and most tables have 0 among their values. Formats with a float
+offset (q4_1, q4_k, int4_g64_asym_float) have it only by chance: their offset is put on minus `half` steps,
+where half is a power of two, so that the code `half` is 0 exactly. A learned table gives up its level nearest
+to 0. Some tables have no 0 at all (iq4_nl, the lattices of IQ1 to IQ3); `holds_zero` tells.
 """
 
 from __future__ import annotations

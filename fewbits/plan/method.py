@@ -29,8 +29,9 @@ class Method:
     float block. gptaq: each site approximates the float model's output (mismatch is collected). learn: None,
     "light" or "best": rounding learned by gradients after the algorithm. distill: steps of distilling block
     scales and norms after all blocks; train: steps of the same that train codes too, in its place, with
-    train_options (fields of train.distill.DistillSettings). sparsity: the share of the weights in blocks that
-    become 0; prune, sparsity_pattern: which, as in algorithms.prune (default: by what the algorithm needs)."""
+    train_options (fields of train.distill.DistillSettings). sparsity: the share of the weights in blocks
+    that become 0; prune, sparsity_pattern: which, as in algorithms.prune (default: by what the algorithm
+    needs)."""
 
     algorithm: str = "rtn"
     options: Mapping[str, Option] = field(default_factory=dict)

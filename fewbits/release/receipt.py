@@ -191,8 +191,8 @@ def _covered(coverage: Mapping[str, Any]) -> str:
 def _pruned(sparsity: Mapping[str, Any]) -> str:
     text = (
         f"{sparsity['covered']:.1%} of the weights in blocks were pruned by {sparsity['prune']} "
-        f"({sparsity['pattern']}): {sparsity['dropped']:.2%} of them dropped, {sparsity['asked']:.2%} asked for; "
-        f"{sparsity['zeros']:.1%} are 0 in the file"
+        f"({sparsity['pattern']}): {sparsity['dropped']:.2%} of them dropped, {sparsity['asked']:.2%} asked "
+        f"for; {sparsity['zeros']:.1%} are 0 in the file"
     )
     left = sparsity["not_zero"]
     return f"{text}; {left:.2%} of those dropped are not 0 there" if left else text

@@ -95,8 +95,8 @@ class Student:
             self.gaps[name] = linear.gap
 
     def hold_zeros(self) -> None:
-        """Weights that are 0, as pruned ones are, stay 0: so do their latent weights and the level 0 of a learned
-        table, since their unit is 0."""
+        """Weights that are 0, as pruned ones are, stay 0: so do their latent weights and the level 0 of a
+        learned table, since their unit is 0."""
         self.holds_zeros = True
         for part in self.parts:
             if part.kind == "latent":
@@ -143,11 +143,8 @@ class Student:
 
     def _unit(self, part: Part) -> torch.Tensor:
         size = part.value.detach().abs()
-        unit = (
-            self.gaps[part.name]
-            if part.kind == "latent"
-            else size.maximum(FLOOR * size.mean(-1, keepdim=True))
-        )
+        unit = size.maximum(FLOOR * size.mean(-1, keepdim=True))
+        unit = self.gaps[part.name] if part.kind == "latent" else unit
         return unit * (size != 0) if self.holds_zeros and part.kind != "vector" else unit
 
     def spans(self) -> list[tuple[slice, str]]:

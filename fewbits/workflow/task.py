@@ -148,7 +148,7 @@ def takes(algorithm: str) -> list[str]:
 def task(
     name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None, keep: torch.Tensor | None = None
 ) -> QTensor:
-    """`(n, k)` floats -> the weight in spec.format; errors name the weight. keep: what pruning keeps of it."""
+    """`(n, k)` floats -> the weight in spec.format; errors name the weight. keep: what pruning keeps."""
     algorithm = ALGORITHMS.get(spec.algorithm)
     with _naming(name):
         if keep is not None:
@@ -187,8 +187,8 @@ def chosen(
     """The codes that a weight was trained for, where the format of the spec holds them, else those of its
     algorithm; and the spec of what was done, whose option `grid` is the format that it was trained for.
 
-    again: it was quantized before, so that its grid is known and was asked to change. keep: what pruning keeps
-    of it; then no code is kept."""
+    again: it was quantized before, so that its grid is known and was asked to change. keep: what pruning
+    keeps of it; then no code is kept."""
     if keep is not None:
         return task(name, w, spec, stats, keep), spec
     codes, grid = (None, None) if again else kept_codes(w, spec.format)

@@ -110,8 +110,7 @@ class BlockJob:
         spec = self.run.specs[site.name].with_what_is_known(stats)
         if spec.pruning is None:
             return None
-        keep = kept_of(site.name, self.weights[site.name].to(self.block.device), spec, stats)
-        return keep
+        return kept_of(site.name, self.weights[site.name].to(self.block.device), spec, stats)
 
     def _together(self, stage: Sequence[Site], captured: Capture) -> list[list[Site]]:
         """Sites whose codes are chosen at once. On a GPU, which small weights leave idle: those that read one
