@@ -1,7 +1,8 @@
 """Levels of a learned table: one-dimensional k-means, by Lloyd's iterations (1982).
 
-They start from levels at even distances between the smallest and the largest weight, the start that Han et al.
-(arXiv 1510.00149, section 3.2) found best, and from levels by the density of the weights; the better end is kept.
+They start from levels at even distances between the smallest and the largest weight, the start that Han et
+al. (arXiv 1510.00149, section 3.2) found best, and from levels by the density of the weights; the better end
+is kept.
 """
 
 from __future__ import annotations
