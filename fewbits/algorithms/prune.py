@@ -117,17 +117,18 @@ def _adaptive(target: torch.Tensor, factor: torch.Tensor, pruning: Pruning) -> t
         here = slice(start, stop)
         part, moved, keep_here, inner = state[here], moves[here], keep[here], factor[here, here]
         pivot = inner.diagonal()[:, None]
+        score = (part / pivot).square()
         if pruning.pattern == "unstructured":
             count = round(n * stop * pruning.sparsity) - round(n * start * pruning.sparsity)
-            keep_here.copy_(_without_least((part / pivot).square().reshape(-1), count).view_as(part))
+            keep_here.copy_(_without_least(score.reshape(-1), count).view_as(part))
         elif pruning.pattern == "row":
             count = round(stop * pruning.sparsity) - round(start * pruning.sparsity)
-            keep_here.copy_(_without_least((part / pivot).square().T, count).T)
+            keep_here.copy_(_without_least(score.T, count).T)
 
         def drop(first: int, last: int) -> None:
             if pruning.group:
-                score = (part[first:last] / pivot[first:last]).square().T
-                keep_here[first:last] = _without_least(score, pruning.group // 2).T
+                score = (part[first:last] / pivot[first:last]).square()
+                keep_here[first:last] = _without_least(score.T, pruning.group // 2).T
             for j in range(first, last):
                 moved[j] = part[j].masked_fill(keep_here[j], 0.0) / pivot[j]
                 part[j + 1 : last] -= inner[j, j + 1 : last, None] * moved[j]

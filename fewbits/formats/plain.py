@@ -17,10 +17,11 @@ from .grids import saturate
 
 @dataclass(frozen=True)
 class PlainGrid(Grid):
-    """value = code: the numbers of a float type."""
+    """value = code: the numbers of a float type. one: `(1, 1)`, the scale of all rows."""
 
     dtype: torch.dtype
     group: int
+    one: torch.Tensor
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         return saturate(w, self.dtype)
@@ -32,7 +33,7 @@ class PlainGrid(Grid):
         return codes.float()
 
     def groups(self, n: int) -> tuple[torch.Tensor, None]:
-        return torch.ones(n, 1), None
+        return self.one.expand(n, 1), None
 
     def refitted(
         self, scale: torch.Tensor, offset: torch.Tensor | None, weight: torch.Tensor | None = None
@@ -60,13 +61,14 @@ class Plain(Format):
         """Columns have nothing in common, so there is nothing to do block by block."""
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> PlainGrid:
-        return PlainGrid(self.dtype, w.shape[1])
+        return PlainGrid(self.dtype, w.shape[1], torch.ones(1, 1, device=w.device))
 
     def pack(self, grid: PlainGrid, codes: torch.Tensor) -> QTensor:
         return QTensor(self, (codes.shape[0], codes.shape[1]), {"values": codes})
 
     def unpack(self, q: QTensor) -> tuple[PlainGrid, torch.Tensor]:
-        return PlainGrid(self.dtype, q.shape[1]), q.planes["values"]
+        values = q.planes["values"]
+        return self.fit(values), values
 
 
 def as_format(kind: Kind) -> Format:

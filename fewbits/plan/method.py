@@ -58,12 +58,11 @@ class Method:
         for name in ("distill", "train"):
             if getattr(self, name) < 0:
                 faults.append(f"{name} is {getattr(self, name)} steps; it is 0 or more")
-        if self.prune is not None and not self.sparsity:
+        if self.pruning is None and self.prune is not None:
             faults.append(f"prune {self.prune} needs a sparsity, such as 0.5")
-        if self.sparsity_pattern != "unstructured" and not self.sparsity:
+        if self.pruning is None and self.sparsity_pattern != "unstructured":
             faults.append(f"sparsity pattern {self.sparsity_pattern} needs a sparsity; 2:4 and 4:8 take 0.5")
         raise_all(PlanError, "method", faults)
-        self.pruning  # noqa: B018  # its own faults
 
     @property
     def pruning(self) -> Pruning | None:

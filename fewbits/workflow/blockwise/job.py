@@ -45,7 +45,7 @@ class BlockJob:
         self.records: Records = {}
         self.notes: list[Note] = []
         self.stats: dict[str, Stats] = {}  # only where `learn` will measure again: they are large
-        self.kept: dict[str, torch.Tensor | None] = {}  # of the sites of a stage
+        self.masks: dict[str, torch.Tensor | None] = {}  # of the sites of a stage
         self.error: float | None = None
         self.keeps = True
 
@@ -94,7 +94,7 @@ class BlockJob:
         """Choose codes for the sites of one stage, and put them into the block."""
         self.notes += [Note(text) for text in captured.notes]
         quantized: dict[str, QTensor] = {}
-        self.kept = {site.name: self._kept(site, captured.stats.get(site.name)) for site in stage}
+        self.masks = {site.name: self._mask(site, captured.stats.get(site.name)) for site in stage}
         for together in self._together(stage, captured):
             for site in together:
                 self.tell(self.index, "", site, self.error)
@@ -104,7 +104,7 @@ class BlockJob:
             if not self.keeps:
                 del self.weights[site.name]
 
-    def _kept(self, site: Site, stats: Stats | None) -> torch.Tensor | None:
+    def _mask(self, site: Site, stats: Stats | None) -> torch.Tensor | None:
         """What pruning keeps of a weight: known for all sites of a stage before the first of them is rounded,
         since they share a factor of the Hessian that rounding does not."""
         spec = self.run.specs[site.name].with_what_is_known(stats)
@@ -139,7 +139,7 @@ class BlockJob:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             joined = torch.cat([*weights.values()]) if len(sites) > 1 else weights[first.name]
-            masks = [mask for site in sites if (mask := self.kept[site.name]) is not None]
+            masks = [mask for site in sites if (mask := self.masks[site.name]) is not None]
             again = self.run.checkpoint.tensors[first.name].quantized
             keep = torch.cat(masks) if masks else None
             whole, spec = chosen(" and ".join(weights), joined, spec, stats, again, keep)
@@ -154,7 +154,7 @@ class BlockJob:
         for site in sites:
             w = weights[site.name]
             found[site.name] = whole if len(sites) == 1 else whole.take_rows(slice(start, start + len(w)))
-            record = measured(w, found[site.name], spec, stats, self.kept[site.name])
+            record = measured(w, found[site.name], spec, stats, self.masks[site.name])
             self._accept(site, found[site.name], record)
             start += len(w)
         return found
