@@ -81,7 +81,7 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", action="store_true", default=None, help=what)
     group.add_argument(
         "--distill", type=int, metavar="STEPS",
-        help="train scales and norms on the logits of the float model afterwards",
+        help="train scales, centroids and norms on the logits of the float model afterwards",
     )  # fmt: skip
     group.add_argument(
         "--sparsity", type=float, metavar="SHARE",

@@ -84,7 +84,7 @@ def _check_method(model: Checkpoint, request: Request) -> None:
     if request.method.pruning is not None:
         raise PlanError(
             f"{model.path}: a GGUF file that llama.cpp's own converter makes is not pruned; prune the model "
-            "into a directory of floats first (--to bf16 --file native --sparsity ...)"
+            "into a directory of floats first (--to bf16 --file huggingface --sparsity ...)"
         )
 
 

@@ -49,7 +49,9 @@ def check_pruning(checkpoint: Checkpoint, kinds: Mapping[str, Kind], method: Met
         if not isinstance(kind, Format):
             continue
         if not holds_zero(kind):
-            text = "has no value 0, so that pruned weights would not stay 0; take q4_0, q4_k, nf4 or another"
+            text = (
+                "has no value 0, so that pruned weights would not stay 0; take q4_0, q4_k or nf4, for example"
+            )
             faults.setdefault(kind.name, f"{kind.name}, of {name}, {text}")
         elif (method.trains or method.learn) and not stays_zero(kind):
             text = "training moves its offsets, so that pruned weights would not stay 0"
