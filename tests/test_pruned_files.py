@@ -48,6 +48,7 @@ def test_floats_keep_their_type_and_half_of_their_weights(model: Path, tmp_path:
     receipt = fewbits.quantize(model, tmp_path / "f16", to="f16", file="native", **HALF)
     found = zeros(matrices(tmp_path / "f16"))
     assert len(found) == 14 and set(found.values()) == {0.5}
+    assert not any(torch.signbit(w[w == 0]).any() for w in matrices(tmp_path / "f16").values())
     rows = {row.name: row for row in receipt.tensors if row.sparsity is not None}
     assert rows.keys() == found.keys()
     for row in rows.values():

@@ -67,7 +67,7 @@ def quantize_columns_reference(
         if j % grid.vector == 0:
             here = slice(j, j + grid.vector)
             columns_here = slice(place, place + grid.vector)
-            seen = state[here] if keep is None else state[here] * keep[here]
+            seen = state[here] if keep is None else state[here] * keep[here] + 0.0  # no minus zero
             code = grid.round(seen.T, columns_here)
             codes.append(code.T)
             values[here] = grid.value(code, columns_here).T

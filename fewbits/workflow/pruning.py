@@ -55,9 +55,7 @@ def check_pruning(checkpoint: Checkpoint, kinds: Mapping[str, Kind], method: Met
             faults.setdefault(kind.name, f"{kind.name}, of {name}, {text}")
         elif (method.trains or method.learn) and not stays_zero(kind):
             text = "training moves its offsets, so that pruned weights would not stay 0"
-            faults.setdefault(
-                kind.name, f"{kind.name}, of {name}: {text}; take q4_0 or another format without offsets"
-            )
+            faults.setdefault(kind.name, f"{kind.name}, of {name}: {text}; take q4_0, or leave training out")
     if not names:
         faults["none"] = "no weight matrix in a numbered block, so there is none to prune"
     raise_all(PlanError, str(checkpoint.path), list(faults.values()))
