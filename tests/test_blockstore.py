@@ -134,7 +134,7 @@ import os, signal, sys
 from fewbits.workflow.blockwise import job
 from fewbits.workflow import blockstore
 from fewbits.storage.stream import StreamFile
-from fewbits.train import distill
+from fewbits.train import loop
 from tests.test_blockstore import calibrated
 
 source, out, point, after = *sys.argv[1:4], int(sys.argv[4])
@@ -171,7 +171,7 @@ if point == "renamed":
 if point == "receipt":
     blockstore.BlockStore.remove = dying(blockstore.BlockStore.remove)
 if point == "distill":
-    distill._Run.advance = dying(distill._Run.advance)
+    loop.Loop.advance = dying(loop.Loop.advance)
 calibrated(source, out, point == "distill")
 """
 # Where runs are killed, and after how many calls: a block has 7 weights, distill 30 steps.

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from torch import nn
@@ -127,6 +128,12 @@ def test_the_command_trains_into_a_file(
     receipt = fewbits.Receipt.from_json((out / "receipt.json").read_text(), "receipt")
     assert receipt.method["train"] == 8
     assert any(note.startswith("trained: KL divergence on held-out windows") for note in receipt.notes)
+    history = receipt.training
+    assert [row["step"] for row in history] == [0, 8] and history[1]["learned"] > 0
+    best = min(row["held_out"] for row in history)
+    assert f"{best:.4f} (written)" in (out / "README.md").read_text()
+    with PIL.Image.open(out / "training.png") as picture:  # matplotlib comes with it
+        assert picture.size[0] > 400 and len(picture.convert("L").getcolors()) > 20
     assert (
         main(["train", str(model), "--to", "int2_g32", "--effort", "fast", "--out", str(tmp_path / "o")]) == 1
     )
@@ -137,7 +144,7 @@ def test_too_little_text_is_said_before_anything_is_done(model: Path, tmp_path: 
     text = Tokens.of(TOKENS[:5], "short")
     with pytest.raises(fewbits.PlanError, match=r"train: lr_codes is 2; it is a share"):
         fewbits.quantize(
-            model, tmp_path / "o", to="int2_g32", calibrate=text, train=5, lr_codes=2, verify=False
+            model, tmp_path / "o", to="int2_g32", calibrate=text, train=5, training={"lr_codes": 2}
         )
     with pytest.raises(fewbits.PlanError, match="train: 5 windows are too few for batches of 2 and 8"):
         fewbits.quantize(model, tmp_path / "o", to="int2_g32", calibrate=text, train=5, verify=False)

@@ -126,10 +126,10 @@ def test_saved_statistics_prune_without_running_the_model(model: Path, tmp_path:
 @pytest.mark.parametrize(
     ("to", "more"),
     [
-        ("int4_g32", {"train": 30, "lr_codes": 0.005}),
+        ("int4_g32", {"train": 30, "training": {"lr_codes": 0.005}}),
         ("int4_g32", {"distill": 6}),
         ("kmeans3_channel", {"distill": 6}),
-        ("kmeans3_channel", {"train": 12, "lr_codes": 0.02}),
+        ("kmeans3_channel", {"train": 12, "training": {"lr_codes": 0.02}}),
     ],
 )
 def test_pruned_weights_stay_zero_in_training(

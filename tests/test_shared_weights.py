@@ -11,8 +11,9 @@ from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.formats.codebook import LearnedGrid
 from fewbits.formats.lloyd import fit_levels
-from fewbits.train.distill import DistillSettings, distill
+from fewbits.train.distill import distill
 from fewbits.train.rounding import gap_of
+from fewbits.train.settings import DistillSettings
 from fewbits.train.ste import GridLinear, LatentLinear
 from tests.test_distill import SMALL, TOKENS, divergence, holding, in_format
 from tests.tiny import VOCAB, save_tiny

@@ -46,7 +46,10 @@ class Activations:
 
         A dynamic scheme needs no calibration: it also applies to sites that are not listed.
         """
-        return self.quantizers.get(site, Quantizer(self.scheme))(x) if self.quantizes(site) else x
+        return self.quantizer(site)(x) if self.quantizes(site) else x
+
+    def quantizer(self, site: str) -> Quantizer:
+        return self.quantizers.get(site, Quantizer(self.scheme))
 
     def quantizes(self, site: str) -> bool:
         """Whether this site's input is quantized."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from ..errors import PlanError
+from ..train.objective import LOSSES
+from ..train.optimizer import OPTIMIZERS
+from ..train.settings import PRECISIONS
 from . import quantize
 
 EXAMPLES = """Quantizes MODEL as `fewbits quantize` does (GPTQ), then trains weights, scales and norms
@@ -21,21 +25,48 @@ examples:
   fewbits train ./Qwen3-0.6B --to int2_g64 --file compressed-tensors --calibrate c4.txt --tokens 1000000"""
 
 STEPS, BATCH = 100, 4
+# Settings of training that have an option of the same name.
+SETTINGS = (
+    "batch", "micro", "lr", "lr_codes", "damp", "loss", "top_k", "temperature", "precision", "optimizer",
+    "clip", "recompute", "every", "held_out", "minutes",
+)  # fmt: skip
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     quantize.arguments(parser)
     group = parser.add_argument_group("training")
+    number(group, "--steps", int, f"optimizer steps (default {STEPS})", STEPS)
+    number(group, "--batch", int, f"windows a step (default {BATCH})", BATCH)
+    number(group, "--micro", int, "windows at once (default: 4096 tokens); gradients of a step are summed")
+    number(group, "--lr", float, "largest relative change of a scale or norm in a step (default 0.0005)")
+    number(group, "--lr-codes", float, "largest change of a weight in a step, in spacings (default 0.001)")
+    number(group, "--damp", float, "draw weights to what they are rounded to, against swinging (default 0)")
     group.add_argument(
-        "--steps", type=int, default=STEPS, metavar="N", help=f"optimizer steps (default {STEPS})"
+        "--loss", choices=LOSSES, help="kl: divergence from MODEL (default); next-token; mix: half of each"
     )
-    group.add_argument(
-        "--batch", type=int, default=BATCH, metavar="N", help=f"windows a step (default {BATCH})"
+    number(
+        group, "--top-k", int, "keep MODEL's K most probable tokens, once (default: hidden states)", of="K"
     )
+    number(group, "--temperature", float, "of both distributions (default 1)", of="T")
     group.add_argument(
-        "--lr-codes", type=float, metavar="X",
-        help="largest change of a weight in a step, in spacings of its grid (default 0.001)",
+        "--precision", choices=PRECISIONS,
+        help="of matrix products: f32, bf16, f16 with loss scaling; auto (default): bf16 where it is faster",
     )  # fmt: skip
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help="default adamw; 8 bit: of bitsandbytes")
+    number(group, "--clip", float, "largest norm of the gradient (default: none)")
+    group.add_argument(
+        "--recompute", action="store_true", default=None,
+        help="run blocks twice instead of keeping what is inside (gradient checkpointing)",
+    )  # fmt: skip
+    number(group, "--every", int, "steps between two evaluations on held-out text (default 25)")
+    number(group, "--held-out", int, "windows of it (default 8)")
+    number(group, "--minutes", float, "minutes between two saved states, at most (default 10)")
+
+
+def number(
+    group: argparse._ArgumentGroup, name: str, kind: type, help: str, default: Any = None, of: str = "N"
+) -> None:
+    group.add_argument(name, type=kind, metavar=of if kind is int else "X", help=help, default=default)
 
 
 def run(given: argparse.Namespace) -> int:
@@ -44,6 +75,7 @@ def run(given: argparse.Namespace) -> int:
     if given.effort == "fast" or given.distill:
         raise PlanError("train starts from GPTQ and trains scales: leave out --effort fast, --distill")
     given.train = given.steps
+    given.training = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) is not None}
     if given.tokens is None:
         print(
             "fewbits train: 32768 tokens of text, the default, are few: give --calibrate FILE and --tokens N",

@@ -29,7 +29,7 @@ class Method:
     float block. gptaq: each site approximates the float model's output (mismatch is collected). learn: None,
     "light" or "best": rounding learned by gradients after the algorithm. distill: steps of distilling block
     scales and norms after all blocks; train: steps of the same that train codes too, in its place, with
-    train_options (fields of train.distill.DistillSettings). sparsity: the share of the weights in blocks
+    train_options (fields of train.settings.DistillSettings). sparsity: the share of the weights in blocks
     that become 0; prune, sparsity_pattern: which, as in algorithms.prune (default: by what the algorithm
     needs)."""
 
@@ -98,7 +98,7 @@ class Method:
 
     def training(self) -> dict[str, Any]:
         """Fields of the settings of that training besides its steps."""
-        return {"lr_codes": LR_CODES, **self.train_options} if self.train else {}
+        return {"lr_codes": LR_CODES, "precision": "auto", **self.train_options} if self.train else {}
 
     @property
     def training_name(self) -> str:

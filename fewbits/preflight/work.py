@@ -19,8 +19,8 @@ from ..files.checkpoint import Checkpoint
 from ..files.output import Output
 from ..plan.choices import Decision
 from ..runtime.decode import faster_dtype
-from ..train.distill import DistillSettings
 from ..train.rounding import EFFORTS
+from ..train.settings import DistillSettings
 from ..workflow.memory import Task, block_weights, memory_need, tasks_of, waiting
 from ..workflow.request import Request
 from .sizes import file_nbytes, job_nbytes

@@ -12,7 +12,7 @@ Source of the fields: the Hugging Face Hub's documentation of model cards.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..files.filetype import FileType
@@ -28,6 +28,7 @@ TASKS = {
     "Model": "feature-extraction",
 }
 """end of a class's name -> the hub's name of the task"""
+ROWS = 20  # of the table of a training run, about
 QUANTIZED_BY = "fewbits"  # marks a card that fewbits wrote
 
 
@@ -64,9 +65,24 @@ def model_card(
     lines += ["## What each format holds", "", "```", _formats(receipt), "```", ""]
     run = file_type.run.format(name=name).replace("AutoModelForCausalLM", auto)
     lines += ["## Run it", "", "```", run, "```", ""]
+    if receipt.training:
+        lines += ["## Training", "", *_training(receipt.training), ""]
     if receipt.notes:
         lines += ["## Notes", "", *(f"- {note}" for note in receipt.notes), ""]
     return "\n".join(lines)
+
+
+def _training(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table in Markdown of at most ROWS evaluations, the best among them."""
+    best = min(history, key=lambda row: float(row["held_out"]))
+    each = -(-len(history) // ROWS)
+    shown = [row for i, row in enumerate(history) if i % each == 0 or row is best or row is history[-1]]
+    lines = ["| step | loss, training text | KL divergence, held out |", "|---|---|---|"]
+    for row in shown:
+        learned = "" if row["learned"] is None else f"{row['learned']:.4f}"
+        mark = " (written)" if row is best else ""
+        lines.append(f"| {row['step']} | {learned} | {row['held_out']:.4f}{mark} |")
+    return lines
 
 
 def task_of(config: Mapping[str, Any] | None) -> tuple[str, str]:

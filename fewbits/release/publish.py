@@ -21,6 +21,7 @@ from ..files.side_files import card_fields, find_side_files
 from ..storage.atomic import write_atomic
 from .audit import audit
 from .card import INHERITED, QUANTIZED_BY, model_card
+from .plot import NAME, plot
 from .receipt import Receipt
 from .verify import Outcome
 
@@ -57,6 +58,8 @@ def measured(out: Path, evaluation: Mapping[str, Any]) -> Receipt:
 
 def write_records(receipt: Receipt, quantized: Checkpoint, out: Path) -> None:
     write_atomic(receipt_path(out), receipt.to_json().encode())
+    if receipt.training:
+        plot(receipt.training, plot_path(out))
     card = model_card(receipt, quantized.file_type, out.name, receipt.about, quantized.config)
     write_atomic(card_path(out), card.encode())
 
@@ -74,6 +77,10 @@ def check_records(receipt: Path, card: Path) -> None:
                 f"{path}: is in the way: the output's {what} has this name, and fewbits did not write this "
                 "one; move it, choose another output, or pass overwrite"
             )
+
+
+def plot_path(out: Path) -> Path:
+    return out / NAME if out.is_dir() else out.with_name(f"{out.name}.{NAME}")
 
 
 def read_receipt(out: Path) -> Receipt:

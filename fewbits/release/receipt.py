@@ -81,7 +81,8 @@ class Receipt:
     facts for the user: ignored fields, types that need an imatrix, experts without tokens. verified: result
     of the output's engine: engine, version, verdict, differences. evaluation: against the reference, if
     measured. about: the reference's license and name. coverage: how many weights of the model's blocks got
-    the requested format, and what the others are. sparsity: what was asked for and reached."""
+    the requested format, and what the others are. sparsity: what was asked for and reached. training: the
+    evaluations of a training run: step, loss since the last, KL divergence held out."""
 
     source: str
     target: str
@@ -102,6 +103,7 @@ class Receipt:
     about: Mapping[str, Any] = field(default_factory=dict)
     coverage: Mapping[str, Any] = field(default_factory=dict)
     sparsity: Mapping[str, Any] = field(default_factory=dict)
+    training: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -149,7 +151,7 @@ class Receipt:
                 _check_keys(kind, row, f"{where}: {key}[{i}]")
         tensors = tuple(TensorRow(**(row | {"shape": tuple(row["shape"])})) for row in body["tensors"])
         files = {key: tuple(FileDigest(**row) for row in body[key]) for key in ("inputs", "outputs")}
-        notes = {"notes": tuple(body.get("notes", ()))}
+        notes = {"notes": tuple(body.get("notes", ())), "training": tuple(body.get("training", ()))}
         return Receipt(**(body | files | notes | {"tensors": tensors}))
 
     def table(self, worst: int = 5) -> str:

@@ -9,6 +9,7 @@ head is the model's own forward pass without its blocks, so that scaled or cappe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +38,26 @@ class Halves:
     def blocks(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(b, c)` int64 -> `(b, c, h)`."""
         return self._blocks(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def named(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Every module inside the blocks' half, by its name in the whole model."""
+        prefix = self._model.base_model_prefix
+        for name, module in self._blocks.named_modules():
+            yield f"{prefix}.{name}", module
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        return (module for _, module in self.named())
+
+    def recompute(self) -> None:
+        """Blocks run again in the backward pass instead of keeping what is inside (gradient checkpointing).
+        ModelError for a class that cannot."""
+        if not getattr(self._blocks, "supports_gradient_checkpointing", False):
+            raise ModelError(f"{type(self._model).__name__} cannot recompute its blocks; leave recompute out")
+        newer = getattr(self._blocks, "activation_checkpointing_enable", None)
+        (newer or self._blocks.gradient_checkpointing_enable)({"use_reentrant": False})
+        for module in self.modules():
+            if getattr(module, "gradient_checkpointing", None) is True:
+                module.training = True  # it alone: what is inside it drops nothing out
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(b, c, h)` -> `(b, c, vocab)`."""

@@ -13,7 +13,9 @@ backward pass: it is recomputed from codes (a byte per weight) and parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,38 +23,44 @@ from torch.nn import functional
 
 from ..formats.base import Grid
 from ..formats.codebook import LearnedGrid
+from .inputs import FakeInput
 
 
 class GridLinear(torch.nn.Module):
     """y = x W^T + bias, `(..., k) -> (..., n)`, with W on a grid: fixed codes, trainable block parameters.
 
-    `block_parameters`: names of `grid.parameters()` -> f32 nn.Parameter of the same shape.
+    `block_parameters`: names of `grid.parameters()` -> f32 nn.Parameter of the same shape. `input`: what
+    quantizes x first, if that is set.
     """
 
     def __init__(self, grid: Grid, codes: torch.Tensor, bias: torch.nn.Parameter | None):
         super().__init__()
         self.grid, self.bias = grid, bias
         self.codes = codes
+        self.input: FakeInput | None = None
         self.block_parameters = torch.nn.ParameterDict(
             {name: torch.nn.Parameter(value.float().clone()) for name, value in grid.parameters().items()}
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.input is None else self.input(x)
         parameters = dict(self.block_parameters)
         y = _Multiply.apply(x, self.grid, self.codes, tuple(parameters), *parameters.values())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class LatentLinear(GridLinear):
-    """The same with codes that are trained too: those to which `latent` `(n, k)` f32 is rounded at each pass.
-    A weight beyond the ends of its grid gets no gradient that would take it farther. gap `(n, k)`: the
-    spacing of the grid near each weight."""
+    """The same with codes that are trained too: those to which `latent` `(n, k)` f32 is rounded. A weight
+    beyond the ends of its grid gets no gradient that would take it farther. gap `(n, k)`: the spacing of the
+    grid near each weight. It is rounded at each pass; within `rounded_once` only at the first."""
 
     def __init__(
         self, grid: Grid, latent: torch.Tensor, gap: torch.Tensor, bias: torch.nn.Parameter | None
     ) -> None:
         super().__init__(grid, torch.empty(0), bias)
         self.latent, self.gap = torch.nn.Parameter(latent), gap
+        self.keep = False
+        self._kept: _Rounded | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -74,14 +82,61 @@ class LatentLinear(GridLinear):
             for name, value in self.block_parameters.items()
         }
 
+    @torch.no_grad()
+    def rounded(self, kind: torch.dtype) -> _Rounded:
+        """The weight that a pass multiplies with, in the type of the product."""
+        if self._kept is not None and self._kept.weight.dtype == kind:
+            return self._kept
+        found = _Rounded.of(self.grid_now(), self.latent, self.gap, kind)
+        self._kept = found if self.keep else None
+        return found
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.input is None else self.input(x)
         parameters = self._stored()
-        with torch.no_grad():
-            codes = self.grid_now().round(self.latent)
-        y = _Multiply.apply(
-            x, self.grid, codes, tuple(parameters), *parameters.values(), self.latent, self.gap
-        )
+        rounded = self.rounded(product_type(x))
+        y = _Trained.apply(x, rounded, self.grid, tuple(parameters), self.latent, *parameters.values())
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@contextmanager
+def rounded_once(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within, latent weights do not change: each is rounded once for all passes."""
+    trained = [module for module in modules if isinstance(module, LatentLinear)]
+    try:
+        for module in trained:
+            module.keep = True
+        yield
+    finally:
+        for module in trained:
+            module.keep, module._kept = False, None
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A latent weight on its grid: codes; weight `(n, k)` in the type of products; the places (in the
+    flattened weight) of latent numbers beyond the ends of their grid, and on which side, +1 or -1."""
+
+    codes: torch.Tensor
+    weight: torch.Tensor
+    beyond: torch.Tensor
+    side: torch.Tensor
+
+    @classmethod
+    def of(cls, grid: Grid, latent: torch.Tensor, gap: torch.Tensor, kind: torch.dtype) -> _Rounded:
+        codes = grid.round(latent)
+        weight = grid.value(codes)
+        off = latent - weight
+        beyond = (off.abs() > gap).flatten().nonzero()[:, 0]
+        return cls(codes, weight.to(kind), beyond, off.flatten()[beyond].sign())
+
+    def inward(self, to_w: torch.Tensor) -> torch.Tensor:
+        """A gradient `(n, k)`, in place, without the part that would take weights farther beyond."""
+        flat = to_w.view(-1)
+        there = flat[self.beyond]
+        # Descent moves against the gradient: outward where both have different signs.
+        flat[self.beyond] = torch.where(there * self.side < 0, 0.0, there)
+        return to_w
 
 
 def stored_type(grid: Grid) -> torch.dtype:
@@ -93,8 +148,8 @@ def stored_type(grid: Grid) -> torch.dtype:
 
 
 class _Multiply(torch.autograd.Function):
-    """x W^T, keeping x, codes and block parameters for the backward pass, but not W. values: one for each of
-    `names`, and the latent weight and its gap, if there is one."""
+    """x W^T in the type of x, or of autocast, with fixed codes. Kept for the backward pass: x, codes and
+    block parameters (values, one for each of `names`), but not W."""
 
     @staticmethod
     def forward(
@@ -105,31 +160,74 @@ class _Multiply(torch.autograd.Function):
         names: tuple[str, ...],
         *values: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.grid, ctx.names = grid, names
+        ctx.grid, ctx.names, ctx.came = grid, names, x.dtype
+        x = x.to(product_type(x))
         ctx.save_for_backward(x, codes, *values)
-        grid = _replaced(grid, names, values[: len(names)])
-        return functional.linear(x, _weight(grid, codes))
+        return functional.linear(x, _weight(_replaced(grid, names, values), codes).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, codes, *values = ctx.saved_tensors
-        latent = values[len(ctx.names) :]
-        leaves = [value.detach().requires_grad_() for value in values[: len(ctx.names)]]
-        with torch.enable_grad():
-            grid = _replaced(ctx.grid, ctx.names, leaves)
-            groups = _groups(grid, codes)
+        leaves, grid, groups = _leaves(ctx.grid, ctx.names, values, len(codes))
         to_x = None
-        with torch.no_grad():
-            weight = _weight(grid, codes)
         if ctx.needs_input_grad[0]:
-            to_x = gradient @ weight.to(gradient.dtype)
+            with torch.no_grad():
+                to_x = (gradient @ _weight(grid, codes).to(gradient.dtype)).to(ctx.came)
         if not values:
             return (to_x, None, None, None)
-        rows = gradient.flatten(0, -2)
-        to_w = (rows.T @ x.flatten(0, -2).to(rows.dtype)).float()
-        to_leaves = _to_leaves(grid, codes, groups, leaves, to_w) if leaves else ()
-        to_latent = (_inward(to_w, latent[0] - weight, latent[1]), None) if latent else ()
-        return (to_x, None, None, None, *to_leaves, *to_latent)
+        to_w = _to_weight(gradient, x)
+        return (to_x, None, None, None, *_to_leaves(grid, codes, groups, leaves, to_w))
+
+
+class _Trained(torch.autograd.Function):
+    """The same with the codes of a latent weight, which gets the gradient of the rounded one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        rounded: _Rounded,
+        grid: Grid,
+        names: tuple[str, ...],
+        latent: torch.Tensor,
+        *values: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.rounded, ctx.grid, ctx.names, ctx.came = rounded, grid, names, x.dtype
+        x = x.to(rounded.weight.dtype)
+        ctx.save_for_backward(x, *values)
+        return functional.linear(x, rounded.weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *values = ctx.saved_tensors
+        rounded = ctx.rounded
+        to_x = (gradient @ rounded.weight).to(ctx.came) if ctx.needs_input_grad[0] else None
+        to_w = _to_weight(gradient, x)
+        leaves, grid, groups = _leaves(ctx.grid, ctx.names, values, len(to_w))
+        to_leaves = _to_leaves(grid, rounded.codes, groups, leaves, to_w) if leaves else ()
+        return (to_x, None, None, None, rounded.inward(to_w), *to_leaves)
+
+
+def _to_weight(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`(n, k)` f32: the gradient of W in x W^T."""
+    rows = gradient.flatten(0, -2)
+    return (rows.T @ x.flatten(0, -2).to(rows.dtype)).float()
+
+
+def _leaves(
+    grid: Grid, names: Sequence[str], values: Sequence[torch.Tensor], n: int
+) -> tuple[list[torch.Tensor], Grid, list[torch.Tensor]]:
+    """Block parameters as leaves of a new graph, the grid that they make, and its groups for n rows."""
+    leaves = [value.detach().requires_grad_() for value in values]
+    with torch.enable_grad():
+        grid = _replaced(grid, names, leaves)
+        return leaves, grid, [part for part in grid.groups(n) if part is not None]
+
+
+def product_type(x: torch.Tensor) -> torch.dtype:
+    """In which a matrix product of x is computed: that of autocast where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _to_leaves(
@@ -149,24 +247,13 @@ def _to_leaves(
     return torch.autograd.grad(groups, leaves, sums)
 
 
-def _inward(to_w: torch.Tensor, off: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
-    """The gradient without the part that would take weights farther beyond the end of the grid."""
-    # Descent moves against the gradient: outward where both have different signs.
-    return torch.where((off.abs() > gap) & (off * to_w < 0), 0.0, to_w)
-
-
 def _weight(grid: Grid, codes: torch.Tensor) -> torch.Tensor:
-    groups = _groups(grid, codes)
+    groups = [part for part in grid.groups(codes.shape[0]) if part is not None]
     return _spread(grid, grid.level(codes), *groups) if groups else grid.value(codes)
 
 
 def _replaced(grid: Grid, names: Sequence[str], values: Sequence[torch.Tensor]) -> Grid:
     return grid.replaced(dict(zip(names, values, strict=True))) if names else grid
-
-
-def _groups(grid: Grid, codes: torch.Tensor) -> list[torch.Tensor]:
-    """Scale and, if there is one, offset: `(n, g)` each."""
-    return [part for part in grid.groups(codes.shape[0]) if part is not None]
 
 
 def _spread(

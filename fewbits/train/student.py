@@ -2,6 +2,7 @@
 
 linear weights on a grid     -> GridLinear: codes fixed, block parameters trainable     kind "block"
                                 LatentLinear: float weights too, rounded at each pass   kind "latent"
+the step of a static input   -> trainable                                               kind "block"
 norms and biases, 1-D        -> trainable                                               kind "vector"
 everything else              -> fixed; `fixed` names it if quantized (embeddings, fused experts: their
                                 modules are not plain linear layers)
@@ -10,20 +11,25 @@ everything else              -> fixed; `fixed` names it if quantized (embeddings
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..activations.mixed import Activations
 from ..errors import CalibrationError
 from ..files.checkpoint import Checkpoint
 from ..formats.base import Grid
 from ..qtensor import QTensor
 from .halves import Halves
+from .inputs import FakeInput
+from .objective import Distributions, divergence, loss_and_gradient
 from .rounding import gap_of
-from .ste import GridLinear, LatentLinear
+from .ste import GridLinear, LatentLinear, rounded_once
 
 LATENT = "latent"  # the key of a float weight that codes are rounded from
+INPUT = "input"  # the key of the step of a static scheme of activations
 NEAR = 0.45  # of a gap: how far from its code's value a latent weight starts at most
 FLOOR = 0.1  # least unit of a number, as a share of its row's mean magnitude
 
@@ -38,6 +44,20 @@ class Part:
     value: torch.nn.Parameter
 
 
+@dataclass(frozen=True)
+class Goals:
+    """What a step minimizes. parent: a row of the batch -> its distributions; share: the part of KL, the rest
+    is next-token loss; factor: of the gradient (loss scaling); compute: type of the matrix products in the
+    blocks; micro: windows at once."""
+
+    parent: Callable[[int], Distributions]
+    share: float = 1.0
+    temperature: float = 1.0
+    factor: float = 1.0
+    compute: torch.dtype = torch.float32
+    micro: int = 1
+
+
 class Student:
     """Made of a transformers model in f32 and the checkpoint it was loaded from."""
 
@@ -48,16 +68,18 @@ class Student:
         tokens: torch.Tensor,
         device: torch.device,
         floats: Checkpoint | None = None,
+        activations: Activations | None = None,
     ):
         """tokens `(c,)`: any window, to check that the model can be split. floats: the checkpoint before it
-        was quantized, if codes are trained: latent weights start at its weights, as near as codes allow."""
+        was quantized, if codes are trained: latent weights start at its weights, as near as codes allow.
+        activations: how inputs of its linear layers are quantized, if they are."""
         self.model = model.requires_grad_(False).to(device)
-        self.device, self.floats = device, floats
+        self.device, self.floats, self.activations = device, floats, activations
         self.quantized: dict[str, QTensor] = {}
         self.vectors: dict[str, torch.Tensor] = {}
         self.parts: list[Part] = []
         self.fixed: list[str] = []
-        self.gaps: dict[str, torch.Tensor] = {}
+        self.latents: dict[str, LatentLinear] = {}
         self.holds_zeros = False
         for name, tensor in checkpoint.tensors.items():
             if tensor.quantized:
@@ -79,7 +101,8 @@ class Student:
             self.fixed.append(name)
             return
         grid, codes = q.format.unpack(q.to(self.device))
-        if module.weight is self.model.get_input_embeddings().weight or not grid.parameters():
+        idle = self.floats is None and self.activations is None and not grid.parameters()
+        if module.weight is self.model.get_input_embeddings().weight or idle:
             self.fixed.append(name)
             return
         if self.floats is None:
@@ -92,7 +115,11 @@ class Student:
         self.parts += [Part(name, key, "block", value) for key, value in linear.block_parameters.items()]
         if isinstance(linear, LatentLinear):
             self.parts.append(Part(name, LATENT, "latent", linear.latent))
-            self.gaps[name] = linear.gap
+            self.latents[name] = linear
+        if self.activations is not None and self.activations.quantizes(name):
+            linear.input = FakeInput(self.activations.quantizer(name), self.device)
+            if linear.input.scale is not None:
+                self.parts.append(Part(name, INPUT, "block", linear.input.scale))
 
     def hold_zeros(self) -> None:
         """Weights that are 0, as pruned ones are, stay 0: so do their latent weights and the level 0 of a
@@ -144,7 +171,7 @@ class Student:
     def _unit(self, part: Part) -> torch.Tensor:
         size = part.value.detach().abs()
         unit = size.maximum(FLOOR * size.mean(-1, keepdim=True))
-        unit = self.gaps[part.name] if part.kind == "latent" else unit
+        unit = self.latents[part.name].gap if part.kind == "latent" else unit
         return unit * (size != 0) if self.holds_zeros and part.kind != "vector" else unit
 
     def spans(self) -> list[tuple[slice, str]]:
@@ -177,19 +204,33 @@ class Student:
         stored."""
         q = self.quantized[name].to(self.device)
         grid, codes = q.format.unpack(q)
-        parameters = {key: value for key, value in given.items() if key != LATENT}
+        parameters = {key: value for key, value in given.items() if key not in (LATENT, INPUT)}
         q = q.format.pack(grid.replaced(parameters) if parameters else grid, codes)
         if LATENT not in given:
             return q
         grid, _ = q.format.unpack(q)
         return q.format.pack(grid, grid.round(given[LATENT]))
 
+    def ranges(self, flat: torch.Tensor) -> dict[str, list[float]]:
+        """`(p,)` -> the step and zero point of each static input, as a record of activations has them."""
+        found = {}
+        for part, piece in zip(self.parts, self._pieces(flat), strict=True):
+            if part.key == INPUT:
+                assert self.activations is not None
+                affine = self.activations.quantizers[part.name].affine
+                found[part.name] = [float(piece), 0 if affine is None else int(affine.zero)]
+        return found
+
+    def weight_of(self, part: Part) -> torch.Tensor:
+        """What the latent weight of a part is rounded to now."""
+        return self.latents[part.name].weight
+
     def rounded(self, flat: torch.Tensor) -> torch.Tensor:
         """`(p,)` -> `(p,)`: the same numbers as `pack` stores them."""
         packed, values = self.pack(flat), []
         for part, latent in zip(self.parts, self._pieces(flat), strict=True):
             value = packed[part.name]
-            if part.kind == "latent":
+            if part.key in (LATENT, INPUT):
                 value = latent
             elif isinstance(value, QTensor):
                 value = value.format.unpack(value)[0].parameters()[part.key]
@@ -198,31 +239,60 @@ class Student:
 
     # ---- running it
 
-    def learn(self, windows: torch.Tensor, log_p: Callable[[int], torch.Tensor]) -> float:
-        """Tokens `(b, c)`; log_p(i): the teacher's `(c, v)` for row i -> mean KL; its gradient is added.
+    def learn(self, windows: torch.Tensor, goals: Goals) -> float:
+        """Tokens `(b, c)` -> mean loss over them; its gradient, times goals.factor, is added.
 
-        Only the logits of one window are in memory; their gradient, (q - p) / positions, needs no graph.
-        """
-        hidden = self.halves.blocks(windows.to(self.device))
-        cut = hidden.detach().requires_grad_()
+        Only the logits of one window are in memory; their gradient needs no graph."""
         total = 0.0
-        for i in range(len(windows)):
-            logits = self.halves.head(cut[i : i + 1])
-            reference, quantized = log_p(i), logits.detach()[0].float().log_softmax(-1)
-            total += _divergence(reference, quantized)
-            logits.backward(
-                (quantized.exp_().sub_(reference.exp_()) / windows.numel())[None].to(logits.dtype)
-            )
-        hidden.backward(cut.grad)
+        with rounded_once([*self.halves.modules(), *self.model.modules()]):
+            for start in range(0, len(windows), goals.micro):
+                total += self._learn(windows, range(start, min(start + goals.micro, len(windows))), goals)
         return total / len(windows)
+
+    def _learn(self, windows: torch.Tensor, rows: range, goals: Goals) -> float:
+        """-> the sum of the losses of these rows."""
+        batch = windows[rows.start : rows.stop].to(self.device)
+        with self._arithmetic(goals.compute):
+            hidden = self.halves.blocks(batch)
+        cut = hidden.detach().float().requires_grad_()
+        total = 0.0
+        for i, row in enumerate(rows):
+            logits = self.halves.head(cut[i : i + 1])
+            parent = goals.parent(row) if goals.share > 0 else None
+            loss, gradient = loss_and_gradient(
+                logits.detach()[0], parent, batch[i, 1:], goals.share, goals.temperature
+            )
+            total += loss
+            logits.backward((gradient * (goals.factor / len(windows)))[None].to(logits.dtype))
+        assert cut.grad is not None
+        hidden.backward(cut.grad.to(hidden.dtype))
+        return total
+
+    def _arithmetic(self, compute: torch.dtype) -> AbstractContextManager[Any]:
+        if compute == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, compute)
+
+    def blame(self, window: torch.Tensor) -> str:
+        """Tokens `(c,)` -> the first module whose output is not finite, for an error; "" if none is."""
+        found: list[str] = []
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(module: Any, given: Any, out: Any) -> None:
+                if isinstance(out, torch.Tensor) and not found and not bool(out.isfinite().all()):
+                    found.append(name)
+
+            return hook
+
+        hooks = [module.register_forward_hook(look(name)) for name, module in self.halves.named()]
+        with torch.no_grad():
+            self.halves.blocks(window[None].to(self.device))
+        for handle in hooks:
+            handle.remove()
+        return found[0] if found else ""
 
     def divergence(self, window: torch.Tensor, log_p: torch.Tensor) -> float:
         """Tokens `(c,)`, the teacher's log p `(c, v)` -> mean KL(teacher || student)."""
         with torch.no_grad():
             logits = self.halves.head(self.halves.blocks(window[None].to(self.device)))
-            return _divergence(log_p, logits[0].float().log_softmax(-1))
-
-
-def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
-    """`(c, v)` both -> the mean over c of KL(p || q)."""
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+            return divergence(log_p, logits[0].float().log_softmax(-1))

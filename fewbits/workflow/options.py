@@ -3,6 +3,7 @@ Request."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ..plan.method import EFFORTS, METHODS, Method
 from ..plan.mixtures import RECIPES
 from ..plan.rules import Option
 from ..runtime.program import SUFFIX
+from ..train.settings import DistillSettings
 from .request import CommonOptions, Request
 from .resolve import file_type_for
 
@@ -29,8 +31,8 @@ class Options(CommonOptions):
 
     effort: fast, good (default) or best; method: a name of METHODS or a Method, instead. smooth
     (SmoothQuant: True, or its alpha), awq, rotate, equalize: transforms before quantization. distill: steps
-    of distillation after it. train: steps that train codes too, in its place (quantization-aware training),
-    of `batch` windows each; lr_codes: the largest change of a weight in a step, in spacings of its grid.
+    of distillation after it. train: steps that train codes too, in its place (quantization-aware training);
+    training: other settings of it, by their names in train.settings.DistillSettings.
     sparsity: the share of the weights in blocks that become 0; prune: which (sparsegpt, wanda, magnitude);
     sparsity_pattern: unstructured, row, 2:4 or 4:8.
 
@@ -47,8 +49,7 @@ class Options(CommonOptions):
     equalize: bool | None = None
     distill: int | None = None
     train: int | None = None
-    batch: int | None = None
-    lr_codes: float | None = None
+    training: Mapping[str, Option] | None = None
     sparsity: float | None = None
     prune: str | None = None
     sparsity_pattern: str | None = None
@@ -101,10 +102,18 @@ class Options(CommonOptions):
         return replace(method, sparsity=sparsity, prune=self.prune or method.prune, sparsity_pattern=pattern)
 
     def _trained(self, method: Method) -> Method:
-        """With training of codes; PlanError where only its details are given, or distillation besides."""
-        given = {"batch": self.batch, "lr_codes": self.lr_codes}
-        options: dict[str, Option] = {name: value for name, value in given.items() if value is not None}
-        return replace(method, distill=0, train=self.train or 0, train_options=options)
+        """With training of codes in the place of distillation; PlanError for settings that it has not."""
+        known = {each.name for each in fields(DistillSettings)} - {
+            "steps",
+            "state",
+            "device",
+            "seed",
+            "keep_zeros",
+        }
+        unknown = [name for name in self.training or {} if name not in known]
+        if unknown:
+            raise PlanError(f"training has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return replace(method, distill=0, train=self.train or 0, train_options=dict(self.training or {}))
 
     def _base(self) -> Method:
         if isinstance(self.method, Method):

@@ -15,7 +15,7 @@ from ..devices import device_name
 from ..errors import PlanError, raise_all
 from ..plan import Plan, Rule
 from ..plan.method import Method
-from ..train.distill import DistillSettings, settings_faults
+from ..train.settings import DistillSettings, settings_faults
 from .blockwise.settings import Streaming
 from .task import takes
 

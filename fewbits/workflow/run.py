@@ -39,7 +39,7 @@ from ..storage.stream import StreamFile
 from ..transforms.rotate import rotate
 from .as_saved import as_saved
 from .blockstore import BlockStore, check_ours
-from .blockwise import Run, quantize_blocks
+from .blockwise import TRAINED, Run, quantize_blocks
 from .converted import clean, needs_converter, planned, run_converted
 from .coverage import coverage_of, outside_notes, trained_notes
 from .memory import fitted
@@ -122,6 +122,7 @@ def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress
         file.finish(keep_journal=True)
         output.finish(measured)
         receipt = _receipt(floats, output, request, rows)
+        receipt = replace(receipt, training=tuple(checkpoint.metadata.get(TRAINED, {}).get("history", ())))
         receipt = replace(receipt, target=str(out), inputs=hashing.result(), notes=notes)
         receipt = replace(receipt, seconds=time.monotonic() - start, peak_memory_bytes=peak_memory())
         write_atomic(output.receipt, receipt.to_json().encode())
@@ -197,6 +198,8 @@ def _measured(
     """The records of the runtime schemes, measured if needed, and their notes."""
     windows = None if request.tokens is None else request.tokens.windows
     measure = {"activations": record, "kv_cache": record_cache}
+    trained = checkpoint.metadata.get(TRAINED, {}).get("activations")
+    runtime = runtime if trained is None else {**runtime, "activations": trained}
     records = {
         kind: measure[kind](checkpoint, known, windows) if isinstance(known, str) else known
         for kind, known in runtime.items()
@@ -263,8 +266,9 @@ def _block_by_block(
     pruning = request.method.pruning
     specs |= {name: replace(spec, pruning=pruning) for name, spec in specs.items() if name in pruned}
     todo = Run(
-        checkpoint, specs, request.method, request.tokens, request.streaming, request.strict_calibration
-    )
+        checkpoint, specs, request.method, request.tokens, request.streaming, request.strict_calibration,
+        request.activations,
+    )  # fmt: skip
     return quantize_blocks(todo, store, progress)
 
 

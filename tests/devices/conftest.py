@@ -6,7 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .pretend import NAME, pretend
+from .pretend import NAME, pretend, register
+
+# Before the first backward pass of the process: autograd counts devices there.
+register()
 
 
 @pytest.fixture

@@ -20,11 +20,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
 
+from ...activations.record import record
 from ...algorithms import CalibrationWarning
 from ...blocks.activations import Activations
 from ...blocks.block import Block
@@ -44,6 +45,7 @@ from .settings import Note, Run
 from .stages import Batches, quantize_paused, read_once, stages_of
 
 Progress = Callable[[str, int, int], None]
+TRAINED = "trained"  # in the metadata of a checkpoint: history, and record of activations, of its training
 
 
 def quantize_blocks(
@@ -69,13 +71,16 @@ def quantize_blocks(
         n, stack, n_stacks = last, stack + 1, walk.model.n_stacks
         if walk.model.hears_noise:
             notes.append(Note("the encoder reads no text: the decoder is calibrated on noise for its output"))
+    trained = None
     if run.method.trains:
         if not store.has(n):
             quantized = replace(run.checkpoint, tensors=dict(tensors))
             _distill(run, quantized, records, store, n, progress)
         _take(store, n, tensors, records, notes)
+        trained = store.read(n)[1][TRAINED]
     notes += _without_pairs(run, notes)
-    return replace(run.checkpoint, tensors=tensors), records, _gathered(notes)
+    metadata = run.checkpoint.metadata if trained is None else {**run.checkpoint.metadata, TRAINED: trained}
+    return replace(run.checkpoint, tensors=tensors, metadata=metadata), records, _gathered(notes)
 
 
 def _without_pairs(run: Run, notes: Sequence[Note]) -> list[Note]:
@@ -111,7 +116,8 @@ def _distill(
 ) -> None:
     """Distil scales and norms of the quantized model; kept in the store as one more block."""
     method, steps = run.method, run.method.trains
-    state = store.folder / "distill.state"
+    state, scheme = store.folder / "distill.state", run.activations
+    said = None if scheme is None else record(quantized, scheme, run.tokens.windows)
     distilled = distill(
         run.checkpoint,
         quantized,
@@ -124,22 +130,26 @@ def _distill(
             **method.training(),
         ),
         progress,
+        said,
     )
     changed: Records = {}
     for name, value in distilled.tensors.items():
         if isinstance(value, QTensor) and name in records:
             w, old = run.checkpoint.tensors[name].load(), records[name]
             spec = Spec(value.format, old.algorithm, {**old.options, method.training_name: steps})
-            record = measured(w, value, spec, None)  # type: ignore[arg-type]
+            cost = measured(w, value, spec, None)  # type: ignore[arg-type]
             start = quantized.tensors[name].load()
             zeros = old.zeros and old.zeros.trained(start, value)  # type: ignore[arg-type]
-            changed[name] = replace(record, tokens=old.tokens, zeros=zeros)
+            changed[name] = replace(cost, tokens=old.tokens, zeros=zeros)
     what = "trained" if method.train else "distilled"
     notes = [
         f"{what}: KL divergence on held-out windows from {distilled.before:.4f} to {distilled.after:.4f}",
         *distilled.notes,
     ]
-    store.write(at, distilled.tensors, _kept(changed, [Note(text) for text in notes]))
+    kept = _kept(changed, [Note(text) for text in notes])
+    history = [asdict(judgement) for judgement in distilled.history]
+    trained = {"history": history, "activations": distilled.activations}
+    store.write(at, distilled.tensors, {**kept, TRAINED: trained})
 
 
 def _place_of_whole(run: Run) -> torch.device:

@@ -62,7 +62,7 @@ class Note:
 @dataclass(frozen=True)
 class Run:
     """A calibrated run: what each weight is to get, and what it is done with. strict: too few tokens
-    are an error."""
+    are an error. activations: the scheme of inputs at run time, which training has too."""
 
     checkpoint: Checkpoint
     specs: Mapping[str, Spec]
@@ -70,6 +70,7 @@ class Run:
     tokens: Tokens
     streaming: Streaming = field(default_factory=Streaming)
     strict: bool = False
+    activations: str | None = None
 
     @property
     def calibration(self) -> torch.Tensor:

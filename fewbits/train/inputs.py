@@ -1,0 +1,58 @@
+"""FakeInput: the input of a linear layer quantized in each pass, with gradients.
+
+    dynamic   the scale is that of the values; the gradient passes the rounding
+    static    y = s clamp(round(x / s) + zero) - s zero with a trained step s (LSQ, arXiv 1902.08153):
+              dy/dx = 1 inside the range, else 0; dy/ds = y / s - x / s inside, the clipped code outside
+
+The zero point of an asymmetric scheme stays that of calibration.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..activations.quantizers import Affine, Quantizer, quantize, quantize_dequantize
+
+
+class FakeInput(torch.nn.Module):
+    """`(..., k)` -> the same, quantized and dequantized. scale `(1,)`: the step of a static scheme."""
+
+    def __init__(self, quantizer: Quantizer, device: torch.device) -> None:
+        super().__init__()
+        self.scheme = quantizer.scheme
+        self.scale: torch.nn.Parameter | None = None
+        if quantizer.affine is not None:
+            self.scale = torch.nn.Parameter(quantizer.affine.scale.float().reshape(1).to(device))
+            self.zero = float(quantizer.affine.zero)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale is None:
+            return x + (quantize_dequantize(x, self.scheme) - x).detach()
+        rounded: torch.Tensor = _Static.apply(x, self.scale, self)
+        return rounded
+
+    def affine(self) -> Affine:
+        assert self.scale is not None
+        return Affine(self.scale.detach(), torch.full_like(self.scale.detach(), self.zero))
+
+
+class _Static(torch.autograd.Function):
+    """Kept for the backward pass: x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, module: FakeInput) -> torch.Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.module = module
+        return quantize_dequantize(x, module.scheme, Affine(scale, torch.full_like(scale, module.zero)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        scheme, zero = ctx.module.scheme, ctx.module.zero
+        code = quantize(x, scheme, Affine(scale, torch.full_like(scale, zero)))
+        at = x.float() / scale
+        inside = (at >= scheme.smallest - zero) & (at <= scheme.largest - zero)
+        to_scale = (gradient.float() * (code - zero - torch.where(inside, at, 0.0))).sum().reshape(1)
+        return torch.where(inside, gradient, 0.0), to_scale, None

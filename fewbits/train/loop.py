@@ -1,0 +1,241 @@
+"""Loop: the steps of one training run, its evaluations, and the state from which it goes on after a kill.
+
+Every number is trained relative to its own size: x = x0 + unit * a. All `a` are one flat vector, of which the
+optimizer changes parts in place; it, the optimizer's moments and the best `a` so far are the whole state.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from math import ceil, cos, isfinite, pi
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CalibrationError, FileError
+from ..runtime.decode import faster_dtype
+from ..storage.atomic import write_atomic
+from .objective import LOSSES
+from .optimizer import TINY, optimizer_of
+from .rounding import shuffled
+from .settings import AT_ONCE, DistillSettings
+from .student import Goals, Student
+from .teacher import Teacher
+
+STATE = ("a", "best")
+FROZEN = 0.85  # of the steps: then codes are fixed, and what swings between two no longer does
+PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """After `step` steps: mean KL divergence on the training windows since the last evaluation, and on the
+    held-out windows."""
+
+    step: int
+    learned: float | None
+    held_out: float
+
+
+class Loop:
+    """One training run: its state and its best evaluation."""
+
+    def __init__(self, teacher: Teacher, student: Student, tokens: torch.Tensor, settings: DistillSettings):
+        self.teacher, self.student, self.tokens, self.settings = teacher, student, tokens, settings
+        self.train = len(tokens) - settings.held_out
+        if settings.recompute:
+            student.halves.recompute()
+        self.start, self.unit, self.spans = student.read(), student.units(), student.spans()
+        self.a = torch.zeros_like(self.start)
+        self.best = self.a.clone()
+        device = self.start.device
+        self.compute = arithmetic(settings.precision, device)
+        # Parts of `a`, which the optimizer changes in place.
+        self.parts = [torch.nn.Parameter(self.a[at]) for at, _ in self.spans]
+        groups = [
+            {"params": [part], "kind": kind} for part, (_, kind) in zip(self.parts, self.spans, strict=True)
+        ]
+        self.optimizer = optimizer_of(settings.optimizer, groups, device)
+        scales = self.compute == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scales)
+        self.step, self.skipped = 0, 0
+        self.history: list[Judgement] = []
+        self.losses: list[float] = []
+        self.saved = self.begun = time.monotonic()
+        self.resumed = 0
+        self.judge()
+
+    def advance(self) -> None:
+        """One step of the optimizer on `batch` windows."""
+        settings = self.settings
+        self.student.write(self.start + self.unit * self.a)
+        windows = self.chosen(self.step)
+        goals = Goals(
+            parent=lambda i: self.teacher.distributions(windows[i]),
+            share=LOSSES[settings.loss],
+            temperature=settings.temperature,
+            factor=float(self.scaler.scale(torch.ones((), device=self.start.device))),
+            compute=self.compute,
+            micro=settings.micro or max(1, AT_ONCE // self.tokens.shape[1]),
+        )
+        loss = self.student.learn(self.tokens[windows], goals)
+        self.losses.append(loss)
+        self.check(loss, f"the loss of step {self.step + 1}", windows)
+        whole = self.student.gradient().mul_(self.unit)
+        self.step += 1
+        for part, group, (at, kind) in zip(self.parts, self.optimizer.param_groups, self.spans, strict=True):
+            part.grad, group["lr"] = whole[at], self.rate(kind)
+        self.scaler.unscale_(self.optimizer)
+        if settings.clip:
+            torch.nn.utils.clip_grad_norm_(self.parts, settings.clip)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.skipped += self.scaler.get_scale() < scale
+        if settings.damp and settings.lr_codes:
+            self.calm()
+
+    @torch.no_grad()
+    def calm(self) -> None:
+        """Draw latent weights a little to what they are rounded to (Nagel et al., arXiv 2203.08550)."""
+        share = self.settings.damp * self.rate("latent") * self.step / self.settings.steps
+        self.student.write(self.start + self.unit * self.a)
+        for (at, kind), part in zip(self.spans, self.student.parts, strict=True):
+            if kind == "latent":
+                off = (self.student.weight_of(part) - part.value).flatten()
+                self.a[at] += off.mul_(share).div_(self.unit[at].clamp(min=TINY))
+
+    @property
+    def stage(self) -> str:
+        """For people, with the figures of now where the whole model is trained."""
+        if not self.settings.lr_codes:
+            return "distill"
+        best = min(judgement.held_out for judgement in self.history)
+        now = f"{self.losses[-1]:.4f}" if self.losses else "-"
+        tokens = (self.step - self.resumed) * self.settings.batch * self.tokens.shape[1]
+        speed = tokens / max(time.monotonic() - self.begun, 1e-9)
+        return f"train: {self.settings.loss} {now}, KL held out {best:.4f}, {speed:.0f} tokens/s"
+
+    def rate(self, kind: str) -> float:
+        """The learning rate of a kind of number at this step."""
+        if kind == "latent":
+            return self.settings.lr_codes * max(0.0, self.schedule() - self.schedule(FROZEN))
+        return self.schedule() * (self.settings.lr if kind == "block" else self.settings.lr_vectors)
+
+    def chosen(self, step: int) -> list[int]:
+        """The windows of a step: every window once in each pass, each pass shuffled by its own seed."""
+        places = range(step * self.settings.batch, (step + 1) * self.settings.batch)
+        n, seed = self.train, self.settings.seed
+        return [shuffled(n, seed, place // n)[place % n] for place in places]
+
+    def schedule(self, at: float | None = None) -> float:
+        """The factor of the learning rates at a share of the steps (default: now): linear over the first
+        tenth, then down to a tenth on a cosine."""
+        step = self.step if at is None else at * self.settings.steps
+        warm = ceil(self.settings.steps / 10)
+        if step <= warm:
+            return step / warm
+        done = (step - warm) / max(1, self.settings.steps - warm)
+        return 0.1 + 0.45 * (1 + cos(pi * done))
+
+    def judge(self) -> None:
+        """The KL divergence of the packed model on the held-out windows; keeps the best state."""
+        self.student.write(self.student.rounded(self.start + self.unit * self.a))
+        judges = range(self.train, len(self.tokens))
+        divergences = [self.student.divergence(self.tokens[i], self.teacher.log_p(i)) for i in judges]
+        held_out = sum(divergences) / len(divergences)
+        self.check(held_out, f"the KL divergence held out, after {self.step} steps,", [self.train])
+        learned = sum(self.losses) / len(self.losses) if self.losses else None
+        if self.history and held_out < min(judgement.held_out for judgement in self.history):
+            self.best = self.a.clone()
+        self.history.append(Judgement(self.step, learned, held_out))
+        self.losses = []
+
+    def check(self, value: float, what: str, windows: list[int]) -> None:
+        if isfinite(value):
+            return
+        sites = [self.student.blame(self.tokens[i]) for i in windows]
+        where = next(
+            (f"; the first output that is not finite is that of {site}" for site in sites if site), ""
+        )
+        raise CalibrationError(
+            f"distill: {what} is {value}{where}; use a smaller lr than {self.settings.lr}, or check the "
+            "checkpoint with `fewbits evaluate`"
+        )
+
+    # ---- the state
+
+    def fingerprint(self) -> str:
+        """Digest of settings, tokens, the student's start and the teacher's hidden states, which decide the
+        result."""
+        away = ("state", "minutes")
+        settings = {key: value for key, value in asdict(self.settings).items() if key not in away}
+        settings["precision"] = str(self.compute)
+        digest = sha256(repr(sorted(settings.items())).encode())
+        for part in (self.tokens, self.start, self.teacher.hidden(len(self.tokens) - 1)):
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the state, atomically."""
+        from safetensors.torch import save
+
+        record = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "history": [asdict(judgement) for judgement in self.history],
+            "losses": self.losses,
+            "scaler": self.scaler.state_dict(),
+        }
+        about = {"distill": json.dumps(record), "fingerprint": self.fingerprint()}
+        state = {name: getattr(self, name).cpu() for name in STATE} | self.moments()
+        write_atomic(path, save(state, about))
+        self.saved = time.monotonic()
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """The optimizer's own tensors, by part and name."""
+        found = {}
+        for i, part in enumerate(self.parts):
+            for key, value in self.optimizer.state.get(part, {}).items():
+                number = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+                found[f"optimizer.{i}.{key}"] = number.cpu().contiguous()
+        return found
+
+    def resume(self, path: Path) -> None:
+        """Resume from a state; FileError for one that is damaged or of another run."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                about, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise FileError(f"{path}: not a distill state ({error}); delete it to start again") from error
+        if about.get("fingerprint") != self.fingerprint():
+            raise FileError(
+                f"{path}: of a run with another model, text or settings; delete it to start again"
+            )
+        record = json.loads(about["distill"])
+        self.step, self.history = record["step"], [Judgement(**row) for row in record["history"]]
+        self.resumed, self.skipped, self.losses = self.step, record["skipped"], record["losses"]
+        self.scaler.load_state_dict(record["scaler"])
+        for name in STATE:
+            getattr(self, name).copy_(state.pop(name))
+        held: dict[int, dict[str, Any]] = {}
+        for name, value in state.items():
+            _, i, key = name.split(".", 2)
+            held.setdefault(int(i), {})[key] = value
+        given = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": held, "param_groups": given["param_groups"]})
+
+
+def arithmetic(name: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products for a setting; auto: bf16 where the device has it, faster than f32."""
+    if name != "auto":
+        return PRECISIONS[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return faster_dtype() if device.type == "cpu" else torch.float32
