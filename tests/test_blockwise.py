@@ -274,9 +274,9 @@ def test_an_error_that_explodes_names_the_weight_and_the_run_goes_on_from_there(
     real = job_module.measured
     left = [9]  # of the 14 weights; the tenth is broken
 
-    def breaking(w, q, spec, stats):
+    def breaking(w, q, spec, stats, keep):
         left[0] -= 1
-        record = real(w, q, spec, stats)
+        record = real(w, q, spec, stats, keep)
         error = record.output if left[0] >= 0 else (1e4 * record.output[1], record.output[1])
         return replace(record, output=error)
 

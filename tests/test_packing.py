@@ -40,6 +40,14 @@ def symbols_of(kind: str, count: int) -> torch.Tensor:
 KINDS, COUNTS = ("normal", "wide", "one", "rare", "uniform"), (0, 1, 7, 8, 9, 63, 4099)
 
 
+def test_every_byte_that_occurs_has_a_frequency() -> None:
+    """As in a pruned weight: one byte is most of it, and all others are rare."""
+    counts = torch.ones(256, dtype=torch.int64)
+    counts[0] = 10**6
+    table = rans.frequencies(counts)
+    assert int(table.min()) == 1 and int(table.sum()) == 4096
+
+
 def compare_streams() -> None:
     """The core writes and reads the streams of the reference."""
     for kind, count in product(KINDS, COUNTS):

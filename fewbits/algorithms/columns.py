@@ -34,20 +34,21 @@ def quantize_columns(
     columns: torch.Tensor,
     pivot: torch.Tensor | None = None,
     old: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
 ) -> Columns:
     """state `(k, n)`, whose row j is the grid's column columns[j] -> codes, values, moves `(k, n)`.
 
     coupling: `(k, k)`, its part above the diagonal. pivot `(k,)` for error feedback, old `(k, n)` for
-    descent.
+    descent. keep `(k, n)`: 0 for pruned weights, which get the code nearest to 0, else 1.
     """
     on_gpu = kernels.takes(state)
-    if (on_gpu or core.takes(state)) and state.dtype == torch.float32:
+    if keep is None and (on_gpu or core.takes(state)) and state.dtype == torch.float32:
         rounding = rounding_of(grid, state.shape[1], columns, MOST_LEVELS if on_gpu else LEVELS)
         if rounding is not None:
             pivot, old = (None if part is None else part.contiguous() for part in (pivot, old))
             run = kernels.load("columns").quantize_columns if on_gpu else core.quantize_columns
             return run(state.contiguous(), coupling.contiguous(), rounding, pivot, old)
-    return quantize_columns_reference(grid, state, coupling, columns, pivot, old)
+    return quantize_columns_reference(grid, state, coupling, columns, pivot, old, keep)
 
 
 def quantize_columns_reference(
@@ -57,6 +58,7 @@ def quantize_columns_reference(
     columns: torch.Tensor,
     pivot: torch.Tensor | None = None,
     old: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
 ) -> Columns:
     """`quantize_columns` in plain torch."""
     state, codes = state.clone(), []
@@ -65,7 +67,8 @@ def quantize_columns_reference(
         if j % grid.vector == 0:
             here = slice(j, j + grid.vector)
             columns_here = slice(place, place + grid.vector)
-            code = grid.round(state[here].T, columns_here)
+            seen = state[here] if keep is None else state[here] * keep[here] + 0.0  # no minus zero
+            code = grid.round(seen.T, columns_here)
             codes.append(code.T)
             values[here] = grid.value(code, columns_here).T
         moves[j] = (state[j] - values[j]) / pivot[j] if pivot is not None else values[j] - old[j]  # type: ignore[index]

@@ -42,8 +42,15 @@ def descend(
     return descended(q, hessian.target(w, stats, gptaq), hessian.hessian, rounds)
 
 
-def descended(q: QTensor, target: torch.Tensor, hessian: torch.Tensor, rounds: int = ROUNDS) -> QTensor:
-    """The same for a known target `(n, k)` and damped Hessian `(k, k)`."""
+def descended(
+    q: QTensor,
+    target: torch.Tensor,
+    hessian: torch.Tensor,
+    rounds: int = ROUNDS,
+    keep: torch.Tensor | None = None,
+) -> QTensor:
+    """The same for a known target `(n, k)` and damped Hessian `(k, k)`. keep `(n, k)` bool: False for pruned
+    weights, which stay 0, and so do offsets that make them 0."""
     k = q.shape[1]
     width = q.format.column_block(k) or k
     parts = [q.format.unpack(part) for part in split_columns(q, width)]
@@ -56,11 +63,14 @@ def descended(q: QTensor, target: torch.Tensor, hessian: torch.Tensor, rounds: i
         grid, codes = parts[start // width]
         inner = hessian[columns, columns]
         now = value[columns].T.contiguous()
-        grid, changed = refit(q.format, grid, codes, pull[columns].T.contiguous(), inner)
+        changed = now
+        if keep is None or grid.groups(len(now))[1] is None:
+            grid, changed = refit(q.format, grid, codes, pull[columns].T.contiguous(), inner)
         pull_here = pull[columns] + inner @ (changed - now).T
         best = changed
         if q.format.vector == 1:  # a vector's best point is not known column by column
-            codes, best = recode(grid, codes, changed, pull_here, inner)
+            mask = None if keep is None else keep[:, columns].T.float()
+            codes, best = recode(grid, codes, changed, pull_here, inner, mask)
         parts[start // width] = grid, codes
         moves[columns] = (now - best).T
         value[columns] = best.T
@@ -77,9 +87,15 @@ def descended(q: QTensor, target: torch.Tensor, hessian: torch.Tensor, rounds: i
 
 
 def recode(
-    grid: Grid, codes: torch.Tensor, value: torch.Tensor, pull: torch.Tensor, hessian: torch.Tensor
+    grid: Grid,
+    codes: torch.Tensor,
+    value: torch.Tensor,
+    pull: torch.Tensor,
+    hessian: torch.Tensor,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """value `(n, k)`, pull `(k, n)` (G transposed) -> codes and values `(n, k)` after one round."""
+    """value `(n, k)`, pull and keep `(k, n)` (pull: G transposed) -> codes and values `(n, k)` after one
+    round."""
     diagonal = hessian.diagonal()
     best, old = (value.T - pull / diagonal[:, None]).contiguous(), value.T.contiguous()
     coupling, columns = hessian / diagonal, torch.arange(len(diagonal))
@@ -88,8 +104,9 @@ def recode(
     def quantize(start: int, stop: int) -> None:
         here = slice(start, stop)
         unit_codes, new[here], moves[here] = quantize_columns(
-            grid, best[here], coupling[here, here], columns[here], old=old[here]
-        )
+            grid, best[here], coupling[here, here], columns[here], old=old[here],
+            keep=None if keep is None else keep[here],
+        )  # fmt: skip
         chosen.append(unit_codes)
 
     blocked_update(best, coupling, moves, quantize, UNIT)

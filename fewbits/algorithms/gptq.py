@@ -26,12 +26,14 @@ Source: Frantar et al., GPTQ (arXiv 2210.17323). The blocks, their order and the
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from ..calibrate.stats import Stats
 from ..errors import PlanError, raise_all
 from ..formats import Format, Grid
+from ..formats.zero import fit_with_zero
 from ..qtensor import QTensor
 from .blocked import blocked_update
 from .columns import UNIT, quantize_columns
@@ -62,7 +64,25 @@ def gptq(
     damp: share of the mean of diag(H) added to it. descent: rounds of coordinate descent after it.
     gptaq: share of the mismatch to correct (GPTAQ, arXiv 2504.02692).
     """
-    check_options(damp, fit, descent, gptaq)
+    return gptq_pruned(w, format, stats, None, Settings(damp, fit, descent, gptaq))
+
+
+class Settings(NamedTuple):
+    """The options of gptq."""
+
+    damp: float = DAMP
+    fit: str = "searched"
+    descent: int = DESCENT
+    gptaq: float = GPTAQ
+
+
+def gptq_pruned(
+    w: torch.Tensor, format: Format, stats: Stats | None, keep: torch.Tensor | None, settings: Settings
+) -> QTensor:
+    """`gptq` of a pruned weight: the others make up for those that `keep` `(n, k)` bool drops, and are
+    rounded, in one pass (SparseGPT, arXiv 2301.00774, section 3.4)."""
+    check_options(*settings)
+    damp, fit, descent, gptaq = settings
     format.check(w)
     stats = require_stats(stats, w, "gptq")
     n, k = w.shape
@@ -74,29 +94,42 @@ def gptq(
     step = max(1, piece // k) if inner.rows_alone else n
     parts = []
     for start in range(0, n, step):
-        target = hessian.target(w[start : start + step], stats, gptaq)
+        rows = slice(start, start + step)
+        target, mask = hessian.target(w[rows], stats, gptaq), None if keep is None else keep[rows]
         if format.ordered:
             in_order = replace(hessian, order=torch.arange(k, device=order.device))
-            q = format.arranged(fed_back(target[:, order], inner, in_order, width, fit), order)
+            inner_mask = None if mask is None else mask[:, order]
+            q = fed_back(target[:, order], inner, in_order, width, fit, inner_mask)
+            q = format.arranged(q, order)
         else:
-            q = fed_back(target, format, hessian, width, fit)
-        parts.append(descended(q, target, hessian.hessian, descent) if descent else q)
+            q = fed_back(target, format, hessian, width, fit, mask)
+        parts.append(descended(q, target, hessian.hessian, descent, mask) if descent else q)
     return QTensor.join_rows(parts)
 
 
-def fed_back(target: torch.Tensor, format: Format, hessian: HessianFactor, width: int, fit: str) -> QTensor:
+def fed_back(
+    target: torch.Tensor,
+    format: Format,
+    hessian: HessianFactor,
+    width: int,
+    fit: str,
+    keep: torch.Tensor | None = None,
+) -> QTensor:
     """Rows `(n, k)` -> their QTensor, `width` columns at a time in the order of the factor."""
     state = target.T[hessian.order].contiguous()
+    mask = None if keep is None else keep.T[hessian.order].float()
     moves = torch.empty_like(state)
     parts: dict[int, QTensor] = {}
 
     def quantize(start: int, stop: int) -> None:
         columns = hessian.order[start:stop] % width
         factor = hessian.factor[start:stop, start:stop]
-        seen = state[start:stop][columns.argsort()].T.contiguous()
-        grid = format.fit(seen, factor.diagonal().pow(-2)[columns.argsort()])
+        here = None if mask is None else mask[start:stop]
+        seen = state[start:stop] if here is None else state[start:stop] * here
+        seen, weight = seen[columns.argsort()].T.contiguous(), factor.diagonal().pow(-2)[columns.argsort()]
+        grid = format.fit(seen, weight) if here is None else fit_with_zero(format, seen, weight)
         feed = feed_searched if fit == "searched" and format.rows_alone else feed_back
-        q, moves[start:stop] = feed(format, grid, state[start:stop], factor, columns)
+        q, moves[start:stop] = feed(format, grid, state[start:stop], factor, columns, here)
         parts[int(hessian.order[start]) // width] = q
 
     blocked_update(state, hessian.factor, moves, quantize, width)
@@ -104,17 +137,24 @@ def fed_back(target: torch.Tensor, format: Format, hessian: HessianFactor, width
 
 
 def feed_back(
-    format: Format, grid: Grid, state: torch.Tensor, factor: torch.Tensor, columns: torch.Tensor
+    format: Format,
+    grid: Grid,
+    state: torch.Tensor,
+    factor: torch.Tensor,
+    columns: torch.Tensor,
+    keep: torch.Tensor | None = None,
 ) -> tuple[QTensor, torch.Tensor]:
-    """Round state `(k, n)`, whose row i is the grid's column columns[i] -> QTensor, err `(k, n)`."""
+    """Round state `(k, n)`, whose row i is the grid's column columns[i] -> QTensor, err `(k, n)`. keep
+    `(k, n)`: 0 for what is rounded as if it were 0, else 1."""
     state, errors, codes = state.clone(), torch.empty_like(state), []
     grid = grid.weighted(factor.diagonal().pow(-2)[columns.argsort()])
 
     def quantize(start: int, stop: int) -> None:
         here = slice(start, stop)
         inner = factor[here, here]
+        mask = None if keep is None else keep[here]
         chosen, _, errors[here] = quantize_columns(
-            grid, state[here], inner, columns[here], pivot=inner.diagonal()
+            grid, state[here], inner, columns[here], pivot=inner.diagonal(), keep=mask
         )
         codes.append(chosen)
 
@@ -123,18 +163,27 @@ def feed_back(
 
 
 def feed_searched(
-    format: Format, grid: Grid, state: torch.Tensor, factor: torch.Tensor, columns: torch.Tensor
+    format: Format,
+    grid: Grid,
+    state: torch.Tensor,
+    factor: torch.Tensor,
+    columns: torch.Tensor,
+    keep: torch.Tensor | None = None,
 ) -> tuple[QTensor, torch.Tensor]:
     """The same for several scalings of the grid at once, as so many rows; each row keeps its best."""
     n, tried = state.shape[1], len(SCALINGS)
     step, base = grid.groups(n)
+    if grid.refitted(step, base) is grid:  # a float type: there is no scale
+        return feed_back(format, grid, state, factor, columns, keep)
     fitted = format.pack(grid, grid.round(state[columns.argsort()].T))
     every = torch.arange(n, device=state.device)
     rows = every.repeat(tried)
     wide, _ = format.unpack(fitted.take_rows(rows))
     scaling = torch.tensor(SCALINGS, device=state.device).repeat_interleave(n)[:, None]
     wide = wide.refitted(step[rows] * scaling, None if base is None else base[rows] * scaling)
-    q, errors = feed_back(format, wide, state.repeat(1, tried), factor, columns)
+    if keep is not None:
+        wide, keep = wide.with_zero(), keep.repeat(1, tried)
+    q, errors = feed_back(format, wide, state.repeat(1, tried), factor, columns, keep)
     best = errors.square().sum(0).reshape(tried, n).argmin(0) * n + every
     return q.take_rows(best), errors[:, best]
 

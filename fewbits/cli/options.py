@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..algorithms.prune import PATTERNS, PRUNERS
 from ..devices import AUTO, device_of
 from ..errors import FileError
 from ..files.open import FILE_TYPES
@@ -80,7 +81,22 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", action="store_true", default=None, help=what)
     group.add_argument(
         "--distill", type=int, metavar="STEPS",
-        help="train scales and norms on the logits of the float model afterwards",
+        help="train scales, centroids and norms on the logits of the float model afterwards",
+    )  # fmt: skip
+    group.add_argument(
+        "--sparsity", type=float, metavar="SHARE",
+        help="prune: this share of the weights in blocks becomes 0, such as 0.5",
+    )  # fmt: skip
+    group.add_argument(
+        "--prune", choices=tuple(PRUNERS),
+        help="which weights become 0: sparsegpt (default where the method has Hessians) by what dropping one "
+        "costs once later columns make up for it, wanda by |w| |x|, magnitude (default of --effort fast) by "
+        "|w|",
+    )  # fmt: skip
+    group.add_argument(
+        "--sparsity-pattern", choices=tuple(PATTERNS),
+        help="unstructured (default), row: the same share in each output row, 2:4 and 4:8: half of so many "
+        "neighbours",
     )  # fmt: skip
     group.add_argument("--polish", type=int, dest="distill", action=Renamed, help=argparse.SUPPRESS)
     group.add_argument(

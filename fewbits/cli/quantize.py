@@ -35,6 +35,7 @@ examples:
   fewbits quantize ./Llama-3.2-1B --to int4_g128 --method gptq --awq --out llama-int4 --json
   fewbits quantize ./Llama-3.2-1B --to q4_0 --method weighted --calibrate imatrix.gguf
   fewbits quantize ./Llama-3.2-1B --to int8_channel --activations int8_dynamic --smooth
+  fewbits quantize ./Llama-3.2-1B --to bf16 --file huggingface --sparsity 0.5 --sparsity-pattern 2:4
   fewbits quantize ./Llama-3.2-1B --to int4_g128 --file compressed-tensors --kv-cache fp8
   fewbits quantize ./distilbert-sst2 --to int8_channel --activations int8_dynamic --calibrate reviews.txt
   fewbits quantize model-BF16.gguf --to q5_k_m --out model-Q5_K_M.gguf"""

@@ -52,6 +52,7 @@ class Grid(ABC):
     group: int
     vector: int = 1
     index: torch.Tensor | None = None
+    half: int = 0  # the code in the middle, of a grid with offsets
 
     def group_of(self, columns: torch.Tensor) -> torch.Tensor:
         """`(c,)` columns -> the group of each."""
@@ -106,6 +107,11 @@ class Grid(ABC):
 
         offset is None if `groups` returns None. weight `(n, g)`: weights the error of each group if several
         groups share a parameter. A plain float type has no parameters and returns itself."""
+
+    def with_zero(self, scale: torch.Tensor | None = None) -> Grid:
+        """The grid with 0 among its values, where that is a choice: see `zero.py`. scale `(n, g)`: of a grid
+        with offsets, the wanted scales (default: its own)."""
+        return self
 
     @abstractmethod
     def parameters(self) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ from .cells import Cells, choose
 from .floats import Element
 from .grids import mean_over_rows, saturate
 from .levels import LevelGrid, Levels, ScaledLevels, code_plane
+from .lloyd import fit_levels
 from .search import inverse
 
 
@@ -188,20 +189,23 @@ def per_scale(nested: torch.Tensor, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LearnedGrid(Grid):
-    """value = table[code]: sorted levels `(n, L)`, or `(1, L)` for all rows, stored as f16."""
+    """value = table[code]: levels `(n, L)`, or `(1, L)` for all rows, stored as f16. A fit sorts them;
+    training may exchange neighbours."""
 
     table: torch.Tensor
     group: int
 
     @cached_property
-    def boundaries(self) -> torch.Tensor:
-        return ((self.table[:, 1:] + self.table[:, :-1]) * 0.5).contiguous()
+    def sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The boundaries between levels, and the code of each level by rising value."""
+        levels, codes = self.table.sort(dim=1, stable=True)
+        return ((levels[:, 1:] + levels[:, :-1]) * 0.5).contiguous(), codes
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        w = w.contiguous()
+        w, (boundaries, codes) = w.contiguous(), self.sorted
         if self.table.shape[0] == 1:
-            return torch.bucketize(w, self.boundaries[0], right=True).to(torch.uint8)
-        return torch.searchsorted(self.boundaries, w, right=True).to(torch.uint8)
+            return codes[0][torch.bucketize(w, boundaries[0], right=True)].to(torch.uint8)
+        return codes.gather(1, torch.searchsorted(boundaries, w, right=True)).to(torch.uint8)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         return self.table.expand(codes.shape[0], -1).gather(1, codes.long())
@@ -218,6 +222,11 @@ class LearnedGrid(Grid):
         rows = 1 if self.table.shape[0] == scale.shape[0] else None
         table = self.table * mean_over_rows(scale.clamp(min=0), rows, weight)
         return replace(self, table=saturate(table, torch.float16).float())
+
+    def with_zero(self, scale: torch.Tensor | None = None) -> LearnedGrid:
+        """The level nearest to 0 becomes 0; order stays."""
+        nearest = self.table.abs().argmin(1, keepdim=True)
+        return replace(self, table=self.table.scatter(1, nearest, 0.0))
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {"table": self.table}
@@ -261,72 +270,6 @@ class KMeans(Format):
     def unpack(self, q: QTensor) -> tuple[LearnedGrid, torch.Tensor]:
         grid = LearnedGrid(q.planes["table"].float(), q.shape[1])
         return grid, unpack(q.planes["codes"], self.bits, q.shape[1])
-
-
-def fit_levels(x: torch.Tensor, weight: torch.Tensor, count: int, search: bool) -> torch.Tensor:
-    """`(r, m)` weights and their importance -> `(r, count)` sorted levels, f32 of f16 values."""
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    even = low + (high - low) * torch.linspace(0, 1, count, device=x.device)
-    if not search:
-        return saturate(even, torch.float16).float()
-    x, order = x.sort(dim=1)
-    weight = weight.gather(1, order)
-    sums = torch.stack(
-        [running_sum(part) for part in (weight, weight.double() * x, weight * x.double() ** 2)]
-    )
-    best, least = torch.empty(0), torch.empty(0)
-    for start in (even, companded(x, weight, count)):
-        levels = saturate(lloyd(x, sums, start), torch.float16).float()
-        nearest = torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) * 0.5).contiguous(), x, right=True)
-        error = (weight.double() * (levels.gather(1, nearest) - x).double().square()).sum(1, keepdim=True)
-        best = levels if best.numel() == 0 else torch.where(error < least, levels, best)
-        least = error if least.numel() == 0 else torch.minimum(error, least)
-    return best
-
-
-def companded(x: torch.Tensor, weight: torch.Tensor, count: int) -> torch.Tensor:
-    """`(r, m)` sorted weights -> `(r, count)` levels whose density is the cube root of theirs.
-
-    This is the density of optimal levels if there are many (Panter and Dite, 1951). A spacing d between
-    neighbours estimates the density 1 / d, so an interval counts d * (weight / d)^(1/3).
-    """
-    step = x.diff(dim=1, prepend=x[:, :1])
-    share = running_sum(step.double() ** (2 / 3) * weight.double() ** (1 / 3))[:, 1:].contiguous()
-    middles = (torch.arange(count, dtype=torch.float64, device=x.device) + 0.5) / count
-    index = torch.searchsorted(share, share[:, -1:] * middles)
-    return x.gather(1, index.clamp(max=x.shape[1] - 1))
-
-
-def running_sum(x: torch.Tensor) -> torch.Tensor:
-    """`(r, m)` -> `(r, m + 1)` f64: sums of the first 0 ... m."""
-    return torch.nn.functional.pad(x.double().cumsum(1), (1, 0))
-
-
-def lloyd(x: torch.Tensor, sums: torch.Tensor, levels: torch.Tensor, rounds: int = 100) -> torch.Tensor:
-    """Move each level to the weighted mean of the (sorted) x nearest to it, until none moves.
-
-    sums: `(3, r, m + 1)` running sums of the weights, of weight * x and of weight * x^2, so that a
-    round costs no pass over x. If cells of levels are empty, one of these levels moves to the lowest x of
-    the cell with the largest error and so splits it.
-    """
-    energy = sums[2, :, -1:]
-    for _ in range(rounds):
-        inner = torch.searchsorted(x, ((levels[:, 1:] + levels[:, :-1]) * 0.5).contiguous())
-        edges = torch.nn.functional.pad(inner, (1, 0))
-        edges = torch.cat([edges, torch.full_like(edges[:, :1], x.shape[1])], 1)
-        mass, moment, square = sums.gather(2, edges.expand(3, -1, -1)).diff(dim=2)
-        empty = mass <= 0
-        moved = torch.where(empty, levels.double(), moment / mass).float()
-        # A loss below the rounding error of the f64 sums counts as zero.
-        loss = torch.where(empty, 0.0, square - moment.square() / mass)
-        worst, cell = loss.max(1, keepdim=True)
-        split = (empty & (empty.cumsum(1) == 1)) & (worst > 1e-12 * energy)
-        lowest = x.gather(1, edges.gather(1, cell))
-        moved = torch.where(split, lowest, moved).sort(1).values
-        if torch.equal(moved, levels):
-            break
-        levels = moved
-    return levels
 
 
 NORMAL = re.compile(r"(?P<levels>nf4|fp4)(?:_g(?P<block>32|64|128|256|512|1024|2048|4096))?(?P<nested>_dq)?")

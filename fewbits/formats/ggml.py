@@ -27,7 +27,7 @@ from ..errors import FormatError
 from ..lazy import gguf, torch
 from ..qtensor import Plane, QTensor
 from .base import FORMATS, Distortion, Format, Grid, checked_importance
-from .ggml_fit import exponent_scale, fit_values, refit_values
+from .ggml_fit import centred_values, exponent_scale, fit_values, refit_values
 from .ggml_layout import Field, Half, Runs, ScaleMin4, ScaleMin6, Ternary, Values
 from .ggml_types import GGML_TYPES
 from .grids import AffineGrid, TableGrid
@@ -69,6 +69,18 @@ class GgmlGrid(Grid):
         assert parts[0] is not None
         values = refit_values(self.format, self.values, parts[0], parts[1], parts[2])
         return self.format.grid(values, scale.shape[0], self.meaning.k)
+
+    @property
+    def half(self) -> int:  # type: ignore[override]
+        return (self.format.top + 1) // 2
+
+    def with_zero(self, scale: torch.Tensor | None = None) -> GgmlGrid:
+        """Affine types: minima of `half` steps, so that both integers of a group are the same."""
+        own, offset = self.groups(self._rows)
+        if offset is None:
+            return self
+        wanted = (own if scale is None else scale).reshape(-1, self.format.block // self.group)
+        return self.format.grid(centred_values(self.format, wanted, self.half), self._rows, self.meaning.k)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         n = self._rows

@@ -206,6 +206,22 @@ def refit_values(
     return recode_lines(old, (scale, offset), weight, hi, fmt.top)
 
 
+def centred_values(fmt: Ggml, scale: torch.Tensor, half: int) -> Values:
+    """Group scales `(blocks, groups)`, not negative -> parameters of minima that are `half` steps exactly, so
+    that the code `half` is 0. half: a power of two."""
+    if fmt.scale_range is None:
+        d = to_half(scale)
+        return {"d": d, "m": -half * d}
+    hi = fmt.scale_range[1]
+    d = to_half(scale.amax(1, keepdim=True) / hi)
+    for _ in range(RECODE_ROUNDS):
+        integer = torch.clamp(torch.round(scale * inverse(d)), 0, hi)
+        square = (integer * integer).sum(1, keepdim=True)
+        d = torch.where(square > 0, to_half((integer * scale).sum(1, keepdim=True) / square), d)
+    coded = integer.to(torch.int32)
+    return {"d": d, "dmin": half * d, "scale": coded, "minimum": coded}
+
+
 # Starts of the search for d and dmin, in the integer that the widest group takes, as a share of the range.
 RECODE_STARTS = (1.0, 0.93)
 

@@ -123,6 +123,17 @@ class AffineGrid(Grid):
         rows = 1 if self.scale.shape[0] == parameter.shape[0] else None
         return saturate(mean_over_rows(parameter, rows, weight), self.dtype).float()
 
+    @property
+    def half(self) -> int:  # type: ignore[override]
+        return (self.top + 1) // 2
+
+    def with_zero(self, scale: torch.Tensor | None = None) -> AffineGrid:
+        """Offsets of minus `half` steps: `half` is a power of two, so they are stored exactly."""
+        if self.offset is None:
+            return self
+        stored = self.scale if scale is None else self._stored(scale, None)
+        return replace(self, scale=stored, offset=-self.half * stored)
+
     def parameters(self) -> dict[str, torch.Tensor]:
         return {"scale": self.scale} if self.offset is None else {"scale": self.scale, "offset": self.offset}
 

@@ -27,7 +27,7 @@ def frequencies(counts: torch.Tensor) -> torch.Tensor:
         cost = torch.where((counts > 0) & (found + step >= 1), cost, torch.inf)
         if not total:
             cost = torch.arange(256, dtype=torch.float64)
-        best = cost.topk(min(abs(rest), max(1, int((counts > 0).sum()))), largest=False).indices
+        best = cost.topk(min(abs(rest), int(cost.isfinite().sum())), largest=False).indices
         found[best[: abs(rest)]] += step
     return found.to(torch.int16)
 

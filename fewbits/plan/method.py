@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..algorithms import NEEDS
+from ..algorithms.prune import PRUNERS, Pruning
 from ..errors import PlanError, raise_all
 from ..transforms import TRANSFORMS
 from .rules import Option
@@ -28,7 +29,9 @@ class Method:
     float block. gptaq: each site approximates the float model's output (mismatch is collected). learn: None,
     "light" or "best": rounding learned by gradients after the algorithm. distill: steps of distilling block
     scales and norms after all blocks; train: steps of the same that train codes too, in its place, with
-    train_options (fields of train.settings.DistillSettings)."""
+    train_options (fields of train.settings.DistillSettings). sparsity: the share of the weights in blocks
+    that become 0; prune, sparsity_pattern: which, as in algorithms.prune (default: by what the algorithm
+    needs)."""
 
     algorithm: str = "rtn"
     options: Mapping[str, Option] = field(default_factory=dict)
@@ -40,6 +43,9 @@ class Method:
     distill: int = 0
     train: int = 0
     train_options: Mapping[str, Option] = field(default_factory=dict)
+    sparsity: float = 0.0
+    prune: str | None = None
+    sparsity_pattern: str = "unstructured"
 
     def __post_init__(self) -> None:
         faults = [
@@ -52,7 +58,21 @@ class Method:
         for name in ("distill", "train"):
             if getattr(self, name) < 0:
                 faults.append(f"{name} is {getattr(self, name)} steps; it is 0 or more")
+        if self.pruning is None and self.prune is not None:
+            faults.append(f"prune {self.prune} needs a sparsity, such as 0.5")
+        if self.pruning is None and self.sparsity_pattern != "unstructured":
+            faults.append(f"sparsity pattern {self.sparsity_pattern} needs a sparsity; 2:4 and 4:8 take 0.5")
         raise_all(PlanError, "method", faults)
+
+    @property
+    def pruning(self) -> Pruning | None:
+        """What is pruned; by default sparsegpt where there is a Hessian, wanda where there is a mean square,
+        else magnitude."""
+        if not self.sparsity:
+            return None
+        needs = NEEDS.get(self.algorithm)
+        default = next(name for name, its in PRUNERS.items() if its == needs)
+        return Pruning(self.sparsity, self.prune or default, self.sparsity_pattern)
 
     def settings(self) -> dict[str, Any]:
         """The differences from plain rounding as plain data, for the receipt and a run's fingerprint."""
@@ -87,7 +107,8 @@ class Method:
     @property
     def needs_data(self) -> bool:
         """Whether it needs text or saved statistics."""
-        return self.streams or NEEDS.get(self.algorithm) != "nothing"
+        needs = {NEEDS.get(self.algorithm), "nothing" if self.pruning is None else self.pruning.needs}
+        return self.streams or needs != {"nothing"}
 
 
 EFFORTS = {

@@ -17,8 +17,8 @@ import torch
 from ..algorithms import ALGORITHMS, NEEDS
 from ..calibrate.stats import Stats
 from ..errors import FewbitsError
-from ..formats import FORMATS
-from ..formats.base import Format
+from ..formats.base import Format, kind_of
+from ..formats.plain import as_format
 
 ENOUGH = 0.08  # seconds: least duration of a measurement
 AGAIN = 0.5  # seconds: shorter measurements are repeated
@@ -121,6 +121,6 @@ def encodings(
 ) -> dict[tuple[str, str], Encoding]:
     """(format, algorithm) -> (shape, options) to (format, algorithm) -> its measurement."""
     return {
-        (kind, algorithm): encoding(FORMATS.get(kind), algorithm, options, shape, mismatch)
+        (kind, algorithm): encoding(as_format(kind_of(kind)), algorithm, options, shape, mismatch)
         for (kind, algorithm), (shape, options) in wanted.items()
     }

@@ -33,7 +33,8 @@ class TensorRow:
     max_abs_error: largest change of one weight. All three are None for a copied tensor. tokens: how many
     reached this weight in calibration (of stacked experts: the fewest). output_error: |(w' - w) x| / |w x|
     over them, or None. digest: SHA-256 of the written bytes; of several planes, that of their hexadecimal
-    digests in order. rule: the pattern of the user's rule that applied."""
+    digests in order. rule: the pattern of the user's rule that applied. sparsity: of a pruned tensor,
+    the share of dropped weights, of these that are not 0 in the file, and of all zeros."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,6 +53,7 @@ class TensorRow:
     tokens: int | None = None
     output_error: float | None = None
     rule: str | None = None
+    sparsity: Mapping[str, float] | None = None
 
     @property
     def numel(self) -> int:
@@ -79,8 +81,9 @@ class Receipt:
     facts for the user: ignored fields, types that need an imatrix, experts without tokens. verified: result
     of the output's engine: engine, version, verdict, differences. evaluation: against the reference, if
     measured. about: the reference's license and name. coverage: how many weights of the model's blocks got
-    the requested format, and what the others are. training: the evaluations of a training run: step, loss
-    since the last, KL divergence held out. merged: which adapter into the model, how, at what loss."""
+    the requested format, and what the others are. sparsity: what was asked for and reached. training: the
+    evaluations of a training run: step, loss since the last, KL divergence held out. merged: which adapter
+    into the model, how, at what loss."""
 
     source: str
     target: str
@@ -100,6 +103,7 @@ class Receipt:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     coverage: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
     training: tuple[Mapping[str, Any], ...] = ()
     merged: Mapping[str, Any] = field(default_factory=dict)
 
@@ -156,6 +160,7 @@ class Receipt:
         """The receipt as text: a line for each format, the `worst` tensors, and tensors without the requested
         format."""
         parts = [_covered(self.coverage)] if self.coverage else []
+        parts += [_pruned(self.sparsity)] if self.sparsity else []
         parts += [_by_format(self.tensors), _totals(self)]
         if measured := [row for row in self.tensors if row.relative_error is not None]:
             parts.append(_worst(measured, worst))
@@ -185,6 +190,16 @@ def _covered(coverage: Mapping[str, Any]) -> str:
     )
     share = f"{coverage['share']:.1%} of the weights in blocks got {coverage['asked']}"
     return f"{share}; not: {left}" if left else share
+
+
+def _pruned(sparsity: Mapping[str, Any]) -> str:
+    text = (
+        f"{sparsity['covered']:.1%} of the weights in blocks were pruned by {sparsity['prune']} "
+        f"({sparsity['pattern']}): {sparsity['dropped']:.2%} of them dropped, {sparsity['asked']:.2%} asked "
+        f"for; {sparsity['zeros']:.1%} are 0 in the file"
+    )
+    left = sparsity["not_zero"]
+    return f"{text}; {left:.2%} of those dropped are not 0 there" if left else text
 
 
 def _by_format(rows: tuple[TensorRow, ...]) -> str:

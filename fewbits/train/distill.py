@@ -91,6 +91,8 @@ def distill(
     floats = reference if settings.lr_codes else None
     scheme = None if activations is None else activations_of(activations)
     student = Student(load_model(quantized), quantized, tokens[0], device, floats, scheme)
+    if settings.keep_zeros:
+        student.hold_zeros()
     run = Loop(teacher, student, tokens, settings)
     if settings.state is not None and settings.state.exists():
         run.resume(settings.state)

@@ -46,7 +46,7 @@ class RoundingSettings:
     from given codes. scale_travel: the range of the factors, as a part of that. checks: how often, evenly
     spread, the error on all inputs is measured; patience: the number of checks without improvement that ends
     training. V fluctuates while steps are large and the best comes late, so a small patience ends good
-    runs."""
+    runs. keep_zeros: weights that are 0 at the start, as pruned ones are, stay 0."""
 
     steps: int = 200
     travel: float | None = None
@@ -55,6 +55,7 @@ class RoundingSettings:
     checks: int = 10
     patience: int = 6
     seed: int = 0
+    keep_zeros: bool = False
 
     def __post_init__(self) -> None:
         named = ("steps", "batch", "checks", "patience")
@@ -97,6 +98,9 @@ def learn_block(
         name: LearnedRounding(w, start[name].to(device) if name in start else formats[name].encode(w))
         for name, w in there.items()
     }
+    if settings.keep_zeros:
+        for rounding in roundings.values():
+            rounding.hold_zeros()
     descent = _Descent(block, roundings, inputs, targets, settings, where)
     descent.go()
     return descent.best
@@ -114,6 +118,13 @@ class LearnedRounding:
         self.low, self.high = self.v.clamp(max=-REACH), self.v.clamp(min=REACH)
         self.parameters = self.grid.parameters()
         self.factors = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+
+    def hold_zeros(self) -> None:
+        """Weights that are 0 stay 0: their offset cannot leave it."""
+        zero = self.start.decode() == 0
+        self.w, self.v, self.low, self.high = (
+            part.masked_fill(zero, 0.0) for part in (self.w, self.v, self.low, self.high)
+        )
 
     def leaves(self) -> list[torch.Tensor]:
         """V, then the factors, in the order of `step`."""

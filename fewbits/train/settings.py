@@ -32,7 +32,7 @@ class DistillSettings:
     held_out: number of windows at the end that are used for evaluation only; every: steps between two
     evaluations. state: file to resume a killed run from, written at each evaluation and at least each
     `minutes`; the caller deletes it. device: of the quantized model as a whole, and of the reference's blocks
-    in turn."""
+    in turn. keep_zeros: weights that are 0 at the start, as pruned ones are, stay 0."""
 
     steps: int = 200
     lr: float = 5e-4
@@ -54,6 +54,7 @@ class DistillSettings:
     clip: float = 0.0
     recompute: bool = False
     minutes: float = 10.0
+    keep_zeros: bool = False
 
 
 def settings_faults(settings: DistillSettings, windows: int) -> list[str]:

@@ -79,6 +79,7 @@ class Student:
         self.parts: list[Part] = []
         self.fixed: list[str] = []
         self.latents: dict[str, LatentLinear] = {}
+        self.holds_zeros = False
         for name, tensor in checkpoint.tensors.items():
             if tensor.quantized:
                 self._add_linear(name, tensor.load())
@@ -119,6 +120,15 @@ class Student:
             if linear.input.scale is not None:
                 self.parts.append(Part(name, INPUT, "block", linear.input.scale))
 
+    def hold_zeros(self) -> None:
+        """Weights that are 0, as pruned ones are, stay 0: so do their latent weights and the level 0 of a
+        learned table, since their unit is 0."""
+        self.holds_zeros = True
+        for part in self.parts:
+            if part.kind == "latent":
+                zero = self.quantized[part.name].to(self.device).decode() == 0
+                part.value.data.masked_fill_(zero, 0.0)
+
     def _latent(self, name: str, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
         """`(n, k)` f32: the float weight, moved so far that it is rounded to `codes`."""
         assert self.floats is not None
@@ -158,10 +168,10 @@ class Student:
         return torch.cat([self._unit(part).flatten() for part in self.parts])
 
     def _unit(self, part: Part) -> torch.Tensor:
-        if part.kind == "latent":
-            return self.latents[part.name].gap
         size = part.value.detach().abs()
-        return size.maximum(FLOOR * size.mean(-1, keepdim=True))
+        unit = size.maximum(FLOOR * size.mean(-1, keepdim=True))
+        unit = self.latents[part.name].gap if part.kind == "latent" else unit
+        return unit * (size != 0) if self.holds_zeros and part.kind != "vector" else unit
 
     def spans(self) -> list[tuple[slice, str]]:
         """The place of each part in the vector, and its kind."""

@@ -66,6 +66,7 @@ def planned(checkpoint: Checkpoint, request: Request, file_type: FileType) -> tu
     if not needs_converter(checkpoint, file_type):
         return request, file_type
     check_model(checkpoint)
+    _check_method(checkpoint, request)
     return replace(request, to=None, plan=Plan((Rule("*", "int8_channel"),)), file=NATIVE.name), NATIVE
 
 
@@ -78,12 +79,22 @@ def check_model(model: Checkpoint) -> None:
         )
 
 
+def _check_method(model: Checkpoint, request: Request) -> None:
+    """PlanError for pruning, which the converter's floats do not take part in."""
+    if request.method.pruning is not None:
+        raise PlanError(
+            f"{model.path}: a GGUF file that llama.cpp's own converter makes is not pruned; prune the model "
+            "into a directory of floats first (--to bf16 --file huggingface --sparsity ...)"
+        )
+
+
 def run_converted(
     model: Checkpoint, out: Path, request: Request, progress: Progress | None, run: Run
 ) -> Receipt:
     """`run` for such an output, by the converter. Its folder stays, for another try or for `restored`, until
     `clean`."""
     check_model(model)
+    _check_method(model, request)
     if out.exists() and not request.overwrite:
         raise FileError(f"{out}: exists; choose another output or pass overwrite")
     folder = _folder(out)

@@ -24,10 +24,12 @@ from ..errors import ModelError
 from ..files.checkpoint import Checkpoint
 from ..files.output import Job, Output
 from ..formats.base import CHUNK, Format
+from ..formats.plain import as_format
 from ..memory import Need, free_memory, left_of, resident_memory
 from ..model.sites import Site, per_block, sites
 from ..plan.choices import Decision
 from .blockwise.settings import Streaming
+from .pruning import is_float, prunable
 from .request import Request
 from .task import Spec, spec_of
 
@@ -56,19 +58,21 @@ def tasks_of(
 ) -> list[Task]:
     """Every weight that gets new codes."""
     known = {site.name: site for site in sites(checkpoint)}
+    pruned = prunable(checkpoint, request.method)
     tasks = []
     for job in target.jobs:
         for name in job.sources:
             tensor = checkpoint.tensors[name]
             kind = job.kind
-            if not isinstance(kind, Format) or tensor.kind == kind or len(tensor.shape) < 2:
+            new = isinstance(kind, Format) and tensor.kind != kind and len(tensor.shape) >= 2
+            if not new and not (name in pruned and is_float(kind)):
                 continue
             site, rule = known.get(name), decisions[job.name].rule
-            spec = spec_of(kind, rule, request.method, request.search)
+            spec = spec_of(as_format(kind), rule, request.method, request.search)
             inside = site is not None and site.block is not None
             walked = inside and request.tokens is not None
             if NEEDS[spec.algorithm] != "nothing" and not (inside and request.calibrated):
-                spec = Spec(kind, "rtn", {"search": request.search})
+                spec = Spec(as_format(kind), "rtn", {"search": request.search})
             shape = (prod(tensor.shape[:-1]), tensor.shape[-1])
             tasks.append(Task(site, shape, kind.name, spec.algorithm, spec.options, walked))
     return tasks
@@ -263,7 +267,10 @@ def _walk_peak(checkpoint: Checkpoint, walked: Sequence[Task], hidden: int, requ
     states = max(hidden, waiting(walked, request)) if request.method.sequential else hidden
     states = min(states, request.streaming.activation_memory)
     squares = 4 if request.method.gptaq else 3  # the Hessian, what is made of it twice, the mismatch
-    return nbytes + states + max(ALLOWANCE, squares * 4 * widest**2 + BESIDE)
+    pruned = (
+        13 * max(prod(task.shape) for task in walked) if request.method.pruning else 0
+    )  # three f32, a mask
+    return nbytes + states + pruned + max(ALLOWANCE, squares * 4 * widest**2 + BESIDE)
 
 
 def waiting(walked: Sequence[Task], request: Request) -> int:

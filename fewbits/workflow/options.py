@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from ..algorithms.prune import PATTERNS
 from ..calibrate.statistics import Statistics
 from ..calibrate.tokens import Tokens
 from ..errors import PlanError
@@ -32,6 +33,8 @@ class Options(CommonOptions):
     (SmoothQuant: True, or its alpha), awq, rotate, equalize: transforms before quantization. distill: steps
     of distillation after it. train: steps that train codes too, in its place (quantization-aware training);
     training: other settings of it, by their names in train.settings.DistillSettings.
+    sparsity: the share of the weights in blocks that become 0; prune: which (sparsegpt, wanda, magnitude);
+    sparsity_pattern: unstructured, row, 2:4 or 4:8.
 
     calibrate: a text or JSONL file, hf:NAME, "self" (the default: the model generates text), "vocabulary"
     (random tokens: the default of models that generate none), saved statistics, or Tokens or Statistics.
@@ -47,6 +50,9 @@ class Options(CommonOptions):
     distill: int | None = None
     train: int | None = None
     training: Mapping[str, Option] | None = None
+    sparsity: float | None = None
+    prune: str | None = None
+    sparsity_pattern: str | None = None
     calibrate: str | Path | Tokens | Statistics | None = None
     tokens: int | None = None
     context: int | None = None
@@ -68,7 +74,7 @@ class Options(CommonOptions):
     def by_default(self) -> bool:
         """Whether calibration was not requested, so a model that cannot be run may be rounded to nearest."""
         transforms = (self.smooth, self.awq, self.rotate, self.equalize)
-        return not (self.effort or self.method or self.calibrate or any(transforms))
+        return not (self.effort or self.method or self.calibrate or self.sparsity or any(transforms))
 
     def chosen_method(self) -> Method:
         """The Method of these options. PlanError for both an effort and a method, or an unknown one."""
@@ -84,11 +90,26 @@ class Options(CommonOptions):
         distill = base.distill if self.distill is None else self.distill
         details = details or dict(base.transform_options)
         method = replace(base, transforms=transforms, transform_options=details, distill=distill)
+        method = self._pruned(method)
         return method if self.train is None else self._trained(method)
+
+    def _pruned(self, method: Method) -> Method:
+        """With a sparsity; half where only a pattern is given that has that."""
+        pattern = self.sparsity_pattern or method.sparsity_pattern
+        sparsity = method.sparsity if self.sparsity is None else self.sparsity
+        if self.sparsity is None and PATTERNS.get(pattern):
+            sparsity = 0.5
+        return replace(method, sparsity=sparsity, prune=self.prune or method.prune, sparsity_pattern=pattern)
 
     def _trained(self, method: Method) -> Method:
         """With training of codes in the place of distillation; PlanError for settings that it has not."""
-        known = {each.name for each in fields(DistillSettings)} - {"steps", "state", "device", "seed"}
+        known = {each.name for each in fields(DistillSettings)} - {
+            "steps",
+            "state",
+            "device",
+            "seed",
+            "keep_zeros",
+        }
         unknown = [name for name in self.training or {} if name not in known]
         if unknown:
             raise PlanError(f"training has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")

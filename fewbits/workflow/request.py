@@ -106,7 +106,8 @@ def check_method(request: Request) -> None:
     needs = needs_of(request)
     faults = []
     if (needs or request.method.streams) and not request.calibrated:
-        who = next(iter(_needing(request)), "this method")
+        pruning = request.method.pruning
+        who = next(iter(_needing(request)), pruning.prune if pruning else "this method")
         free = ", ".join(name for name, its in NEEDS.items() if its == "nothing")
         faults.append(
             f"{who} needs calibration data; give tokens, saved statistics, or a method without data ({free})"
@@ -120,7 +121,7 @@ def check_method(request: Request) -> None:
         faults.append("rotate changes the inputs of weights, so saved statistics do not apply; give a text")
     if "hessian" in needs and request.statistics is not None and "hessian" not in request.statistics.knows:
         faults.append(
-            f"{request.statistics.source}: has no Hessian, which {request.method.algorithm} needs; use "
+            f"{request.statistics.source}: has no Hessian, which {_hungry(request)} needs; use "
             "--method weighted, or calibrate again"
         )
     if request.method.trains and request.tokens is not None:
@@ -131,8 +132,17 @@ def check_method(request: Request) -> None:
 
 
 def needs_of(request: Request) -> set[str]:
-    """The calibration data that the algorithms of the method and of the rules need."""
-    return {NEEDS[name] for name in _needing(request)}
+    """The calibration data that the algorithms of the method and of the rules, and pruning, need."""
+    pruning = request.method.pruning
+    return {NEEDS[name] for name in _needing(request)} | ({pruning.needs} if pruning else set()) - {"nothing"}
+
+
+def _hungry(request: Request) -> str:
+    """What needs a Hessian: the algorithm, or else the choice of what is pruned."""
+    pruning = request.method.pruning
+    if NEEDS[request.method.algorithm] != "hessian" and pruning and pruning.needs == "hessian":
+        return f"--prune {pruning.prune}"
+    return request.method.algorithm
 
 
 def _needing(request: Request) -> list[str]:

@@ -27,6 +27,7 @@ from ..plan.carry import carried
 from ..plan.choices import Decision, check_feasible, decide, entries_of
 from ..plan.mixtures import RECIPES, Recipe
 from ..plan.recipes import needing_imatrix
+from .pruning import check_pruning
 from .request import Request, check_algorithms
 
 ELSEWHERE = {
@@ -105,6 +106,8 @@ def resolve(checkpoint: Checkpoint, request: Request, file_type: FileType) -> Re
     decisions = decide(checkpoint, entries, to, request.plan, file_type, request.calibrated)
     decisions = carried(checkpoint, entries, decisions, file_type, request.requantize)
     check_feasible(checkpoint, entries, decisions, request.requantize)
+    kinds = {source: decisions[entry.name].kind for entry in entries for source in entry.sources}
+    check_pruning(checkpoint, kinds, request.method)
     _check_any(checkpoint, request, decisions)
     check_algorithms(request)
     recipe = to if isinstance(to, Recipe) else None

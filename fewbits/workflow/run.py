@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
 from ..files.open import GGUF_FILE, as_checkpoint
 from ..files.output import Job, Output
-from ..formats.base import Format
+from ..formats.plain import as_format
 from ..memory import peak_memory, reset_peak_memory
 from ..model.sites import sites
 from ..plan.carry import settled
@@ -44,6 +44,7 @@ from .converted import clean, needs_converter, planned, run_converted
 from .coverage import coverage_of, outside_notes, trained_notes
 from .memory import fitted
 from .provenance import InputDigests, digest_file, fingerprint, input_files, versions
+from .pruning import is_float, prunable, sparsity_of
 from .read_back import read_back
 from .request import Request, calibration_of, check_method, fingerprint_fields, needs_of, stats_of
 from .resolve import Resolved, file_type_for, resolve
@@ -108,9 +109,10 @@ def _run(checkpoint: Checkpoint, out: Path, request: Request, progress: Progress
         measured, more = _measured(checkpoint, request, resolved.runtime)
         notes += more
         output = replace(output, jobs=output.measured(measured)) if output.measured else output
-        work = Work(request.method, request.search, stats_of(request), records)
+        pruned = prunable(floats, request.method)
+        work = Work(request.method, request.search, stats_of(request), records, pruned)
         if request.statistics is not None:
-            names = _in_blocks(checkpoint, output.jobs)
+            names = _in_blocks(checkpoint, output.jobs, pruned)
             notes += coverage_notes(request.statistics, names, "hessian" in needs_of(request))
         rows = _write_all(checkpoint, output, decisions, work, file, progress)
         notes += outside_notes(floats, output.jobs, rows, None if store is None else records)
@@ -184,9 +186,10 @@ def settle(checkpoint: Checkpoint, resolved: Resolved) -> Resolved:
 
 
 def quantizes_blocks(checkpoint: Checkpoint, out: Path, request: Request) -> bool:
-    """Whether any weight in the model's blocks gets another format."""
+    """Whether any weight in the model's blocks gets another format, or is pruned."""
     resolved = resolve(checkpoint, *planned(checkpoint, request, file_type_for(request.file, out)))
-    return bool(_in_blocks(checkpoint, resolved.lay_out(checkpoint, out).jobs))
+    pruned = prunable(checkpoint, request.method)
+    return bool(_in_blocks(checkpoint, resolved.lay_out(checkpoint, out).jobs, pruned))
 
 
 def _measured(
@@ -229,18 +232,20 @@ def _receipt(
         method=request.method.settings(),
         calibration=calibration_of(request),
         coverage=coverage_of(checkpoint, output.jobs, rows, request.to),
+        sparsity=sparsity_of(checkpoint, output.jobs, rows, request.method),
     )
 
 
-def _in_blocks(checkpoint: Checkpoint, jobs: Sequence[Job]) -> dict[str, Job]:
-    """The weights in the model's blocks that are quantized, and their jobs."""
+def _in_blocks(checkpoint: Checkpoint, jobs: Sequence[Job], pruned: Set[str]) -> dict[str, Job]:
+    """The weights in the model's blocks that are quantized, or pruned in a float type, and their jobs."""
     inside = {site.name for site in sites(checkpoint) if site.block is not None}
     return {
         source: job
         for job in jobs
         for source in job.sources
-        if source in inside and job.quantized and checkpoint.tensors[source].kind != job.kind
-    }
+        if (source in inside and job.quantized and checkpoint.tensors[source].kind != job.kind)
+        or (source in pruned and is_float(job.kind))
+    }  # fmt: skip
 
 
 def _block_by_block(
@@ -253,11 +258,13 @@ def _block_by_block(
 ) -> tuple[Checkpoint, Mapping[str, WeightRecord], tuple[str, ...]]:
     """The checkpoint with the weights of its blocks quantized, their records, notes."""
     assert request.tokens is not None
+    pruned = prunable(checkpoint, request.method)
     specs = {
-        source: spec_of(job.kind, decisions[job.name].rule, request.method, request.search)
-        for source, job in _in_blocks(checkpoint, output.jobs).items()
-        if isinstance(job.kind, Format)
+        source: spec_of(as_format(job.kind), decisions[job.name].rule, request.method, request.search)
+        for source, job in _in_blocks(checkpoint, output.jobs, pruned).items()
     }
+    pruning = request.method.pruning
+    specs |= {name: replace(spec, pruning=pruning) for name, spec in specs.items() if name in pruned}
     todo = Run(
         checkpoint, specs, request.method, request.tokens, request.streaming, request.strict_calibration,
         request.activations,

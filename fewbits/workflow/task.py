@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..algorithms import ALGORITHMS, NEEDS
+from ..algorithms.hessian import DAMP, GPTAQ
+from ..algorithms.prune import Pruning, kept, quantize_pruned
 from ..calibrate.stats import Stats
 from ..dtypes import DType
 from ..errors import CalibrationError, FormatError
@@ -23,6 +26,7 @@ from ..files.output import Job
 from ..formats import Distortion
 from ..formats.base import CHUNK, Format
 from ..formats.lossless import convert_lossless
+from ..formats.plain import as_format, stored
 from ..formats.trained import kept_codes
 from ..plan.choices import Decision
 from ..plan.method import Method
@@ -36,18 +40,57 @@ PIECE = 2**22  # weights whose output error is computed at once
 
 @dataclass(frozen=True)
 class Spec:
-    """The format and algorithm of one weight."""
+    """The format and algorithm of one weight, and how it is pruned."""
 
     format: Format
     algorithm: str
     options: Mapping[str, Any]
+    pruning: Pruning | None = None
+
+    @property
+    def needs_hessian(self) -> bool:
+        return "hessian" in (NEEDS[self.algorithm], self.pruning and self.pruning.needs)
+
+    def with_what_is_known(self, stats: Stats | None) -> Spec:
+        """Rounding to nearest, and pruning by magnitude, where they need more than `stats`."""
+        known = {"nothing", *(() if stats is None else ("mean_square",))}
+        known |= {"hessian"} if stats is not None and stats.hessian is not None else set()
+        spec = self if NEEDS[self.algorithm] in known else replace(self, algorithm="rtn", options={})
+        if spec.pruning is None or spec.pruning.needs in known:
+            return spec
+        return replace(spec, pruning=replace(spec.pruning, prune="magnitude"))
+
+
+class Zeros(NamedTuple):
+    """Of a pruned weight: how many numbers it has, how many were dropped, how many of these are not 0 as they
+    are stored, and how many are 0 in all."""
+
+    weights: int
+    dropped: int
+    not_zero: int
+    zeros: int
+
+    @staticmethod
+    def of(q: QTensor, keep: torch.Tensor) -> Zeros:
+        """Of the stored weight, and of what was kept of it, `(n, k)` bool."""
+        not_zero = zeros = 0
+        for rows, value in q.format.decoded_rows(q, PIECE):
+            zero = value == 0
+            zeros += int(zero.sum())
+            not_zero += int((~zero & ~keep[rows]).sum())
+        return Zeros(keep.numel(), int((~keep).sum()), not_zero, zeros)
+
+    def trained(self, before: QTensor, after: QTensor) -> Zeros:
+        """The same of a weight that was trained since."""
+        was, now = before.decode() == 0, after.decode() == 0
+        return self._replace(not_zero=self.not_zero + int((was & ~now).sum()), zeros=int(now.sum()))
 
 
 @dataclass(frozen=True)
 class WeightRecord:
     """The error of one weight. squared, energy, largest: of the error, of the values, of the largest change.
     tokens: how many reached it in calibration. output: mean square of its output's error, and of its
-    output."""
+    output. zeros: if it was pruned."""
 
     algorithm: str
     options: Mapping[str, Any]
@@ -56,6 +99,7 @@ class WeightRecord:
     largest: float
     tokens: int | None = None
     output: tuple[float, float] | None = None
+    zeros: Zeros | None = None
 
     @property
     def distortion(self) -> Distortion:
@@ -73,7 +117,9 @@ class WeightRecord:
 
     @staticmethod
     def from_dict(row: Mapping[str, Any]) -> WeightRecord:
-        return WeightRecord(**{**row, "output": None if row["output"] is None else tuple(row["output"])})
+        output = None if row["output"] is None else tuple(row["output"])
+        zeros = None if row["zeros"] is None else Zeros(*row["zeros"])
+        return WeightRecord(**{**row, "output": output, "zeros": zeros})
 
 
 def record_of(
@@ -99,32 +145,68 @@ def takes(algorithm: str) -> list[str]:
     return [*signature(ALGORITHMS.get(algorithm)).parameters][3:]
 
 
-def task(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None) -> QTensor:
-    """`(n, k)` floats -> the weight in spec.format; errors name the weight."""
+def task(
+    name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None, keep: torch.Tensor | None = None
+) -> QTensor:
+    """`(n, k)` floats -> the weight in spec.format; errors name the weight. keep: what pruning keeps."""
+    algorithm = ALGORITHMS.get(spec.algorithm)
+    with _naming(name):
+        if keep is not None:
+            return quantize_pruned(algorithm, w, spec.format, stats, keep, spec.options)
+        return algorithm(w, spec.format, stats, **spec.options)
+
+
+def kept_of(name: str, w: torch.Tensor, spec: Spec, stats: Stats | None) -> torch.Tensor | None:
+    """`(n, k)` -> bool: what pruning keeps of a weight; None if it is not pruned."""
+    if spec.pruning is None:
+        return None
+    options: dict[str, Any] = {}
+    if NEEDS[spec.algorithm] == "hessian":
+        options = {"damp": spec.options.get("damp", DAMP), "gptaq": spec.options.get("gptaq", GPTAQ)}
+    with _naming(name):
+        return kept(w, spec.pruning, stats, **options)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors name the weight."""
     try:
-        return ALGORITHMS.get(spec.algorithm)(w, spec.format, stats, **spec.options)
+        yield
     except (FormatError, CalibrationError) as error:
         raise type(error)(f"{name}: {str(error).removeprefix('tensor: ')}") from error
 
 
 def chosen(
-    name: str, w: torch.Tensor, spec: Spec, stats: Stats | None = None, again: bool = False
+    name: str,
+    w: torch.Tensor,
+    spec: Spec,
+    stats: Stats | None = None,
+    again: bool = False,
+    keep: torch.Tensor | None = None,
 ) -> tuple[QTensor, Spec]:
     """The codes that a weight was trained for, where the format of the spec holds them, else those of its
     algorithm; and the spec of what was done, whose option `grid` is the format that it was trained for.
 
-    again: it was quantized before, so that its grid is known and was asked to change."""
-    kept, grid = (None, None) if again else kept_codes(w, spec.format)
-    if kept is not None:
-        return kept, Spec(spec.format, KEPT, {"grid": grid})
+    again: it was quantized before, so that its grid is known and was asked to change. keep: what pruning
+    keeps of it; then no code is kept."""
+    if keep is not None:
+        return task(name, w, spec, stats, keep), spec
+    codes, grid = (None, None) if again else kept_codes(w, spec.format)
+    if codes is not None:
+        return codes, Spec(spec.format, KEPT, {"grid": grid})
     options = spec.options if grid is None else {**spec.options, "grid": grid}
     return task(name, w, spec, stats), Spec(spec.format, spec.algorithm, options)
 
 
-def measured(w: torch.Tensor, q: QTensor, spec: Spec, stats: Stats | None) -> WeightRecord:
-    """The record of codes that are already chosen."""
+def measured(
+    w: torch.Tensor, q: QTensor, spec: Spec, stats: Stats | None, keep: torch.Tensor | None = None
+) -> WeightRecord:
+    """The record of codes that are already chosen. keep: what was kept by pruning."""
     output = None if stats is None else output_error(w, q, stats)
-    return record_of(spec, q.format.distortion(w, q), stats, output)
+    if spec.pruning is not None:
+        spec = replace(spec, options={**spec.options, "prune": spec.pruning.prune})
+    record = record_of(spec, q.format.distortion(w, q), stats, output)
+    return record if keep is None else replace(record, zeros=Zeros.of(q, keep))
 
 
 def output_error(w: torch.Tensor, q: QTensor, stats: Stats) -> tuple[float, float]:
@@ -151,12 +233,14 @@ class Work:
     """What the jobs of a run share.
 
     method, search: for tensors whose rule names no algorithm. stats: of a tensor's input by the tensor's
-    name, if known. done: the records of tensors that are already quantized, by name."""
+    name, if known. done: the records of tensors that are already quantized, by name. pruned: the names of
+    weights that are pruned."""
 
     method: Method
     search: bool
     stats: Callable[[str], Stats | None]
     done: Mapping[str, WeightRecord]
+    pruned: frozenset[str] = frozenset()
 
 
 def write_job(checkpoint: Checkpoint, job: Job, decision: Decision, work: Work, file: StreamFile) -> None:
@@ -213,12 +297,16 @@ def _piece(
             spec = Spec(same.format, "lossless", {})
             return same, work.done.get(name) or record_of(spec, Distortion.between(w, w))
         value = value.decode()
-    if isinstance(job.kind, DType):
-        return _cast(name, value, job.kind)
+    pruned = name in work.pruned and name not in work.done
+    if isinstance(job.kind, DType) and not pruned:
+        value, record = _cast(name, value, job.kind)
+        return value, work.done.get(name, record)
     stats = work.stats(name)
-    spec = _outside(spec_of(job.kind, rule, work.method, work.search), rule, stats)
-    q, done = chosen(name, value, spec, stats, again)
-    return q, measured(value, q, done, stats)
+    spec = _outside(spec_of(as_format(job.kind), rule, work.method, work.search), rule, stats)
+    spec = spec if not pruned else replace(spec, pruning=work.method.pruning).with_what_is_known(stats)
+    keep = kept_of(name, value, spec, stats)
+    q, done = chosen(name, value, spec, stats, again, keep)
+    return stored(q), measured(value, q, done, stats, keep)
 
 
 def _outside(spec: Spec, rule: Rule | None, stats: Stats | None) -> Spec:
@@ -261,7 +349,17 @@ def row_of(records: Sequence[WeightRecord]) -> dict[str, Any]:
         "max_abs_error": lost.largest,
         "tokens": min(tokens) if tokens else None,
         "output_error": math.sqrt(error / energy) if energy > 0 else None,
+        "sparsity": _sparsity([record.zeros for record in records if record.zeros is not None]),
     }
+
+
+def _sparsity(zeros: Sequence[Zeros]) -> dict[str, float] | None:
+    """Of a tensor made of pruned weights: the shares of dropped weights, of these that are not 0 in the file,
+    and of all zeros."""
+    if not zeros:
+        return None
+    weights, dropped, not_zero, zero = (sum(part) for part in zip(*zeros, strict=True))
+    return {"dropped": dropped / weights, "not_zero": not_zero / max(1, dropped), "zeros": zero / weights}
 
 
 def _check_finite(name: str, w: torch.Tensor) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fewbits.formats import FORMATS
-from fewbits.formats.codebook import DYNAMIC, FP4, NF4, companded, fit_levels
+from fewbits.formats.codebook import DYNAMIC, FP4, NF4
+from fewbits.formats.lloyd import companded, fit_levels
 
 
 def wave() -> torch.Tensor:

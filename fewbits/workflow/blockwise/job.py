@@ -15,12 +15,13 @@ from ...calibrate.capture import Capture, capture
 from ...calibrate.stats import Stats
 from ...calibrate.sufficiency import shortfall
 from ...errors import CalibrationError
+from ...formats.plain import stored
 from ...memory import return_freed_memory
 from ...model.sites import Site
 from ...qtensor import QTensor
 from ...train.rounding import EFFORTS, learn_block
 from ...transforms import TRANSFORMS, Choice, applied, checked, find_pairs, rescaled
-from ..task import Spec, WeightRecord, chosen, measured
+from ..task import Spec, WeightRecord, chosen, kept_of, measured
 from .settings import Note, Run
 
 Records = dict[str, WeightRecord]
@@ -44,11 +45,12 @@ class BlockJob:
         self.records: Records = {}
         self.notes: list[Note] = []
         self.stats: dict[str, Stats] = {}  # only where `learn` will measure again: they are large
+        self.masks: dict[str, torch.Tensor | None] = {}  # of the sites of a stage
         self.error: float | None = None
         self.keeps = True
 
     def needs_hessian(self, stage: Sequence[Site]) -> bool:
-        return any(NEEDS[self.run.specs[site.name].algorithm] == "hessian" for site in stage)
+        return any(self.run.specs[site.name].needs_hessian for site in stage)
 
     def transform(self, wanted: Sequence[Site], x: Activations) -> None:
         """Rewrite the float weights as the method says, by the pairs that leave the block's output alone."""
@@ -92,6 +94,7 @@ class BlockJob:
         """Choose codes for the sites of one stage, and put them into the block."""
         self.notes += [Note(text) for text in captured.notes]
         quantized: dict[str, QTensor] = {}
+        self.masks = {site.name: self._mask(site, captured.stats.get(site.name)) for site in stage}
         for together in self._together(stage, captured):
             for site in together:
                 self.tell(self.index, "", site, self.error)
@@ -100,6 +103,14 @@ class BlockJob:
             self.block.set({site.name: quantized[site.name].decode()})
             if not self.keeps:
                 del self.weights[site.name]
+
+    def _mask(self, site: Site, stats: Stats | None) -> torch.Tensor | None:
+        """What pruning keeps of a weight: known for all sites of a stage before the first of them is rounded,
+        since they share a factor of the Hessian that rounding does not."""
+        spec = self.run.specs[site.name].with_what_is_known(stats)
+        if spec.pruning is None:
+            return None
+        return kept_of(site.name, self.weights[site.name].to(self.block.device), spec, stats)
 
     def _together(self, stage: Sequence[Site], captured: Capture) -> list[list[Site]]:
         """Sites whose codes are chosen at once. On a GPU, which small weights leave idle: those that read one
@@ -117,19 +128,21 @@ class BlockJob:
         first, spec = sites[0], self.run.specs[sites[0].name]
         if stats is None:
             self.notes.append(Note(f"unseen: {first.name} met no token and is rounded to nearest", "unseen"))
-            spec = Spec(spec.format, "rtn", {})
+            spec = spec.with_what_is_known(None)
         else:
             if self.run.method.learn is not None:
                 self.stats |= dict.fromkeys((site.name for site in sites), stats)
-            if NEEDS[spec.algorithm] != "nothing":
+            if NEEDS[spec.algorithm] != "nothing" or (spec.pruning and spec.pruning.needs != "nothing"):
                 self._check_tokens(first, stats)
         weights = {site.name: self.weights[site.name].to(self.block.device) for site in sites}
         return_freed_memory()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             joined = torch.cat([*weights.values()]) if len(sites) > 1 else weights[first.name]
+            masks = [mask for site in sites if (mask := self.masks[site.name]) is not None]
             again = self.run.checkpoint.tensors[first.name].quantized
-            whole, spec = chosen(" and ".join(weights), joined, spec, stats, again)
+            keep = torch.cat(masks) if masks else None
+            whole, spec = chosen(" and ".join(weights), joined, spec, stats, again, keep)
         for warning in caught:
             if issubclass(warning.category, CalibrationWarning):
                 self.notes.append(Note(f"{first.name}: {warning.message}"))
@@ -141,7 +154,8 @@ class BlockJob:
         for site in sites:
             w = weights[site.name]
             found[site.name] = whole if len(sites) == 1 else whole.take_rows(slice(start, start + len(w)))
-            self._accept(site, found[site.name], measured(w, found[site.name], spec, stats))
+            record = measured(w, found[site.name], spec, stats, self.masks[site.name])
+            self._accept(site, found[site.name], record)
             start += len(w)
         return found
 
@@ -153,7 +167,7 @@ class BlockJob:
                 f"{LARGEST_ERROR:g}; finished blocks are kept: give this weight another format with a rule, "
                 "or more tokens, and run again"
             )
-        self.result[site.name] = q.to("cpu")
+        self.result[site.name] = stored(q.to("cpu"))
         self.records[site.name] = record
 
     def _check_tokens(self, site: Site, stats: Stats) -> None:
@@ -172,15 +186,19 @@ class BlockJob:
         if level is None:
             return
         self.tell(self.index, "learning to round ", wanted[-1], self.error)
+        wanted = [site for site in wanted if isinstance(self.result[site.name], QTensor)]
         formats = {site.name: self.run.specs[site.name].format for site in wanted}
         start = {name: value for name in formats if isinstance(value := self.result[name], QTensor)}
+        settings = replace(EFFORTS[level], keep_zeros=self.run.method.pruning is not None)
         with torch.enable_grad():
-            learned = learn_block(self.block, self.weights, formats, start, x, targets, EFFORTS[level])
+            learned = learn_block(self.block, self.weights, formats, start, x, targets, settings)
         for site in wanted:
             old, q = self.records[site.name], learned[site.name]
             spec = Spec(q.format, old.algorithm, {**old.options, "learn": level})
             w = self.weights[site.name].to(self.block.device)
-            self._accept(site, q, measured(w, q, spec, self.stats.get(site.name)))
+            record = measured(w, q, spec, self.stats.get(site.name))
+            zeros = old.zeros and old.zeros.trained(start[site.name], q)
+            self._accept(site, q, replace(record, zeros=zeros))
         self.block.set({name: q.decode() for name, q in learned.items()})
 
 

@@ -128,7 +128,13 @@ def _distill(
         run.checkpoint,
         quantized,
         run.tokens.windows,
-        DistillSettings(steps=steps, state=state, device=str(_place_of_whole(run)), **method.training()),
+        DistillSettings(
+            steps=steps,
+            state=state,
+            device=str(_place_of_whole(run)),
+            keep_zeros=method.pruning is not None,
+            **method.training(),
+        ),
         progress,
         said,
     )
@@ -138,7 +144,9 @@ def _distill(
             w, old = run.checkpoint.tensors[name].load(), records[name]
             spec = Spec(value.format, old.algorithm, {**old.options, method.training_name: steps})
             cost = measured(w, value, spec, None)  # type: ignore[arg-type]
-            changed[name] = replace(cost, tokens=old.tokens)
+            start = quantized.tensors[name].load()
+            zeros = old.zeros and old.zeros.trained(start, value)  # type: ignore[arg-type]
+            changed[name] = replace(cost, tokens=old.tokens, zeros=zeros)
     what = "trained" if method.train else "distilled"
     notes = [
         f"{what}: KL divergence on held-out windows from {distilled.before:.4f} to {distilled.after:.4f}",
