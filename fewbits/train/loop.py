@@ -17,18 +17,16 @@ from typing import Any
 import torch
 
 from ..errors import CalibrationError, FileError
-from ..runtime.decode import faster_dtype
 from ..storage.atomic import write_atomic
 from .objective import LOSSES
 from .optimizer import TINY, optimizer_of
 from .rounding import shuffled
-from .settings import AT_ONCE, DistillSettings
+from .settings import AT_ONCE, DistillSettings, arithmetic
 from .student import Goals, Student
 from .teacher import Teacher
 
 STATE = ("a", "best")
 FROZEN = 0.85  # of the steps: then codes are fixed, and what swings between two no longer does
-PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -231,12 +229,3 @@ class Loop:
             held.setdefault(int(i), {})[key] = int(value) if counted else value
         given = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": held, "param_groups": given["param_groups"]})
-
-
-def arithmetic(name: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products for a setting; auto: bf16 where the device has it, faster than f32."""
-    if name != "auto":
-        return PRECISIONS[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return faster_dtype() if device.type == "cpu" else torch.float32

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from ..runtime.decode import faster_dtype
 from .objective import LOSSES
 from .optimizer import OPTIMIZERS
 
-PRECISIONS = ("auto", "f32", "bf16", "f16")
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+PRECISIONS = ("auto", *TYPES)
 AT_ONCE = 4096  # tokens that go through the model together, unless `micro` says otherwise
 
 
@@ -83,3 +89,17 @@ def settings_faults(settings: DistillSettings, windows: int) -> list[str]:
         if getattr(settings, name) not in words:
             faults.append(f"{name} is {getattr(settings, name)!r}; known: {', '.join(words)}")
     return faults
+
+
+def arithmetic(name: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products for a precision; auto: bf16 where the device has it, faster than f32."""
+    if name != "auto":
+        return TYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return faster_dtype() if device.type == "cpu" else torch.float32
+
+
+def products(kind: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Within, matrix products are in this type."""
+    return nullcontext() if kind == torch.float32 else torch.autocast(device.type, kind)

@@ -11,7 +11,6 @@ everything else              -> fixed; `fixed` names it if quantized (embeddings
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +25,14 @@ from .halves import Halves
 from .inputs import FakeInput
 from .objective import Distributions, divergence, loss_and_gradient
 from .rounding import gap_of
+from .settings import products
 from .ste import FLOOR, GridLinear, LatentLinear, rounded_once
 
 LATENT = "latent"  # the key of a float weight that codes are rounded from
 INPUT = "input"  # the key of the step of a static scheme of activations
-NEAR = 0.45  # of a gap: how far from its code's value a latent weight starts at most
+START = (
+    0.6  # of the way from its code's value to the float weight, half a gap at most: where a latent one starts
+)
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,9 @@ class Student:
         w = self.floats.tensors[name].load()
         assert isinstance(w, torch.Tensor)
         w, value = w.to(self.device, torch.float32), grid.value(codes)
-        reach = NEAR * gap_of(grid, w)
-        latent = torch.minimum(torch.maximum(w, value - reach), value + reach)
+        reach = gap_of(grid, w) / 2
+        # Away from the edge, where error feedback has pushed many: else noise takes them back to the nearest.
+        latent = value + START * torch.minimum(torch.maximum(w - value, -reach), reach)
         return torch.where(grid.round(latent) == codes, latent, value)
 
     def _add_vector(self, name: str, stored: torch.Tensor | QTensor) -> None:
@@ -251,7 +254,7 @@ class Student:
     def _learn(self, windows: torch.Tensor, rows: range, goals: Goals) -> float:
         """-> the sum of the losses of these rows."""
         batch = windows[rows.start : rows.stop].to(self.device)
-        with self._arithmetic(goals.compute):
+        with products(goals.compute, self.device):
             hidden = self.halves.blocks(batch)
         cut = hidden.detach().float().requires_grad_()
         total = 0.0
@@ -266,11 +269,6 @@ class Student:
         assert cut.grad is not None
         hidden.backward(cut.grad.to(hidden.dtype))
         return total
-
-    def _arithmetic(self, compute: torch.dtype) -> AbstractContextManager[Any]:
-        if compute == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, compute)
 
     def blame(self, window: torch.Tensor) -> str:
         """Tokens `(c,)` -> the first module whose output is not finite, for an error; "" if none is."""

@@ -21,7 +21,7 @@ from ..files.checkpoint import Checkpoint
 from ..runtime.runner import Blockwise
 from ..storage.atomic import write_atomic
 from .objective import Distributions
-from .settings import DistillSettings
+from .settings import DistillSettings, arithmetic, products
 
 
 class Teacher:
@@ -78,7 +78,10 @@ def teacher_of(
     digest = sha256(tokens.numpy().tobytes() + f"{settings.top_k} {settings.temperature} {held}".encode())
     if settings.top_k and path is not None and path.exists():
         return _read(path, digest.hexdigest(), runner, settings)
-    teacher = run_teacher(runner, tokens, progress, settings.temperature)
+    kind = arithmetic(settings.precision, runner.device)
+    # Its loss is not scaled, and its activations may be too large for f16.
+    with products(torch.float32 if kind == torch.float16 else kind, runner.device):
+        teacher = run_teacher(runner, tokens, progress, settings.temperature)
     if not settings.top_k:
         return teacher
     kept = [teacher._of(i, settings.temperature, settings.top_k) for i in range(held)]
