@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .workflow.options import Options
     from .workflow.quantize import quantize
     from .workflow.run import convert
-    from .workflow.training import export, prepare_qat
+    from .workflow.training import export, integer_only, prepare_qat
 
 _HOMES = {
     "errors": "CalibrationError FewbitsError FileError FormatError KernelError ModelError PlanError",
@@ -66,7 +66,7 @@ _HOMES = {
     "workflow.options": "Options",
     "workflow.quantize": "quantize",
     "workflow.run": "convert",
-    "workflow.training": "export prepare_qat",
+    "workflow.training": "export integer_only prepare_qat",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -96,6 +96,7 @@ __all__ = [
     "evaluate",
     "evaluate_head",
     "export",
+    "integer_only",
     "load",
     "open",
     "prepare_qat",

@@ -5,6 +5,7 @@ auto        the GPU with the most free memory, else the CPU
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from .memory import memory_left
 
 AUTO = "auto"
 GPUS = ("cuda", "xpu", "mps")
+SECONDS = 0.2  # between two looks at how busy a device is
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,38 @@ def free_device_memory(device: torch.device) -> int | None:
         return None
     kept = module.memory_reserved(device) - module.memory_allocated(device)
     return int(module.mem_get_info(device)[0]) + int(kept)
+
+
+class Busy:
+    """Within, looks every SECONDS at how busy a device is. share: the mean, from 0 to 1; None where torch
+    cannot tell (for CUDA it asks nvidia-ml-py, if that is installed)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seen = device, list[float]()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    @property
+    def share(self) -> float | None:
+        return sum(self.seen) / len(self.seen) / 100 if self.seen else None
+
+    def _look(self) -> None:
+        look = getattr(_module(self.device.type), "utilization", None)
+        while look is not None and not self._stop.wait(SECONDS):
+            try:
+                self.seen.append(float(look(self.device)))
+            except (ImportError, RuntimeError):
+                return
+
+    def __enter__(self) -> Busy:
+        if self.device.type != "cpu":
+            self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
 
 def return_device_memory(device: torch.device) -> None:

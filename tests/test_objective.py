@@ -15,7 +15,7 @@ from fewbits.train import loop as training
 from fewbits.train.distill import DistillSettings, distill
 from fewbits.train.objective import Distributions, loss_and_gradient
 from fewbits.train.optimizer import OPTIMIZERS, optimizer_of
-from tests.test_distill import SMALL, TOKENS, equal, in_format, off
+from tests.test_distill import SMALL, TOKENS, equal, in_format, off, stop_at
 from tests.tiny import save_tiny
 
 MAKE = torch.Generator().manual_seed(0)
@@ -204,6 +204,20 @@ def test_a_loss_that_is_not_finite_names_step_and_site(
         CalibrationError, match=r"the loss of step 3 is nan; .* model\.layers\.1\.mlp\.up_proj"
     ):
         distill(reference, in_format(reference, "q4_0"), TOKENS, SHORT)
+
+
+@pytest.mark.engine
+def test_an_8_bit_optimizer_trains_and_goes_on_after_a_kill(reference: Checkpoint, tmp_path: Path) -> None:
+    """bitsandbytes keeps moments in 8 bits where a part has 4096 numbers or more."""
+    pytest.importorskip("bitsandbytes")
+    quantized = off(in_format(reference, "int4_g32"))
+    plain = distill(reference, quantized, TOKENS, SHORT)
+    settings = replace(SHORT, optimizer="adamw_8bit", state=tmp_path / "state")
+    whole = distill(reference, quantized, TOKENS, replace(settings, state=None))
+    assert whole.before - whole.after > 0.8 * (plain.before - plain.after) > 0
+    with pytest.raises(KeyboardInterrupt):
+        distill(reference, quantized, TOKENS, settings, stop_at(4))
+    assert equal(distill(reference, quantized, TOKENS, settings), whole)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if kind])

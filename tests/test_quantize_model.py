@@ -51,7 +51,8 @@ def test_in_place_says_what_it_cannot(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["open", "quantize", "convert", "load", "quantize_model", "evaluate", "prepare_qat"]
+    "name",
+    ["open", "quantize", "convert", "load", "quantize_model", "evaluate", "prepare_qat", "integer_only"],
 )
 def test_the_examples_run(tmp_path, name):
     import transformers

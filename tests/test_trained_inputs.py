@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fewbits
+from fewbits.activations.integer import IntegerModule
 from fewbits.activations.quantizers import SCHEMES, Affine, Quantizer
 from fewbits.activations.record import activations_of, record
 from fewbits.adapters.transformers import load_model
@@ -17,9 +18,12 @@ from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
 from fewbits.train.distill import DistillSettings, distill
 from fewbits.train.inputs import FakeInput
+from fewbits.train.ste import LatentLinear
 from tests.test_distill import SMALL, TOKENS, holding, in_format
+from tests.test_integer import reference_scaled
 from tests.tiny import save_tiny
 
+INTEGERS = ("weight", "bias", "multiplier", "shift")
 SHORT = DistillSettings(steps=30, lr=1e-2, lr_vectors=4e-3, batch=4, held_out=3, every=10)
 
 
@@ -96,3 +100,85 @@ def test_the_file_records_the_trained_ranges(
     assert trained["scheme"] == "int8_static" and trained["ranges"].keys() == start["ranges"].keys()
     wider = [trained["ranges"][site][0] / step for site, (step, _) in start["ranges"].items()]
     assert 1.02 < sum(wider) / len(wider) < 2
+
+
+def test_a_prepared_model_ends_as_integers(reference: Checkpoint, tmp_path: Path) -> None:
+    """Trained by a plain loop with int8 in- and outputs; then each layer's integers are those of the rule of
+    Jacob et al. in Python's own, and within one of the fake-quantized pass; the file has the same ranges."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(reference.path, dtype=torch.float32)
+    scheme = "int8_asymmetric_static"
+    fewbits.prepare_qat(model, "int8_channel", activations=scheme, tokens=TOKENS, outputs=True)
+    parameters = [p for name, p in model.named_parameters() if "_proj" in name]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    losses = []
+    for _ in range(8):
+        loss = model(TOKENS, labels=TOKENS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    fewbits.export(model, tmp_path / "out", "compressed-tensors")
+    ranges = fewbits.open(tmp_path / "out").metadata["activations"]["ranges"]
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    paths = [path for path, module in model.named_modules() if isinstance(module, LatentLinear)]
+
+    def watch(path: str) -> Any:
+        return lambda module, given, out: seen.update({path: (given[0].detach(), out.detach())})
+
+    hooks = [model.get_submodule(path).register_forward_hook(watch(path)) for path in paths]
+    with torch.no_grad():
+        model(TOKENS[:2])
+    for handle in hooks:
+        handle.remove()
+    fewbits.integer_only(model)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "state")
+    state = load_file(tmp_path / "state")
+    for path in paths:
+        module = model.get_submodule(path)
+        assert isinstance(module, IntegerModule)
+        x, y = seen[path]
+        scale, zero, out_scale, out_zero = state[f"{path}.ranges"].tolist()
+        assert ranges[f"{path}.weight"] == [scale, int(zero)]
+        codes = (x / scale).round().add(zero).clamp(-128, 127)[0, :3].to(torch.int64).tolist()
+        rows = [
+            reference_layer(
+                row, *(state[f"{path}.{name}"].tolist() for name in INTEGERS), int(zero), int(out_zero)
+            )
+            for row in codes
+        ]
+        assert module.codes(x)[0, :3].tolist() == rows
+        off = (module(x) - y) / out_scale
+        assert float(off.abs().max()) < 1.001 and float((off.abs() > 0.5).double().mean()) < 0.01
+
+
+def reference_layer(
+    x: list[int], weight: list[list[int]], bias: list[int], multiplier: list[int], shift: list[int],
+    zero_x: int, zero_y: int,
+) -> list[int]:  # fmt: skip
+    """Jacob et al., section 2.2 to 2.4, in Python's integers."""
+    out = []
+    for row, b, m, n in zip(weight, bias, multiplier, shift, strict=True):
+        total = sum(w * (each - zero_x) for w, each in zip(row, x, strict=True)) + b
+        out.append(max(-128, min(127, reference_scaled(total, m, n) + zero_y)))
+    return out
+
+
+def test_what_is_not_all_integers_is_refused(reference: Checkpoint) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(reference.path, dtype=torch.float32)
+    with pytest.raises(fewbits.ModelError, match="has no prepared layer; call prepare_qat first"):
+        fewbits.integer_only(model)
+    with pytest.raises(
+        fewbits.CalibrationError, match="int8_static: its ranges come from a text; give tokens"
+    ):
+        fewbits.prepare_qat(model, "int8_channel", activations="int8_static")
+    fewbits.prepare_qat(model, "int8_channel", activations="int8_dynamic")
+    with pytest.raises(
+        fewbits.ModelError, match="with int8_dynamic is not all integers; prepare it with int8"
+    ):
+        fewbits.integer_only(model)

@@ -21,16 +21,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import frexp
+from typing import cast
 
 import torch
 
 from ..errors import KernelError, raise_all
-from .quantizers import Affine
+from .quantizers import SCHEMES, Affine, quantize
 
 LOW, HIGH = -(2**31), 2**31 - 1  # int32
 # Columns: each |w x| <= 2^14, and f32 adds integers exactly up to 2^24. An int8 is exact in bf16 and TF32
 # too, so torch's faster modes of f32 products give the same result.
 EXACT = 1024
+ASYMMETRIC = SCHEMES.get("int8_asymmetric_static")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,40 @@ class IntegerLinear:
         total -= self.zero_w * x.long().sum(1, keepdim=True)
         total += x.shape[1] * self.zero_w * self.zero_x
         return total.to(torch.int32)
+
+
+class IntegerModule(torch.nn.Module):
+    """An IntegerLinear between floats: x `(..., k)` -> codes, integers only, codes -> `(..., n)`.
+
+    x, y: ranges of in- and output. Its state is the layer's integers and both ranges."""
+
+    def __init__(self, linear: IntegerLinear, x: Affine, y: Affine) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "multiplier", "shift"):
+            self.register_buffer(name, getattr(linear, name))
+        ranges = [float(part) for affine in (x, y) for part in (affine.scale, affine.zero)]
+        self.register_buffer("ranges", torch.tensor(ranges, dtype=torch.float32))
+
+    @property
+    def linear(self) -> IntegerLinear:
+        names = ("weight", "bias", "multiplier", "shift")
+        weight, bias, multiplier, shift = (cast(torch.Tensor, self._buffers[name]) for name in names)
+        zeros = int(self.affine(0).zero), int(self.affine(1).zero)
+        return IntegerLinear(weight, bias, multiplier, shift, *zeros)
+
+    def affine(self, which: int) -> Affine:
+        """0: of the input, 1: of the output."""
+        ranges = cast(torch.Tensor, self._buffers["ranges"])
+        return Affine(ranges[2 * which], ranges[2 * which + 1])
+
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., k)` float -> `(..., n)` int8."""
+        whole = quantize(x, ASYMMETRIC, self.affine(0)).to(torch.int8)
+        return self.linear(whole.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.affine(1)
+        return ((self.codes(x).float() - y.zero) * y.scale).to(x.dtype)
 
 
 def fixed_point(real: float) -> tuple[int, int]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import ModelError, PlanError
+from ..files.adapter import is_adapter, open_adapter
+from ..files.gguf.adapter import write_adapter
 from ..files.open import FILE_TYPES
 from ..runtime.program import SUFFIX, save_program
+from ..table import size
 from ..workflow.options import Options
 from ..workflow.quantize import conclude, opened
 from ..workflow.request import Request
@@ -19,7 +23,8 @@ EXAMPLES = """examples:
   fewbits convert ./Llama-3.2-1B Llama-3.2-1B-BF16.gguf
   fewbits convert distilbert-int8 distilbert.pt2                a program of torch.export
   fewbits convert model-Q4_0.gguf model-gptq --to gptq          q4_0 equals int4_g32: no value changes
-  fewbits convert model-Q4_K_M.gguf model-gptq --to gptq --requantize"""
+  fewbits convert model-Q4_K_M.gguf model-gptq --to gptq --requantize
+  fewbits convert mine-lora mine-lora.gguf                      an adapter of PEFT, for llama.cpp's --lora"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +39,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="quantize again the weights that the file type cannot store exactly, and report the error",
     )
+    parser.add_argument(
+        "--base", metavar="MODEL", help="of an adapter: the model it belongs to (default: what it names)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
     verify_arguments(parser)
 
 
 def run(given: argparse.Namespace) -> int:
+    if is_adapter(Path(given.model)):
+        return _convert_adapter(given)
+    if given.base is not None:
+        raise PlanError(f"--base is of an adapter, and {given.model} is none: leave it out")
     checkpoint, _ = opened(given.model, given.cache_dir)
     if given.to is None and given.out.suffix == SUFFIX:
         apart = save_program(checkpoint, given.out, given.overwrite)
@@ -54,3 +66,16 @@ def run(given: argparse.Namespace) -> int:
     receipt, code = concluded(*conclude(receipt, checkpoint, given.out, options), given.out, given.push)
     print(receipt.to_json() if given.json else f"{receipt.table()}\n\nwrote {given.out}")
     return code
+
+
+def _convert_adapter(given: argparse.Namespace) -> int:
+    """The directory of a low-rank adapter -> GGUF."""
+    adapter = open_adapter(given.model)
+    if given.out.suffix != ".gguf" or given.to not in (None, "gguf"):
+        raise PlanError(f"{given.out}: an adapter is converted to GGUF only; name a .gguf file")
+    base = given.base or adapter.base
+    if not base:
+        raise ModelError(f"{given.model}: names no model that it belongs to; give it (--base)")
+    nbytes = write_adapter(adapter, opened(base, given.cache_dir)[0], given.out, given.overwrite)
+    print(f"wrote {given.out}: {size(nbytes)}, {len(adapter.weights)} weights")
+    return 0

@@ -39,6 +39,7 @@ COMMANDS = {
     "lm-eval": "run tasks of lm-eval (the evaluation harness) on a model of any file type",
     "inspect": "show the tensors, types, bits and metadata of a model",
     "convert": "write a model to another file type without quantizing again",
+    "merge": "join a low-rank adapter (LoRA) with the weights of its model, packed or float",
     "pack": "entropy-code a model file: smaller to store and to send",
     "unpack": "the file that pack was given, bit for bit",
     "verify": "load an output in its engine and compare logits and greedy tokens",

@@ -43,7 +43,7 @@ examples:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="output file (.gguf) or directory")
+    parser.add_argument("-o", "--out", type=Path, metavar="PATH", help="output file (.gguf) or directory")
     type_arguments(parser)
     parser.add_argument(
         "--strict",

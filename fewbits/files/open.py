@@ -69,8 +69,8 @@ def file_type_at(path: str | Path) -> FileType:
         )
     if probe.has("adapter_config.json"):
         raise FileError(
-            f"{path}: is a LoRA adapter and no model; merge it with its model first: peft's "
-            "model.merge_and_unload().save_pretrained(DIR), then give DIR"
+            f"{path}: is a LoRA adapter and no model; merge it with its model first (fewbits merge MODEL "
+            f"{path} -o DIR, or peft's merge_and_unload), then give DIR"
         )
     if probe.directory:
         raise FileError(f"{path}: has no config.json; give a model directory or a .gguf file")

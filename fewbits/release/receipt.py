@@ -82,7 +82,8 @@ class Receipt:
     of the output's engine: engine, version, verdict, differences. evaluation: against the reference, if
     measured. about: the reference's license and name. coverage: how many weights of the model's blocks got
     the requested format, and what the others are. sparsity: what was asked for and reached. training: the
-    evaluations of a training run: step, loss since the last, KL divergence held out."""
+    evaluations of a training run: step, loss since the last, KL divergence held out. merged: which adapter
+    into the model, how, at what loss."""
 
     source: str
     target: str
@@ -104,6 +105,7 @@ class Receipt:
     coverage: Mapping[str, Any] = field(default_factory=dict)
     sparsity: Mapping[str, Any] = field(default_factory=dict)
     training: tuple[Mapping[str, Any], ...] = ()
+    merged: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

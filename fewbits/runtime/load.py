@@ -77,6 +77,7 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
         register()
         config.quantization_config = quantization_config(kinds)
     model = filled_model(checkpoint, config, weights, dtype)
+    model.name_or_path = model.config.name_or_path = str(checkpoint.path)  # what an adapter belongs to
     if "generation_config.json" in checkpoint.side_files:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
     return model

@@ -16,15 +16,18 @@ decodes once more rather than keep floats. Under torch.compile the graph breaks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..formats.base import AT_ONCE
+from ..memory import return_freed_memory
 from ..qtensor import QTensor
 from .decode import faster_dtype
+
+FREED = 2**25  # bytes of weights decoded in training after which freed memory is given back
 
 
 class PackedWeight(nn.Module):
@@ -100,9 +103,13 @@ class PackedWeight(nn.Module):
 class _Multiply(torch.autograd.Function):
     """x `(..., k)` times a packed weight `(n, k)` -> `(..., n)`. The weight has no gradient."""
 
+    decoded: ClassVar[int] = 0  # bytes since freed memory was given back
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         ctx.weight = weight
+        if ctx.needs_input_grad[0]:
+            _Multiply.tidy(weight)
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         if x.device.type == "cpu" and x.dtype.itemsize == 2 and faster_dtype() == torch.float32:
             x = x.float()
@@ -112,7 +119,17 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        _Multiply.tidy(ctx.weight)
         return grads[0] @ ctx.weight.decode(grads[0].dtype), None
+
+    @classmethod
+    def tidy(cls, weight: PackedWeight) -> None:
+        """What waits for the backward pass lands in the memory of decoded weights once they are freed, and
+        the next needs new memory: after some steps as much as a float model."""
+        cls.decoded += 4 * weight.shape.numel()
+        if cls.decoded >= FREED and weight.device.type == "cpu":
+            cls.decoded = 0
+            return_freed_memory()
 
 
 @torch.compiler.disable

@@ -25,17 +25,24 @@ class FakeInput(torch.nn.Module):
         self.scale: torch.nn.Parameter | None = None
         if quantizer.affine is not None:
             self.scale = torch.nn.Parameter(quantizer.affine.scale.float().reshape(1).to(device))
-            self.zero = float(quantizer.affine.zero)
+            self.zero, self.unit = float(quantizer.affine.zero), 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.scale is None:
             return x + (quantize_dequantize(x, self.scheme) - x).detach()
-        rounded: torch.Tensor = _Static.apply(x, self.scale, self)
+        rounded: torch.Tensor = _Static.apply(x, self.scale * self.unit, self)
         return rounded
 
     def affine(self) -> Affine:
         assert self.scale is not None
-        return Affine(self.scale.detach(), torch.full_like(self.scale.detach(), self.zero))
+        scale = self.scale.detach() * self.unit
+        return Affine(scale, torch.full_like(scale, self.zero))
+
+    def relative(self) -> None:
+        """`scale` becomes a multiple of the step now."""
+        if self.scale is not None:
+            self.unit = float(self.scale.detach())
+            self.scale.data.fill_(1.0)
 
 
 class _Static(torch.autograd.Function):

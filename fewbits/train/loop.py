@@ -202,7 +202,7 @@ class Loop:
         for i, part in enumerate(self.parts):
             for key, value in self.optimizer.state.get(part, {}).items():
                 number = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-                found[f"optimizer.{i}.{key}"] = number.cpu().contiguous()
+                found[f"optimizer.{i}.{key}"] = number.cpu().contiguous().clone()  # some are shared
         return found
 
     def resume(self, path: Path) -> None:
@@ -227,7 +227,8 @@ class Loop:
         held: dict[int, dict[str, Any]] = {}
         for name, value in state.items():
             _, i, key = name.split(".", 2)
-            held.setdefault(int(i), {})[key] = value
+            counted = value.ndim == 0 and not value.is_floating_point()  # a plain number in bitsandbytes
+            held.setdefault(int(i), {})[key] = int(value) if counted else value
         given = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": held, "param_groups": given["param_groups"]})
 

@@ -25,12 +25,15 @@ from ..formats.base import Grid
 from ..formats.codebook import LearnedGrid
 from .inputs import FakeInput
 
+FLOOR = 0.1  # least size of a number, as a share of its row's mean magnitude
+LEAST = 1e-12
+
 
 class GridLinear(torch.nn.Module):
     """y = x W^T + bias, `(..., k) -> (..., n)`, with W on a grid: fixed codes, trainable block parameters.
 
-    `block_parameters`: names of `grid.parameters()` -> f32 nn.Parameter of the same shape. `input`: what
-    quantizes x first, if that is set.
+    `block_parameters`: names of `grid.parameters()` -> f32 nn.Parameter of the same shape. `input`,
+    `output`: what quantizes x, and y, if it is set.
     """
 
     def __init__(self, grid: Grid, codes: torch.Tensor, bias: torch.nn.Parameter | None):
@@ -38,6 +41,7 @@ class GridLinear(torch.nn.Module):
         self.grid, self.bias = grid, bias
         self.codes = codes
         self.input: FakeInput | None = None
+        self.output: FakeInput | None = None
         self.block_parameters = torch.nn.ParameterDict(
             {name: torch.nn.Parameter(value.float().clone()) for name, value in grid.parameters().items()}
         )
@@ -46,7 +50,11 @@ class GridLinear(torch.nn.Module):
         x = x if self.input is None else self.input(x)
         parameters = dict(self.block_parameters)
         y = _Multiply.apply(x, self.grid, self.codes, tuple(parameters), *parameters.values())
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self._finished(y)
+
+    def _finished(self, y: torch.Tensor) -> torch.Tensor:
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.output is None else self.output(y)
 
 
 class LatentLinear(GridLinear):
@@ -59,6 +67,7 @@ class LatentLinear(GridLinear):
     ) -> None:
         super().__init__(grid, torch.empty(0), bias)
         self.latent, self.gap = torch.nn.Parameter(latent), gap
+        self.units: dict[str, torch.Tensor] = {}
         self.keep = False
         self._kept: _Rounded | None = None
 
@@ -76,11 +85,22 @@ class LatentLinear(GridLinear):
 
     def _stored(self) -> dict[str, torch.Tensor]:
         """The block parameters rounded to the type that a file has them in; their gradient passes through."""
-        kind = stored_type(self.grid)
-        return {
-            name: value + (value.to(kind).float() - value).detach()
-            for name, value in self.block_parameters.items()
-        }
+        kind, stored = stored_type(self.grid), {}
+        for name, value in self.block_parameters.items():
+            value = value * self.units[name] if self.units else value
+            stored[name] = value + (value.to(kind).float() - value).detach()
+        return stored
+
+    def relative(self) -> None:
+        """Block parameters become multiples of their size now, so that a loop's one learning rate, which
+        suits weights, moves scales by small shares of themselves."""
+        for name, value in self.block_parameters.items():
+            size = value.detach().abs()
+            self.units[name] = size.maximum(FLOOR * size.mean(-1, keepdim=True)).clamp(min=LEAST)
+            value.data.div_(self.units[name])
+        for fake in (self.input, self.output):
+            if fake is not None:
+                fake.relative()
 
     @torch.no_grad()
     def rounded(self, kind: torch.dtype) -> _Rounded:
@@ -96,7 +116,7 @@ class LatentLinear(GridLinear):
         parameters = self._stored()
         rounded = self.rounded(product_type(x))
         y = _Trained.apply(x, rounded, self.grid, tuple(parameters), self.latent, *parameters.values())
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self._finished(y)
 
 
 @contextmanager

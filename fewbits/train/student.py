@@ -26,12 +26,11 @@ from .halves import Halves
 from .inputs import FakeInput
 from .objective import Distributions, divergence, loss_and_gradient
 from .rounding import gap_of
-from .ste import GridLinear, LatentLinear, rounded_once
+from .ste import FLOOR, GridLinear, LatentLinear, rounded_once
 
 LATENT = "latent"  # the key of a float weight that codes are rounded from
 INPUT = "input"  # the key of the step of a static scheme of activations
 NEAR = 0.45  # of a gap: how far from its code's value a latent weight starts at most
-FLOOR = 0.1  # least unit of a number, as a share of its row's mean magnitude
 
 
 @dataclass(frozen=True)

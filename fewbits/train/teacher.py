@@ -78,11 +78,7 @@ def teacher_of(
     digest = sha256(tokens.numpy().tobytes() + f"{settings.top_k} {settings.temperature} {held}".encode())
     if settings.top_k and path is not None and path.exists():
         return _read(path, digest.hexdigest(), runner, settings)
-    runner.start(tokens)
-    for i in range(runner.n_blocks):
-        runner.step(i)
-        progress(i + 1, runner.n_blocks)
-    teacher = Teacher(runner, settings.temperature)
+    teacher = run_teacher(runner, tokens, progress, settings.temperature)
     if not settings.top_k:
         return teacher
     kept = [teacher._of(i, settings.temperature, settings.top_k) for i in range(held)]
@@ -97,6 +93,20 @@ def teacher_of(
         parts = {name: part.cpu().contiguous() for name, part in parts.items()}
         write_atomic(path, save(parts, {"digest": digest.hexdigest()}))
     return _top(runner, settings, parts)
+
+
+def run_teacher(
+    runner: Blockwise,
+    tokens: torch.Tensor,
+    progress: Callable[[int, int], None],
+    temperature: float = 1.0,
+) -> Teacher:
+    """All windows `(w, c)` int64 through the blocks."""
+    runner.start(tokens)
+    for i in range(runner.n_blocks):
+        runner.step(i)
+        progress(i + 1, runner.n_blocks)
+    return Teacher(runner, temperature)
 
 
 def _ids(kept: Distributions) -> torch.Tensor:

@@ -8,7 +8,7 @@ fewbits.export(model, "model.gguf")      the weights of the last pass, in any fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import ModelError, raise_all
+from ..activations.integer import IntegerLinear, IntegerModule
+from ..activations.observers import Histogram
+from ..activations.quantizers import SCHEMES, Quantizer
+from ..activations.record import RULE
+from ..errors import CalibrationError, ModelError, raise_all
 from ..files.checkpoint import MEMORY, Checkpoint, LazyTensor
 from ..files.open import open_checkpoint
 from ..formats.base import Format
@@ -26,8 +30,10 @@ from ..plan import Plan
 from ..qtensor import QTensor
 from ..release.receipt import Receipt
 from ..runtime.load import model_checkpoint
+from ..train.inputs import FakeInput
 from ..train.rounding import gap_of
 from ..train.ste import LatentLinear
+from .blockwise import TRAINED
 from .in_place import asked_for, decisions_of
 from .quantize import clean
 from .request import Request
@@ -37,27 +43,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTRIBUTE = "fewbits_training"
+INTEGER = ("int8_static", "int8_asymmetric_static")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a model was prepared for: a type, rules, and the format of each module's weight."""
+    """What a model was prepared for: a type, rules, the format of each module's weight, and the scheme of
+    activations."""
 
     to: str | None
     plan: Plan
     formats: dict[str, Format]
+    activations: str | None = None
 
 
 @torch.no_grad()
-def prepare_qat(model: PreTrainedModel, to: str | Plan, plan: Plan | None = None) -> PreTrainedModel:
+def prepare_qat(
+    model: PreTrainedModel,
+    to: str | Plan,
+    plan: Plan | None = None,
+    activations: str | None = None,
+    tokens: torch.Tensor | None = None,
+    outputs: bool = False,
+) -> PreTrainedModel:
     """Put fake quantization into the linear layers of a float model's blocks, in place; returns the model.
 
     to: a format, a llama.cpp file type, or a Plan. plan: rules that precede `to`. Each weight `(n, k)`
     becomes a parameter `latent` in f32, which every pass rounds to its format; gradients pass straight
-    through. Scales and offsets are parameters too (LSQ, arXiv 1902.08153, without its factor, which Adam
-    undoes). Tables and the output layer stay in float until `export`. Errors: PlanError, FormatError;
-    ModelError for a model that is prepared already, or whose weights belong to modules that are no plain
-    linear layers.
+    through. Scales and offsets are parameters too, as multiples of their size at the start (LSQ, arXiv
+    1902.08153, without its factor, which Adam undoes). Tables and the output layer stay in float until
+    `export`.
+
+    activations: the scheme of the inputs of these layers, in each pass too; the steps of a static one start
+    at what `tokens` `(w, t)` int64 show, and are trained. outputs: their outputs too, by the same scheme, so
+    that `integer_only` can do without floats inside them.
+
+    Errors: PlanError, FormatError; CalibrationError for a static scheme without tokens; ModelError for a
+    model that is prepared already, or whose weights belong to modules that are no plain linear layers.
 
         >>> model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
         >>> model = fewbits.prepare_qat(model, "q4_0")
@@ -69,8 +91,21 @@ def prepare_qat(model: PreTrainedModel, to: str | Plan, plan: Plan | None = None
     """
     if hasattr(model, ATTRIBUTE):
         raise ModelError(f"{type(model).__name__} is prepared already; export it, or load it again")
-    names, checkpoint = model_checkpoint(model)
     asked, rules = asked_for(to, plan)
+    formats = _formats(model, asked, rules)
+    inputs = ranges_of(model, formats, activations, tokens, outputs)
+    for path, format in formats.items():
+        linear = _latent(model.get_submodule(path), format, positive=outputs)
+        linear.input, linear.output = inputs.get(path, (None, None))
+        linear.relative()
+        model.set_submodule(path, linear)
+    setattr(model, ATTRIBUTE, Prepared(asked, rules, formats, activations))
+    return model
+
+
+def _formats(model: Any, asked: str | None, rules: Plan) -> dict[str, Format]:
+    """Linear layer of a block -> the format of its weight; ModelError for weights of other modules."""
+    names, checkpoint = model_checkpoint(model)
     formats: dict[str, Format] = {}
     faults = []
     for name, decision in decisions_of(checkpoint, asked, rules).items():
@@ -87,14 +122,99 @@ def prepare_qat(model: PreTrainedModel, to: str | Plan, plan: Plan | None = None
             continue
         formats[path] = decision.kind
     raise_all(ModelError, type(model).__name__, faults)
+    return formats
+
+
+def _latent(linear: Any, format: Format, positive: bool) -> LatentLinear:
+    """positive: its scales are, since a multiplier of integers is."""
+    w = linear.weight.detach().float().clone()
+    grid, _ = format.unpack(format.encode(w))
+    if positive and "scale" in grid.parameters():
+        grid = grid.replaced({**grid.parameters(), "scale": grid.parameters()["scale"].abs()})
+    return LatentLinear(grid, w, gap_of(grid, w), linear.bias)
+
+
+def ranges_of(
+    model: Any, paths: Iterable[str], name: str | None, tokens: torch.Tensor | None, outputs: bool
+) -> dict[str, tuple[FakeInput, FakeInput | None]]:
+    """What quantizes in- and output of each module; a static scheme covers what it sees of the tokens."""
+    if name is None:
+        return {}
+    scheme = SCHEMES.get(name)
+    seen: dict[tuple[str, bool], Histogram] = {}
+    if not scheme.dynamic:
+        if tokens is None:
+            raise CalibrationError(f"{name}: its ranges come from a text; give tokens, or use int8_dynamic")
+        seen = _histograms(model, paths, tokens)
+
+    def made(path: str, out: bool) -> FakeInput:
+        affine = seen[path, out].affine(scheme, RULE) if seen else None
+        return FakeInput(Quantizer(scheme, affine), model.device)
+
+    return {path: (made(path, False), made(path, True) if outputs else None) for path in paths}
+
+
+def _histograms(model: Any, paths: Iterable[str], tokens: torch.Tensor) -> dict[tuple[str, bool], Histogram]:
+    """(module, whether it is of its output) -> what it sees."""
+    seen: dict[tuple[str, bool], Histogram] = {}
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+            for out, x in ((False, given[0]), (True, y)):
+                found = Histogram.of(x)
+                seen[path, out] = seen[path, out] + found if (path, out) in seen else found
+
+        return hook
+
+    hooks = [model.get_submodule(path).register_forward_hook(watch(path)) for path in paths]
+    for window in tokens:
+        model(input_ids=window[None].to(model.device), use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def integer_only(model: PreTrainedModel) -> PreTrainedModel:
+    """The linear layers of a model that `prepare_qat` prepared, in integer arithmetic, in place: int8 in and
+    out, int32 between, no floats (Jacob et al., arXiv 1712.05877). Their integers are the model's state.
+
+    ModelError unless it was prepared for int8 rows, a static int8 scheme, and outputs.
+
+        >>> model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+        >>> tokens = torch.arange(32)[None]
+        >>> scheme = "int8_asymmetric_static"
+        >>> model = fewbits.prepare_qat(model, "int8_channel", None, scheme, tokens, outputs=True)
+        >>> model = fewbits.integer_only(model)
+        >>> model.model.layers[0].mlp.up_proj.weight.dtype
+        torch.int8
+    """
+    prepared = getattr(model, ATTRIBUTE, None)
+    formats = {} if prepared is None else prepared.formats
     for path, format in formats.items():
         module = model.get_submodule(path)
-        assert isinstance(module, nn.Linear)
-        w = module.weight.detach().float().clone()
-        grid, _ = format.unpack(format.encode(w))
-        model.set_submodule(path, LatentLinear(grid, w, gap_of(grid, w), module.bias))
-    setattr(model, ATTRIBUTE, Prepared(asked, rules, formats))
+        assert isinstance(module, LatentLinear)
+        fits = format.name == "int8_channel" and module.input is not None and module.output is not None
+        if not fits or module.input.scheme.name not in INTEGER:  # type: ignore[union-attr]
+            given = prepared and prepared.activations
+            raise ModelError(
+                f"{path}: {format.name} with {given} is not all integers; prepare it with int8_channel, "
+                f"activations of {' or '.join(INTEGER)}, and outputs=True"
+            )
+    if not formats:
+        raise ModelError(f"{type(model).__name__} has no prepared layer; call prepare_qat first")
+    for path in formats:
+        model.set_submodule(path, _integers(model.get_submodule(path)))
+    delattr(model, ATTRIBUTE)
     return model
+
+
+def _integers(module: Any) -> IntegerModule:
+    grid = module.grid_now()
+    codes = (grid.round(module.latent).int() - int(grid.zero)).to(torch.int8)
+    x, y = module.input.affine(), module.output.affine()
+    scale = grid.scale.expand(len(codes), 1)[:, 0]
+    return IntegerModule(IntegerLinear.of(codes, scale, module.bias, x, y), x, y)
 
 
 @torch.no_grad()
@@ -118,6 +238,7 @@ def export(
     place = Path(str(parent or model.config.name_or_path))
     if not place.exists():
         raise ModelError(f"{place}: not a directory; name the parent's, which has its tokenizer (parent=...)")
+    modules = {path: model.get_submodule(path) for path in prepared.formats}
     held = {path: packed(model.get_submodule(path), format) for path, format in prepared.formats.items()}
     with _plain(model, held) as (names, checkpoint):
         of_module = {names[name].removesuffix(".weight"): name for name in checkpoint.tensors}
@@ -130,9 +251,22 @@ def export(
         source = open_checkpoint(place)
         whole = replace(source, tensors=tensors, config=checkpoint.config, seen=checkpoint.seen)
         request = Request(to=prepared.to, plan=prepared.plan, file=file, overwrite=overwrite, requantize=True)
+        if prepared.activations is not None:
+            said = _record(prepared.activations, {of_module[path]: m for path, m in modules.items()})
+            whole = replace(whole, metadata={**whole.metadata, TRAINED: {"activations": said}})
+            request = replace(request, activations=prepared.activations)
         receipt = run(whole, Path(out), request)
     clean(Path(out))
     return receipt
+
+
+def _record(name: str, modules: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of activations of modules by their weights' names."""
+    if SCHEMES.get(name).dynamic:
+        return {"scheme": name, "left": []}
+    affines = {weight: module.input.affine() for weight, module in modules.items()}
+    ranges = {weight: [float(at.scale), int(at.zero)] for weight, at in affines.items()}
+    return {"scheme": name, "left": [], "ranges": ranges}
 
 
 def packed(module: nn.Module, format: Format) -> QTensor:

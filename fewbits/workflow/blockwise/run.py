@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ from ...blocks.activations import Activations
 from ...blocks.block import Block
 from ...blocks.model import BlockModel
 from ...calibrate.capture import FloatStream, advance, capture
-from ...devices import Room, return_device_memory
+from ...devices import Busy, Room, return_device_memory
 from ...errors import CalibrationError
 from ...files.checkpoint import Checkpoint, LazyTensor
 from ...model.sites import Site, sites
@@ -65,7 +66,12 @@ def quantize_blocks(
         walk = _Walk(so_far, store, progress or (lambda stage, done, total: None), stack, n)
         last = n + walk.model.n_blocks
         if not all(store.has(i) for i in range(n, last)):
-            walk.go()
+            with Busy(run.streaming.place) as busy:
+                walk.go()
+            if busy.share is not None:
+                notes.append(
+                    Note(f"{run.streaming.place} was busy {busy.share:.0%} of the time, block by block")
+                )
         for i in range(n, last):
             _take(store, i, tensors, records, notes)
         n, stack, n_stacks = last, stack + 1, walk.model.n_stacks
@@ -172,6 +178,8 @@ class _Walk:
         self.waits = True  # may batches wait inside a block?
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
+        self.writer = ThreadPoolExecutor(1)
+        self.written: Future[None] = self.writer.submit(lambda: None)
 
     def go(self) -> None:
         """Quantize every block that the store does not hold yet."""
@@ -188,6 +196,12 @@ class _Walk:
                 self._blocks(x, floats)
 
     def _blocks(self, x: Activations, floats: Activations | None) -> None:
+        try:
+            self._walk(x, floats)
+        finally:
+            self.written.result()
+
+    def _walk(self, x: Activations, floats: Activations | None) -> None:
         for i in range(self.model.n_blocks):
             rest = range(self.first + i + 1, self.first + self.model.n_blocks)
             more = not all(self.store.has(later) for later in rest)
@@ -279,8 +293,17 @@ class _Walk:
                 job.learn(wanted, cast(Batches, x), cast(Batches, targets))
         if floats is not None and groups is None:
             advance(reference, floats, floats)
-        self.store.write(self.first + i, job.result, _kept(job.records, job.notes))
+        self._keep(i, job)
         return job.block, groups is not None
+
+    def _keep(self, i: int, job: BlockJob) -> None:
+        """Store a finished block. A GPU goes on meanwhile: a fault of the disk ends the run at the next."""
+        write = partial(self.store.write, self.first + i, job.result, _kept(job.records, job.notes))
+        if self.model.device.type == "cpu":
+            write()
+            return
+        self.written.result()
+        self.written = self.writer.submit(write)
 
     def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:
         """May all batches wait inside the block at once? Not experts: batches reach them in another order."""
