@@ -13,6 +13,7 @@ QTensor, in closed form).
 from ..errors import PlanError
 from ..registry import Registry
 from .descent import descend
+from .ecsq import ecsq
 from .gptq import gptq
 from .hessian import CalibrationWarning
 from .hqq import hqq
@@ -21,7 +22,9 @@ from .weighted import weighted
 
 ALGORITHMS: Registry = Registry("algorithm", PlanError)
 NEEDS: dict[str, str] = {}
-for _algorithm, _needs in ((rtn, "nothing"), (hqq, "nothing"), (weighted, "mean_square"), (gptq, "hessian")):
+for _algorithm, _needs in (
+    (rtn, "nothing"), (hqq, "nothing"), (weighted, "mean_square"), (gptq, "hessian"), (ecsq, "hessian"),
+):  # fmt: skip
     ALGORITHMS.add(_algorithm.__name__, _algorithm)
     NEEDS[_algorithm.__name__] = _needs
 
@@ -30,6 +33,7 @@ __all__ = [
     "NEEDS",
     "CalibrationWarning",
     "descend",
+    "ecsq",
     "gptq",
     "hqq",
     "rtn",
