@@ -33,7 +33,7 @@ static uint64_t big_endian(const uint8_t* at) {
 bool huffman_decode(const uint8_t* in, int64_t bytes, const uint8_t* lengths, int tables, const uint8_t* of,
                     uint8_t* out, int64_t count) {
     constexpr int STREAMS = HUFFMAN_STREAMS;
-    if (bytes < 4 * STREAMS || tables < 1 || (!of && tables != 1)) return false;
+    if (bytes < 4 * STREAMS || tables < 1 || (!of && tables != 1 && count)) return false;
     if (of) {
         uint8_t largest = 0;
         for (int64_t i = 0; i < count; ++i) largest = std::max(largest, of[i]);

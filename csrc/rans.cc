@@ -18,7 +18,7 @@ static bool rans_valid(const RansTables& tables, int64_t count) {
         for (int s = 0; s < 256; ++s) total += tables.frequency[256 * t + s];
         if (total != RANS_TOTAL) return false;
     }
-    if (!tables.of) return tables.count == 1;
+    if (!tables.of) return tables.count == 1 || !count;
     uint8_t largest = 0;
     for (int64_t i = 0; i < count; ++i) largest = std::max(largest, tables.of[i]);
     return largest < tables.count;

@@ -1,29 +1,29 @@
 """ECSQ, entropy-coded scalar quantization: one step for a weight, codes chosen by error and length.
 
-An entropy coder (`fewbits pack`) stores a code c that has probability p(c) in length(c) = -log2 p(c) bits. Rare
-codes may be large then: no weight is clipped, no row needs a scale of its own, and the step sets the size. At a
-given mean length one step for all rows has the least squared error. Columns are taken as in gptq.py, but each
-code is the one of least
+An entropy coder (`fewbits pack`) stores a code c that has probability p(c) in length(c) = -log2 p(c) bits.
+Rare codes may be large then: no weight is clipped, no row needs a scale of its own, and the step sets the
+size. At a given mean length one step for all rows has the least squared error. Columns are taken as in
+gptq.py, but each code is the one of least
 
     (state - step c)^2 / U_jj^2  +  lambda length(c)           lambda = 2 ln 2 * mean loss of a weight
 
 lambda is the slope of the loss against the bits of a weight, where one bit more leaves a quarter of the loss
-(rate-distortion optimized quantization, RDOQ). Since lengths grow from the likeliest code on, ever faster, the
-best code lies between two boundaries, which are off the middle between neighbours in favour of the shorter:
+(rate-distortion optimized quantization, RDOQ). Since lengths grow from the likeliest code on, ever faster,
+the best code lies between two boundaries, which are off the middle between neighbours in favour of the
+shorter:
 
     boundary(c, c+1) = step (c + 1/2) + lambda U_jj^2 / (2 step) (length(c+1) - length(c))
 
-Two rounds of coordinate descent (descent.py) on the same sum follow. Lengths are those of the codes of the pass
-before, first of plain rounding; passes are repeated with another step until the codes take `bits` each.
+Two rounds of coordinate descent (descent.py) on the same sum follow. Lengths are those of the codes of the
+pass before, first of plain rounding; passes are repeated with another step until the codes take `bits` each.
 
 Sources: Chou, Lookabaugh, Gray, Entropy-constrained vector quantization (1989), for scalars; GPTQ, arXiv
-2210.17323. On a Gaussian it comes within 0.254 bits of the Shannon bound at high rates, nearer at low ones.
+2210.17323. A Gaussian takes 0.254 bits above the Shannon bound.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -31,6 +31,8 @@ from ..calibrate.stats import Stats
 from ..errors import FormatError, PlanError
 from ..formats import Format
 from ..formats.affine import Affine
+from ..formats.cells import Cells
+from ..packing.spread import coded_bits
 from ..qtensor import QTensor
 from .blocked import blocked_update
 from .gptq import PIECE, column_order
@@ -56,13 +58,15 @@ def ecsq(
 ) -> QTensor:
     """`(n, k)` float -> rows of integers whose codes take `bits` each when they are entropy-coded.
 
-    rate: lambda, as a share of the one above; 0 rounds to nearest. Without statistics, as for embeddings, every
-    error weighs the same. FormatError unless the format has one symmetric scale a row.
+    rate: lambda, as a share of the one above; 0 rounds to nearest. Without statistics, as for embeddings,
+    every error weighs the same. FormatError unless the format has one symmetric scale a row.
     """
     format.check(w)
     rows = _row_integers(format)
     if not (0 < bits <= 7.5 and rate >= 0):
-        raise PlanError(f"ecsq: bits {bits:g}, rate {rate:g}; bits is above 0 and at most 7.5, rate 0 or more")
+        raise PlanError(
+            f"ecsq: bits {bits:g}, rate {rate:g}; bits is above 0 and at most 7.5, rate 0 or more"
+        )
     k = w.shape[1]
     if stats is None:
         stats = Stats(0, None, torch.ones(k), torch.eye(k)).to(w.device)
@@ -75,22 +79,26 @@ def ecsq(
         scale, lengths = row_steps(target, step, rows), longer(counts)
         parts = [
             chosen(part / steps, hessian, lengths, rate)
-            for part, steps in zip(target.split(max(1, PIECE // k)), scale.split(max(1, PIECE // k)), strict=True)
+            for part, steps in zip(
+                target.split(max(1, PIECE // k)), scale.split(max(1, PIECE // k)), strict=True
+            )
         ]
         counts = sum((counts_of(part) for part in parts), torch.zeros_like(counts))
-        found = entropy(counts)
-        if abs(found - bits) <= CLOSE * bits or found == 0:
+        codes = torch.cat(parts).add_(HALF).to(torch.uint8)
+        found = coded_bits(codes.cpu()) / codes.numel()
+        if abs(found - bits) <= CLOSE * bits or entropy(counts) == 0:
             break
         step *= 2.0 ** (found - bits)
-    codes = torch.cat(parts).add_(HALF).to(torch.uint8)
     return rows.pack(rows.grid((scale,), k), codes)
 
 
 def _row_integers(format: Format) -> Affine:
-    if isinstance(format, Affine) and format.bits == 8 and format.zero == "none":
-        if (format.cells.rows, format.cells.columns) == (1, None):
-            return format
-    raise FormatError(f"ecsq takes integers of 8 bits with one scale a row, not {format.name}; use int8_channel")
+    kind = (format.bits, format.zero, format.cells) if isinstance(format, Affine) else None
+    if isinstance(format, Affine) and kind == (8, "none", Cells(1, None)):
+        return format
+    raise FormatError(
+        f"ecsq takes integers of 8 bits with one scale a row, not {format.name}; use int8_channel"
+    )
 
 
 def counts_of(codes: torch.Tensor) -> torch.Tensor:
@@ -135,49 +143,42 @@ def longer(counts: torch.Tensor) -> torch.Tensor:
 
 
 def boundaries(lengths: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """lengths: of `longer`; weight `(c,)`: lambda over the error of a step, for each column -> `(c, 255)`: where,
-    in steps, each code from -127 on begins."""
+    """lengths: of `longer`; weight `(c,)`: lambda over the error of a step, for each column -> `(c, 255)`:
+    where, in steps, each code from -127 on begins."""
     middles = torch.arange(0.5 - HALF, HALF - 1, device=lengths.device)
     return middles + weight[:, None] / 2 * lengths
 
 
 def chosen(target: torch.Tensor, hessian: HessianFactor, lengths: torch.Tensor, rate: float) -> torch.Tensor:
-    """Rows `(n, k)` in steps -> codes `(n, k)`, whole f32: by feedback, then descent."""
-    order, pivot = hessian.order, hessian.factor.diagonal()
+    """Rows `(n, k)` in steps -> codes `(n, k)`, whole f32: by feedback, then descent. lengths: of `longer`."""
+    order, pivot, wanted = hessian.order, hessian.factor.diagonal(), target.T
     slope = rate * SLOPE * float(pivot.pow(-2).mean())
-    fed = _Columns(hessian.factor, boundaries(lengths, slope * pivot.square()), pivot=pivot)
-    codes = fed.rounded(target.T[order].contiguous())[order.argsort()]
-    diagonal, wanted = hessian.hessian.diagonal(), target.T
-    again = _Columns(hessian.hessian / diagonal, boundaries(lengths, slope / diagonal), old=codes)
+    edges = boundaries(lengths, slope * pivot.square())
+    codes = _rounded(wanted[order].contiguous(), hessian.factor, edges, pivot=pivot)[order.argsort()]
+    diagonal = hessian.hessian.diagonal()
+    coupling, edges = hessian.hessian / diagonal, boundaries(lengths, slope / diagonal)
     for _ in range(ROUNDS):
-        best = again.old - (hessian.hessian @ (again.old - wanted)) / diagonal[:, None]
-        again = _Columns(again.coupling, again.edges, old=again.rounded(best))
-    return again.old.T.contiguous()
+        best = codes - (hessian.hessian @ (codes - wanted)) / diagonal[:, None]
+        codes = _rounded(best, coupling, edges, old=codes)
+    return codes.T.contiguous()
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Columns that are rounded one after the other, as in columns.py, each by boundaries of its own."""
+def _rounded(
+    state: torch.Tensor,
+    coupling: torch.Tensor,
+    edges: torch.Tensor,
+    pivot: torch.Tensor | None = None,
+    old: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """State `(k, n)` -> codes `(k, n)`: as in columns.py, each column by boundaries of its own."""
+    codes, moves = torch.empty_like(state), torch.empty_like(state)
 
-    coupling: torch.Tensor
-    edges: torch.Tensor
-    pivot: torch.Tensor | None = None
-    old: torch.Tensor | None = None
+    def quantize(start: int, stop: int) -> None:
+        here, inner = state[start:stop].clone(), coupling[start:stop, start:stop]
+        for i, j in enumerate(range(start, stop)):
+            codes[j] = torch.bucketize(here[i], edges[j], right=True).sub_(HALF)
+            moves[j] = (here[i] - codes[j]) / pivot[j] if pivot is not None else codes[j] - old[j]  # type: ignore[index]
+            here[i + 1 :] -= inner[i, i + 1 :, None] * moves[j]
 
-    def rounded(self, state: torch.Tensor) -> torch.Tensor:
-        """`(k, n)` -> codes `(k, n)`."""
-        codes, moves = torch.empty_like(state), torch.empty_like(state)
-
-        def quantize(start: int, stop: int) -> None:
-            here, coupling = state[start:stop].clone(), self.coupling[start:stop, start:stop]
-            for i in range(stop - start):
-                j = start + i
-                codes[j] = torch.bucketize(here[i], self.edges[j], right=True).sub_(HALF)
-                if self.pivot is not None:
-                    moves[j] = (here[i] - codes[j]) / self.pivot[j]
-                else:
-                    moves[j] = codes[j] - self.old[j]  # type: ignore[index]
-                here[i + 1 :] -= coupling[i, i + 1 :, None] * moves[j]
-
-        blocked_update(state, self.coupling, moves, quantize, UNIT)
-        return codes
+    blocked_update(state, coupling, moves, quantize, UNIT)
+    return codes

@@ -70,7 +70,8 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--bits-per-weight", type=float, metavar="BITS",
-        help="with --method ecsq: the mean length of a code once `fewbits pack` has coded it (default 4)",
+        help="with --method ecsq: bits that a weight takes once `fewbits pack` has coded it, on average over "
+        "all weights (default 4)",
     )  # fmt: skip
     group.add_argument(
         "--smooth", nargs="?", type=float, const=True, metavar="ALPHA",

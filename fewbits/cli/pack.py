@@ -13,9 +13,10 @@ from ..table import size
 from .progress import ByteProgress
 
 EXAMPLES = """Entropy-codes the tensors of a .gguf or .safetensors file, or of each in a directory, whose
-other files are copied. `fewbits unpack` gives back the same files, bit for bit. Download and disk get smaller;
-memory and tokens per second do not change. Every command here opens packed models; engines need them unpacked.
-bf16 weights shrink by a third, codes of 4 bits by a few percent, those of `quantize --method ecsq` by half.
+other files are copied. `fewbits unpack` gives back the same files, bit for bit. Download and disk get
+smaller; memory and tokens per second do not change. Every command of fewbits opens packed models; engines
+need them unpacked. bf16 weights shrink by a third, codes of 4 bits by a few percent, those of
+`fewbits quantize --method ecsq` to the bits that were asked.
 
 examples:
   fewbits pack model-Q4_K_M.gguf
@@ -29,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     common(parser)
     parser.add_argument(
         "--coder", choices=tuple(CODERS), default="rans",
-        help="rans (default): within 0.5 %% of the entropy; huffman: as in Deep Compression, larger and slower",
+        help="rans (default): near the entropy; huffman: as in Deep Compression, larger and slower",
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Packs and unpacks model files and directories; packing/ has the coding.
 
-A packed directory is the same directory with NAME.packed.safetensors in the place of each weight file NAME, and
-is opened like it. Everything else in it is copied.
+A packed directory is the same directory with NAME.packed.safetensors in the place of each weight file NAME,
+and is opened like it. Everything else in it is copied.
 """
 
 from __future__ import annotations
@@ -69,15 +69,13 @@ def _directory(source: Path, out: Path, work: Callable[[Path, Path], Path]) -> P
     return out
 
 
-def _pack_file(
-    source: Path, out: Path, overwrite: bool, coder: str, progress: Progress | None
-) -> Path:
+def _pack_file(source: Path, out: Path, overwrite: bool, coder: str, progress: Progress | None) -> Path:
     if is_packed(source):
         raise FileError(f"{source}: is packed already")
     if not is_packed(out):
         raise FileError(f"{out}: the name of a packed file ends in {SUFFIX}, by which it is opened")
     _check_place(out, source, overwrite)
-    pack(source, _places(source), out, CODERS[coder], progress)
+    pack(source, places_of(source), out, CODERS[coder], progress)
     return out
 
 
@@ -97,7 +95,7 @@ def _check_place(out: Path, source: Path, overwrite: bool) -> None:
         raise FileError(f"{out}: exists; choose another output or pass --overwrite")
 
 
-def _places(source: Path) -> list[Place]:
+def places_of(source: Path) -> list[Place]:
     """The tensors of a file, by offset."""
     if source.suffix == ".gguf":
         tensors = read_part(source).tensors.values()

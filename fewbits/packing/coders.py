@@ -31,7 +31,13 @@ class Coder:
 
 RANS = Coder("rans", torch.int16, rans.STREAM, rans.frequencies, rans.coded_bits, rans.encode, rans.decode)
 HUFFMAN = Coder(
-    "huffman", torch.uint8, huffman.STREAM, huffman.lengths, huffman.coded_bits, huffman.encode, huffman.decode
+    "huffman",
+    torch.uint8,
+    huffman.STREAM,
+    huffman.lengths,
+    huffman.coded_bits,
+    huffman.encode,
+    huffman.decode,
 )
 CODERS = {coder.name: coder for coder in (RANS, HUFFMAN)}
 

@@ -12,14 +12,15 @@ and metadata `fewbits_pack`, the version. The contents:
     name, nbytes, sha256     of the file that was packed
     coder                    of all streams: rans, huffman (coders.py)
     classes                  those that have a table, rising
-    tensors                  {name, offset and nbytes in it, digest, layout (streams.py), streams}, by offset
+    tensors                  {name, offset and nbytes in it, digest, layout, streams (streams.py)}, by offset
     a stream                 {"coded": bytes of each piece}, or {"raw": bytes} where coding shortens nothing
 
-The codes of a matrix, layout spread:COLUMNS or signed:COLUMNS, have two streams: the classes of its rows and columns, compressed
-by zlib, {"deflated": bytes}; and the codes, whose tables are those of the file, {"classed": bytes of each piece}.
+The codes of a matrix, layout spread:COLUMNS or signed:COLUMNS, have two streams: the classes of its rows
+and columns, compressed by zlib, {"deflated": bytes}; and the codes, whose tables are those of the file,
+{"classed": bytes of each piece}.
 
-A piece holds PIECE symbols, so that tensors are coded in parallel. A tensor is decoded alone, and checked by its
-digest: 16 bytes of BLAKE2b.
+A piece holds PIECE symbols, so that tensors are coded in parallel. A tensor is decoded alone, and checked by
+its digest: 16 bytes of BLAKE2b.
 """
 
 from __future__ import annotations
@@ -125,13 +126,10 @@ def _spreads(source: Path, places: Sequence[Place], coder: Coder) -> dict[str, _
         codes = map_bytes(source, place.offset, place.nbytes, place.name).view(-1, place.columns)
         codes = codes ^ 128 if place.signed else codes
         rows, columns = spread.fitted(codes)
-        counts = torch.zeros(spread.CLASSES * 256, dtype=torch.int64)
-        for here, classes in classed(rows, columns):
-            counts += torch.bincount(classes.int().mul_(256).add_(codes[here]).flatten(), minlength=len(counts))
-        table = counts.view(-1, 256)
+        table = spread.counted(codes, rows, columns)
         plain = coder.bits(table.sum(0), coder.table(table.sum(0))) / 8 + coder.table_bytes
         size = sum(coder.bits(each, coder.table(each)) for each in table if bool(each.any())) / 8
-        if size + len(rows) + len(columns) < min(WORTH * plain, place.nbytes):
+        if size + spread.SIDE / 8 * (len(rows) + len(columns)) < min(WORTH * plain, place.nbytes):
             found[place.name] = _Spread(rows, columns, table)
     return found
 

@@ -1,4 +1,5 @@
-"""Canonical Huffman codes of bytes, as in Deep Compression (Han et al., arXiv 1510.00149), of at most 12 bits.
+"""Canonical Huffman codes of bytes, as in Deep Compression (Han et al., arXiv 1510.00149), of at most 12
+bits.
 
 The lengths are the best of that limit (package-merge: Larmore, Hirschberg 1990). csrc/huffman.h describes the
 streams and decodes them; encoding is numpy's, and decoding without the core plain Python.

@@ -1,7 +1,8 @@
 """rANS streams of bytes: by the C++ core (csrc/rans.h, which describes them), or slowly by plain Python.
 
 Frequencies are counts of a whole array, scaled to a sum of 4096; every byte that occurs has at least 1. Where
-bytes belong to classes, each class has its own frequencies: classes `(n,)` u8 has the row of a table `(t, 256)`.
+bytes belong to classes, each class has its own frequencies: classes `(n,)` u8 has the row of a table `(t,
+256)`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def frequencies(counts: torch.Tensor) -> torch.Tensor:
         cost = torch.where((counts > 0) & (found + step >= 1), cost, torch.inf)
         if not total:
             cost = torch.arange(256, dtype=torch.float64)
-        best = cost.topk(min(abs(rest), max(1, int((counts > 0).sum()))), largest=False).indices
-        found[best[: abs(rest)]] += step
+        best = cost.topk(min(abs(rest), int(cost.isfinite().sum())), largest=False).indices
+        found[best] += step
     return found.to(torch.int16)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -95,7 +94,7 @@ class Packed:
             assert isinstance(row["name"], str)
             if row["nbytes"]:
                 self._segments.append((row["offset"], index, at))
-            at += _checked(row, self.coder.table_bytes)
+            at += coded_bytes(row, self.coder.table_bytes)
         assert at == self._entries["data"].nbytes and gaps == len(self._outside) and end == self.nbytes
 
         first = next((start for start, index, _ in self._segments if index >= 0), self.nbytes)
@@ -129,7 +128,11 @@ class Packed:
         row = self.rows[index]
         at = self._entries["data"].offset + place
         try:
-            whole = self._matrix(row, at) if row["layout"].startswith((SPREAD, SIGNED)) else self._streams(row, at)
+            whole = (
+                self._matrix(row, at)
+                if row["layout"].startswith((SPREAD, SIGNED))
+                else self._streams(row, at)
+            )
         except _Damaged:
             whole = None
         if whole is None or len(whole) != row["nbytes"] or digest_of(whole) != row["digest"]:
@@ -189,7 +192,7 @@ class _Damaged(Exception):
     """Of a tensor; `tensor` says which."""
 
 
-def _checked(row: dict[str, Any], table_bytes: int) -> int:
+def coded_bytes(row: dict[str, Any], table_bytes: int) -> int:
     """The bytes of a tensor's streams in `data`; AssertionError where its row is not what it must be."""
     layout, streams = row["layout"], row["streams"]
     if layout.startswith((SPREAD, SIGNED)):
@@ -249,4 +252,3 @@ def _whole(packed: Packed, progress: Progress | None) -> Iterator[memoryview]:
         raise FileError(
             f"{packed.path}: its digest is not {packed.name}'s: it was cut or altered; fetch it again"
         )
-

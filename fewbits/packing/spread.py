@@ -16,6 +16,7 @@ CLASSES = 64
 STEPS = 4  # classes to an octave: half a class more or less costs 0.004 bits
 ZERO = 16  # the class of sigma 1
 AT_ONCE = 2**22
+SIDE = 3  # bits that the class of a row or column takes, compressed
 
 
 def fitted(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,6 +39,27 @@ def classes(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Rows `(n,)` and columns `(k,)` u8 -> the class of each code, `(n, k)` u8."""
     both = rows.to(torch.int16)[:, None] + columns.to(torch.int16) - CLASSES // 2
     return both.clamp_(0, CLASSES - 1).to(torch.uint8)
+
+
+def coded_bits(codes: torch.Tensor) -> float:
+    """Codes `(n, k)` u8 around 128 -> bits that their classes' tables leave of them, rows and columns
+    included."""
+    rows, columns = fitted(codes)
+    counts = counted(codes, rows, columns)
+    whole = counts.sum(1, keepdim=True).clamp(min=1)
+    share = (counts / whole).double()
+    return float(-(counts * share.clamp(min=1e-300).log2()).sum()) + SIDE * (len(rows) + len(columns))
+
+
+def counted(codes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """How often each code occurs in each class, `(64, 256)` int64."""
+    counts = torch.zeros(CLASSES * 256, dtype=torch.int64)
+    step = max(1, AT_ONCE // codes.shape[1])
+    for start in range(0, len(codes), step):
+        here = slice(start, start + step)
+        both = classes(rows[here], columns).int().mul_(256).add_(codes[here])
+        counts += torch.bincount(both.flatten(), minlength=len(counts))
+    return counts.view(CLASSES, 256)
 
 
 def _steps(square: torch.Tensor, zero: int) -> torch.Tensor:

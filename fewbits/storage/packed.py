@@ -1,8 +1,9 @@
 """Packed files are read as the files that they pack.
 
-A path that ends in SUFFIX is that of a packed file (packing/container.py). Everything here that reads ranges of
-a file (`map_bytes`, `read_bytes`, the headers of safetensors and GGUF) reads what it packs; so whatever opens
-models opens packed ones, by the path of the packed file. `READERS` has the reader, which files/open.py adds.
+A path that ends in SUFFIX is that of a packed file (packing/container.py). Everything here that reads ranges
+of a file (`map_bytes`, `read_bytes`, the headers of safetensors and GGUF) reads what it packs; so whatever
+opens models opens packed ones, by the path of the packed file. `READERS` has the reader, which files/open.py
+adds.
 """
 
 from __future__ import annotations

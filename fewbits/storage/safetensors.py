@@ -61,7 +61,7 @@ def read_raw_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     size = regular_size(path)
     try:
         with path.open("rb") as file:
-            return _parsed(path, lambda count: file.read(count), size)
+            return _parsed(path, file.read, size)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -79,9 +79,7 @@ def _read(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return _parsed(path, read, inner.nbytes)
 
 
-def _parsed(
-    path: Path, read: Callable[[int], bytes], size: int
-) -> tuple[dict[str, Entry], dict[str, str]]:
+def _parsed(path: Path, read: Callable[[int], bytes], size: int) -> tuple[dict[str, Entry], dict[str, str]]:
     """read: gives the next bytes."""
     length = _header_length(path, read(8), size)
     header = parse_json_object(read(length), f"{path}: header")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..formats import Distortion
 from ..formats.base import CHUNK, Format
 from ..formats.lossless import convert_lossless
 from ..formats.trained import kept_codes
+from ..packing.spread import coded_bits
 from ..plan.choices import Decision
 from ..plan.method import Method
 from ..plan.rules import Rule
@@ -47,7 +48,8 @@ class Spec:
 class WeightRecord:
     """The error of one weight. squared, energy, largest: of the error, of the values, of the largest change.
     tokens: how many reached it in calibration. output: mean square of its output's error, and of its
-    output."""
+    output. coded: bits of its codes when they are entropy-coded, and their number, if they were chosen for
+    that."""
 
     algorithm: str
     options: Mapping[str, Any]
@@ -56,6 +58,7 @@ class WeightRecord:
     largest: float
     tokens: int | None = None
     output: tuple[float, float] | None = None
+    coded: tuple[float, int] | None = None
 
     @property
     def distortion(self) -> Distortion:
@@ -73,7 +76,8 @@ class WeightRecord:
 
     @staticmethod
     def from_dict(row: Mapping[str, Any]) -> WeightRecord:
-        return WeightRecord(**{**row, "output": None if row["output"] is None else tuple(row["output"])})
+        pairs = {key: row[key] and tuple(row[key]) for key in ("output", "coded")}
+        return WeightRecord(**{**row, **pairs})
 
 
 def record_of(
@@ -124,7 +128,11 @@ def chosen(
 def measured(w: torch.Tensor, q: QTensor, spec: Spec, stats: Stats | None) -> WeightRecord:
     """The record of codes that are already chosen."""
     output = None if stats is None else output_error(w, q, stats)
-    return record_of(spec, q.format.distortion(w, q), stats, output)
+    record = record_of(spec, q.format.distortion(w, q), stats, output)
+    if spec.algorithm != "ecsq":
+        return record
+    codes = q.planes["codes"]
+    return replace(record, coded=(coded_bits(codes.cpu()), codes.numel()))
 
 
 def output_error(w: torch.Tensor, q: QTensor, stats: Stats) -> tuple[float, float]:
@@ -252,6 +260,7 @@ def row_of(records: Sequence[WeightRecord]) -> dict[str, Any]:
         lost = lost + other.distortion
     tokens = [record.tokens for record in records if record.tokens is not None]
     outputs = [record.output for record in records if record.output is not None]
+    coded = [record.coded for record in records if record.coded is not None]
     error, energy = (sum(part) for part in zip(*outputs, strict=True)) if outputs else (0.0, 0.0)
     return {
         "algorithm": records[0].algorithm,
@@ -261,6 +270,7 @@ def row_of(records: Sequence[WeightRecord]) -> dict[str, Any]:
         "max_abs_error": lost.largest,
         "tokens": min(tokens) if tokens else None,
         "output_error": math.sqrt(error / energy) if energy > 0 else None,
+        "coded_bits": sum(bits for bits, _ in coded) / sum(n for _, n in coded) if coded else None,
     }
 
 
