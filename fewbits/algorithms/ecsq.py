@@ -150,7 +150,7 @@ def boundaries(lengths: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def chosen(target: torch.Tensor, hessian: HessianFactor, lengths: torch.Tensor, rate: float) -> torch.Tensor:
-    """Rows `(n, k)` in steps -> codes `(n, k)`, whole f32: by feedback, then descent. lengths: of `longer`."""
+    """Rows `(n, k)` in steps -> codes `(n, k)`, whole f32: by feedback, then descent."""
     order, pivot, wanted = hessian.order, hessian.factor.diagonal(), target.T
     slope = rate * SLOPE * float(pivot.pow(-2).mean())
     edges = boundaries(lengths, slope * pivot.square())
@@ -177,7 +177,10 @@ def _rounded(
         here, inner = state[start:stop].clone(), coupling[start:stop, start:stop]
         for i, j in enumerate(range(start, stop)):
             codes[j] = torch.bucketize(here[i], edges[j], right=True).sub_(HALF)
-            moves[j] = (here[i] - codes[j]) / pivot[j] if pivot is not None else codes[j] - old[j]  # type: ignore[index]
+            if pivot is not None:
+                moves[j] = (here[i] - codes[j]) / pivot[j]
+            elif old is not None:
+                moves[j] = codes[j] - old[j]
             here[i + 1 :] -= inner[i, i + 1 :, None] * moves[j]
 
     blocked_update(state, coupling, moves, quantize, UNIT)

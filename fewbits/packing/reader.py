@@ -50,9 +50,9 @@ class Packed:
         if metadata[KEY] != VERSION or {*self._entries} != {"contents", "tables", "outside", "data"}:
             raise FileError(f"{path}: was packed by another version of fewbits; unpack it with that")
         about = parse_json_object(self._inflated("contents"), f"{path}: contents")
-        self._tables_raw, self._outside = self._inflated("tables"), self._inflated("outside")
+        self._outside = self._inflated("outside")
         try:
-            self._check(about)
+            self._check(about, bytearray(self._inflated("tables")))
         except FileError as error:
             raise FileError(f"{path}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
@@ -70,16 +70,16 @@ class Packed:
             raise FileError(f"{self.path}: its {name} is damaged; fetch it again")
         return found
 
-    def _check(self, about: dict[str, Any]) -> None:
+    def _check(self, about: dict[str, Any], tables: bytearray) -> None:
         self.name, self.nbytes, self.sha256 = about["name"], about["nbytes"], about["sha256"]
         self.rows: list[dict[str, Any]] = about["tensors"]
         assert isinstance(self.name, str) and isinstance(self.sha256, str)
         self.coder = coder_named(about["coder"])
         assert all(type(each) is int and 0 <= each < spread.CLASSES for each in about["classes"])
         self.numbers = numbers_of(about["classes"])
-        tables = torch.frombuffer(bytearray(self._tables_raw or b"\0"), dtype=torch.uint8)
-        shape = (len(about["classes"]), 256)
-        self.tables = (tables if self._tables_raw else tables[:0]).view(self.coder.dtype).view(shape)
+        assert len(tables) == len(about["classes"]) * self.coder.table_bytes
+        self.tables = torch.frombuffer(tables or bytearray(2), dtype=self.coder.dtype)
+        self.tables = self.tables[: len(tables)].view(len(about["classes"]), 256)
         self._segments: list[tuple[int, int, int]] = []  # start, tensor or -1, its place in data or outside
         end, at, gaps = 0, 0, 0
         for index, row in enumerate([*self.rows, {"offset": self.nbytes, "nbytes": 0}]):
@@ -91,7 +91,7 @@ class Packed:
             end = row["offset"] + row["nbytes"]
             if index == len(self.rows):
                 break
-            assert isinstance(row["name"], str)
+            assert isinstance(row["name"], str) and isinstance(row["digest"], str)
             if row["nbytes"]:
                 self._segments.append((row["offset"], index, at))
             at += coded_bytes(row, self.coder.table_bytes)
@@ -198,7 +198,7 @@ def coded_bytes(row: dict[str, Any], table_bytes: int) -> int:
     if layout.startswith((SPREAD, SIGNED)):
         columns = int(layout.partition(":")[2])
         assert columns > 0 and row["nbytes"] > 0 and row["nbytes"] % columns == 0
-        assert [next(iter(each)) for each in streams] == ["deflated", "classed"]
+        assert [[*each] for each in streams] == [["deflated"], ["classed"]]
     else:
         counts = sizes(layout, row["nbytes"]) if row["nbytes"] else []
         assert row["nbytes"] % block_of(layout) == 0 and len(streams) == len(counts)

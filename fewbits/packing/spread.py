@@ -16,6 +16,7 @@ CLASSES = 64
 STEPS = 4  # classes to an octave: half a class more or less costs 0.004 bits
 ZERO = 16  # the class of sigma 1
 AT_ONCE = 2**22
+LEAST = 2.0**-12  # share of a code that occurs at all, in a coder's table
 SIDE = 3  # bits that the class of a row or column takes, compressed
 
 
@@ -46,9 +47,11 @@ def coded_bits(codes: torch.Tensor) -> float:
     included."""
     rows, columns = fitted(codes)
     counts = counted(codes, rows, columns)
-    whole = counts.sum(1, keepdim=True).clamp(min=1)
-    share = (counts / whole).double()
-    return float(-(counts * share.clamp(min=1e-300).log2()).sum()) + SIDE * (len(rows) + len(columns))
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    share = torch.where(counts > 0, share.double().clamp(min=LEAST), 0.0)  # as coders store it
+    share /= share.sum(1, keepdim=True).clamp(min=LEAST)
+    lengths = -share.clamp(min=LEAST / 2).log2()
+    return float((counts * lengths).sum()) + SIDE * (len(rows) + len(columns))
 
 
 def counted(codes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
