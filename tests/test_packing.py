@@ -73,8 +73,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     fewbits.quantize(model, folder / "gptq", to="int4_g32", file="gptq", effort="fast", verify=False)
     normal = torch.randn(200, 300, generator=generator()) * torch.linspace(0.5, 9, 200)[:, None]
     codes = normal.round().clamp(-128, 127).to(torch.int8)
+    flat = (torch.randn(200, 300, generator=generator()) * 3 + 128).round()
+    flat[7, 7], flat[9, 9] = 250, 2  # of a class of 60,000: escaped
     found["spread"] = folder / "spread.safetensors"
-    save_file({"signed": codes, "unsigned": codes.view(torch.uint8) ^ 128}, found["spread"])
+    unsigned = codes.view(torch.uint8) ^ 128
+    save_file({"signed": codes, "unsigned": unsigned, "flat": flat.to(torch.uint8)}, found["spread"])
     found["odd"] = folder / "odd.safetensors"
     save_file({"none": torch.empty(0, 3), "one": torch.ones(1), "f64": torch.ones(900, dtype=torch.float64),
                "bool": torch.ones(5000, dtype=torch.bool)}, found["odd"])  # fmt: skip
@@ -100,6 +103,8 @@ def test_a_file_comes_back_bit_for_bit(
         about = json.loads(zlib.decompress(file.get_tensor("contents").numpy().tobytes()))
         assert about["name"] == files[name].name and about["coder"] == coder
         assert set(file.keys()) == {"contents", "tables", "outside", "data"}
+    if name == "spread":
+        assert any(row["streams"][2]["rare"] for row in about["tensors"])
     share = {"bf16": 0.75, "spread": 0.6}.get(name, 1.1)
     assert packed.stat().st_size < share * files[name].stat().st_size
     assert ("spread:300" in str(about), "signed:300" in str(about)) == ((name == "spread"),) * 2

@@ -12,12 +12,13 @@ and metadata `fewbits_pack`, the version. The contents:
     name, nbytes, sha256     of the file that was packed
     coder                    of all streams: rans, huffman (coders.py)
     classes                  those that have a table, rising
+    escape                   a byte that stands for codes without a place in their table; null for none
     tensors                  {name, offset and nbytes in it, digest, layout, streams (streams.py)}, by offset
     a stream                 {"coded": bytes of each piece}, or {"raw": bytes} where coding shortens nothing
 
-The codes of a matrix, layout spread:COLUMNS or signed:COLUMNS, have two streams: the classes of its rows
-and columns, compressed by zlib, {"deflated": bytes}; and the codes, whose tables are those of the file,
-{"classed": bytes of each piece}.
+The codes of a matrix, layout spread:COLUMNS or signed:COLUMNS, have three streams: the classes of its
+rows and columns, compressed by zlib, {"deflated": bytes}; the codes, whose tables are those of the file,
+{"classed": bytes of each piece}; and the codes that are escaped there, in their order, {"rare": bytes}.
 
 A piece holds PIECE symbols, so that tensors are coded in parallel. A tensor is decoded alone, and checked by
 its digest: 16 bytes of BLAKE2b.
@@ -54,6 +55,9 @@ PIECE = 2**20  # symbols
 AT_ONCE = 2**24  # bytes of a tensor that are split at once
 LEAST = 4096  # bytes: a shorter tensor is not coded, its tables would be as long
 WORTH = 0.995  # of the bytes: what is not shorter than that is not coded
+RARE = (
+    2**14
+)  # a code that is not one of so many takes less as an escape and a byte than a table's least share
 SPREAD, SIGNED = "spread:", "signed:"
 Progress = Callable[[str, int, int], None]
 
@@ -91,7 +95,7 @@ def pack(
                     progress(place.name, place.offset + place.nbytes, size)
             about = {
                 "name": source.name, "nbytes": size, "sha256": _digest(source), "coder": coder.name,
-                "classes": writer.used, "tensors": rows,
+                "classes": writer.used, "escape": writer.escape, "tensors": rows,
             }  # fmt: skip
             small = [
                 ("contents", json.dumps(about, separators=(",", ":")).encode()),
@@ -141,6 +145,12 @@ class _Writer:
         self.source, self.coder, self.spreads = source, coder, spreads
         counts = sum((each.counts for each in spreads.values()), torch.zeros(spread.CLASSES, 256).long())
         self.used = torch.where(counts.any(1))[0].tolist()
+        free = torch.where(counts.sum(0) == 0)[0].tolist()
+        self.escape = free[0] if free else None
+        if self.escape is not None:
+            rare = torch.where(counts * RARE < counts.sum(1, keepdim=True), counts, 0)
+            counts = counts - rare
+            counts[:, self.escape] = rare.sum(1)
         tables = [coder.table(counts[i]) for i in self.used]
         self.tables = torch.stack(tables) if tables else torch.empty(0, 256, dtype=coder.dtype)
 
@@ -179,12 +189,23 @@ class _Writer:
         data.write(sides)
         numbers = numbers_of(self.used)
 
-        def coded(part: tuple[slice, torch.Tensor]) -> torch.Tensor:
+        def coded(part: tuple[slice, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             here, classes = part
-            return self.coder.encode(codes[here].flatten(), *with_tables(classes, numbers, self.tables))
+            symbols = codes[here].flatten()
+            tables, of = with_tables(classes, numbers, self.tables)
+            rare = tables.flatten()[of.int() * 256 + symbols] == 0
+            left = symbols[rare]
+            if self.escape is not None:
+                symbols = symbols.masked_fill(rare, self.escape)
+            return self.coder.encode(symbols, tables, of), left
 
-        pieces = parallel(coded, classed(found.rows, found.columns))
-        return [{"deflated": len(sides)}, {"classed": [data.write(as_bytes(piece)) for piece in pieces]}]
+        pieces, nbytes, rare = parallel(coded, classed(found.rows, found.columns)), [], []
+        for piece, left in pieces:
+            nbytes.append(data.write(as_bytes(piece)))
+            rare.append(left)
+        left = torch.cat(rare)
+        data.write(as_bytes(left))
+        return [{"deflated": len(sides)}, {"classed": nbytes}, {"rare": len(left)}]
 
 
 def numbers_of(used: Sequence[int]) -> torch.Tensor:
@@ -215,7 +236,7 @@ def digest_of(tensor: torch.Tensor) -> str:
     return blake2b(as_bytes(tensor), digest_size=16).hexdigest()
 
 
-def parallel(work: Callable[[Any], torch.Tensor | None], items: Any) -> Iterator[Any]:
+def parallel(work: Callable[[Any], Any], items: Any) -> Iterator[Any]:
     with ThreadPoolExecutor(core.threads()) as pool:
         yield from pool.map(work, items)
 

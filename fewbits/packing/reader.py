@@ -76,7 +76,8 @@ class Packed:
         assert isinstance(self.name, str) and isinstance(self.sha256, str)
         self.coder = coder_named(about["coder"])
         assert all(type(each) is int and 0 <= each < spread.CLASSES for each in about["classes"])
-        self.numbers = numbers_of(about["classes"])
+        self.numbers, self.escape = numbers_of(about["classes"]), about["escape"]
+        assert self.escape is None or (type(self.escape) is int and 0 <= self.escape < 256)
         assert len(tables) == len(about["classes"]) * self.coder.table_bytes
         self.tables = torch.frombuffer(tables or bytearray(2), dtype=self.coder.dtype)
         self.tables = self.tables[: len(tables)].view(len(about["classes"]), 256)
@@ -156,7 +157,7 @@ class Packed:
 
     def _matrix(self, row: dict[str, Any], at: int) -> torch.Tensor:
         k = int(row["layout"].partition(":")[2])
-        n, (sides, codes) = row["nbytes"] // k, row["streams"]
+        n, (sides, codes, rare) = row["nbytes"] // k, row["streams"]
         raw = map_raw(self.path, at, sides["deflated"])
         try:
             inflated = bytearray(zlib.decompressobj().decompress(as_bytes(raw), n + k + 1))
@@ -171,7 +172,14 @@ class Packed:
                 raise _Damaged
             tables, numbers = with_tables(classes, self.numbers, self.tables)
             work.append((tables, classes.numel(), numbers))
-        whole = self._pieces(codes["classed"], at + sides["deflated"], work)
+        at += sides["deflated"]
+        whole = self._pieces(codes["classed"], at, work)
+        left = map_raw(self.path, at + sum(codes["classed"]), rare["rare"])
+        if self.escape is not None:
+            escaped = whole == self.escape
+            if int(escaped.sum()) != len(left):
+                raise _Damaged
+            whole[escaped] = left
         return whole ^ 128 if row["layout"].startswith(SIGNED) else whole
 
     def _pieces(self, nbytes: list[int], at: int, work: list[tuple[torch.Tensor, int, Any]]) -> torch.Tensor:
@@ -198,7 +206,7 @@ def coded_bytes(row: dict[str, Any], table_bytes: int) -> int:
     if layout.startswith((SPREAD, SIGNED)):
         columns = int(layout.partition(":")[2])
         assert columns > 0 and row["nbytes"] > 0 and row["nbytes"] % columns == 0
-        assert [[*each] for each in streams] == [["deflated"], ["classed"]]
+        assert [[*each] for each in streams] == [["deflated"], ["classed"], ["rare"]]
     else:
         counts = sizes(layout, row["nbytes"]) if row["nbytes"] else []
         assert row["nbytes"] % block_of(layout) == 0 and len(streams) == len(counts)
@@ -207,6 +215,7 @@ def coded_bytes(row: dict[str, Any], table_bytes: int) -> int:
     total = 0
     for stream in streams:
         [(kind, value)] = stream.items()
+        assert isinstance(value, list) == (kind in ("coded", "classed"))
         lengths = value if isinstance(value, list) else [value]
         assert all(type(n) is int and n >= 0 for n in lengths)
         total += sum(lengths) + (table_bytes if kind == "coded" else 0)

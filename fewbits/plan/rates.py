@@ -6,9 +6,8 @@ weight falls as 4^-b; the least sum has the same KL divergence per weight everyw
     bits = mean + OFFSETS[role] - (their mean over the model's weights)
 
 OFFSETS are half the binary logarithms of the KL divergence per weight that the weights of each role caused
-alone, at equal bits, in SmolLM2-135M (ecsq, error feedback; wikitext). The order is that of llama.cpp's
-mixtures: v and down above, q and gate below. They save about 6 % of the file at equal KL divergence, most of
-it in the embedding; a rule with `bits` sets others.
+alone, at equal bits, in SmolLM2-135M (ecsq by error feedback; wikitext). The order is that of llama.cpp's
+mixtures: v and down above, q and gate below. A rule with `bits` sets others.
 """
 
 from __future__ import annotations
