@@ -171,8 +171,10 @@ def test_a_directory_comes_back(files: dict[str, Path], tmp_path: Path) -> None:
     assert back == tmp_path / "model-unpacked"
     for path in model.iterdir():
         assert (back / path.name).read_bytes() == path.read_bytes()
-    with pytest.raises(FileError, match="has no packed file in it"):
+    with pytest.raises(FileError, match="has no weight file in it"):
         unpack_model(model, tmp_path / "other")
+    with pytest.raises(FileError, match="exists; choose another output"):
+        pack_model(model)
     with pytest.raises(FileError, match="is in the input itself"):
         pack_model(model, model / "packed")
 

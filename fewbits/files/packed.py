@@ -31,9 +31,11 @@ def pack_model(
     FileError for another kind of file, one that is damaged, or an output that exists.
     """
     work = partial(_pack_file, coder=coder, overwrite=overwrite, progress=progress)
-    if source.is_dir():
-        return _directory(source, out or source.with_name(f"{source.resolve().name}-packed"), work)
-    return work(source, out or source.with_name(source.name + SUFFIX))
+    if not source.is_dir():
+        return work(source, out or source.with_name(source.name + SUFFIX))
+    out = out or source.with_name(f"{source.resolve().name}-packed")
+    _check_directory(source, out, overwrite)
+    return _directory(source, out, lambda path: not is_packed(path), lambda name: name + SUFFIX, work)
 
 
 def unpack_model(
@@ -46,24 +48,35 @@ def unpack_model(
     work = partial(_unpack_file, overwrite=overwrite, progress=progress)
     if not source.is_dir():
         return work(source, out)
-    name = source.resolve().name
-    return _directory(source, out or source.with_name(f"{name.removesuffix('-packed')}-unpacked"), work)
+    out = out or source.with_name(f"{source.resolve().name.removesuffix('-packed')}-unpacked")
+    _check_directory(source, out, overwrite)
+    return _directory(source, out, is_packed, lambda name: name.removesuffix(SUFFIX), work)
 
 
-def _directory(source: Path, out: Path, work: Callable[[Path, Path], Path]) -> Path:
-    """Each file of a directory, and of folders in it, that `work` is for, worked on; all others copied."""
+def _check_directory(source: Path, out: Path, overwrite: bool) -> None:
     if out.resolve().is_relative_to(source.resolve()):
         raise FileError(f"{out}: is in the input itself; choose another output")
-    packs = work.func is _pack_file  # type: ignore[attr-defined]
+    if not overwrite and out.exists() and any(out.iterdir()):
+        raise FileError(f"{out}: exists; choose another output or pass --overwrite")
+
+
+def _directory(
+    source: Path,
+    out: Path,
+    chooses: Callable[[Path], bool],
+    named: Callable[[str], str],
+    work: Callable[[Path, Path], Path],
+) -> Path:
+    """Each weight file of a directory, and of folders in it, that is chosen, worked on; all others copied."""
     files = [path for path in sorted(source.rglob("*")) if path.is_file()]
-    chosen = [path for path in files if is_packed(path) != packs and path.suffix in WEIGHTS]
+    chosen = {path for path in files if path.suffix in WEIGHTS and chooses(path)}
     if not chosen:
-        raise FileError(f"{source}: has no {'file to pack' if packs else 'packed file'} in it")
+        raise FileError(f"{source}: has no weight file in it that can be packed, or unpacked")
     for path in files:
         place = out / path.relative_to(source)
         make_directory(place.parent)
         if path in chosen:
-            work(path, place.with_name(path.name + SUFFIX if packs else path.name.removesuffix(SUFFIX)))
+            work(path, place.with_name(named(path.name)))
         else:
             shutil.copyfile(path, place)
     return out

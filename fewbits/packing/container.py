@@ -55,9 +55,7 @@ PIECE = 2**20  # symbols
 AT_ONCE = 2**24  # bytes of a tensor that are split at once
 LEAST = 4096  # bytes: a shorter tensor is not coded, its tables would be as long
 WORTH = 0.995  # of the bytes: what is not shorter than that is not coded
-RARE = (
-    2**14
-)  # a code that is not one of so many takes less as an escape and a byte than a table's least share
+RARE = 2**14  # a code that is less often than one in so many is escaped: shorter than a table's least share
 SPREAD, SIGNED = "spread:", "signed:"
 Progress = Callable[[str, int, int], None]
 

@@ -97,7 +97,6 @@ class Packed:
                 self._segments.append((row["offset"], index, at))
             at += coded_bytes(row, self.coder.table_bytes)
         assert at == self._entries["data"].nbytes and gaps == len(self._outside) and end == self.nbytes
-
         first = next((start for start, index, _ in self._segments if index >= 0), self.nbytes)
         self.head = self._outside[:first]
 
