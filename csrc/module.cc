@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <tuple>
 
+#include "huffman.h"
 #include "rans.h"
 #include "run.h"
 
@@ -83,13 +84,26 @@ void round_columns(std::tuple<int64_t, int64_t> sizes,
 }
 
 // -> bytes written, or -1
-int64_t encode_bytes(Address in, int64_t count, Address frequency, Address out, int64_t room) {
-    return rans_encode(at<uint8_t>(in), count, at<uint16_t>(frequency), at<uint8_t>(out), room);
+int64_t encode_bytes(Address in, int64_t count, std::tuple<Address, int, Address> given, Address out,
+                     int64_t room) {
+    auto [frequency, tables, of] = given;
+    RansTables known{at<uint16_t>(frequency), tables, at<uint8_t>(of)};
+    return rans_encode(at<uint8_t>(in), count, known, at<uint8_t>(out), room);
 }
 
-bool decode_bytes(Address in, int64_t bytes, Address frequency, Address out, int64_t count) {
-    return rans_decode(at<uint8_t>(in), bytes, at<uint16_t>(frequency), at<uint8_t>(out), count,
+bool decode_bytes(Address in, int64_t bytes, std::tuple<Address, int, Address> given, Address out,
+                  int64_t count) {
+    auto [frequency, tables, of] = given;
+    RansTables known{at<uint16_t>(frequency), tables, at<uint8_t>(of)};
+    return rans_decode(at<uint8_t>(in), bytes, known, at<uint8_t>(out), count,
                        std::string(kernels().isa) != "portable");
+}
+
+bool decode_huffman(Address in, int64_t bytes, std::tuple<Address, int, Address> given, Address out,
+                    int64_t count) {
+    auto [lengths, tables, of] = given;
+    return huffman_decode(at<uint8_t>(in), bytes, at<uint8_t>(lengths), tables, at<uint8_t>(of),
+                          at<uint8_t>(out), count);
 }
 
 }  // namespace
@@ -103,4 +117,5 @@ NB_MODULE(_core, m) {
     m.def("quantize_columns", &round_columns, Release());
     m.def("rans_encode", &encode_bytes, Release());
     m.def("rans_decode", &decode_bytes, Release());
+    m.def("huffman_decode", &decode_huffman, Release());
 }

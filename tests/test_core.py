@@ -90,7 +90,7 @@ def compare_all(path: str) -> None:
 def test_core_equals_reference_bit_for_bit(isa: str, references: Path) -> None:
     script = (
         "import sys; from fewbits import core; from tests.test_core import compare_all; "
-        "from tests.test_columns import compare_columns; from tests.test_packing import compare_streams; "
+        "from tests.test_columns import compare_columns; from tests.test_coders import compare_streams; "
         "compare_all(sys.argv[1]); compare_columns(); compare_streams(); "
         "print(core.isa())"
     )

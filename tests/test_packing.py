@@ -1,98 +1,38 @@
 """pack and unpack: the same bytes, near the entropy; nothing of a damaged file."""
 
+import copy
 import json
-from itertools import product
+import re
+import zlib
+from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import gguf
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fewbits
-from fewbits import core
 from fewbits.cli.main import main
 from fewbits.errors import FileError
+from fewbits.files.gguf.file import map_gguf_tensor, read_gguf
+from fewbits.files.open import open_checkpoint
+from fewbits.files.packed import pack_model, unpack_model
 from fewbits.formats import FORMATS
 from fewbits.formats.ggml import TYPES
-from fewbits.packing import container, pack_file, rans, streams, unpack_file
+from fewbits.packing import container, reader, streams
+from fewbits.packing.coders import CODERS
+from fewbits.storage.packed import SUFFIX, is_packed
 from tests.tiny import save_tiny
 
-needs_core = pytest.mark.skipif(not core.available(), reason="the C++ core is not built")
+PACKED = "m.packed.safetensors"
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def symbols_of(kind: str, count: int) -> torch.Tensor:
-    normal = torch.randn(count, generator=generator())
-    return {
-        "normal": (normal * 3 + 8).round().clamp(0, 15),
-        "wide": (normal * 40 + 128).round().clamp(0, 255),
-        "one": torch.full((count,), 7.0),
-        "rare": torch.where(torch.rand(count, generator=generator(1)) < 1e-4, 200.0, 3.0),
-        "uniform": torch.randint(0, 256, (count,), generator=generator()).float(),
-    }[kind].to(torch.uint8)
-
-
-KINDS, COUNTS = ("normal", "wide", "one", "rare", "uniform"), (0, 1, 7, 8, 9, 63, 4099)
-
-
-def test_every_byte_that_occurs_has_a_frequency() -> None:
-    """As in a pruned weight: one byte is most of it, and all others are rare."""
-    counts = torch.ones(256, dtype=torch.int64)
-    counts[0] = 10**6
-    table = rans.frequencies(counts)
-    assert int(table.min()) == 1 and int(table.sum()) == 4096
-
-
-def compare_streams() -> None:
-    """The core writes and reads the streams of the reference."""
-    for kind, count in product(KINDS, COUNTS):
-        symbols = symbols_of(kind, count)
-        table = rans.frequencies(torch.bincount(symbols.int(), minlength=256))
-        assert int(table.sum()) == 4096
-        stream = rans.encode_reference(symbols, table)
-        assert torch.equal(core.rans_encode(symbols, table), stream)
-        for found in (rans.decode(stream, table, count), rans.decode_reference(stream, table, count)):
-            assert found is not None and torch.equal(found, symbols), (kind, count)
-
-
-@needs_core
-def test_the_core_writes_and_reads_the_streams_of_the_reference() -> None:
-    """With the best instruction set of this machine; tests/test_core.py runs the same with every one."""
-    compare_streams()
-
-
-@pytest.mark.parametrize("kind", ["normal", "wide", "rare", "one"])
-def test_a_stream_is_half_a_percent_above_the_entropy_at_most(kind: str) -> None:
-    """The entropy by numpy, from the counts."""
-    symbols = symbols_of(kind, 2**16)
-    p = np.bincount(symbols.numpy(), minlength=256) / len(symbols)
-    entropy = -(p[p > 0] * np.log2(p[p > 0])).sum() * len(symbols) / 8
-    table = rans.frequencies(torch.bincount(symbols.int(), minlength=256))
-    nbytes = rans.encode(symbols, table).numel()
-    assert entropy - 1 <= nbytes <= 1.005 * entropy + 34 + (8 if kind == "rare" else 0)
-
-
-@pytest.mark.parametrize("decode", [rans.decode, rans.decode_reference])
-def test_damaged_streams_are_told_and_nothing_beyond_them_is_read(decode) -> None:
-    symbols = symbols_of("normal", 3000)
-    table = rans.frequencies(torch.bincount(symbols.int(), minlength=256))
-    stream = rans.encode(symbols, table)
-    for size in (0, 1, 31, 32, 33, len(stream) // 2, len(stream) - 2, len(stream) - 1):
-        assert decode(stream[:size].clone(), table, 3000) is None
-    assert decode(torch.cat([stream, stream[:2]]), table, 3000) is None
-    assert decode(stream, table, 2999) is None and decode(stream, table, 3001) is None
-    wrong = table.clone()
-    wrong[8] += 1
-    assert decode(stream, wrong, 3000) is None
-    changed = stream.clone()
-    changed[100] ^= 64
-    other = decode(changed, table, 3000)
-    assert other is None or not torch.equal(other, symbols)
 
 
 @pytest.mark.parametrize("name", [format.name for format in TYPES])
@@ -131,73 +71,210 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         fewbits.quantize(model, found[to], to=to, effort="fast", verify=False)
     found["gptq"] = folder / "gptq" / "model.safetensors"
     fewbits.quantize(model, folder / "gptq", to="int4_g32", file="gptq", effort="fast", verify=False)
+    normal = torch.randn(200, 300, generator=generator()) * torch.linspace(0.5, 9, 200)[:, None]
+    codes = normal.round().clamp(-128, 127).to(torch.int8)
+    flat = (torch.randn(200, 300, generator=generator()) * 3 + 128).round()
+    flat[7, 7], flat[9, 9] = 250, 2  # of a class of 60,000: escaped
+    found["spread"] = folder / "spread.safetensors"
+    unsigned = codes.view(torch.uint8) ^ 128
+    save_file({"signed": codes, "unsigned": unsigned, "flat": flat.to(torch.uint8)}, found["spread"])
     found["odd"] = folder / "odd.safetensors"
     save_file({"none": torch.empty(0, 3), "one": torch.ones(1), "f64": torch.ones(900, dtype=torch.float64),
                "bool": torch.ones(5000, dtype=torch.bool)}, found["odd"])  # fmt: skip
     return found
 
 
-NAMES = ("bf16", "q4_k_m", "q3_k_m", "q8_0", "iq3_s", "gptq", "odd")
+NAMES = ("bf16", "q4_k_m", "q3_k_m", "q8_0", "iq3_s", "gptq", "odd", "spread")
 
 
+@pytest.mark.parametrize("coder", [*CODERS])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_comes_back_bit_for_bit(
-    files: dict[str, Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, Path], tmp_path: Path, name: str, coder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(container, "PIECE", 5000)
+    monkeypatch.setattr(reader, "PIECE", 5000)
     monkeypatch.setattr(container, "AT_ONCE", 30_000)
-    packed = pack_file(files[name], tmp_path / "packed.safetensors")
-    back = unpack_file(packed, tmp_path / "back")
+    packed = pack_model(files[name], tmp_path / PACKED, coder=coder)
+    back = unpack_model(packed, tmp_path / "back")
     assert back.read_bytes() == files[name].read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"packed.safetensors", "back"}
+    assert {path.name for path in tmp_path.iterdir()} == {PACKED, "back"}
     with safe_open(packed, "pt") as file:  # their own reader: the container is what it says
-        about = json.loads(file.metadata()["fewbits_pack"])
-        assert set(file.keys()) == {"data", "outside"} and about["name"] == files[name].name
-    if name == "bf16":
-        assert packed.stat().st_size < 0.75 * files[name].stat().st_size
+        about = json.loads(zlib.decompress(file.get_tensor("contents").numpy().tobytes()))
+        assert about["name"] == files[name].name and about["coder"] == coder
+        assert set(file.keys()) == {"contents", "tables", "outside", "data"}
+    if name == "spread":
+        assert any(row["streams"][-1].get("rare") for row in about["tensors"]) or coder == "huffman"
+    share = {"bf16": 0.75, "spread": 0.6}.get(name, 1.1)
+    assert packed.stat().st_size < share * files[name].stat().st_size
+    assert ("spread:300" in str(about), "signed:300" in str(about)) == ((name == "spread"),) * 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "table", "contents", "name", "plain"])
+@pytest.mark.parametrize("name", ["q4_k_m", "gptq", "model"])
+def test_a_packed_model_is_opened_like_the_model(files: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Without a file that holds it unpacked; its bytes were compared with safetensors' reader above."""
+    folder = files["bf16"].parent
+    source = files[name] if name == "q4_k_m" else folder / name
+    model = open_checkpoint(source)
+    packed = pack_model(source, tmp_path / ("dir" if source.is_dir() else PACKED))
+    there = open_checkpoint(packed)
+    assert there.file_type is model.file_type and there.config == model.config
+    assert {*there.side_files} == {*model.side_files} and [*there.tensors] == [*model.tensors]
+    for key, tensor in model.tensors.items():
+        a, b = tensor.load(), there.tensors[key].load()
+        parts = zip(a.planes.values(), b.planes.values(), strict=True) if tensor.quantized else [(a, b)]
+        assert all(torch.equal(*pair) for pair in parts), key
+    assert {path.suffix for path in tmp_path.rglob("*")} & {".gguf", ".bin"} == set()
+    assert all(is_packed(path) for path in tmp_path.rglob("*.safetensors"))
+
+
+def test_a_split_gguf_is_opened_packed(tmp_path: Path) -> None:
+    """Two parts as llama-gguf-split names and marks them."""
+    floats = torch.randn(64, 256, generator=generator())
+    for number in range(2):
+        writer = gguf.GGUFWriter(tmp_path / f"m-0000{number + 1}-of-00002.gguf", "llama")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", 2)
+        writer.add_tensor(f"t{number}", floats.numpy())
+        for write in (
+            writer.write_header_to_file,
+            writer.write_kv_data_to_file,
+            writer.write_tensors_to_file,
+        ):
+            write()
+        writer.close()
+    packed = [pack_model(path) for path in sorted(tmp_path.glob("*.gguf"))]
+    for path in tmp_path.glob("*.gguf"):
+        path.unlink()
+    model = read_gguf(packed[0])
+    for tensor in model.tensors.values():
+        assert torch.equal(map_gguf_tensor(tensor), floats) and is_packed(tensor.file)
+
+
+def test_a_directory_comes_back(files: dict[str, Path], tmp_path: Path) -> None:
+    """Shards and their index; small files are copied, the rest is opened."""
+    model = save_tiny("LlamaForCausalLM", tmp_path / "model")
+    whole = load_file(model / "model.safetensors")
+    names = sorted(whole)
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for shard, inside in shards.items():
+        save_file({name: whole[name].bfloat16() for name in inside}, model / shard, {"format": "pt"})
+    (model / "model.safetensors").unlink()
+    index = {"weight_map": {name: shard for shard, inside in shards.items() for name in inside}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    packed = pack_model(model)
+    assert packed == tmp_path / "model-packed"
+    assert {path.suffixes[-2:] == [".packed", ".safetensors"] for path in packed.glob("*-of-*")} == {True}
+    assert torch.equal(open_checkpoint(packed).tensors[names[0]].load(), whole[names[0]].bfloat16())
+    back = unpack_model(packed)
+    assert back == tmp_path / "model-unpacked"
+    for path in model.iterdir():
+        assert (back / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(FileError, match="has no weight file in it"):
+        unpack_model(model, tmp_path / "other")
+    with pytest.raises(FileError, match="exists; choose another output"):
+        pack_model(model)
+    with pytest.raises(FileError, match="is in the input itself"):
+        pack_model(model, model / "packed")
+
+
+def test_a_damaged_tensor_is_named_and_others_are_read(files: dict[str, Path], tmp_path: Path) -> None:
+    packed = pack_model(files["bf16"].parent / "model", tmp_path / "dir") / f"model.safetensors{SUFFIX}"
+    with safe_open(packed, "pt") as file:
+        about = json.loads(zlib.decompress(file.get_tensor("contents").numpy().tobytes()))
+    raw = bytearray(packed.read_bytes())
+    last = max(about["tensors"], key=lambda row: row["offset"] if row["nbytes"] else 0)
+    raw[-40] ^= 1  # the data array is the file's end
+    packed.write_bytes(raw)
+    model = open_checkpoint(tmp_path / "dir")
+    with pytest.raises(FileError, match=f"tensor '{re.escape(last['name'])}' is damaged"):
+        model.tensors[last["name"]].load()
+    others = [row["name"] for row in about["tensors"] if row is not last]
+    assert all(model.tensors[name].load() is not None for name in others)
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "zlib", "contents", "name", "plain"])
 def test_nothing_is_left_of_a_file_that_is_damaged(
     files: dict[str, Path], tmp_path: Path, damage: str
 ) -> None:
-    packed = pack_file(files["q4_k_m"], tmp_path / "packed.safetensors")
+    packed = pack_model(files["q4_k_m"], tmp_path / PACKED)
     raw = bytearray(packed.read_bytes())
-    start = 8 + int.from_bytes(raw[:8], "little")
-    if damage == "cut":
+    if damage in ("contents", "name"):
+        with safe_open(packed, "pt") as file:
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+            metadata = file.metadata()
+        about = zlib.decompress(arrays["contents"].numpy().tobytes())
+        new = {"contents": (b'"ggml:q4_k"', b'"ggml:q9_z"'), "name": (b"q4_k_m.gguf", b"../4_k.gguf")}[damage]
+        changed = zlib.compress(about.replace(*new))
+        arrays["contents"] = torch.frombuffer(bytearray(changed), dtype=torch.uint8)
+        save_file(arrays, packed, metadata)
+        raw = bytearray(packed.read_bytes())
+    elif damage == "cut":
         raw = raw[:-100]
     elif damage == "bit":
-        raw[start + 30_000] ^= 1
-    elif damage == "table":
-        raw[start : start + 4] = b"\xff" * 4
-    elif damage == "contents":
-        raw = raw.replace(b'\\"layout\\":\\"ggml:q4_k\\"', b'\\"layout\\":\\"ggml:q9_z\\"', 1)
-    elif damage == "name":
-        raw = raw.replace(b"q4_k_m.gguf", b"../4_k.gguf", 1)
+        raw[-30_000] ^= 1
+    elif damage == "zlib":
+        raw[raw.index(b"x\xda") + 20] ^= 1
     packed.write_bytes(files["bf16"].read_bytes() if damage == "plain" else raw)
-    with pytest.raises(FileError, match=r"packed.safetensors: "):
-        unpack_file(packed, None if damage == "name" else tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["packed.safetensors"]
+    with pytest.raises(FileError, match=r"m\.packed\.safetensors: "):
+        unpack_model(packed, None if damage == "name" else tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [PACKED]
     assert not (tmp_path.parent / "4_k.gguf").exists()
 
 
+def places_in(value: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to each entry of plain data."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [])
+    for key, each in inside:
+        yield (*before, key)
+        yield from places_in(each, (*before, key))
+
+
+def test_whatever_its_contents_say_a_file_is_read_or_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    """Each entry of the contents replaced or left out."""
+    packed = pack_model(files["spread"], tmp_path / PACKED)
+    with safe_open(packed, "pt") as file:
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+    about = json.loads(zlib.decompress(arrays["contents"].numpy().tobytes()))
+    refused = 0
+    for place in places_in(about):
+        for wrong in ("left out", -1, 10**12, None, "spread:7"):
+            changed = copy.deepcopy(about)
+            inner = reduce(lambda at, key: at[key], place[:-1], changed)
+            if wrong == "left out":
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = wrong
+            raw = bytearray(zlib.compress(json.dumps(changed).encode()))
+            save_file(
+                arrays | {"contents": torch.frombuffer(raw, dtype=torch.uint8)}, packed, {"fewbits_pack": "2"}
+            )
+            try:
+                whole = reader.Packed(packed)
+                assert whole.part(0, whole.nbytes).numpy().tobytes() == files["spread"].read_bytes()
+            except FileError:
+                refused += 1
+    assert refused > 150
+
+
 def test_a_run_that_can_be_resumed_is_not_touched(files: dict[str, Path], tmp_path: Path) -> None:
-    packed = pack_file(files["q8_0"], tmp_path / "packed.safetensors")
+    packed = pack_model(files["q8_0"], tmp_path / PACKED)
     (tmp_path / "q8_0.gguf.partial").write_text("of a run of quantize")
-    unpack_file(packed)
+    unpack_model(packed)
     assert (tmp_path / "q8_0.gguf.partial").read_text() == "of a run of quantize"
 
 
 def test_what_is_in_the_way_or_no_model_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
-    packed = pack_file(files["q8_0"], tmp_path / "packed.safetensors")
-    for work in (lambda: pack_file(files["q8_0"], packed), lambda: unpack_file(packed, files["q8_0"])):
+    packed = pack_model(files["q8_0"], tmp_path / PACKED)
+    for work in (lambda: pack_model(files["q8_0"], packed), lambda: unpack_model(packed, files["q8_0"])):
         with pytest.raises(FileError, match="exists; choose another output or pass --overwrite"):
             work()
     with pytest.raises(FileError, match="is packed already"):
-        pack_file(packed, tmp_path / "twice.safetensors")
+        pack_model(packed, tmp_path / "twice.packed.safetensors")
     (tmp_path / "notes.txt").write_text("no model")
     with pytest.raises(FileError, match=r"only \.gguf and \.safetensors files"):
-        pack_file(tmp_path / "notes.txt")
+        pack_model(tmp_path / "notes.txt")
 
 
 def test_commands(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,8 @@ QTensor, in closed form).
 from ..errors import PlanError
 from ..registry import Registry
 from .descent import descend
+from .ecsq import BITS as ECSQ_BITS
+from .ecsq import ecsq
 from .gptq import gptq
 from .hessian import CalibrationWarning
 from .hqq import hqq
@@ -21,15 +23,19 @@ from .weighted import weighted
 
 ALGORITHMS: Registry = Registry("algorithm", PlanError)
 NEEDS: dict[str, str] = {}
-for _algorithm, _needs in ((rtn, "nothing"), (hqq, "nothing"), (weighted, "mean_square"), (gptq, "hessian")):
+for _algorithm, _needs in (
+    (rtn, "nothing"), (hqq, "nothing"), (weighted, "mean_square"), (gptq, "hessian"), (ecsq, "hessian"),
+):  # fmt: skip
     ALGORITHMS.add(_algorithm.__name__, _algorithm)
     NEEDS[_algorithm.__name__] = _needs
 
 __all__ = [
     "ALGORITHMS",
+    "ECSQ_BITS",
     "NEEDS",
     "CalibrationWarning",
     "descend",
+    "ecsq",
     "gptq",
     "hqq",
     "rtn",

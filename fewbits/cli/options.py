@@ -70,6 +70,11 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
         "or Hessians, learned text",
     )  # fmt: skip
     group.add_argument(
+        "--bits-per-weight", type=float, metavar="BITS",
+        help="with --method ecsq: bits that a weight takes once `fewbits pack` has coded it, on average over "
+        "all weights (default 4)",
+    )  # fmt: skip
+    group.add_argument(
         "--smooth", nargs="?", type=float, const=True, metavar="ALPHA",
         help="SmoothQuant: move outliers from activations to weights (default ALPHA: searched)",
     )  # fmt: skip

@@ -34,6 +34,7 @@ examples:
   fewbits quantize ./Llama-3.2-1B --to q3_k_m --calibrate c4.txt --tokens 65536
   fewbits quantize ./Llama-3.2-1B --to int4_g128 --method gptq --awq --out llama-int4 --json
   fewbits quantize ./Llama-3.2-1B --to q4_0 --method weighted --calibrate imatrix.gguf
+  fewbits quantize ./Llama-3.2-1B --to int8_channel --method ecsq --bits-per-weight 3.8   # then: fewbits pack
   fewbits quantize ./Llama-3.2-1B --to int8_channel --activations int8_dynamic --smooth
   fewbits quantize ./Llama-3.2-1B --to bf16 --file huggingface --sparsity 0.5 --sparsity-pattern 2:4
   fewbits quantize ./Llama-3.2-1B --to int4_g128 --file compressed-tensors --kv-cache fp8

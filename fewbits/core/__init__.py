@@ -262,23 +262,44 @@ def quantize_columns(
     return codes, values, moves
 
 
-def rans_encode(symbols: torch.Tensor, frequency: torch.Tensor) -> torch.Tensor:
-    """Bytes `(n,)` u8, their frequencies `(256,)` i16 of sum 2^12 -> their rANS stream, u8: see csrc/rans.h.
+def rans_encode(
+    symbols: torch.Tensor, frequency: torch.Tensor, classes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Bytes `(n,)` u8 -> their rANS stream, u8: see csrc/rans.h.
 
+    frequency: i16, `(256,)` of sum 2^12, or `(t, 256)` where classes `(n,)` u8 has the table of each byte.
     KernelError for a symbol that has no frequency."""
+    out = torch.empty(2 * symbols.numel() + 256, dtype=torch.uint8, device="cpu")
     given = _address("symbols", symbols, torch.uint8)
-    table = _address("frequencies", frequency, torch.int16, shape=(256,))
-    out = torch.empty(2 * symbols.numel() + 64, dtype=torch.uint8, device="cpu")
-    count = _module().rans_encode(given, symbols.numel(), table, out.data_ptr(), out.numel())
+    tables = _tables(frequency, torch.int16, classes, symbols.numel())
+    count = _module().rans_encode(given, symbols.numel(), tables, out.data_ptr(), out.numel())
     if count < 0:
         raise KernelError("rANS: a symbol has no frequency, or they do not sum to 4096")
     return out[:count].clone()
 
 
-def rans_decode(stream: torch.Tensor, frequency: torch.Tensor, out: torch.Tensor) -> bool:
+def rans_decode(
+    stream: torch.Tensor, frequency: torch.Tensor, out: torch.Tensor, classes: torch.Tensor | None = None
+) -> bool:
     """A rANS stream u8 -> does it hold exactly as many bytes as `out` `(n,)` u8? They are written there."""
-    given = _address("a stream", stream, torch.uint8)
-    table = _address("frequencies", frequency, torch.int16, shape=(256,))
-    return bool(
-        _module().rans_decode(given, stream.numel(), table, _address("bytes", out, torch.uint8), out.numel())
-    )
+    given, found = _address("a stream", stream, torch.uint8), _address("bytes", out, torch.uint8)
+    tables = _tables(frequency, torch.int16, classes, out.numel())
+    return bool(_module().rans_decode(given, stream.numel(), tables, found, out.numel()))
+
+
+def huffman_decode(
+    piece: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor, classes: torch.Tensor | None = None
+) -> bool:
+    """The same of a piece of Huffman codes (csrc/huffman.h), whose tables are lengths, u8."""
+    given, found = _address("a piece", piece, torch.uint8), _address("bytes", out, torch.uint8)
+    tables = _tables(lengths, torch.uint8, classes, out.numel())
+    return bool(_module().huffman_decode(given, piece.numel(), tables, found, out.numel()))
+
+
+def _tables(
+    table: torch.Tensor, dtype: torch.dtype, classes: torch.Tensor | None, count: int
+) -> tuple[int, int, int]:
+    tables = table.numel() // 256
+    shape = (256,) if classes is None else (tables, 256)
+    address = _address("a coder's table", table, dtype, shape=shape)
+    return address, tables, _address("classes", classes, torch.uint8, shape=(count,))

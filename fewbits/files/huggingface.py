@@ -23,6 +23,7 @@ from ..formats.base import Format
 from ..lazy import torch
 from ..qtensor import QTensor
 from ..storage.json import read_json_object
+from ..storage.packed import found_at, plain_name
 from ..storage.safetensors import read_header
 from .checkpoint import Checkpoint
 from .directory import (
@@ -138,8 +139,8 @@ def open_directory(path: Path, file_type: Directory) -> Checkpoint:
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     """The safetensors files, and tensor -> file name from the index (empty without one)."""
     for single, index in ((SINGLE, INDEX), (BIN, f"{BIN}.index.json")):
-        if (path / single).is_file():
-            return [path / single], {}
+        if (whole := found_at(path / single)).is_file():
+            return [whole], {}
         if (path / index).is_file():
             return _shards(path, path / index, Path(single).suffix)
     named = [file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_")]
@@ -167,9 +168,10 @@ def _shards(path: Path, index: Path, suffix: str) -> tuple[list[Path], dict[str,
         f"shard name {name!r} is not a plain file name" for name in names if not _is_plain(name, suffix)
     ]
     raise_all(FileError, str(index), faults)
-    missing = [f"{name} is missing; fetch it too" for name in names if not (path / name).is_file()]
+    files = [found_at(path / name) for name in names]
+    missing = [f"{file.name} is missing; fetch it too" for file in files if not file.is_file()]
     raise_all(FileError, str(path), missing)
-    return [path / name for name in names], weight_map
+    return files, weight_map
 
 
 def _is_plain(name: str, suffix: str) -> bool:
@@ -182,7 +184,7 @@ def _places(path: Path, files: list[Path], weight_map: dict[str, str]) -> dict[s
     tensors: dict[str, Place] = {}
     for file in files:
         for name, entry in (read_torch if file.suffix == ".bin" else read_header)(file).items():
-            if weight_map.get(name, file.name) != file.name:
+            if weight_map.get(name, plain_name(file)) != plain_name(file):
                 continue
             if name in tensors:
                 faults.append(f"tensor {name!r} is in {tensors[name].file.name} and in {file.name}")

@@ -22,6 +22,7 @@ from ..formats.base import FORMATS, Format
 from ..lazy import torch
 from ..qtensor import QTensor
 from ..storage.json import read_json_object
+from ..storage.packed import found_at
 from ..storage.safetensors import read_header
 from .checkpoint import Checkpoint, LazyTensor
 from .directory import (
@@ -145,7 +146,7 @@ def open_native(path: Path) -> Checkpoint:
         )
     config = read_json_object(path / "config.json")
     config.pop("quantization_config", None)
-    weights = path / WEIGHTS
+    weights = found_at(path / WEIGHTS)
     return Checkpoint(
         path,
         NATIVE,

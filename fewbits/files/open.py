@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FileError
+from ..storage.packed import READERS, SUFFIX, Contents
 from .awq import AWQ_DIRECTORY
 from .bitsandbytes import BITSANDBYTES
 from .checkpoint import Checkpoint
@@ -26,6 +27,15 @@ for _file_type in (
     MLX_DIRECTORY, ONNX,
 ):  # fmt: skip
     FILE_TYPES.add(_file_type.name, _file_type)
+
+
+def _read_packed(path: Path) -> Contents:
+    from ..packing import open_packed  # only for those who have packed files: it imports torch
+
+    return open_packed(path)
+
+
+READERS[SUFFIX] = _read_packed
 
 __all__ = ["FILE_TYPES", "GGUF_FILE", "as_checkpoint", "file_type_at", "open_checkpoint"]
 

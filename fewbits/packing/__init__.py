@@ -1,5 +1,8 @@
 """Entropy coding of model files: the same bytes in fewer, for download and disk."""
 
-from .container import pack_file, unpack_file
+from .coders import CODERS
+from .container import Place, pack
+from .reader import open_packed, unpack
+from .streams import layout_of
 
-__all__ = ["pack_file", "unpack_file"]
+__all__ = ["CODERS", "Place", "layout_of", "open_packed", "pack", "unpack"]

@@ -1,18 +1,27 @@
 """Packed files: a GGUF or safetensors file, its tensors entropy-coded; the same bytes come back.
 
-A packed file is a safetensors file with two arrays of bytes:
+A packed file is a safetensors file with arrays of bytes:
 
-    data      for each coded stream of each tensor in turn: its frequencies (256 x u16), then its pieces
+    contents  JSON, compressed by zlib (below)
+    tables    those of the classes (spread.py) that occur in the file, compressed by zlib
     outside   what is not in a tensor (header, padding), compressed by zlib
+    data      for each coded stream of each tensor in turn: its table, then its pieces
 
-and metadata `fewbits_pack`, JSON:
+and metadata `fewbits_pack`, the version. The contents:
 
     name, nbytes, sha256     of the file that was packed
-    tensors                  {offset and nbytes in it, layout (streams.py), streams}, by offset
+    coder                    of all streams: rans, huffman (coders.py)
+    classes                  those that have a table, rising
+    escape                   a byte that stands for codes without a place in their table; null for none
+    tensors                  {name, offset and nbytes in it, digest, layout, streams (streams.py)}, by offset
     a stream                 {"coded": bytes of each piece}, or {"raw": bytes} where coding shortens nothing
 
-A piece holds PIECE symbols, so that tensors are coded in parallel and opened in parts. It is smaller to store
-and to send; when it is unpacked, memory and speed are those of the file it was.
+The codes of a matrix, layout spread:COLUMNS or signed:COLUMNS, have three streams: the classes of its
+rows and columns, compressed by zlib, {"deflated": bytes}; the codes, whose tables are those of the file,
+{"classed": bytes of each piece}; and the codes that are escaped there, in their order, {"rare": bytes}.
+
+A piece holds PIECE symbols, so that tensors are coded in parallel. A tensor is decoded alone, and checked by
+its digest: 16 bytes of BLAKE2b.
 """
 
 from __future__ import annotations
@@ -20,10 +29,11 @@ from __future__ import annotations
 import json
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from hashlib import file_digest, sha256
+from hashlib import blake2b, file_digest
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,223 +42,217 @@ import torch
 
 from .. import core
 from ..errors import FileError
-from ..files.gguf.parse import read_part
 from ..storage.atomic import as_bytes, write_file_atomic
 from ..storage.json import regular_size
 from ..storage.mapped import map_bytes, read_bytes
-from ..storage.safetensors import lay_out, read_header, read_metadata
-from .rans import coded_bits, decode, encode, frequencies
-from .streams import block_of, joined, layout_of, sizes, split
+from ..storage.safetensors import lay_out
+from . import spread
+from .coders import Coder
+from .streams import block_of, split
 
-KEY = "fewbits_pack"
-SUFFIX = ".packed.safetensors"
+KEY, VERSION = "fewbits_pack", "2"
 PIECE = 2**20  # symbols
 AT_ONCE = 2**24  # bytes of a tensor that are split at once
 LEAST = 4096  # bytes: a shorter tensor is not coded, its tables would be as long
+WORTH = 0.995  # of the bytes: what is not shorter than that is not coded
+RARE = 2**14  # a code that is less often than one in so many is escaped: shorter than a table's least share
+SPREAD, SIGNED = "spread:", "signed:"
 Progress = Callable[[str, int, int], None]
 
 
-def pack_file(
-    source: Path, out: Path | None = None, overwrite: bool = False, progress: Progress | None = None
-) -> Path:
-    """A .gguf or .safetensors file -> its packed file (default: beside it).
+@dataclass(frozen=True)
+class Place:
+    """A tensor in the file to pack, and its layout; columns: of a matrix of bytes, whose codes may have
+    classes, around 0 if signed, else around 128."""
 
-    FileError for another kind of file, one that is damaged, or an output that exists.
-    """
-    out = out or source.with_name(source.name + SUFFIX)
-    _check_place(out, source, overwrite)
-    size, places = regular_size(source), _places(source)
-    rows: list[dict[str, Any]] = []
+    name: str
+    layout: str
+    offset: int
+    nbytes: int
+    columns: int = 0
+    signed: bool = False
+
+    @property
+    def spread(self) -> str:
+        """The layout with classes."""
+        return f"{SIGNED if self.signed else SPREAD}{self.columns}"
+
+
+def pack(
+    source: Path, places: Sequence[Place], out: Path, coder: Coder, progress: Progress | None = None
+) -> None:
+    """A file, of which these are the tensors in order -> its packed file."""
+    size = regular_size(source)
+    writer = _Writer(source, coder, _spreads(source, places, coder))
     try:
         with tempfile.TemporaryFile(dir=out.parent) as data:  # the header, which is first, has its lengths
-            done = 0
-            for name, kind, offset, nbytes in places:
-                rows.append(_pack_tensor(source, layout_of(kind), offset, nbytes, data))
-                done += nbytes
+            rows = []
+            for place in places:
+                rows.append(writer.tensor(place, data))
                 if progress:
-                    progress(name, done, size)
-            outside = zlib.compress(b"".join(_outside(source, rows, size)), 9)
-            about = {"name": source.name, "nbytes": size, "sha256": _digest(source), "tensors": rows}
-            header, _ = lay_out(
-                [("data", "u8", (data.tell(),)), ("outside", "u8", (len(outside),))],
-                {KEY: json.dumps(about, separators=(",", ":"))},
-            )
+                    progress(place.name, place.offset + place.nbytes, size)
+            about = {
+                "name": source.name, "nbytes": size, "sha256": _digest(source), "coder": coder.name,
+                "classes": writer.used, "escape": writer.escape, "tensors": rows,
+            }  # fmt: skip
+            small = [
+                ("contents", json.dumps(about, separators=(",", ":")).encode()),
+                ("tables", as_bytes(writer.tables).tobytes()),
+                ("outside", b"".join(_outside(source, places, size))),
+            ]
+            parts = [(name, zlib.compress(raw, 9)) for name, raw in small]
+            arrays = [*((name, "u8", (len(raw),)) for name, raw in parts), ("data", "u8", (data.tell(),))]
+            header, _ = lay_out(arrays, {KEY: VERSION})
             data.seek(0)
-            write_file_atomic(out, chain([header], iter(partial(data.read, 2**22), b""), [outside]))
+            pieces = iter(partial(data.read, 2**22), b"")
+            write_file_atomic(out, chain([header], (raw for _, raw in parts), pieces))
     except OSError as error:
         raise FileError(f"{out}: cannot be written: {error.strerror}") from error
-    return out
 
 
-def unpack_file(
-    source: Path, out: Path | None = None, overwrite: bool = False, progress: Progress | None = None
-) -> Path:
-    """A packed file -> the file that it was (default: under its name, beside it), checked by its digest.
+@dataclass(frozen=True)
+class _Spread:
+    """The rows and columns of a matrix, u8, and how often each code of each class occurs, `(64, 256)`."""
 
-    FileError for a file that is not packed, or is cut or altered: then nothing is left.
-    """
-    about = _about(source)
-    name = about["name"]
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise FileError(f"{source}: names its file {name!r}, which is no name of a file; it is not written")
-    out = out or source.with_name(name)
-    _check_place(out, source, overwrite)
-    write_file_atomic(out, _whole(source, about, progress))
-    return out
+    rows: torch.Tensor
+    columns: torch.Tensor
+    counts: torch.Tensor
 
 
-def _whole(source: Path, about: dict[str, Any], progress: Progress | None) -> Iterator[bytes | memoryview]:
-    """The file that was packed, part by part; at the end FileError if its digest is another."""
-    entries = read_header(source)
-    data, outside = entries["data"], entries["outside"]
-    try:
-        rest = zlib.decompress(read_bytes(source, outside.offset, outside.nbytes))
-    except zlib.error as error:
-        raise FileError(f"{source}: damaged: {error}; fetch it again") from error
-    digest, at, used, done = sha256(), data.offset, 0, 0
-    for row in about["tensors"]:
-        gap = row["offset"] - done
-        tensor = as_bytes(_unpacked(source, row, at, data.offset + data.nbytes))
-        parts: tuple[bytes | memoryview, ...] = (rest[used : used + gap], tensor)
-        used, done, at = used + gap, row["offset"] + row["nbytes"], at + _length(row)
-        for part in parts:
-            digest.update(part)
-            yield part
-        if progress:
-            progress(about["name"], done, about["nbytes"])
-    digest.update(rest[used:])
-    yield rest[used:]
-    if digest.hexdigest() != about["sha256"]:
-        raise FileError(
-            f"{source}: its digest is not {about['name']}'s: it was cut or altered; fetch it again"
-        )
+def _spreads(source: Path, places: Sequence[Place], coder: Coder) -> dict[str, _Spread]:
+    """The matrices that are shorter by classes."""
+    found = {}
+    for place in places:
+        if not place.columns or place.nbytes < LEAST:
+            continue
+        codes = map_bytes(source, place.offset, place.nbytes, place.name).view(-1, place.columns)
+        codes = codes ^ 128 if place.signed else codes
+        rows, columns = spread.fitted(codes)
+        table = spread.counted(codes, rows, columns)
+        plain = coder.bits(table.sum(0), coder.table(table.sum(0))) / 8 + coder.table_bytes
+        size = sum(coder.bits(each, coder.table(each)) for each in table if bool(each.any())) / 8
+        if size + spread.SIDE / 8 * (len(rows) + len(columns)) < min(WORTH * plain, place.nbytes):
+            found[place.name] = _Spread(rows, columns, table)
+    return found
 
 
-def _check_place(out: Path, source: Path, overwrite: bool) -> None:
-    if out.exists() and out.samefile(source):
-        raise FileError(f"{out}: is the input itself; choose another output")
-    if out.exists() and not overwrite:
-        raise FileError(f"{out}: exists; choose another output or pass --overwrite")
+class _Writer:
+    """Codes the tensors of a file. used: the classes that occur; tables: of each of them."""
 
+    def __init__(self, source: Path, coder: Coder, spreads: dict[str, _Spread]):
+        self.source, self.coder, self.spreads = source, coder, spreads
+        counts = sum((each.counts for each in spreads.values()), torch.zeros(spread.CLASSES, 256).long())
+        self.used = torch.where(counts.any(1))[0].tolist()
+        free = torch.where(counts.sum(0) == 0)[0].tolist()
+        self.escape = free[0] if free else None
+        if self.escape is not None:
+            rare = torch.where(counts * RARE < counts.sum(1, keepdim=True), counts, 0)
+            counts = counts - rare
+            counts[:, self.escape] = rare.sum(1)
+        tables = [coder.table(counts[i]) for i in self.used]
+        self.tables = torch.stack(tables) if tables else torch.empty(0, 256, dtype=coder.dtype)
 
-def _places(source: Path) -> list[tuple[str, str, int, int]]:
-    """Name, type, offset and bytes of each tensor of a file, by offset."""
-    if source.suffix == ".gguf":
-        part = read_part(source)
-        found = [(name, t.type_name, t.offset, t.nbytes) for name, t in part.tensors.items()]
-    elif source.suffix == ".safetensors":
-        if KEY in read_metadata(source):
-            raise FileError(f"{source}: is packed already")
-        found = [(n, e.dtype.lower(), e.offset, e.nbytes) for n, e in read_header(source).items()]
-    else:
-        raise FileError(f"{source}: only .gguf and .safetensors files are packed")
-    return sorted(found, key=lambda row: row[2])
+    def tensor(self, place: Place, data: BinaryIO) -> dict[str, Any]:
+        """Code a tensor into `data` -> its row."""
+        whole = map_bytes(self.source, place.offset, place.nbytes, place.name)
+        layout = place.layout
+        if place.nbytes < LEAST or place.nbytes % block_of(layout):
+            layout = "bytes"
+        if place.name in self.spreads:
+            layout = place.spread
+            codes = whole.view(-1, place.columns)
+            rows = self._matrix(codes ^ 128 if place.signed else codes, self.spreads[place.name], data)
+        else:
+            rows = [self._stream(stream, data) for stream in _split(layout, whole)]
+        return {
+            "name": place.name, "offset": place.offset, "nbytes": place.nbytes, "digest": digest_of(whole),
+            "layout": layout, "streams": rows,
+        }  # fmt: skip
 
-
-def _pack_tensor(source: Path, layout: str, offset: int, nbytes: int, data: BinaryIO) -> dict[str, Any]:
-    """Code a tensor into `data` -> its row."""
-    if nbytes < LEAST or nbytes % block_of(layout):
-        layout = "bytes"
-    whole = map_bytes(source, offset, nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
-    step = max(1, AT_ONCE // block_of(layout)) * block_of(layout)
-    parts = [split(layout, part) for part in whole.split(step)] if nbytes else []
-    streams = [torch.cat([part[i] for part in parts]) for i in range(len(parts[0]))] if parts else []
-    rows: list[dict[str, Any]] = []
-    for stream in streams:
-        counts = sum(torch.bincount(piece.int(), minlength=256) for piece in stream.split(PIECE))
-        assert isinstance(counts, torch.Tensor)
-        table = frequencies(counts)
-        pieces = -(-stream.numel() // PIECE)
-        if coded_bits(counts, table) / 8 + 512 + 34 * pieces >= 0.995 * stream.numel():
+    def _stream(self, stream: torch.Tensor, data: BinaryIO) -> dict[str, Any]:
+        counts = torch.zeros(256, dtype=torch.int64)
+        for piece in stream.split(PIECE):
+            counts += torch.bincount(piece.int(), minlength=256)
+        table, coder = self.coder.table(counts), self.coder
+        size = coder.bits(counts, table) / 8 + coder.table_bytes
+        if size + coder.overhead * -(-stream.numel() // PIECE) >= WORTH * stream.numel():
             data.write(stream.numpy().data)
-            rows.append({"raw": stream.numel()})
-            continue
-        data.write(table.numpy().astype("<i2").tobytes())
-        coded = [piece.numpy() for piece in _parallel(partial(_encoded, table), stream.split(PIECE))]
-        for piece in coded:
-            data.write(piece.data)
-        rows.append({"coded": [piece.nbytes for piece in coded]})
-    return {"offset": offset, "nbytes": nbytes, "layout": layout, "streams": rows}
+            return {"raw": stream.numel()}
+        data.write(as_bytes(table))
+        coded = parallel(lambda piece: coder.encode(piece.contiguous(), table, None), stream.split(PIECE))
+        return {"coded": [data.write(as_bytes(piece)) for piece in coded]}
+
+    def _matrix(self, codes: torch.Tensor, found: _Spread, data: BinaryIO) -> list[dict[str, Any]]:
+        sides = zlib.compress(as_bytes(torch.cat([found.rows, found.columns])).tobytes(), 9)
+        data.write(sides)
+        numbers = numbers_of(self.used)
+
+        def coded(part: tuple[slice, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            here, classes = part
+            symbols = codes[here].flatten()
+            tables, of = with_tables(classes, numbers, self.tables)
+            rare = tables.flatten()[of.int() * 256 + symbols] == 0
+            left = symbols[rare]
+            if self.escape is not None:
+                symbols = symbols.masked_fill(rare, self.escape)
+            return self.coder.encode(symbols, tables, of), left
+
+        pieces, nbytes, rare = parallel(coded, classed(found.rows, found.columns)), [], []
+        for piece, left in pieces:
+            nbytes.append(data.write(as_bytes(piece)))
+            rare.append(left)
+        left = torch.cat(rare)
+        data.write(as_bytes(left))
+        return [{"deflated": len(sides)}, {"classed": nbytes}, {"rare": len(left)}]
 
 
-def _unpacked(source: Path, row: dict[str, Any], at: int, end: int) -> torch.Tensor:
-    """The bytes of a tensor, whose streams begin at `at`."""
-    if at + _length(row) > end:
-        raise FileError(f"{source}: is cut; fetch it again")
-    if not row["nbytes"]:
-        return torch.empty(0, dtype=torch.uint8)
-    streams = []
-    for stream, count in zip(row["streams"], sizes(row["layout"], row["nbytes"]), strict=True):
-        if "raw" in stream:
-            if stream["raw"] != count:
-                raise FileError(f"{source}: damaged: a stream of {stream['raw']} bytes where {count} belong")
-            streams.append(map_bytes(source, at, count))
-            at += count
-            continue
-        table = map_bytes(source, at, 512).clone().view(torch.int16)
-        at += 512
-        work = []
-        for i, size in enumerate(stream["coded"]):
-            work.append((map_bytes(source, at, size), min(PIECE, count - i * PIECE)))
-            at += size
-        if len(work) != -(-count // PIECE):
-            raise FileError(f"{source}: damaged: {len(work)} pieces of a stream of {count}")
-        found = list(_parallel(partial(_decoded, table), work))
-        if any(part is None for part in found):
-            raise FileError(f"{source}: damaged: a stream cannot be decoded; fetch it again")
-        streams.append(torch.cat([part for part in found if part is not None]))
-    return joined(row["layout"], streams)
+def numbers_of(used: Sequence[int]) -> torch.Tensor:
+    """The classes that have a table -> the number of it for each class, `(64,)` u8; 255 for no table."""
+    numbers = torch.full((spread.CLASSES,), 255, dtype=torch.uint8)
+    numbers[list(used)] = torch.arange(len(used), dtype=torch.uint8)
+    return numbers
 
 
-def _encoded(table: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
-    return encode(piece.contiguous(), table)
+def classed(rows: torch.Tensor, columns: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Whole rows of about PIECE codes, and their classes."""
+    step = max(1, PIECE // max(1, len(columns)))
+    for start in range(0, len(rows), step):
+        here = slice(start, start + step)
+        yield here, spread.classes(rows[here], columns)
 
 
-def _decoded(table: torch.Tensor, piece: tuple[torch.Tensor, int]) -> torch.Tensor | None:
-    return decode(piece[0], table, piece[1])
+def with_tables(
+    classes: torch.Tensor, numbers: torch.Tensor, tables: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes `(n, k)` -> the tables from the first to the last that they need, and the one of each code."""
+    found = numbers[classes.flatten().int()]
+    low, high = int(found.min()), int(found.max())
+    return tables[low : high + 1], found - low
 
 
-def _length(row: dict[str, Any]) -> int:
-    """Bytes of a tensor's streams in `data`."""
-    return sum(s["raw"] if "raw" in s else 512 + sum(s["coded"]) for s in row["streams"])
+def digest_of(tensor: torch.Tensor) -> str:
+    return blake2b(as_bytes(tensor), digest_size=16).hexdigest()
 
 
-def _outside(source: Path, rows: list[dict[str, Any]], size: int) -> Iterator[bytes]:
-    """What is before, between and after the tensors."""
-    at = 0
-    for row in [*rows, {"offset": size, "nbytes": 0}]:
-        yield read_bytes(source, at, row["offset"] - at)
-        at = row["offset"] + row["nbytes"]
-
-
-def _about(source: Path) -> dict[str, Any]:
-    """The metadata of a packed file, checked."""
-    raw = read_metadata(source).get(KEY)
-    if raw is None:
-        raise FileError(f"{source}: is not packed by `fewbits pack`")
-    try:
-        about: dict[str, Any] = json.loads(raw)
-        assert isinstance(about["name"], str) and isinstance(about["sha256"], str)
-        end = 0
-        for row in about["tensors"]:
-            assert all(type(row[key]) is int for key in ("offset", "nbytes"))
-            assert 0 <= end <= row["offset"] and row["nbytes"] >= 0
-            assert row["nbytes"] % block_of(row["layout"]) == 0
-            assert not row["nbytes"] or len(row["streams"]) == len(sizes(row["layout"], row["nbytes"]))
-            end = row["offset"] + row["nbytes"]
-            for stream in row["streams"]:
-                assert all(type(n) is int and n >= 0 for n in stream.get("coded", [stream.get("raw")]))
-        assert end <= about["nbytes"]
-    except FileError as error:
-        raise FileError(f"{source}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise FileError(f"{source}: its table of contents is damaged; fetch it again") from error
-    return about
-
-
-def _parallel(work: Callable[[Any], Any], items: Any) -> Iterator[Any]:
+def parallel(work: Callable[[Any], Any], items: Any) -> Iterator[Any]:
     with ThreadPoolExecutor(core.threads()) as pool:
         yield from pool.map(work, items)
+
+
+def _split(layout: str, whole: torch.Tensor) -> list[torch.Tensor]:
+    if not whole.numel():
+        return []
+    step = max(1, AT_ONCE // block_of(layout)) * block_of(layout)
+    parts = [split(layout, part) for part in whole.split(step)]
+    return [torch.cat([part[i] for part in parts]) for i in range(len(parts[0]))]
+
+
+def _outside(source: Path, places: Sequence[Place], size: int) -> Iterator[bytes]:
+    """What is before, between and after the tensors."""
+    at = 0
+    for place in [*places, Place("", "bytes", size, 0)]:
+        yield read_bytes(source, at, place.offset - at)
+        at = place.offset + place.nbytes
 
 
 def _digest(source: Path) -> str:

@@ -119,4 +119,5 @@ EFFORTS = {
 
 # The values of --method: each algorithm without the additions of an effort, and learned rounding.
 METHODS = {name: Method(name, sequential=needs == "hessian") for name, needs in NEEDS.items()}
+METHODS["ecsq"] = Method("ecsq", sequential=True, gptaq=True)
 METHODS["learned"] = Method("gptq", sequential=True, gptaq=True, learn="light")

@@ -32,9 +32,10 @@ class TensorRow:
     relative_error: |w' - w| / |w| (Frobenius). sqnr_db: 20 log10 of its inverse, None if the error is 0.
     max_abs_error: largest change of one weight. All three are None for a copied tensor. tokens: how many
     reached this weight in calibration (of stacked experts: the fewest). output_error: |(w' - w) x| / |w x|
-    over them, or None. digest: SHA-256 of the written bytes; of several planes, that of their hexadecimal
-    digests in order. rule: the pattern of the user's rule that applied. sparsity: of a pruned tensor,
-    the share of dropped weights, of these that are not 0 in the file, and of all zeros."""
+    over them, or None. coded_bits: of a weight whose codes were chosen for `fewbits pack`, when it has coded
+    them. digest: SHA-256 of the written bytes; of several planes, that of their hexadecimal digests in order.
+    rule: the pattern of the user's rule that applied. sparsity: of a pruned tensor, the share of dropped
+    weights, of these that are not 0 in the file, and of all zeros."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,6 +53,7 @@ class TensorRow:
     max_abs_error: float | None = None
     tokens: int | None = None
     output_error: float | None = None
+    coded_bits: float | None = None
     rule: str | None = None
     sparsity: Mapping[str, float] | None = None
 

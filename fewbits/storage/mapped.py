@@ -26,6 +26,7 @@ from pathlib import Path
 from ..errors import FileError
 from ..lazy import torch
 from .json import regular_size
+from .packed import contents, is_packed
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -45,6 +46,9 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 def first_bytes(path: Path, count: int) -> bytes:
     """Up to `count` bytes from the start of a regular file; FileError for anything else."""
     regular_size(path)
+    if is_packed(path):
+        inner = contents(path)
+        return inner.part(0, min(count, inner.nbytes), "its start").numpy().tobytes()
     try:
         with path.open("rb") as file:
             return file.read(count)
@@ -73,19 +77,33 @@ def _opened(path: Path, end: int, name: str) -> Iterator[int]:
 
 def read_bytes(path: Path, offset: int, nbytes: int, name: str = "range") -> bytes:
     """Bytes `offset : offset + nbytes` of `path`, read; raises FileError like `map_bytes`."""
+    if is_packed(path):
+        return contents(path).part(offset, nbytes, name).numpy().tobytes()
+    return _read(path, offset, nbytes, name)
+
+
+def _read(path: Path, offset: int, nbytes: int, name: str) -> bytes:
     with _opened(path, offset + nbytes, name) as descriptor:
         return os.pread(descriptor, nbytes, offset)
 
 
 def map_bytes(path: Path, offset: int, nbytes: int, name: str = "range") -> torch.Tensor:
-    """Bytes `offset : offset + nbytes` of `path` -> `(nbytes,)` u8, private and writable.
+    """Bytes `offset : offset + nbytes` of `path` -> `(nbytes,)` u8, private and writable; of a packed file,
+    of what it packs.
 
     Raises FileError when the file cannot be opened or has become shorter than that.
     """
+    if is_packed(path):
+        return contents(path).part(offset, nbytes, name).clone()
+    return map_raw(path, offset, nbytes, name)
+
+
+def map_raw(path: Path, offset: int, nbytes: int, name: str = "range") -> torch.Tensor:
+    """The same of the file as it is on disk."""
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
     if nbytes < MAP_FROM:
-        return torch.frombuffer(bytearray(read_bytes(path, offset, nbytes, name)), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(_read(path, offset, nbytes, name)), dtype=torch.uint8)
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     length = offset + nbytes - start
     with _opened(path, offset + nbytes, name) as descriptor:

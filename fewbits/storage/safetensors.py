@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..errors import FileError, raise_all
 from ..lazy import torch
 from .json import parse_json_object, regular_size
 from .mapped import absurd, map_bytes, read_bytes, view_as
+from .packed import contents, is_packed
 
 HEADER_LIMIT = 100_000_000  # bytes, the spec's own limit
 MAX_DIMS = 64  # torch's own limit
@@ -55,14 +56,33 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read(path)[1]
 
 
-def _read(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_raw_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Tensors and metadata of the file as it is on disk, packed or not."""
     size = regular_size(path)
     try:
         with path.open("rb") as file:
-            length = _header_length(path, file.read(8), size)
-            header = parse_json_object(file.read(length), f"{path}: header")
+            return _parsed(path, file.read, size)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    if not is_packed(path):
+        return read_raw_header(path)
+    inner, at = contents(path), 0
+
+    def read(count: int) -> bytes:
+        nonlocal at
+        at += (count := min(count, inner.nbytes - at))
+        return inner.part(at - count, count, "header").numpy().tobytes()
+
+    return _parsed(path, read, inner.nbytes)
+
+
+def _parsed(path: Path, read: Callable[[int], bytes], size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """read: gives the next bytes."""
+    length = _header_length(path, read(8), size)
+    header = parse_json_object(read(length), f"{path}: header")
     metadata = header.pop("__metadata__", {})
     faults: list[str] = []
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

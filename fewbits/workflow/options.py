@@ -29,7 +29,8 @@ class Options(CommonOptions):
     """The fields of CommonOptions. `file` defaults to GGUF for a llama.cpp file type and to a native
     directory for a format. The plan's [run] table sets options that are None here.
 
-    effort: fast, good (default) or best; method: a name of METHODS or a Method, instead. smooth
+    effort: fast, good (default) or best; method: a name of METHODS or a Method, instead. bits_per_weight: of
+    the method ecsq, when its codes are entropy-coded. smooth
     (SmoothQuant: True, or its alpha), awq, rotate, equalize: transforms before quantization. distill: steps
     of distillation after it. train: steps that train codes too, in its place (quantization-aware training);
     training: other settings of it, by their names in train.settings.DistillSettings.
@@ -43,6 +44,7 @@ class Options(CommonOptions):
 
     effort: str | None = None
     method: str | Method | None = None
+    bits_per_weight: float | None = None
     smooth: float | bool | None = None
     awq: bool | None = None
     rotate: bool | None = None
@@ -81,6 +83,10 @@ class Options(CommonOptions):
         if self.effort and self.method:
             raise PlanError("effort and method exclude each other; give one of them")
         base = self._base()
+        if self.bits_per_weight is not None:
+            if base.algorithm != "ecsq":
+                raise PlanError("bits_per_weight sets the entropy-coded size: it needs the method ecsq")
+            base = replace(base, options={**base.options, "bits": self.bits_per_weight})
         names = [name for name in ("rotate", "awq", "equalize") if getattr(self, name)]
         names += ["smooth"] if self.smooth not in (None, False) else []
         transforms = (*base.transforms, *(name for name in names if name not in base.transforms))

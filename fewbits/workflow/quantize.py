@@ -14,12 +14,17 @@ from typing import Any
 
 from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve as resolve_model
+from ..algorithms import ECSQ_BITS
 from ..errors import PlanError
 from ..files.checkpoint import Checkpoint
+from ..files.filetype import FileType
 from ..files.native import NATIVE
 from ..files.open import open_checkpoint
 from ..memory import Need, left_of
+from ..model.sites import sites
+from ..plan import Plan
 from ..plan.mixtures import RECIPES
+from ..plan.rates import with_rates
 from ..release.publish import finished
 from ..release.receipt import Receipt
 from ..release.verify import Outcome, verification_nbytes, verify
@@ -87,6 +92,7 @@ def prepared(
     checkpoint = as_loaded(checkpoint)
     place, file_type = options.place(path, checkpoint, out)
     request = replace(options.request(), file=file_type.name)
+    request = replace(request, plan=_rated(request, checkpoint, file_type))
     if file_type is NATIVE and options.file is None and (options.to or "").lower() in RECIPES:
         note = f"{options.to} is written as a native directory; llama.cpp reads --out {place.name}.gguf"
         request = replace(request, notes=(*request.notes, note))
@@ -98,6 +104,14 @@ def prepared(
     if options.verify:
         need = with_verification(need, checkpoint, request, verification_nbytes(checkpoint, file_type))
     return place, request, need
+
+
+def _rated(request: Request, checkpoint: Checkpoint, file_type: FileType) -> Plan:
+    """The plan; for entropy-coded codes with the bits of each kind of weight."""
+    if request.method.algorithm != "ecsq" or request.to is None:
+        return request.plan
+    bits = float(request.method.options.get("bits", ECSQ_BITS))
+    return with_rates(request.plan, sites(checkpoint), request.to, bits, file_type.tables)
 
 
 def conclude(

@@ -28,6 +28,7 @@ from ..formats.base import CHUNK, Format
 from ..formats.lossless import convert_lossless
 from ..formats.plain import as_format, stored
 from ..formats.trained import kept_codes
+from ..packing.spread import coded_bits
 from ..plan.choices import Decision
 from ..plan.method import Method
 from ..plan.rules import Rule
@@ -90,7 +91,8 @@ class Zeros(NamedTuple):
 class WeightRecord:
     """The error of one weight. squared, energy, largest: of the error, of the values, of the largest change.
     tokens: how many reached it in calibration. output: mean square of its output's error, and of its
-    output. zeros: if it was pruned."""
+    output. zeros: if it was pruned. coded: bits of its codes when they are entropy-coded, and their number,
+    if they were chosen for that."""
 
     algorithm: str
     options: Mapping[str, Any]
@@ -100,6 +102,7 @@ class WeightRecord:
     tokens: int | None = None
     output: tuple[float, float] | None = None
     zeros: Zeros | None = None
+    coded: tuple[float, int] | None = None
 
     @property
     def distortion(self) -> Distortion:
@@ -117,9 +120,9 @@ class WeightRecord:
 
     @staticmethod
     def from_dict(row: Mapping[str, Any]) -> WeightRecord:
-        output = None if row["output"] is None else tuple(row["output"])
+        pairs = {key: row[key] and tuple(row[key]) for key in ("output", "coded")}
         zeros = None if row["zeros"] is None else Zeros(*row["zeros"])
-        return WeightRecord(**{**row, "output": output, "zeros": zeros})
+        return WeightRecord(**{**row, **pairs, "zeros": zeros})
 
 
 def record_of(
@@ -206,6 +209,9 @@ def measured(
     if spec.pruning is not None:
         spec = replace(spec, options={**spec.options, "prune": spec.pruning.prune})
     record = record_of(spec, q.format.distortion(w, q), stats, output)
+    if spec.algorithm == "ecsq":
+        codes = q.planes["codes"]
+        record = replace(record, coded=(coded_bits(codes.cpu()), codes.numel()))
     return record if keep is None else replace(record, zeros=Zeros.of(q, keep))
 
 
@@ -340,6 +346,7 @@ def row_of(records: Sequence[WeightRecord]) -> dict[str, Any]:
         lost = lost + other.distortion
     tokens = [record.tokens for record in records if record.tokens is not None]
     outputs = [record.output for record in records if record.output is not None]
+    coded = [record.coded for record in records if record.coded is not None]
     error, energy = (sum(part) for part in zip(*outputs, strict=True)) if outputs else (0.0, 0.0)
     return {
         "algorithm": records[0].algorithm,
@@ -350,6 +357,7 @@ def row_of(records: Sequence[WeightRecord]) -> dict[str, Any]:
         "tokens": min(tokens) if tokens else None,
         "output_error": math.sqrt(error / energy) if energy > 0 else None,
         "sparsity": _sparsity([record.zeros for record in records if record.zeros is not None]),
+        "coded_bits": sum(bits for bits, _ in coded) / sum(n for _, n in coded) if coded else None,
     }
 
 

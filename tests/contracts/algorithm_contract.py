@@ -45,6 +45,8 @@ SUM_ERROR = 512 * 2**-24
 BLOCK_SIZES = (
     ("fewbits.algorithms.gptq", "UNIT", 16),
     ("fewbits.algorithms.descent", "UNIT", 16),
+    ("fewbits.algorithms.ecsq", "UNIT", 16),
+    ("fewbits.algorithms.ecsq", "PIECE", 512),
     ("fewbits.algorithms.gptq", "PIECE", 512),
     ("fewbits.formats.base", "CHUNK", 512),
 )
@@ -53,11 +55,12 @@ METRICS: dict[str, Metric] = {
     "hqq": robust,
     "weighted": weighted_squares,
     "gptq": output_error,
+    "ecsq": output_error,
 }
 # How far the loss may differ for another internal block size (columns.UNIT, gptq.PIECE, formats.base.CHUNK):
 # none changes a bit, but in gptq, where products of matrices sum in another order and a weight that lies
 # between two codes may take the other one. Measured: 10 of 74 formats differ at all, int7_g128 by 2.4 %.
-BLOCK_TOLERANCE = {"gptq": 0.03}  # 0 for all others
+BLOCK_TOLERANCE = {"gptq": 0.03, "ecsq": 0.03}  # 0 for all others
 
 
 def columns_of(format: Format) -> int:

@@ -8,8 +8,20 @@ from fewbits.algorithms.descent import descend
 from fewbits.algorithms.gptq import gptq
 from fewbits.algorithms.hessian import HessianFactor, loss
 from fewbits.calibrate.stats import Stats
+from fewbits.errors import FormatError
 from fewbits.formats import FORMATS
-from tests.contracts.algorithm_contract import METRICS, PROMISES, columns_of, sample
+from tests.contracts.algorithm_contract import (
+    METRICS,
+    PROMISES,
+    bad_statistics_raise,
+    columns_of,
+    no_worse_than_rounding,
+    sample,
+)
+
+ECSQ_FORMATS = ("int8_channel",)
+# It saves bits that rounding to nearest spends, and takes weights without statistics: tests/test_ecsq.py.
+ECSQ_DIFFERS = (no_worse_than_rounding, bad_statistics_raise)
 
 
 def test_every_algorithm_is_in_the_tables():
@@ -21,7 +33,11 @@ def test_every_algorithm_is_in_the_tables():
 @pytest.mark.parametrize("name", [*ALGORITHMS])
 @pytest.mark.parametrize("format", [*FORMATS])
 def test_promise(promise, name, format):
-    promise(name, FORMATS.get(format))
+    if name == "ecsq" and format not in ECSQ_FORMATS:
+        with pytest.raises(FormatError, match=f"not {format}; use int8_channel"):
+            ALGORITHMS.get(name)(sample(4, 256)[0], FORMATS.get(format), sample(4, 256)[1])
+    elif name != "ecsq" or promise not in ECSQ_DIFFERS:
+        promise(name, FORMATS.get(format))
 
 
 @pytest.mark.parametrize("name", [*FORMATS])

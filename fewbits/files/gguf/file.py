@@ -19,6 +19,7 @@ from ...errors import FileError, raise_all
 from ...formats.ggml_types import GGML_TYPES
 from ...lazy import torch
 from ...storage.mapped import map_bytes, view_as
+from ...storage.packed import found_at, plain_name
 from .parse import (
     BLOCK_SIZES,
     MAX_DIMS,
@@ -59,13 +60,14 @@ def read_gguf(path: Path) -> GGUFFile:
     count = opened.metadata.get("split.count", 0)
     if type(count) is not int or count <= 1:
         return opened
-    name = _SPLIT_NAME.fullmatch(path.name)
+    name = _SPLIT_NAME.fullmatch(plain_name(path))
     if not name or int(name[3]) != count:
         raise FileError(
             f"{path}: is one of {count} parts, so it must be named like "
             f"NAME-00001-of-{count:05d}.gguf for the others to be found; restore the names"
         )
-    paths = [path.with_name(f"{name[1]}-{number:05d}-of-{name[3]}.gguf") for number in range(1, count + 1)]
+    names = [f"{name[1]}-{number:05d}-of-{name[3]}.gguf" for number in range(1, count + 1)]
+    paths = [path if each == plain_name(path) else found_at(path.with_name(each)) for each in names]
     missing = [f"{part.name} is missing; fetch it too" for part in paths if not part.is_file()]
     raise_all(FileError, str(path), missing)
     return _join([opened if part == path else read_part(part) for part in paths])

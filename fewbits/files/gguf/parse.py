@@ -26,7 +26,8 @@ from typing import Any
 from ...errors import FileError, raise_all
 from ...formats.ggml_types import GGML_TYPES
 from ...storage.json import regular_size
-from ...storage.mapped import absurd
+from ...storage.mapped import absurd, first_bytes
+from ...storage.packed import contents, is_packed
 
 DEFAULT_ALIGNMENT = 32
 HEADER_LIMIT = 2**27  # bytes of keys and tensor infos; a tokenizer of 262,144 tokens takes about 2**24
@@ -131,25 +132,28 @@ def gguf_nbytes(type_name: str, shape: Sequence[int]) -> int:
 def read_part(path: Path) -> GGUFFile:
     """The header of one GGUF file, part of a split model or not; FileError for any fault."""
     regular_size(path)
+    start = first_bytes(path, 24)
+    if len(start) < 24 or start[:4] != b"GGUF":
+        raise FileError(f"{path}: not a GGUF file (begins {start[:4]!r}); wrong or truncated file?")
+    if is_packed(path):
+        inner = contents(path)
+        return _parse(path, _Cursor(path, inner.head, inner.nbytes))
     try:
-        with path.open("rb") as file:
-            start = file.read(24)
-            if len(start) < 24 or start[:4] != b"GGUF":
-                raise FileError(f"{path}: not a GGUF file (begins {start[:4]!r}); wrong or truncated file?")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-                return _parse(path, _Cursor(path, buffer))
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+            return _parse(path, _Cursor(path, buffer, len(buffer)))
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 class _Cursor:
-    """A position in the header that never exceeds its end."""
+    """A position in the header that never exceeds its end. buffer: of a file of `size` bytes, all or what is
+    before its tensors."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap):
+    def __init__(self, path: Path, buffer: mmap.mmap | bytes, size: int):
         self.path = path
         self.buffer = buffer
-        self.size = len(buffer)
-        self.end = min(self.size, HEADER_LIMIT)
+        self.size = size
+        self.end = min(len(buffer), HEADER_LIMIT)
         self.position = 4
 
     def advance(self, nbytes: int, what: str) -> int:
