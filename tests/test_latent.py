@@ -107,9 +107,9 @@ def test_training_codes_gains_more_than_training_scales(model: Path, kind: str) 
     settings = DistillSettings(steps=60, lr=2e-3, lr_vectors=2e-3, batch=8, held_out=8, every=20)
     quantized = in_format(reference, kind)
     scales = distill(reference, quantized, tokens, settings)
-    codes = distill(reference, quantized, tokens, replace(settings, lr_codes=0.02))
+    codes = distill(reference, quantized, tokens, replace(settings, lr_codes=0.08))
     assert codes.after < 0.9 * scales.after and codes.after < 0.8 * codes.before
-    again = distill(reference, quantized, tokens, replace(settings, lr_codes=0.02))
+    again = distill(reference, quantized, tokens, replace(settings, lr_codes=0.08))
     assert again.history == codes.history
 
 
@@ -138,6 +138,51 @@ def test_the_command_trains_into_a_file(
         main(["train", str(model), "--to", "int2_g32", "--effort", "fast", "--out", str(tmp_path / "o")]) == 1
     )
     assert "leave out --effort fast" in capsys.readouterr().err
+
+
+def test_a_run_that_trains_nothing_says_so(model: Path, tmp_path: Path) -> None:
+    text = Tokens.of(TOKENS, "text")
+    fewbits.quantize(model, tmp_path / "q", to="int4_g32", effort="fast", verify=False)
+    training = {"held_out": 2, "batch": 2}
+    receipt = fewbits.quantize(
+        tmp_path / "q",
+        tmp_path / "o",
+        to="int4_g32",
+        calibrate=text,
+        train=2,
+        training=training,
+        verify=False,
+    )
+    assert any("nothing to train: no weight of a block gets a new format" in note for note in receipt.notes)
+
+
+def test_a_mixture_of_llama_cpp_is_exported_to_other_file_types_too(model: Path, tmp_path: Path) -> None:
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    fewbits.prepare_qat(loaded, "q4_0")
+    fewbits.export(loaded, tmp_path / "model.gguf")
+    receipt = fewbits.export(loaded, tmp_path / "compressed", "compressed-tensors")
+    assert {row.format for row in receipt.tensors if "_proj" in row.name} == {"int4_g32"}
+    tensors = fewbits.open(tmp_path / "compressed").tensors
+    for path, module in loaded.named_modules():
+        if isinstance(module, LatentLinear):
+            q = tensors[f"{path}.weight"].load()
+            assert isinstance(q, QTensor) and torch.equal(q.decode(), module.weight), path
+
+
+def test_fused_experts_and_wrong_tokens_are_named(model: Path, tmp_path: Path) -> None:
+    import transformers
+
+    experts = save_tiny("MixtralForCausalLM", tmp_path / "mixtral", **SMALL)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(experts, dtype=torch.float32)
+    with pytest.raises(fewbits.ModelError, match="holds experts together, no linear layer; leave it out"):
+        fewbits.prepare_qat(loaded, "int4_g32")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for tokens in (TOKENS[0], TOKENS.float(), TOKENS + 10**6):
+        with pytest.raises(fewbits.CalibrationError, match=r"windows \(w, t\) int64 below \d+, the size of"):
+            fewbits.prepare_qat(loaded, "int8_channel", activations="int8_static", tokens=tokens)
+    assert type(loaded.model.layers[0].mlp.up_proj) is nn.Linear
 
 
 def test_too_little_text_is_said_before_anything_is_done(model: Path, tmp_path: Path) -> None:

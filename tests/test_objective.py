@@ -22,7 +22,7 @@ MAKE = torch.Generator().manual_seed(0)
 PARENT = 3 * torch.randn(7, 50, generator=MAKE)
 LOGITS = PARENT + torch.randn(7, 50, generator=MAKE)
 NEXT = torch.randint(50, (6,), generator=MAKE)
-SHORT = DistillSettings(steps=6, lr=4e-3, lr_vectors=4e-3, batch=4, held_out=3, every=3, lr_codes=0.02)
+SHORT = DistillSettings(steps=6, lr=4e-3, lr_vectors=4e-3, batch=4, held_out=3, every=3, lr_codes=0.05)
 
 
 def plain(logits: torch.Tensor, share: float, temperature: float) -> torch.Tensor:

@@ -285,3 +285,31 @@ def test_commands(files: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
     assert main(["unpack", str(out)]) == 0
     assert (tmp_path / "model.safetensors").read_bytes() == files["bf16"].read_bytes()
     assert main(["unpack", str(out)]) == 1 and "exists" in capsys.readouterr().err
+
+
+def test_an_overwritten_directory_holds_one_model_and_a_failed_one_nothing(tmp_path: Path) -> None:
+    first, second = (
+        save_tiny("LlamaForCausalLM", tmp_path / name, layers) for name, layers in (("a", 1), ("b", 2))
+    )
+    out = tmp_path / "out"
+    pack_model(first, out)
+    unpack_model(out, out_of := tmp_path / "plain")
+    pack_model(second, out_of, overwrite=True)  # over weights that are not packed
+    assert [path.name for path in out_of.glob("*.safetensors")] == ["model.safetensors" + SUFFIX]
+    assert len(open_checkpoint(out_of).tensors) == len(open_checkpoint(second).tensors)
+    both = out_of / "model.safetensors"
+    both.write_bytes((first / "model.safetensors").read_bytes())
+    for work in (pack_model, unpack_model):
+        with pytest.raises(FileError, match="hold the same file; move one away"):
+            work(out_of, tmp_path / "other")
+    both.unlink()
+    damaged = out_of / ("model.safetensors" + SUFFIX)
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(FileError):
+        unpack_model(out_of, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out", "plain"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileError, match="file: is a file; a directory is packed into a directory"):
+        pack_model(first, tmp_path / "file", overwrite=True)
+    with pytest.raises(FileError, match="nothing: no such file or directory"):
+        pack_model(tmp_path / "nothing")

@@ -63,10 +63,10 @@ def ecsq(
     """
     format.check(w)
     rows = _row_integers(format)
-    if not (0 < bits <= 7.5 and rate >= 0):
-        raise PlanError(
-            f"ecsq: bits {bits:g}, rate {rate:g}; bits is above 0 and at most 7.5, rate 0 or more"
-        )
+    if not all(isinstance(each, (int, float)) for each in (bits, rate)) or not (
+        0 < bits <= 7.5 and rate >= 0
+    ):
+        raise PlanError(f"ecsq: bits {bits}, rate {rate}; bits is above 0 and at most 7.5, rate 0 or more")
     k = w.shape[1]
     if stats is None:
         stats = Stats(0, None, torch.ones(k), torch.eye(k)).to(w.device)

@@ -50,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         float,
         f"largest relative change of a scale or norm in a step (default 0.0005); with --lora {lora.LR:g}",
     )
-    number(group, "--lr-codes", float, "largest change of a weight in a step, in spacings (default 0.001)")
+    number(group, "--lr-codes", float, "largest change of a weight in a step, in spacings (default 0.01)")
     number(group, "--damp", float, "draw weights to what they are rounded to, against swinging (default 0)")
     group.add_argument(
         "--loss",
@@ -95,7 +95,7 @@ def run(given: argparse.Namespace) -> int:
     given.training = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) is not None}
     if given.tokens is None:
         print(
-            "fewbits train: 32768 tokens of text, the default, are few: give --calibrate FILE and --tokens N",
+            "fewbits train: 32768 tokens, the default, are few: give --tokens N (and --calibrate FILE)",
             file=sys.stderr,
         )
     return quantize.run(given)

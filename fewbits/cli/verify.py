@@ -9,11 +9,13 @@ from pathlib import Path
 
 from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve
+from ..errors import PlanError
 from ..files.open import open_checkpoint
 from ..memory import left_of
 from ..release.publish import push
 from ..release.receipt import Receipt
 from ..release.verify import Outcome, verification_need, verify
+from ..storage.packed import SUFFIX, is_packed
 from .exit_codes import DIFFERS, DONE, NOT_AS_REQUESTED
 from .units import gib
 
@@ -61,6 +63,10 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if is_packed(options.path) or (options.path.is_dir() and any(options.path.glob(f"*{SUFFIX}"))):
+        raise PlanError(
+            f"{options.path}: is packed, and engines read no packed files; `fewbits unpack` it first"
+        )
     memory = left_of(options.memory)
     need = verification_need(options.path, options.engine, memory)
     if need is not None:

@@ -7,6 +7,7 @@ and is opened like it. Everything else in it is copied.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ def pack_model(
 
     FileError for another kind of file, one that is damaged, or an output that exists.
     """
+    _check_source(source)
     work = partial(_pack_file, coder=coder, overwrite=overwrite, progress=progress)
     if not source.is_dir():
         return work(source, out or source.with_name(source.name + SUFFIX))
@@ -45,6 +47,7 @@ def unpack_model(
 
     FileError for a file that is not packed, or is cut or altered: then nothing is left of it.
     """
+    _check_source(source)
     work = partial(_unpack_file, overwrite=overwrite, progress=progress)
     if not source.is_dir():
         return work(source, out)
@@ -53,9 +56,16 @@ def unpack_model(
     return _directory(source, out, is_packed, lambda name: name.removesuffix(SUFFIX), work)
 
 
+def _check_source(source: Path) -> None:
+    if not source.exists():
+        raise FileError(f"{source}: no such file or directory")
+
+
 def _check_directory(source: Path, out: Path, overwrite: bool) -> None:
     if out.resolve().is_relative_to(source.resolve()):
         raise FileError(f"{out}: is in the input itself; choose another output")
+    if out.exists() and not out.is_dir():
+        raise FileError(f"{out}: is a file; a directory is packed into a directory, and unpacked into one")
     if not overwrite and out.exists() and any(out.iterdir()):
         raise FileError(f"{out}: exists; choose another output or pass --overwrite")
 
@@ -67,18 +77,38 @@ def _directory(
     named: Callable[[str], str],
     work: Callable[[Path, Path], Path],
 ) -> Path:
-    """Each weight file of a directory, and of folders in it, that is chosen, worked on; all others copied."""
+    """Each weight file of a directory, and of folders in it, that is chosen, worked on; all others copied.
+    Made beside `out` and moved there at the end; weight files that were in `out` go."""
     files = [path for path in sorted(source.rglob("*")) if path.is_file()]
-    chosen = {path for path in files if path.suffix in WEIGHTS and chooses(path)}
-    if not chosen:
-        raise FileError(f"{source}: has no weight file in it that can be packed, or unpacked")
+    places: dict[Path, tuple[Path, bool]] = {}
     for path in files:
-        place = out / path.relative_to(source)
-        make_directory(place.parent)
-        if path in chosen:
-            work(path, place.with_name(named(path.name)))
-        else:
-            shutil.copyfile(path, place)
+        chosen = path.suffix in WEIGHTS and chooses(path)
+        place = path.relative_to(source)
+        place = place.with_name(named(path.name)) if chosen else place
+        if place in places:
+            raise FileError(
+                f"{source}: {path.name} and {places[place][0].name} hold the same file; move one away"
+            )
+        places[place] = path, chosen
+    if not any(chosen for _, chosen in places.values()):
+        raise FileError(f"{source}: has no weight file in it that can be packed, or unpacked")
+    make_directory(out.resolve().parent)
+    made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.resolve().parent))
+    try:
+        for place, (path, chosen) in places.items():
+            make_directory((made / place).parent)
+            if chosen:
+                work(path, made / place)
+            else:
+                shutil.copyfile(path, made / place)
+        for old in [*out.rglob("*")] if out.exists() else []:
+            if old.is_file() and old.suffix in WEIGHTS:
+                old.unlink()
+        for place in places:
+            make_directory((out / place).parent)
+            (made / place).replace(out / place)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return out
 
 
@@ -93,6 +123,9 @@ def _pack_file(source: Path, out: Path, overwrite: bool, coder: str, progress: P
 
 
 def _unpack_file(source: Path, out: Path | None, overwrite: bool, progress: Progress | None) -> Path:
+    if source.suffix != ".safetensors":
+        raise FileError(f"{source}: is not packed; `fewbits pack` writes files whose names end in {SUFFIX}")
+
     def place(name: str) -> Path:
         found = out or source.with_name(name)
         _check_place(found, source, overwrite)

@@ -35,7 +35,12 @@ from ..storage.json import read_json_object
 from ..storage.stream import Fingerprint, difference
 
 VERSION = 2
-NAMES = (*(f"block-{'[0-9]' * 4}.{end}" for end in ("json", "safetensors")), "distill.state", "run.json")
+NAMES = (
+    *(f"block-{'[0-9]' * 4}.{end}" for end in ("json", "safetensors")),
+    "distill.state",
+    "distill.teacher",
+    "run.json",
+)
 OURS = (
     *NAMES,
     *(f".{name}.*.tmp" for name in NAMES),

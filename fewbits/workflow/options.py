@@ -10,18 +10,21 @@ from pathlib import Path
 from ..algorithms.prune import PATTERNS
 from ..calibrate.statistics import Statistics
 from ..calibrate.tokens import Tokens
-from ..errors import PlanError
+from ..errors import PlanError, raise_all
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
 from ..files.native import NATIVE
 from ..files.open import FILE_TYPES, GGUF_FILE
 from ..plan.method import EFFORTS, METHODS, Method
 from ..plan.mixtures import RECIPES
+from ..plan.rates import LEAST, MOST
 from ..plan.rules import Option
 from ..runtime.program import SUFFIX
-from ..train.settings import DistillSettings
+from ..train.settings import DistillSettings, settings_faults
 from .request import CommonOptions, Request
 from .resolve import file_type_for
+
+ENOUGH = 2**62  # windows: how many there are is known later
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Options(CommonOptions):
         if self.bits_per_weight is not None:
             if base.algorithm != "ecsq":
                 raise PlanError("bits_per_weight sets the entropy-coded size: it needs the method ecsq")
+            if not LEAST <= self.bits_per_weight <= MOST:
+                raise PlanError(f"bits_per_weight is {self.bits_per_weight}; it is {LEAST:g} to {MOST:g}")
             base = replace(base, options={**base.options, "bits": self.bits_per_weight})
         names = [name for name in ("rotate", "awq", "equalize") if getattr(self, name)]
         names += ["smooth"] if self.smooth not in (None, False) else []
@@ -119,7 +124,10 @@ class Options(CommonOptions):
         unknown = [name for name in self.training or {} if name not in known]
         if unknown:
             raise PlanError(f"training has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        return replace(method, distill=0, train=self.train or 0, train_options=dict(self.training or {}))
+        method = replace(method, distill=0, train=self.train or 0, train_options=dict(self.training or {}))
+        settings = DistillSettings(steps=max(1, method.train), **method.training())
+        raise_all(PlanError, "train", settings_faults(settings, ENOUGH))
+        return method
 
     def _base(self) -> Method:
         if isinstance(self.method, Method):

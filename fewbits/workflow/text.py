@@ -27,6 +27,7 @@ from .run import quantizes_blocks
 
 STATISTICS = {".safetensors", ".gguf", ".dat", ".imatrix"}
 TOKENS, CONTEXT, PARAGRAPH = 32768, 512, 128
+UNCHANGED = "no weight of a block gets a new format"
 Read = Callable[[str], Tokens]  # the text of a source
 Stage = Callable[[str, int, int], None]
 
@@ -40,7 +41,8 @@ def with_text(request: Request, checkpoint: Checkpoint, options: Options, read: 
     if not (request.method.needs_data or needs_of(request) or measured):
         return request
     if not quantizes_blocks(checkpoint, Path(uuid4().hex), request):
-        return replace(request, method=Method())
+        idle = request.method.trains and f"{request.method.training_name}: nothing to train: {UNCHANGED}"
+        return replace(request, method=Method(), notes=(*request.notes, *([idle] if idle else [])))
     source = options.calibrate
     if isinstance(source, Statistics):
         return from_statistics(request, source)

@@ -27,6 +27,7 @@ from ..files.checkpoint import MEMORY, Checkpoint, LazyTensor
 from ..files.open import open_checkpoint
 from ..formats.base import Format
 from ..plan import Plan
+from ..plan.mixtures import RECIPES
 from ..qtensor import QTensor
 from ..release.receipt import Receipt
 from ..runtime.load import model_checkpoint
@@ -37,6 +38,7 @@ from .blockwise import TRAINED
 from .in_place import asked_for, decisions_of
 from .quantize import clean
 from .request import Request
+from .resolve import file_type_for
 from .run import run
 
 if TYPE_CHECKING:
@@ -110,7 +112,11 @@ def _formats(model: Any, asked: str | None, rules: Plan) -> dict[str, Format]:
     faults = []
     for name, decision in decisions_of(checkpoint, asked, rules).items():
         path = names[name].removesuffix(".weight")
-        module = model.get_submodule(path)
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            faults.append(f"{path} holds experts together, no linear layer; leave it out by a rule")
+            continue
         if not isinstance(decision.kind, Format) or isinstance(module, nn.Embedding):
             continue
         if type(module) is not nn.Linear:
@@ -141,6 +147,13 @@ def ranges_of(
     if name is None:
         return {}
     scheme = SCHEMES.get(name)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    fits = tokens is None or (tokens.ndim == 2 and tokens.dtype == torch.int64)
+    if tokens is not None and not (fits and 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary):
+        raise CalibrationError(
+            f"tokens are {tuple(tokens.shape)} {tokens.dtype}; windows (w, t) int64 below {vocabulary}, the "
+            "size of the vocabulary, are needed"
+        )
     seen: dict[tuple[str, bool], Histogram] = {}
     if not scheme.dynamic:
         if tokens is None:
@@ -250,7 +263,11 @@ def export(
             )
         source = open_checkpoint(place)
         whole = replace(source, tensors=tensors, config=checkpoint.config, seen=checkpoint.seen)
-        request = Request(to=prepared.to, plan=prepared.plan, file=file, overwrite=overwrite, requantize=True)
+        mixture = (prepared.to or "").lower() in RECIPES and not file_type_for(
+            file, Path(out)
+        ).writes_gguf_names
+        asked = (None, Plan()) if mixture else (prepared.to, prepared.plan)  # tables stay in float
+        request = Request(to=asked[0], plan=asked[1], file=file, overwrite=overwrite, requantize=True)
         if prepared.activations is not None:
             said = _record(prepared.activations, {of_module[path]: m for path, m in modules.items()})
             whole = replace(whole, metadata={**whole.metadata, TRAINED: {"activations": said}})
