@@ -89,7 +89,11 @@ def test_parts_are_those_of_the_config(tiny):
 def calibrated(method: str, **given) -> Request:
     windows = torch.zeros(10, 64, dtype=torch.int64)
     return Request(
-        to="int4_g32", file="native", method=METHODS[method], tokens=Tokens.of(windows, "zeros"), **given
+        to="int8_channel" if method == "ecsq" else "int4_g32",
+        file="native",
+        method=METHODS[method],
+        tokens=Tokens.of(windows, "zeros"),
+        **given,
     )
 
 

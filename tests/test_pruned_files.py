@@ -129,7 +129,7 @@ def test_saved_statistics_prune_without_running_the_model(model: Path, tmp_path:
         ("int4_g32", {"train": 30, "training": {"lr_codes": 0.005}}),
         ("int4_g32", {"distill": 6}),
         ("kmeans3_channel", {"distill": 6}),
-        ("kmeans3_channel", {"train": 12, "training": {"lr_codes": 0.02}}),
+        ("kmeans3_channel", {"train": 30, "training": {"lr_codes": 0.005}}),
     ],
 )
 def test_pruned_weights_stay_zero_in_training(

@@ -19,7 +19,7 @@ from fewbits.files.open import open_checkpoint
 from fewbits.train.distill import DistillSettings, distill
 from fewbits.train.inputs import FakeInput
 from fewbits.train.ste import LatentLinear
-from tests.test_distill import SMALL, TOKENS, holding, in_format
+from tests.test_distill import SMALL, TOKENS, holding, in_format, off
 from tests.test_integer import reference_scaled
 from tests.tiny import save_tiny
 
@@ -73,10 +73,10 @@ def simulated(reference: Checkpoint, model: Checkpoint, said: dict[str, object])
 
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_asymmetric_static", "fp8_static", "int4_dynamic"])
 def test_a_model_is_trained_as_it_will_run(reference: Checkpoint, scheme: str) -> None:
-    quantized = in_format(reference, "int4_g32")
+    quantized = off(in_format(reference, "int4_g32"))
     said = narrow(quantized, scheme, TOKENS) if scheme.endswith("static") else record(quantized, scheme, None)
-    done = distill(reference, quantized, TOKENS, replace(SHORT, lr_codes=0.01), activations=said)
-    assert done.activations is not None and done.after < (0.9 if "ranges" in said else 0.97) * done.before
+    done = distill(reference, quantized, TOKENS, replace(SHORT, lr_codes=0.05), activations=said)
+    assert done.activations is not None and done.after < 0.9 * done.before
     assert simulated(reference, quantized, said) == pytest.approx(done.before, rel=1e-3)
     better = holding(quantized, done.tensors)
     assert simulated(reference, better, done.activations) == pytest.approx(done.after, rel=1e-3)

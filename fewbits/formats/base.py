@@ -74,7 +74,7 @@ class Grid(ABC):
 
     def spread(self, parameter: torch.Tensor, k: int) -> torch.Tensor:
         """`(n, g)` -> `(n, k)`: the parameter of each column's group."""
-        if self.index is None and parameter.shape[1] > 1:  # without a gather, which takes longer
+        if self.index is None and parameter.shape[1] > 1 and not parameter.requires_grad:
             return parameter.repeat_interleave(self.group, 1)[:, :k]
         return parameter[:, self.group_of(torch.arange(k, device=parameter.device))]
 

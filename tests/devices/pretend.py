@@ -32,7 +32,10 @@ def register() -> None:
     if not hasattr(torch, NAME):
         backend_registration._setup_privateuseone_for_python_backend(NAME)
         # torch's recomputation of blocks asks every device that is there.
-        getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+        module = getattr(torch, NAME)
+        module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+        # And what keeps the state of random numbers.
+        module.get_rng_state, module.set_rng_state = (lambda *_: torch.get_rng_state()), (lambda *_: None)
 
 
 class There(torch.Tensor):
