@@ -1,4 +1,4 @@
-"""distill(): train a quantized model on its reference's distribution, with fixed codes.
+"""distill(): train a quantized model on its reference's distribution.
 
 Error feedback considers one weight at a time, but not the quantized model's logits. Distillation trains the
 continuous numbers of the quantized model on the reference's logits:
@@ -7,10 +7,8 @@ continuous numbers of the quantized model on the reference's logits:
                              +--> mean over positions of KL(p || q) -> Adam -> scales, offsets (codes fixed)
     tokens -> quantized model  -> q  --'                                              -> norms, biases
 
-Every number is trained relative to its own size, x = x0 + unit * a with a = 0 at the start, so that one
-learning rate suits all: unit is |x0|, at least a tenth of its row's mean. All `a` are in one flat vector, and
-so are Adam's moments. These and the best `a` so far are the whole state; a resumed run equals an
-uninterrupted one.
+With `lr_codes` the weights that codes are rounded from are trained too. `loop.py` has the steps: every number
+moves relative to its own size, so that one learning rate suits all.
 
 Every few steps the numbers are packed as in a file (scales rounded to f16, norms to their stored dtype), and
 that model's KL divergence is measured on held-out windows. The best state is returned, or the start if no
@@ -21,9 +19,6 @@ model in q4_0, 64 windows of 256 tokens, 4 per step, KL divergence on 8 held-out
 
     rounded to nearest   0.575 -> 0.219 in 40 steps at lr 2e-3     (other text: 0.553 -> 0.244)
     GPTQ                 0.0947 -> 0.0880 in the first 8 of 24 steps at 6e-4, -> 0.0908 at 2e-3
-
-The reference runs once, one block in memory at a time. Its last hidden states are kept, and only its output
-layer is used again.
 
 Sources: Hinton et al., arXiv 1503.02531 (distillation); Kingma and Ba, arXiv 1412.6980 (Adam); EfficientQAT,
 arXiv 2407.11062, whose second phase trains only block scales.

@@ -1,7 +1,9 @@
 """Loop: the steps of one training run, its evaluations, and the state from which it goes on after a kill.
 
-Every number is trained relative to its own size: x = x0 + unit * a. All `a` are one flat vector, of which the
-optimizer changes parts in place; it, the optimizer's moments and the best `a` so far are the whole state.
+Every number is trained relative to its own size: x = x0 + unit * a, a = 0 at the start; unit is |x0|, at
+least a tenth of its row's mean, or of a latent weight the spacing of its grid. All `a` are one flat vector,
+of which the optimizer changes parts in place; it, the optimizer's moments and the best `a` so far are the
+whole state; a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from ..errors import CalibrationError, FileError
 from ..storage.atomic import write_atomic
 from .objective import LOSSES
 from .optimizer import TINY, optimizer_of
-from .rounding import shuffled
+from .rounding import windows_of
 from .settings import AT_ONCE, DistillSettings, arithmetic
 from .student import Goals, Student
 from .teacher import Teacher
@@ -71,7 +73,7 @@ class Loop:
         """One step of the optimizer on `batch` windows."""
         settings = self.settings
         self.student.write(self.start + self.unit * self.a)
-        windows = self.chosen(self.step)
+        windows = windows_of(self.step, settings.batch, self.train, settings.seed)
         goals = Goals(
             parent=lambda i: self.teacher.distributions(windows[i]),
             share=LOSSES[settings.loss],
@@ -123,12 +125,6 @@ class Loop:
         if kind == "latent":
             return self.settings.lr_codes * max(0.0, self.schedule() - self.schedule(FROZEN))
         return self.schedule() * (self.settings.lr if kind == "block" else self.settings.lr_vectors)
-
-    def chosen(self, step: int) -> list[int]:
-        """The windows of a step: every window once in each pass, each pass shuffled by its own seed."""
-        places = range(step * self.settings.batch, (step + 1) * self.settings.batch)
-        n, seed = self.train, self.settings.seed
-        return [shuffled(n, seed, place // n)[place % n] for place in places]
 
     def schedule(self, at: float | None = None) -> float:
         """The factor of the learning rates at a share of the steps (default: now): linear over the first

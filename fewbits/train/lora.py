@@ -29,7 +29,7 @@ from torch.nn import functional
 from ..adapters.peft import Factors, factors_of
 from ..errors import CalibrationError, PlanError, raise_all
 from .halves import Halves
-from .rounding import shuffled
+from .rounding import windows_of
 from .teacher import Teacher
 
 Progress = Callable[[str, int, int], None]
@@ -149,7 +149,7 @@ class _Run:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self.schedule()
-        windows = self.chosen()
+        windows = windows_of(self.step, self.settings.batch, self.train, self.settings.seed)
         hidden = self.halves.blocks(self.tokens[windows])
         cut, self.loss = hidden.detach().requires_grad_(), 0.0
         for row, i in enumerate(windows):
@@ -169,12 +169,6 @@ class _Run:
         if self.settings.group:
             for found in self.factors:
                 held_constant(found.a.data, self.settings.group)
-
-    def chosen(self) -> list[int]:
-        """The windows of a step: every window once in each pass, each pass shuffled by its own seed."""
-        n, first = self.train, self.step * self.settings.batch
-        places = range(first, first + self.settings.batch)
-        return [shuffled(n, self.settings.seed, place // n)[place % n] for place in places]
 
     def schedule(self) -> float:
         """The factor of the learning rate of the next step."""

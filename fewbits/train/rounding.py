@@ -207,7 +207,7 @@ class _Descent:
         settings, n = self.settings, self.settings.steps
         leaves = [leaf.requires_grad_() for rounding in self.roundings.values() for leaf in rounding.leaves()]
         total = [torch.zeros_like(leaf) for leaf in leaves]
-        for i in self.chosen(step):
+        for i in windows_of(step, self.settings.batch, len(self.inputs), self.settings.seed):
             moved = {name: rounding.weight() for name, rounding in self.roundings.items()}
             loss = self.loss(i, moved)
             for sum_, gradient in zip(total, torch.autograd.grad(loss, leaves), strict=True):
@@ -230,18 +230,18 @@ class _Descent:
             )
         return error
 
-    def chosen(self, step: int) -> list[int]:
-        """The inputs of a step: all once in each pass, each pass in an order of its own."""
-        n, batch = len(self.inputs), self.settings.batch
-        places = range(step * batch, (step + 1) * batch)
-        return [shuffled(n, self.settings.seed, place // n)[place % n] for place in places]
-
     def measure(self, packed: Mapping[str, QTensor]) -> float:
         """The mean squared error of the block's output over all inputs."""
         weights = {name: q.decode() for name, q in packed.items()}
         with torch.no_grad():
             errors = [float(self.loss(i, weights)) for i in range(len(self.inputs))]
         return sum(errors) / len(errors)
+
+
+def windows_of(step: int, batch: int, n: int, seed: int) -> list[int]:
+    """The windows, or inputs, of a step: each of n once in a pass, each pass shuffled by its own seed."""
+    places = range(step * batch, (step + 1) * batch)
+    return [shuffled(n, seed, place // n)[place % n] for place in places]
 
 
 def shuffled(n: int, seed: int, turn: int) -> list[int]:

@@ -29,6 +29,12 @@ FLOOR = 0.1  # least size of a number, as a share of its row's mean magnitude
 LEAST = 1e-12
 
 
+def size_of(value: torch.Tensor) -> torch.Tensor:
+    """The size of each number, at least FLOOR of its row's mean."""
+    size = value.detach().abs()
+    return size.maximum(FLOOR * size.mean(-1, keepdim=True))
+
+
 class GridLinear(torch.nn.Module):
     """y = x W^T + bias, `(..., k) -> (..., n)`, with W on a grid: fixed codes, trainable block parameters.
 
@@ -95,8 +101,7 @@ class LatentLinear(GridLinear):
         """Block parameters become multiples of their size now, so that a loop's one learning rate, which
         suits weights, moves scales by small shares of themselves."""
         for name, value in self.block_parameters.items():
-            size = value.detach().abs()
-            self.units[name] = size.maximum(FLOOR * size.mean(-1, keepdim=True)).clamp(min=LEAST)
+            self.units[name] = size_of(value).clamp(min=LEAST)
             value.data.div_(self.units[name])
         for fake in (self.input, self.output):
             if fake is not None:

@@ -26,7 +26,7 @@ from .inputs import FakeInput
 from .objective import Distributions, divergence, loss_and_gradient
 from .rounding import gap_of
 from .settings import products
-from .ste import FLOOR, GridLinear, LatentLinear, rounded_once
+from .ste import GridLinear, LatentLinear, rounded_once, size_of
 
 LATENT = "latent"  # the key of a float weight that codes are rounded from
 INPUT = "input"  # the key of the step of a static scheme of activations
@@ -171,10 +171,8 @@ class Student:
         return torch.cat([self._unit(part).flatten() for part in self.parts])
 
     def _unit(self, part: Part) -> torch.Tensor:
-        size = part.value.detach().abs()
-        unit = size.maximum(FLOOR * size.mean(-1, keepdim=True))
-        unit = self.latents[part.name].gap if part.kind == "latent" else unit
-        return unit * (size != 0) if self.holds_zeros and part.kind != "vector" else unit
+        unit = self.latents[part.name].gap if part.kind == "latent" else size_of(part.value)
+        return unit * (part.value.detach() != 0) if self.holds_zeros and part.kind != "vector" else unit
 
     def spans(self) -> list[tuple[slice, str]]:
         """The place of each part in the vector, and its kind."""
