@@ -33,6 +33,25 @@ CHUNK = 2**20
 AT_ONCE = 2**22
 
 
+def spread(
+    parameter: torch.Tensor, group: int, columns: slice, k: int, index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(n, g)` group parameters -> `(n, c)`, one for each of the given columns; `(n, 1)` if they share one.
+    index: the group of each column if it is not column // group."""
+    if parameter.shape[1] == 1:
+        return parameter
+    if index is not None:
+        return parameter[:, index[columns]]
+    start, stop, stride = columns.indices(k)
+    # Without a gather, which takes longer; but its gradient is summed more exactly.
+    if stride == 1 and start % group == 0 and stop - start > group and not parameter.requires_grad:
+        whole = parameter[:, start // group : math.ceil(stop / group)]
+        return whole.repeat_interleave(group, 1)[:, : stop - start]
+    if stride > 0 and stop > start and start // group == (stop - 1) // group:
+        return parameter[:, start // group : start // group + 1]
+    return parameter[:, torch.arange(start, stop, stride, device=parameter.device) // group]
+
+
 class Grid(ABC):
     """The representable values of one weight once its block parameters are chosen.
 
@@ -74,9 +93,7 @@ class Grid(ABC):
 
     def spread(self, parameter: torch.Tensor, k: int) -> torch.Tensor:
         """`(n, g)` -> `(n, k)`: the parameter of each column's group."""
-        if self.index is None and parameter.shape[1] > 1 and not parameter.requires_grad:
-            return parameter.repeat_interleave(self.group, 1)[:, :k]
-        return parameter[:, self.group_of(torch.arange(k, device=parameter.device))]
+        return spread(parameter, self.group, slice(None), k, self.index).expand(-1, k)
 
     def weighted(self, importance: torch.Tensor) -> Grid:
         """This grid for an importance `(k,)`, which weights the errors inside a vector of a lattice.

@@ -12,28 +12,9 @@ from functools import cached_property
 from math import ceil
 
 from ..lazy import torch
-from .base import Grid
+from .base import Grid, spread
 from .intervals import lookup, pick
 from .search import inverse, middles
-
-
-def spread(
-    parameter: torch.Tensor, group: int, columns: slice, k: int, index: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`(n, g)` group parameters -> `(n, c)`, one for each of the given columns; `(n, 1)` if they share one.
-    index: the group of each column if it is not column // group."""
-    if parameter.shape[1] == 1:
-        return parameter
-    if index is not None:
-        return parameter[:, index[columns]]
-    start, stop, stride = columns.indices(k)
-    # Without a gather, which takes longer; but its gradient is summed more exactly.
-    if stride == 1 and start % group == 0 and stop - start > group and not parameter.requires_grad:
-        whole = parameter[:, start // group : ceil(stop / group)]
-        return whole.repeat_interleave(group, 1)[:, : stop - start]
-    if stride > 0 and stop > start and start // group == (stop - 1) // group:
-        return parameter[:, start // group : start // group + 1]
-    return parameter[:, torch.arange(start, stop, stride, device=parameter.device) // group]
 
 
 def over_rows(parameter: torch.Tensor, rows: int | None, n: int) -> torch.Tensor:

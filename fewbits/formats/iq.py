@@ -28,11 +28,10 @@ from .. import core
 from ..errors import FormatError
 from ..lazy import torch
 from ..qtensor import Plane, QTensor
-from .base import FORMATS, Grid, checked_importance
+from .base import FORMATS, Grid, checked_importance, spread
 from .ggml import Ggml
 from .ggml_fit import RECODE_STARTS, to_half
 from .ggml_layout import Field, Half, Values
-from .grids import spread
 from .iq_fit import Tile, fit_block, nearest_odd, points_of
 from .iq_lattice import Lattice
 

@@ -13,9 +13,9 @@ from functools import cached_property
 from ..core.pack import cell, pack, unpack
 from ..lazy import torch
 from ..qtensor import Plane, QTensor
-from .base import Format, Grid
+from .base import Format, Grid, spread
 from .cells import Cells, choose, tries
-from .grids import mean_over_rows, over_rows, saturate, spread
+from .grids import mean_over_rows, over_rows, saturate
 from .intervals import lookup, pick
 from .search import fit_table, inverse
 

@@ -23,9 +23,9 @@ from ..lazy import torch
 from ..qtensor import QTensor
 from .actorder import ActOrder
 from .affine import Affine
-from .base import FORMATS, Format
+from .base import FORMATS, Format, spread
 from .ggml import Ggml
-from .grids import AffineGrid, spread
+from .grids import AffineGrid
 
 _BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of 32 columns, scale and offset in f16
 _MXFP4 = ("mxfp4", "mxfp4_ggml")
