@@ -82,8 +82,7 @@ def quantize_blocks(
         if not store.has(n):
             quantized = replace(run.checkpoint, tensors=dict(tensors))
             _distill(run, quantized, records, store, n, progress)
-        _take(store, n, tensors, records, notes)
-        trained = store.read(n)[1][TRAINED]
+        trained = _take(store, n, tensors, records, notes)[TRAINED]
     notes += _without_pairs(run, notes)
     metadata = run.checkpoint.metadata if trained is None else {**run.checkpoint.metadata, TRAINED: trained}
     return replace(run.checkpoint, tensors=tensors, metadata=metadata), records, _gathered(notes)
@@ -104,11 +103,13 @@ def _without_pairs(run: Run, notes: Sequence[Note]) -> list[Note]:
 
 def _take(
     store: BlockStore, i: int, tensors: dict[str, LazyTensor], records: Records, notes: list[Note]
-) -> None:
+) -> dict[str, Any]:
+    """Add a finished block to these; -> what was kept beside its tensors."""
     entries, kept = store.read(i)
     tensors.update(entries)
     records.update({name: WeightRecord.from_dict(row) for name, row in kept["records"].items()})
     notes += [Note(*note) for note in kept["notes"]]
+    return kept
 
 
 def _kept(records: Records, notes: Sequence[Note]) -> dict[str, Any]:
@@ -144,8 +145,7 @@ def _distill(
             w, old = run.checkpoint.tensors[name].load(), records[name]
             spec = Spec(value.format, old.algorithm, {**old.options, method.training_name: steps})
             cost = measured(w, value, spec, None)  # type: ignore[arg-type]
-            start = quantized.tensors[name].load()
-            zeros = old.zeros and old.zeros.trained(start, value)  # type: ignore[arg-type]
+            zeros = old.zeros and old.zeros.trained(quantized.tensors[name].load(), value)  # type: ignore[arg-type]
             changed[name] = replace(cost, tokens=old.tokens, zeros=zeros)
     what = "trained" if method.train else "distilled"
     notes = [
@@ -179,7 +179,7 @@ class _Walk:
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
         self.writer = ThreadPoolExecutor(1)
-        self.written: Future[None] = self.writer.submit(lambda: None)
+        self.written: Future[None] | None = None
 
     def go(self) -> None:
         """Quantize every block that the store does not hold yet."""
@@ -199,7 +199,7 @@ class _Walk:
         try:
             self._walk(x, floats)
         finally:
-            self.written.result()
+            self._wait()
 
     def _walk(self, x: Activations, floats: Activations | None) -> None:
         for i in range(self.model.n_blocks):
@@ -302,8 +302,13 @@ class _Walk:
         if self.model.device.type == "cpu":
             write()
             return
-        self.written.result()
+        self._wait()
         self.written = self.writer.submit(write)
+
+    def _wait(self) -> None:
+        """Until the block before is stored."""
+        if self.written is not None:
+            self.written.result()
 
     def _fits(self, wanted: Sequence[Site], x: Activations, floats: Activations | None) -> bool:
         """May all batches wait inside the block at once? Not experts: batches reach them in another order."""
