@@ -58,10 +58,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="kl: divergence from MODEL (default; with --lora, where the parent is known); next-token; "
         "mix: half of each",
     )
-    number(
-        group, "--top-k", int, "keep MODEL's K most probable tokens, once (default: hidden states)", of="K"
-    )
-    number(group, "--temperature", float, "of both distributions (default 1)", of="T")
+    number(group, "--top-k", int, "keep MODEL's N most probable tokens, once (default: hidden states)")
+    number(group, "--temperature", float, "of both distributions (default 1)")
     group.add_argument(
         "--precision", choices=PRECISIONS,
         help="of matrix products: f32, bf16, f16 with loss scaling; auto (default): bf16 where it is faster",
@@ -78,10 +76,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     lora.arguments(parser)
 
 
-def number(
-    group: argparse._ArgumentGroup, name: str, kind: type, help: str, default: Any = None, of: str = "N"
-) -> None:
-    group.add_argument(name, type=kind, metavar=of if kind is int else "X", help=help, default=default)
+def number(group: argparse._ArgumentGroup, name: str, kind: type, help: str, default: Any = None) -> None:
+    metavar = "N" if kind is int else "X"
+    group.add_argument(name, type=kind, metavar=metavar, help=help, default=default)
 
 
 def run(given: argparse.Namespace) -> int:

@@ -101,12 +101,12 @@ def _directory(
                 work(path, made / place)
             else:
                 shutil.copyfile(path, made / place)
-        for old in [*out.rglob("*")] if out.exists() else []:
-            if old.is_file() and old.suffix in WEIGHTS:
-                old.unlink()
         for place in places:
             make_directory((out / place).parent)
             (made / place).replace(out / place)
+        for old in [*out.rglob("*")]:
+            if old.is_file() and old.suffix in WEIGHTS and old.relative_to(out) not in places:
+                old.unlink()
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return out

@@ -267,9 +267,8 @@ def _walk_peak(checkpoint: Checkpoint, walked: Sequence[Task], hidden: int, requ
     states = max(hidden, waiting(walked, request)) if request.method.sequential else hidden
     states = min(states, request.streaming.activation_memory)
     squares = 4 if request.method.gptaq else 3  # the Hessian, what is made of it twice, the mismatch
-    pruned = (
-        13 * max(prod(task.shape) for task in walked) if request.method.pruning else 0
-    )  # three f32, a mask
+    masked = 3 * 4 + 1  # bytes of a weight that is pruned: three in f32, a mask
+    pruned = masked * max(prod(task.shape) for task in walked) if request.method.pruning else 0
     return nbytes + states + pruned + max(ALLOWANCE, squares * 4 * widest**2 + BESIDE)
 
 

@@ -25,6 +25,7 @@ from .request import CommonOptions, Request
 from .resolve import file_type_for
 
 ENOUGH = 2**62  # windows: how many there are is known later
+OF_THE_RUN = {"steps", "state", "device", "seed", "keep_zeros"}  # settings of training that it decides itself
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,7 @@ class Options(CommonOptions):
 
     def _trained(self, method: Method) -> Method:
         """With training of codes in the place of distillation; PlanError for settings that it has not."""
-        known = {each.name for each in fields(DistillSettings)} - {
-            "steps",
-            "state",
-            "device",
-            "seed",
-            "keep_zeros",
-        }
+        known = {each.name for each in fields(DistillSettings)} - OF_THE_RUN
         unknown = [name for name in self.training or {} if name not in known]
         if unknown:
             raise PlanError(f"training has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")

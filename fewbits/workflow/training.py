@@ -147,13 +147,8 @@ def ranges_of(
     if name is None:
         return {}
     scheme = SCHEMES.get(name)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    fits = tokens is None or (tokens.ndim == 2 and tokens.dtype == torch.int64)
-    if tokens is not None and not (fits and 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary):
-        raise CalibrationError(
-            f"tokens are {tuple(tokens.shape)} {tokens.dtype}; windows (w, t) int64 below {vocabulary}, the "
-            "size of the vocabulary, are needed"
-        )
+    if tokens is not None:
+        _check_tokens(tokens, model.get_input_embeddings().weight.shape[0])
     seen: dict[tuple[str, bool], Histogram] = {}
     if not scheme.dynamic:
         if tokens is None:
@@ -165,6 +160,15 @@ def ranges_of(
         return FakeInput(Quantizer(scheme, affine), model.device)
 
     return {path: (made(path, False), made(path, True) if outputs else None) for path in paths}
+
+
+def _check_tokens(tokens: torch.Tensor, vocabulary: int) -> None:
+    fits = tokens.ndim == 2 and tokens.dtype == torch.int64 and tokens.numel() > 0
+    if not fits or not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise CalibrationError(
+            f"tokens are {tuple(tokens.shape)} {tokens.dtype}; windows (w, t) int64 below {vocabulary}, the "
+            "size of the vocabulary, are needed"
+        )
 
 
 def _histograms(model: Any, paths: Iterable[str], tokens: torch.Tensor) -> dict[tuple[str, bool], Histogram]:
@@ -180,10 +184,12 @@ def _histograms(model: Any, paths: Iterable[str], tokens: torch.Tensor) -> dict[
         return hook
 
     hooks = [model.get_submodule(path).register_forward_hook(watch(path)) for path in paths]
-    for window in tokens:
-        model(input_ids=window[None].to(model.device), use_cache=False)
-    for handle in hooks:
-        handle.remove()
+    try:
+        for window in tokens:
+            model(input_ids=window[None].to(model.device), use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
     return seen
 
 
@@ -252,7 +258,7 @@ def export(
     if not place.exists():
         raise ModelError(f"{place}: not a directory; name the parent's, which has its tokenizer (parent=...)")
     modules = {path: model.get_submodule(path) for path in prepared.formats}
-    held = {path: packed(model.get_submodule(path), format) for path, format in prepared.formats.items()}
+    held = {path: packed(modules[path], format) for path, format in prepared.formats.items()}
     with _plain(model, held) as (names, checkpoint):
         of_module = {names[name].removesuffix(".weight"): name for name in checkpoint.tensors}
         tensors = dict(checkpoint.tensors)
@@ -263,11 +269,10 @@ def export(
             )
         source = open_checkpoint(place)
         whole = replace(source, tensors=tensors, config=checkpoint.config, seen=checkpoint.seen)
-        mixture = (prepared.to or "").lower() in RECIPES and not file_type_for(
-            file, Path(out)
-        ).writes_gguf_names
-        asked = (None, Plan()) if mixture else (prepared.to, prepared.plan)  # tables stay in float
-        request = Request(to=asked[0], plan=asked[1], file=file, overwrite=overwrite, requantize=True)
+        request = Request(to=prepared.to, plan=prepared.plan, file=file, overwrite=overwrite, requantize=True)
+        mixture = (prepared.to or "").lower() in RECIPES
+        if mixture and not file_type_for(file, Path(out)).writes_gguf_names:
+            request = replace(request, to=None, plan=Plan())  # tables stay in float
         if prepared.activations is not None:
             said = _record(prepared.activations, {of_module[path]: m for path, m in modules.items()})
             whole = replace(whole, metadata={**whole.metadata, TRAINED: {"activations": said}})
