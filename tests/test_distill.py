@@ -196,7 +196,7 @@ def test_a_state_of_another_run_or_a_damaged_one_is_refused(reference: Checkpoin
     with pytest.raises(FileError, match="another model, text or settings"):
         distill(reference, quantized, TOKENS.flip(0), settings)
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:1000])
-    with pytest.raises(FileError, match="not a distill state"):
+    with pytest.raises(FileError, match="not the state of a training run"):
         distill(reference, quantized, TOKENS, settings)
 
 

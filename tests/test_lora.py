@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,6 +210,44 @@ def test_a_group_adapter_sees_sums_and_its_gradient_is_theirs(model):
 
 
 # ---- what is refused -----------------------------------------------------------------------------
+
+
+def adapter_bytes(path):
+    return (path / "adapter_model.safetensors").read_bytes()
+
+
+def stop_at(step):
+    def progress(stage, done, total):
+        if stage.startswith("lora") and done == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_killed_at_any_step_it_ends_as_if_it_had_not_been(tmp_path, model):
+    """With dropout, whose random numbers go on too."""
+    base, text = open_checkpoint(model), Tokens.of(WINDOWS, "random")
+    lora = Lora(Shape(4, 8.0, 0.1))
+    train_adapter(base, tmp_path / "whole", text, lora, SHORT)
+    for step in (2, 4, 6, 8):
+        out = tmp_path / str(step)
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(base, out, text, lora, SHORT, where=Where(progress=stop_at(step)))
+        state = tmp_path / f"{step}.state"
+        assert state.exists() == (step >= 4) and not out.exists()
+        train_adapter(base, out, text, lora, SHORT)
+        assert adapter_bytes(out) == adapter_bytes(tmp_path / "whole") and not state.exists()
+
+
+def test_a_state_of_another_run_is_refused(tmp_path, model):
+    base, text = open_checkpoint(model), Tokens.of(WINDOWS, "random")
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter(base, tmp_path / "a", text, RANK, SHORT, where=Where(progress=stop_at(4)))
+    for other in (Tokens.of(WINDOWS.flip(0), "flipped"), text):
+        settings = replace(SHORT, seed=1) if other is text else SHORT
+        with pytest.raises(FileError, match="another model, text or settings"):
+            train_adapter(base, tmp_path / "a", other, RANK, settings)
+    assert not (tmp_path / "a").exists() and (tmp_path / "a.state").exists()
 
 
 @pytest.mark.parametrize(

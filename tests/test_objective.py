@@ -21,7 +21,8 @@ from tests.tiny import save_tiny
 MAKE = torch.Generator().manual_seed(0)
 PARENT = 3 * torch.randn(7, 50, generator=MAKE)
 LOGITS = PARENT + torch.randn(7, 50, generator=MAKE)
-NEXT = torch.randint(50, (6,), generator=MAKE)
+WINDOW = torch.randint(50, (7,), generator=MAKE)
+ALL = slice(0, 7)
 SHORT = DistillSettings(steps=6, lr=4e-3, lr_vectors=4e-3, batch=4, held_out=3, every=3, lr_codes=0.05)
 
 
@@ -31,7 +32,7 @@ def plain(logits: torch.Tensor, share: float, temperature: float) -> torch.Tenso
     kl = functional.kl_div(
         log_q, (PARENT / temperature).log_softmax(-1), log_target=True, reduction="batchmean"
     )
-    return share * temperature**2 * kl + (1 - share) * functional.cross_entropy(logits[:-1], NEXT)
+    return share * temperature**2 * kl + (1 - share) * functional.cross_entropy(logits[:-1], WINDOW[1:])
 
 
 @pytest.mark.parametrize(("share", "temperature"), [(1.0, 1.0), (1.0, 2.5), (0.0, 1.0), (0.5, 2.0)])
@@ -40,9 +41,20 @@ def test_loss_and_gradient_are_those_of_autograd(share: float, temperature: floa
     wanted = plain(leaf, share, temperature)
     wanted.backward()
     parent = Distributions.of(PARENT, temperature, 0)
-    loss, gradient = loss_and_gradient(LOGITS, parent, NEXT, share, temperature)
+    loss, gradient = loss_and_gradient(LOGITS, parent, WINDOW, ALL, share, temperature)
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
     assert leaf.grad is not None and torch.allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("share", "k"), [(1.0, 0), (1.0, 5), (0.0, 0), (0.5, 5)])
+def test_a_window_in_parts_is_the_same(share: float, k: int) -> None:
+    whole, wanted = loss_and_gradient(LOGITS, Distributions.of(PARENT, 2.0, k), WINDOW, ALL, share, 2.0)
+    parts = [
+        loss_and_gradient(LOGITS[at], Distributions.of(PARENT[at], 2.0, k), WINDOW, at, share, 2.0)
+        for at in (slice(0, 3), slice(3, 6), slice(6, 7))
+    ]
+    assert sum(loss for loss, _ in parts) == pytest.approx(whole, rel=1e-5)
+    assert torch.allclose(torch.cat([gradient for _, gradient in parts]), wanted, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -60,12 +72,16 @@ def test_the_rest_of_the_mass_is_one_event(temperature: float) -> None:
     p, q = events(PARENT), events(leaf)
     wanted = temperature**2 * (p * (p / q).log()).sum(-1).mean()
     wanted.backward()
-    loss, gradient = loss_and_gradient(LOGITS, parent, None, 1.0, temperature)
+    loss, gradient = loss_and_gradient(LOGITS, parent, WINDOW, ALL, 1.0, temperature)
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-4)
     assert leaf.grad is not None and torch.allclose(gradient, leaf.grad, rtol=1e-3, atol=1e-6)
-    whole, _ = loss_and_gradient(LOGITS, Distributions.of(PARENT, temperature, 0), None, 1.0, temperature)
+    whole, _ = loss_and_gradient(
+        LOGITS, Distributions.of(PARENT, temperature, 0), WINDOW, ALL, 1.0, temperature
+    )
     assert 0 < loss < whole
-    every, _ = loss_and_gradient(LOGITS, Distributions.of(PARENT, temperature, 50), None, 1.0, temperature)
+    every, _ = loss_and_gradient(
+        LOGITS, Distributions.of(PARENT, temperature, 50), WINDOW, ALL, 1.0, temperature
+    )
     assert every == pytest.approx(whole, rel=1e-4)
 
 

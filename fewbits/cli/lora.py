@@ -22,6 +22,10 @@ from .options import options_of
 from .progress import StageProgress
 
 LR = LoraSettings.lr
+OF_QUANTIZING = (
+    "effort", "method", "bits_per_weight", "smooth", "awq", "rotate", "equalize", "distill", "sparsity",
+    "prune", "sparsity_pattern", "activations", "kv_cache", "file", "rule", "plan", "no_search",
+)  # fmt: skip
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +76,12 @@ def run(given: argparse.Namespace, of_codes: Sequence[str]) -> int:
     if other:
         raise PlanError(
             f"{', '.join(other)}: of training codes, which --lora leaves as they are: leave it out"
+        )
+    first = [f"--{name.replace('_', '-')}" for name in OF_QUANTIZING if getattr(given, name)]
+    if given.to is None and first:
+        raise PlanError(
+            f"{', '.join(first)}: how a float model is quantized before it gets its adapter; give --to TYPE "
+            "too, or leave it out"
         )
     out = given.out or Path(f"{Path(given.model).name.removesuffix('.gguf')}-lora")
     alpha = 2 * given.lora if given.lora_alpha is None else given.lora_alpha

@@ -71,26 +71,26 @@ def run(given: argparse.Namespace) -> int:
     options = options_of(given)
     checkpoint, path = opened(given.model, given.cache_dir)
     out, request, need = prepared(checkpoint, path, given.out, options)
-    print(f"fewbits quantize: {need.line()}", file=sys.stderr)
+    print(f"fewbits {given.command}: {need.line()}", file=sys.stderr)
     with StageProgress() as stage:
         request = with_read_text(request, checkpoint, options, stage)
     for note in (*request.notes, *(request.tokens.notes if request.tokens else ())):
-        print(f"fewbits quantize: {note}", file=sys.stderr)
+        print(f"fewbits {given.command}: {note}", file=sys.stderr)
     with ByteProgress("quantize") as progress:
         receipt = quantize(checkpoint, out, request, progress)
     receipt, code = concluded(*conclude(receipt, checkpoint, out, options), out, given.push)
     print(receipt.to_json() if given.json else f"{receipt.table()}\n\nwrote {out}")
-    return code or verdict(receipt, given.strict)
+    return code or verdict(receipt, given.strict, given.command)
 
 
-def verdict(receipt: Receipt, strict: bool) -> int:
+def verdict(receipt: Receipt, strict: bool, command: str = "quantize") -> int:
     """0, or 3 if a tensor with a rule did not get its requested format; with `strict`, also if any tensor did
     not, or less than PROMISED of the weights in blocks got theirs."""
     changed = receipt.changed()
     named = [row for row in changed if row.rule is not None]
     if changed:
         print(
-            f"fewbits quantize: {len(changed)} of {len(receipt.tensors)} tensors got a fallback type "
+            f"fewbits {command}: {len(changed)} of {len(receipt.tensors)} tensors got a fallback type "
             f"({len(named)} of them named by a rule); the receipt says why",
             file=sys.stderr,
         )

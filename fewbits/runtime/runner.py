@@ -177,10 +177,10 @@ class Blockwise(Runner):
                 self.hidden[j] = block(self.hidden[j])
 
     @torch.inference_mode()
-    def logits_of(self, window: int, first: int = 0) -> torch.Tensor:
-        """After the last block -> `(t - first, vocabulary)` f32 of one window."""
+    def logits_of(self, window: int, first: int = 0, stop: int | None = None) -> torch.Tensor:
+        """After the last block -> `(stop - first, vocabulary)` f32 of one window."""
         with self._timed():
-            hidden = self.hidden[window][:, first:]
+            hidden = self.hidden[window][:, first:stop]
             parts = [self.blocks.head(part)[0].float() for part in hidden.split(SLICE, 1)]
         return _checked(self.checkpoint, window, torch.cat(parts))
 

@@ -119,15 +119,14 @@ def _result(run: Loop, activations: Mapping[str, Any] | None) -> Distilled:
     changed = {name: value for name, value in packed.items() if not _same(value, start[name])}
     first, best = run.history[0].held_out, min(judgement.held_out for judgement in run.history)
     judged_on = f"on {run.settings.held_out} windows held out"
-    notes = [f"distill: KL divergence {first:.4g} -> {best:.4g} {judged_on}"]
+    what = "trained" if run.settings.lr_codes else "distilled"
+    notes = [f"{what}: KL divergence {first:.4g} -> {best:.4g} {judged_on}"]
     if not changed:
-        notes = [
-            f"distill: no step improved the KL divergence of {first:.4g} {judged_on}; nothing is changed"
-        ]
+        notes = [f"{what}: no step improved the KL divergence of {first:.4g} {judged_on}; nothing is changed"]
     if run.student.fixed:
         names = run.student.fixed
         notes.append(
-            f"distill: {len(names)} quantized tensors are unchanged, no linear layer with free "
+            f"{what}: {len(names)} quantized tensors are unchanged, no linear layer with free "
             f"parameters of its own: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
         )
     record = None

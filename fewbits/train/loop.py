@@ -8,22 +8,20 @@ whole state; a resumed run equals an uninterrupted one.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..errors import CalibrationError, FileError
-from ..storage.atomic import write_atomic
+from ..errors import CalibrationError
 from .objective import LOSSES
 from .optimizer import TINY, optimizer_of
 from .rounding import windows_of
 from .settings import AT_ONCE, DistillSettings, arithmetic
+from .state import moments_of, put_back, read_state, write_state
 from .student import Goals, Student
 from .teacher import Teacher
 
@@ -72,10 +70,10 @@ class Loop:
     def advance(self) -> None:
         """One step of the optimizer on `batch` windows."""
         settings = self.settings
-        self.student.write(self.start + self.unit * self.a)
+        self.student.move(self.start, self.unit, self.a)
         windows = windows_of(self.step, settings.batch, self.train, settings.seed)
         goals = Goals(
-            parent=lambda i: self.teacher.distributions(windows[i]),
+            parent=lambda i, rows: self.teacher.distributions(windows[i], rows),
             share=LOSSES[settings.loss],
             temperature=settings.temperature,
             factor=float(self.scaler.scale(torch.ones((), device=self.start.device))),
@@ -85,10 +83,10 @@ class Loop:
         loss = self.student.learn(self.tokens[windows], goals)
         self.losses.append(loss)
         self.check(loss, f"the loss of step {self.step + 1}", windows)
-        whole = self.student.gradient().mul_(self.unit)
+        gradients = self.student.gradients()
         self.step += 1
-        for part, group, (at, kind) in zip(self.parts, self.optimizer.param_groups, self.spans, strict=True):
-            part.grad, group["lr"] = whole[at], self.rate(kind)
+        for i, (group, (at, kind)) in enumerate(zip(self.optimizer.param_groups, self.spans, strict=True)):
+            self.parts[i].grad, group["lr"] = gradients[i].mul_(self.unit[at]), self.rate(kind)
         self.scaler.unscale_(self.optimizer)
         if settings.clip:
             torch.nn.utils.clip_grad_norm_(self.parts, settings.clip)
@@ -103,7 +101,7 @@ class Loop:
     def calm(self) -> None:
         """Draw latent weights a little to what they are rounded to (Nagel et al., arXiv 2203.08550)."""
         share = self.settings.damp * self.rate("latent") * self.step / self.settings.steps
-        self.student.write(self.start + self.unit * self.a)
+        self.student.move(self.start, self.unit, self.a)
         for (at, kind), part in zip(self.spans, self.student.parts, strict=True):
             if kind == "latent":
                 off = (self.student.weight_of(part) - part.value).flatten()
@@ -176,8 +174,6 @@ class Loop:
 
     def save(self, path: Path) -> None:
         """Write the state, atomically."""
-        from safetensors.torch import save
-
         record = {
             "step": self.step,
             "skipped": self.skipped,
@@ -185,43 +181,16 @@ class Loop:
             "losses": self.losses,
             "scaler": self.scaler.state_dict(),
         }
-        about = {"distill": json.dumps(record), "fingerprint": self.fingerprint()}
-        state = {name: getattr(self, name).cpu() for name in STATE} | self.moments()
-        write_atomic(path, save(state, about))
+        state = {name: getattr(self, name).cpu() for name in STATE} | moments_of(self.optimizer, self.parts)
+        write_state(path, state, record, self.fingerprint())
         self.saved = time.monotonic()
-
-    def moments(self) -> dict[str, torch.Tensor]:
-        """The optimizer's own tensors, by part and name."""
-        found = {}
-        for i, part in enumerate(self.parts):
-            for key, value in self.optimizer.state.get(part, {}).items():
-                number = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-                found[f"optimizer.{i}.{key}"] = number.cpu().contiguous().clone()  # some are shared
-        return found
 
     def resume(self, path: Path) -> None:
         """Resume from a state; FileError for one that is damaged or of another run."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                about, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise FileError(f"{path}: not a distill state ({error}); delete it to start again") from error
-        if about.get("fingerprint") != self.fingerprint():
-            raise FileError(
-                f"{path}: of a run with another model, text or settings; delete it to start again"
-            )
-        record = json.loads(about["distill"])
+        state, record = read_state(path, self.fingerprint())
         self.step, self.history = record["step"], [Judgement(**row) for row in record["history"]]
         self.resumed, self.skipped, self.losses = self.step, record["skipped"], record["losses"]
         self.scaler.load_state_dict(record["scaler"])
         for name in STATE:
             getattr(self, name).copy_(state.pop(name))
-        held: dict[int, dict[str, Any]] = {}
-        for name, value in state.items():
-            _, i, key = name.split(".", 2)
-            counted = value.ndim == 0 and not value.is_floating_point()  # a plain number in bitsandbytes
-            held.setdefault(int(i), {})[key] = int(value) if counted else value
-        given = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": held, "param_groups": given["param_groups"]})
+        put_back(self.optimizer, state)

@@ -17,10 +17,13 @@ Sources: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314; AdamW, arXiv 1711.0510
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from math import ceil, cos, isfinite, pi
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +33,10 @@ from ..adapters.peft import Factors, factors_of
 from ..errors import CalibrationError, PlanError, raise_all
 from .halves import Halves
 from .rounding import windows_of
+from .state import moments_of, put_back, read_state, write_state
 from .teacher import Teacher
 
+MINUTES = 10  # between two saved states, at most
 Progress = Callable[[str, int, int], None]
 Objective = Callable[[int, torch.Tensor], torch.Tensor]  # window, its logits (c, v) f32 -> loss
 
@@ -104,18 +109,28 @@ def fit_adapter(
     objective: Objective,
     settings: LoraSettings,
     progress: Progress | None = None,
+    state: Path | None = None,
 ) -> tuple[Judgement, ...]:
     """A PeftModel and windows `(w, c)` int64 -> the judgements; the model has the best adapter.
 
-    Raises PlanError or CalibrationError for settings, too little text, and a loss that is not finite."""
+    state: file from which a killed run goes on, written at each judgement and every MINUTES; the caller
+    deletes it. Raises PlanError or CalibrationError for settings, too little text, and a loss that is not
+    finite; FileError for the state of another run."""
     settings.check(len(tokens))
     run = _Run(model, tokens, objective, settings)
+    saved = time.monotonic()
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
+        if state is not None and state.exists():
+            run.resume(state)
         while run.step < settings.steps:
             run.advance()
-            if run.step % settings.every == 0 or run.step == settings.steps:
+            judged = run.step % settings.every == 0 or run.step == settings.steps
+            if judged:
                 run.judge()
+            if state is not None and (judged or time.monotonic() - saved > 60 * MINUTES):
+                run.save(state)
+                saved = time.monotonic()
             if progress:
                 progress(run.stage, run.step, settings.steps)
     run.restore()
@@ -143,6 +158,7 @@ class _Run:
             for found in self.factors:
                 held_constant(found.a.data, settings.group)
         self.judge()
+        self.start = self.digest()
 
     def advance(self) -> None:
         """One step on `batch` windows; the logits of one are in memory at a time."""
@@ -202,6 +218,46 @@ class _Run:
     def stage(self) -> str:
         best = min(judgement.held_out for judgement in self.history)
         return f"lora: loss {self.loss:.4f}, held out {best:.4f}"
+
+    # ---- the state
+
+    def digest(self) -> str:
+        """Of settings and text, of the adapter's start, and of the loss there, which model and parent
+        decide."""
+        digest = sha256(repr(self.settings).encode() + repr(self.history[0].held_out).encode())
+        for part in (self.tokens, *(parameter.detach() for parameter in self.parameters)):
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the state, atomically."""
+        state = moments_of(self.optimizer, self.parameters)
+        for i, (now, best) in enumerate(zip(self.parameters, self.best, strict=True)):
+            state |= {f"now.{i}": now.detach().cpu().contiguous(), f"best.{i}": best.cpu().contiguous()}
+        for device, random in self.random().items():
+            state[f"random.{device}"] = random
+        record = {"step": self.step, "history": [asdict(judgement) for judgement in self.history]}
+        write_state(path, state, record, self.start)
+
+    @torch.no_grad()
+    def resume(self, path: Path) -> None:
+        """Resume from a state; FileError for one that is damaged or of another run."""
+        state, record = read_state(path, self.start)
+        self.step, self.history = record["step"], [Judgement(**row) for row in record["history"]]
+        for i, (now, best) in enumerate(zip(self.parameters, self.best, strict=True)):
+            now.copy_(state.pop(f"now.{i}"))
+            best.copy_(state.pop(f"best.{i}"))
+        torch.set_rng_state(state.pop("random.cpu"))
+        if "random.cuda" in state:
+            torch.cuda.set_rng_state(state.pop("random.cuda"), self.tokens.device)
+        put_back(self.optimizer, state)
+
+    def random(self) -> dict[str, torch.Tensor]:
+        """The states of the generators that dropout draws from."""
+        found = {"cpu": torch.get_rng_state()}
+        if self.tokens.device.type == "cuda":
+            found["cuda"] = torch.cuda.get_rng_state(self.tokens.device)
+        return found
 
     def check(self, value: float, what: str) -> None:
         if not isfinite(value):

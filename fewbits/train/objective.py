@@ -51,42 +51,48 @@ def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
 def loss_and_gradient(
     logits: torch.Tensor,
     parent: Distributions | None,
-    following: torch.Tensor | None,
+    window: torch.Tensor,
+    at: slice,
     share: float,
     temperature: float = 1.0,
 ) -> tuple[float, torch.Tensor]:
-    """Logits `(c, v)` -> the mean loss and its gradient `(c, v)` f32.
+    """Logits `(p, v)` of the positions `at` of a window `(c,)` -> their part of its mean loss, and the
+    gradient `(p, v)` f32.
 
-    parent: its distributions, unless share, the part of KL in the loss, is 0. following `(c - 1,)`: the next
-    tokens, unless share is 1."""
-    loss, gradient = 0.0, torch.zeros_like(logits, dtype=torch.float32)
+    parent: its distributions there, unless share, the part of KL in the loss, is 0. The next-token loss has
+    no term at the window's last position."""
+    loss, gradient, c = 0.0, None, len(window)
     if share > 0:
         assert parent is not None
-        log_q = (logits.float() / temperature).log_softmax(-1)
-        found, to_z = _towards(parent, log_q)
+        z = logits.float() if temperature == 1 else logits.float() / temperature
+        found, gradient = _towards(parent, z.log_softmax(-1))
         scale = share * temperature**2
-        loss += scale * found
-        gradient += to_z.mul_(scale / temperature / len(logits))
+        loss += scale * found / c
+        gradient = gradient.mul_(scale / temperature / c)
     if share < 1:
-        assert following is not None
-        log_q = logits[:-1].float().log_softmax(-1)
+        following = window[at.start + 1 : at.stop + 1]
+        log_q = logits.float().log_softmax(-1)
         chosen = torch.arange(len(following), device=logits.device), following
-        loss -= (1 - share) * float(log_q[chosen].mean())
+        loss -= (1 - share) * float(log_q[chosen].sum()) / (c - 1)
         to_z = log_q.exp_()
         to_z[chosen] -= 1
-        gradient[:-1] += to_z.mul_((1 - share) / len(following))
+        to_z[len(following) :] = 0
+        to_z.mul_((1 - share) / (c - 1))
+        gradient = to_z if gradient is None else gradient.add_(to_z)
+    assert gradient is not None
     return loss, gradient
 
 
 def _towards(parent: Distributions, log_q: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """-> mean KL over positions, and q - p (of the rest q (1 - r / s)) `(c, v)`."""
+    """-> KL summed over positions, and q - p (of the rest q (1 - r / s)) `(p, v)`."""
     p = parent.log_p.exp()
     if parent.ids is None:
-        return divergence(parent.log_p, log_q), log_q.exp() - p
+        loss = float((parent.log_p - log_q).mul_(p).sum(-1).sum())
+        return loss, log_q.exp_().sub_(p)
     inside = log_q.gather(-1, parent.ids)
     q = log_q.exp()
     left_p = (1 - p.sum(-1, keepdim=True)).clamp(min=LEAST)
     left_q = (1 - inside.exp().sum(-1, keepdim=True)).clamp(min=LEAST)
     each = (p * (parent.log_p - inside)).sum(-1) + (left_p * (left_p / left_q).log())[:, 0]
     to_z = q * (1 - left_p / left_q)
-    return float(each.mean()), to_z.scatter_(-1, parent.ids, inside.exp() - p)
+    return float(each.sum()), to_z.scatter_(-1, parent.ids, inside.exp() - p)

@@ -30,6 +30,7 @@ from .ste import GridLinear, LatentLinear, rounded_once, size_of
 
 LATENT = "latent"  # the key of a float weight that codes are rounded from
 INPUT = "input"  # the key of the step of a static scheme of activations
+POSITIONS = 64  # whose logits are computed at once: these are large, and new memory is slow
 START = (
     0.6  # of the way from its code's value to the float weight, half a gap at most: where a latent one starts
 )
@@ -47,11 +48,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Goals:
-    """What a step minimizes. parent: a row of the batch -> its distributions; share: the part of KL, the rest
-    is next-token loss; factor: of the gradient (loss scaling); compute: type of the matrix products in the
-    blocks; micro: windows at once."""
+    """What a step minimizes. parent: a row of the batch and positions in it -> their distributions; share:
+    the part of KL, the rest is next-token loss; factor: of the gradient (loss scaling); compute: type of the
+    matrix products; micro: windows at once."""
 
-    parent: Callable[[int], Distributions]
+    parent: Callable[[int, slice], Distributions]
     share: float = 1.0
     temperature: float = 1.0
     factor: float = 1.0
@@ -158,12 +159,17 @@ class Student:
         for part, piece in zip(self.parts, self._pieces(flat), strict=True):
             part.value.data.copy_(piece)
 
-    def gradient(self) -> torch.Tensor:
-        """-> `(p,)`: what `learn` summed since the last call."""
-        gradients = [torch.zeros_like(p.value) if p.value.grad is None else p.value.grad for p in self.parts]
+    def move(self, start: torch.Tensor, unit: torch.Tensor, a: torch.Tensor) -> None:
+        """Write start + unit * a, `(p,)` each, without another vector of that size."""
+        for part, (at, _) in zip(self.parts, self.spans(), strict=True):
+            torch.mul(unit[at], a[at], out=part.value.data.view(-1)).add_(start[at])
+
+    def gradients(self) -> list[torch.Tensor]:
+        """-> the part of each span, `(p,)`: what `learn` summed since the last call."""
+        found = [torch.zeros_like(p.value) if p.value.grad is None else p.value.grad for p in self.parts]
         for part in self.parts:
             part.value.grad = None
-        return torch.cat([value.flatten() for value in gradients])
+        return [value.flatten() for value in found]
 
     def units(self) -> torch.Tensor:
         """-> `(p,)`: the size of each number, at least FLOOR of its row's mean; of a latent weight the
@@ -242,7 +248,7 @@ class Student:
     def learn(self, windows: torch.Tensor, goals: Goals) -> float:
         """Tokens `(b, c)` -> mean loss over them; its gradient, times goals.factor, is added.
 
-        Only the logits of one window are in memory; their gradient needs no graph."""
+        Only the logits of POSITIONS are in memory; their gradient needs no graph."""
         total = 0.0
         with rounded_once([*self.halves.modules(), *self.model.modules()]):
             for start in range(0, len(windows), goals.micro):
@@ -257,13 +263,16 @@ class Student:
         cut = hidden.detach().float().requires_grad_()
         total = 0.0
         for i, row in enumerate(rows):
-            logits = self.halves.head(cut[i : i + 1])
-            parent = goals.parent(row) if goals.share > 0 else None
-            loss, gradient = loss_and_gradient(
-                logits.detach()[0], parent, batch[i, 1:], goals.share, goals.temperature
-            )
-            total += loss
-            logits.backward((gradient * (goals.factor / len(windows)))[None].to(logits.dtype))
+            for start in range(0, batch.shape[1], POSITIONS):
+                at = slice(start, min(start + POSITIONS, batch.shape[1]))
+                with products(goals.compute, self.device):
+                    logits = self.halves.head(cut[i : i + 1, at])
+                parent = goals.parent(row, at) if goals.share > 0 else None
+                loss, gradient = loss_and_gradient(
+                    logits.detach()[0], parent, batch[i], at, goals.share, goals.temperature
+                )
+                total += loss
+                logits.backward(gradient.mul_(goals.factor / len(windows))[None].to(logits.dtype))
         assert cut.grad is not None
         hidden.backward(cut.grad.to(hidden.dtype))
         return total

@@ -27,8 +27,9 @@ from .settings import DistillSettings, arithmetic, products
 class Teacher:
     """Of a model whose blocks have run."""
 
-    def __init__(self, runner: Blockwise, temperature: float = 1.0):
-        self._runner, self.temperature = runner, temperature
+    def __init__(self, runner: Blockwise, temperature: float = 1.0, compute: torch.dtype = torch.float32):
+        """compute: the type of the output layer's product for `distributions`."""
+        self._runner, self.temperature, self.compute = runner, temperature, compute
 
     def hidden(self, i: int) -> torch.Tensor:
         """Window i -> the input of the output layer, `(1, c, h)`."""
@@ -38,13 +39,15 @@ class Teacher:
         """Window i -> log-probabilities `(c, vocab)` f32 of the token after each token."""
         return self._of(i, 1.0, 0).log_p
 
-    def distributions(self, i: int) -> Distributions:
-        """Window i -> what is learned from, at the temperature."""
-        return self._of(i, self.temperature, 0)
+    def distributions(self, i: int, rows: slice) -> Distributions:
+        """Window i -> what is learned from at those positions, at the temperature."""
+        with products(self.compute, self._runner.device):
+            return self._of(i, self.temperature, 0, rows)
 
-    def _of(self, i: int, temperature: float, top_k: int) -> Distributions:
+    def _of(self, i: int, temperature: float, top_k: int, rows: slice = slice(0, None)) -> Distributions:
         with torch.no_grad():
-            return Distributions.of(self._runner.logits_of(i), temperature, top_k)
+            logits = self._runner.logits_of(i, rows.start, rows.stop)
+            return Distributions.of(logits, temperature, top_k)
 
 
 class TopTeacher(Teacher):
@@ -57,11 +60,11 @@ class TopTeacher(Teacher):
     def hidden(self, i: int) -> torch.Tensor:
         return super().hidden(i - len(self.kept))
 
-    def distributions(self, i: int) -> Distributions:
-        return Distributions(self.kept[i], self.ids[i].long())
+    def distributions(self, i: int, rows: slice) -> Distributions:
+        return Distributions(self.kept[i, rows], self.ids[i, rows].long())
 
-    def _of(self, i: int, temperature: float, top_k: int) -> Distributions:
-        return super()._of(i - len(self.kept), temperature, top_k)
+    def _of(self, i: int, temperature: float, top_k: int, rows: slice = slice(0, None)) -> Distributions:
+        return super()._of(i - len(self.kept), temperature, top_k, rows)
 
 
 def teacher_of(
@@ -80,8 +83,9 @@ def teacher_of(
         return _read(path, digest.hexdigest(), runner, settings)
     kind = arithmetic(settings.precision, runner.device)
     # Its loss is not scaled, and its activations may be too large for f16.
-    with products(torch.float32 if kind == torch.float16 else kind, runner.device):
-        teacher = run_teacher(runner, tokens, progress, settings.temperature)
+    kind = torch.float32 if kind == torch.float16 else kind
+    with products(kind, runner.device):
+        teacher = run_teacher(runner, tokens, progress, settings.temperature, kind)
     if not settings.top_k:
         return teacher
     kept = [teacher._of(i, settings.temperature, settings.top_k) for i in range(held)]
@@ -103,13 +107,14 @@ def run_teacher(
     tokens: torch.Tensor,
     progress: Callable[[int, int], None],
     temperature: float = 1.0,
+    compute: torch.dtype = torch.float32,
 ) -> Teacher:
     """All windows `(w, c)` int64 through the blocks."""
     runner.start(tokens)
     for i in range(runner.n_blocks):
         runner.step(i)
         progress(i + 1, runner.n_blocks)
-    return Teacher(runner, temperature)
+    return Teacher(runner, temperature, compute)
 
 
 def _ids(kept: Distributions) -> torch.Tensor:

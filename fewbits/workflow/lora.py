@@ -95,7 +95,8 @@ def train_adapter(
     parent: Checkpoint | None = None,
     where: Where | None = None,
 ) -> Trained:
-    """Train an adapter for `base` on a text and write it to `out`, a PEFT directory.
+    """Train an adapter for `base` on a text and write it to `out`, a PEFT directory. A killed run goes on
+    from OUT.state.
 
     parent: the model before quantization. Raises PlanError, CalibrationError, ModelError; FileError for what
     is in the way of `out`; KernelError where PEFT is not installed."""
@@ -120,8 +121,10 @@ def train_adapter(
         _check_vocabulary(base, parent)
         runner = Blockwise(as_loaded(parent), device=device)
         objective = toward(run_teacher(runner, tokens.windows, lambda done, n: report("parent", done, n)))
-    history = fit_adapter(model, tokens.windows, objective, settings, report)
+    state = out.with_name(f"{out.name}.state")
+    history = fit_adapter(model, tokens.windows, objective, settings, report, state)
     save_adapter(model, out, where.name or str(base.path), where.overwrite)
+    state.unlink(missing_ok=True)
     parameters = sum(found.a.numel() + found.b.numel() for _, found in factors_of(model))
     return Trained(out, tuple(names), parameters, lora.loss_for(parent), history)
 

@@ -111,6 +111,10 @@ class Options(CommonOptions):
         sparsity = method.sparsity if self.sparsity is None else self.sparsity
         if self.sparsity is None and PATTERNS.get(pattern):
             sparsity = 0.5
+        if self.prune and not sparsity:
+            raise PlanError(
+                f"prune {self.prune} says which weights become 0; give a sparsity, or a pattern, too"
+            )
         return replace(method, sparsity=sparsity, prune=self.prune or method.prune, sparsity_pattern=pattern)
 
     def _trained(self, method: Method) -> Method:

@@ -147,12 +147,7 @@ def _distill(
             cost = measured(w, value, spec, None)  # type: ignore[arg-type]
             zeros = old.zeros and old.zeros.trained(quantized.tensors[name].load(), value)  # type: ignore[arg-type]
             changed[name] = replace(cost, tokens=old.tokens, zeros=zeros)
-    what = "trained" if method.train else "distilled"
-    notes = [
-        f"{what}: KL divergence on held-out windows from {distilled.before:.4f} to {distilled.after:.4f}",
-        *distilled.notes,
-    ]
-    kept = _kept(changed, [Note(text) for text in notes])
+    kept = _kept(changed, [Note(text) for text in distilled.notes])
     history = [asdict(judgement) for judgement in distilled.history]
     trained = {"history": history, "activations": distilled.activations}
     store.write(at, distilled.tensors, {**kept, TRAINED: trained})

@@ -75,6 +75,7 @@ class Run:
     @property
     def calibration(self) -> torch.Tensor:
         """The windows of the text that codes are chosen on: all, but where the model is trained on them after
-        that only the first CALIBRATION tokens."""
+        that only CALIBRATION tokens, spread over it."""
         windows = self.tokens.windows
-        return windows[: max(1, CALIBRATION // windows.shape[1])] if self.method.train else windows
+        wanted = max(1, CALIBRATION // windows.shape[1])
+        return windows[:: max(1, len(windows) // wanted)][:wanted] if self.method.train else windows
