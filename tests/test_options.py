@@ -54,3 +54,35 @@ def test_what_is_no_amount_of_memory_is_wrong_usage(
     with pytest.raises(SystemExit) as ended:
         main([*command[:-1], f"{command[-1]}={value}"])
     assert ended.value.code == 2 and f"{value!r} is not an amount of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["int8_channel", "--activations", "int9"], "unknown activation scheme 'int9'; known: fp8_dynamic"),
+        (
+            ["int4_g32", "--method", "ecsq"],
+            "ecsq takes integers of 8 bits with one scale a row, not int4_g32",
+        ),
+        (
+            ["q4_k_m", "--method", "ecsq"],
+            "ecsq takes a format of integers, int8_channel, not the mixture q4_k_m",
+        ),
+        (["int8_channel", "--method", "ecsq", "--sparsity", "0.5"], "leave sparsity out"),
+        (["int4_g32", "--prune", "wanda"], "prune wanda says which weights become 0; give a sparsity"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, capsys, more, said) -> None:
+    model = save_tiny("LlamaForCausalLM", tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 300)
+    run = ["--calibrate", str(tmp_path / "text.txt"), "--tokens", "512", "--out", str(tmp_path / "out")]
+    assert main(["quantize", str(model), *run, "--to", *more]) == 1
+    assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_an_adapter_for_packed_weights_takes_no_option_of_quantizing(tmp_path, capsys) -> None:
+    run = ["train", str(tmp_path), "--lora", "4", "--calibrate", "a.txt", "--sparsity", "0.5", "--awq"]
+    assert main(run) == 1
+    assert "--awq, --sparsity: how a float model is quantized before" in capsys.readouterr().err

@@ -13,7 +13,6 @@ QTensor, in closed form).
 from ..errors import PlanError
 from ..registry import Registry
 from .descent import descend
-from .ecsq import BITS as ECSQ_BITS
 from .ecsq import ecsq
 from .gptq import gptq
 from .hessian import CalibrationWarning
@@ -31,7 +30,6 @@ for _algorithm, _needs in (
 
 __all__ = [
     "ALGORITHMS",
-    "ECSQ_BITS",
     "NEEDS",
     "CalibrationWarning",
     "descend",

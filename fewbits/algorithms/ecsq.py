@@ -62,7 +62,7 @@ def ecsq(
     every error weighs the same. FormatError unless the format has one symmetric scale a row.
     """
     format.check(w)
-    rows = _row_integers(format)
+    rows = row_integers(format)
     if not all(isinstance(each, (int, float)) for each in (bits, rate)) or not (
         0 < bits <= 7.5 and rate >= 0
     ):
@@ -92,7 +92,8 @@ def ecsq(
     return rows.pack(rows.grid((scale,), k), codes)
 
 
-def _row_integers(format: Format) -> Affine:
+def row_integers(format: Format) -> Affine:
+    """The format itself, if codes can be chosen for an entropy coder in it; FormatError otherwise."""
     kind = (format.bits, format.zero, format.cells) if isinstance(format, Affine) else None
     if isinstance(format, Affine) and kind == (8, "none", Cells(1, None)):
         return format

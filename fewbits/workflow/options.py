@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from ..activations.quantizers import parse
 from ..algorithms.prune import PATTERNS
 from ..calibrate.statistics import Statistics
 from ..calibrate.tokens import Tokens
@@ -115,6 +116,10 @@ class Options(CommonOptions):
             raise PlanError(
                 f"prune {self.prune} says which weights become 0; give a sparsity, or a pattern, too"
             )
+        if sparsity and method.algorithm == "ecsq":
+            raise PlanError(
+                "ecsq decides by the bits that are asked for how many weights become 0; leave sparsity out"
+            )
         return replace(method, sparsity=sparsity, prune=self.prune or method.prune, sparsity_pattern=pattern)
 
     def _trained(self, method: Method) -> Method:
@@ -137,9 +142,12 @@ class Options(CommonOptions):
         return _known(EFFORTS, "effort", self.effort or ("good" if self.search else "fast"))
 
     def request(self) -> Request:
-        """The request without calibration data; PlanError if neither a type nor a rule is given."""
+        """The request without calibration data. PlanError if neither a type nor a rule is given, and for an
+        unknown scheme of activations."""
         if self.to is None and not self.plan.rules:
             raise PlanError("no format is given; give a type (--to TYPE), a rule (--rule) or a plan (--plan)")
+        if self.activations is not None:
+            parse(self.activations)
         same = {each.name: getattr(self, each.name) for each in fields(CommonOptions)}
         streaming = replace(self.streaming, seed=self.seed or 0)
         return Request(**same | {"method": self.chosen_method(), "streaming": streaming})

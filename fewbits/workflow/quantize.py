@@ -14,12 +14,14 @@ from typing import Any
 
 from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve as resolve_model
-from ..algorithms import ECSQ_BITS
+from ..algorithms.ecsq import BITS as ECSQ_BITS
+from ..algorithms.ecsq import row_integers
 from ..errors import PlanError
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
 from ..files.native import NATIVE
 from ..files.open import open_checkpoint
+from ..formats import FORMATS
 from ..memory import Need, left_of
 from ..model.sites import sites
 from ..plan import Plan
@@ -110,6 +112,9 @@ def _rated(request: Request, checkpoint: Checkpoint, file_type: FileType) -> Pla
     """The plan; for entropy-coded codes with the bits of each kind of weight."""
     if request.method.algorithm != "ecsq" or request.to is None:
         return request.plan
+    if request.to not in FORMATS:
+        raise PlanError(f"ecsq takes a format of integers, int8_channel, not the mixture {request.to}")
+    row_integers(FORMATS.get(request.to))
     bits = float(request.method.options.get("bits", ECSQ_BITS))
     return with_rates(request.plan, sites(checkpoint), request.to, bits, file_type.tables)
 
