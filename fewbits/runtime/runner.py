@@ -177,11 +177,15 @@ class Blockwise(Runner):
                 self.hidden[j] = block(self.hidden[j])
 
     @torch.inference_mode()
-    def logits_of(self, window: int, first: int = 0, stop: int | None = None) -> torch.Tensor:
-        """After the last block -> `(stop - first, vocabulary)` f32 of one window."""
+    def logits_of(
+        self, window: int, first: int = 0, stop: int | None = None, product: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """After the last block -> `(stop - first, vocabulary)` f32 of one window. product: the type of the
+        output layer's matrix product under autocast."""
         with self._timed():
-            hidden = self.hidden[window][:, first:stop]
-            parts = [self.blocks.head(part)[0].float() for part in hidden.split(SLICE, 1)]
+            rows = self.hidden[window][0, first:stop]
+            # A slice of a batch would have strides for which torch copies the output's weight each time.
+            parts = [self.blocks.head(part[None], product)[0].float() for part in rows.split(SLICE)]
         return _checked(self.checkpoint, window, torch.cat(parts))
 
     def forget(self) -> None:

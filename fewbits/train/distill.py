@@ -37,6 +37,7 @@ from ..activations.record import activations_of
 from ..adapters.transformers import load_model
 from ..errors import CalibrationError, raise_all
 from ..files.checkpoint import Checkpoint
+from ..memory import freed_memory_kept
 from ..qtensor import QTensor
 from .loop import Judgement, Loop
 from .settings import DistillSettings, settings_faults
@@ -81,6 +82,18 @@ def distill(
     is not finite; FileError for the state of another run."""
     settings, progress = settings or DistillSettings(), progress or _silent
     _check(tokens, settings)
+    with freed_memory_kept():
+        return _distilled(reference, quantized, tokens, settings, progress, activations)
+
+
+def _distilled(
+    reference: Checkpoint,
+    quantized: Checkpoint,
+    tokens: torch.Tensor,
+    settings: DistillSettings,
+    progress: Progress,
+    activations: Mapping[str, Any] | None,
+) -> Distilled:
     device = torch.device(settings.device)
     teacher = teacher_of(reference, tokens, settings, lambda done, total: progress("reference", done, total))
     floats = reference if settings.lr_codes else None

@@ -10,6 +10,7 @@ head is the model's own forward pass without its blocks, so that scaled or cappe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,6 +59,22 @@ class Halves:
         for module in self.modules():
             if getattr(module, "gradient_checkpointing", None) is True:
                 module.training = True  # it alone: what is inside it drops nothing out
+
+    @contextmanager
+    def product_in(self, kind: torch.dtype) -> Iterator[None]:
+        """Within, a frozen output layer has its weight in the type that autocast gives its product, instead
+        of being converted at each call."""
+        output = self._model.get_output_embeddings()
+        frozen = type(output) is torch.nn.Linear and not output.weight.requires_grad
+        if not frozen or output.weight.dtype == kind:
+            yield
+            return
+        whole = output.weight
+        output.weight = torch.nn.Parameter(whole.detach().to(kind), requires_grad=False)
+        try:
+            yield
+        finally:
+            output.weight = whole
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(b, c, h)` -> `(b, c, vocab)`."""

@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from ..adapters.peft import Factors, factors_of
 from ..errors import CalibrationError, PlanError, raise_all
+from ..memory import freed_memory_kept
 from .halves import Halves
 from .rounding import windows_of
 from .state import moments_of, put_back, read_state, write_state
@@ -119,7 +120,7 @@ def fit_adapter(
     settings.check(len(tokens))
     run = _Run(model, tokens, objective, settings)
     saved = time.monotonic()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), freed_memory_kept():
         torch.manual_seed(settings.seed)
         if state is not None and state.exists():
             run.resume(state)

@@ -250,7 +250,8 @@ class Student:
 
         Only the logits of POSITIONS are in memory; their gradient needs no graph."""
         total = 0.0
-        with rounded_once([*self.halves.modules(), *self.model.modules()]):
+        once = rounded_once([*self.halves.modules(), *self.model.modules()])
+        with once, self.halves.product_in(goals.compute):
             for start in range(0, len(windows), goals.micro):
                 total += self._learn(windows, range(start, min(start + goals.micro, len(windows))), goals)
         return total / len(windows)

@@ -41,13 +41,13 @@ class Teacher:
 
     def distributions(self, i: int, rows: slice) -> Distributions:
         """Window i -> what is learned from at those positions, at the temperature."""
-        with products(self.compute, self._runner.device):
-            return self._of(i, self.temperature, 0, rows)
+        with torch.no_grad(), products(self.compute, self._runner.device):
+            logits = self._runner.logits_of(i, rows.start, rows.stop, self.compute)
+        return Distributions.of(logits, self.temperature, 0)
 
-    def _of(self, i: int, temperature: float, top_k: int, rows: slice = slice(0, None)) -> Distributions:
+    def _of(self, i: int, temperature: float, top_k: int) -> Distributions:
         with torch.no_grad():
-            logits = self._runner.logits_of(i, rows.start, rows.stop)
-            return Distributions.of(logits, temperature, top_k)
+            return Distributions.of(self._runner.logits_of(i), temperature, top_k)
 
 
 class TopTeacher(Teacher):
@@ -63,8 +63,8 @@ class TopTeacher(Teacher):
     def distributions(self, i: int, rows: slice) -> Distributions:
         return Distributions(self.kept[i, rows], self.ids[i, rows].long())
 
-    def _of(self, i: int, temperature: float, top_k: int, rows: slice = slice(0, None)) -> Distributions:
-        return super()._of(i - len(self.kept), temperature, top_k, rows)
+    def _of(self, i: int, temperature: float, top_k: int) -> Distributions:
+        return super()._of(i - len(self.kept), temperature, top_k)
 
 
 def teacher_of(
