@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
+from typing import Any
 
 from ..lazy import torch
 from .base import Grid, spread
@@ -69,24 +70,32 @@ class AffineGrid(Grid):
     def _of(self, parameter: torch.Tensor, columns: slice) -> torch.Tensor:
         return spread(parameter, self.group, columns, self.k, self.index)
 
-    def _parameters(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | int]:
-        offset = None if self.offset is None else self._of(self.offset, columns)
-        zero = self.zero if isinstance(self.zero, int) else self._of(self.zero, columns)
-        return self._of(self.scale, columns), offset, zero
+    def _beside(
+        self, x: torch.Tensor, columns: slice, *parameters: torch.Tensor | int | None
+    ) -> tuple[Any, ...]:
+        """`(n, c)` and parameters of its groups, in shapes that broadcast: of whole rows without a copy."""
+        whole = columns == slice(None) and self.index is None and x.shape[1] % self.group == 0
+        if whole and self.scale.shape[1] > 1 and not self.scale.requires_grad:
+            parts = (part[:, :, None] if isinstance(part, torch.Tensor) else part for part in parameters)
+            return x.reshape(x.shape[0], -1, self.group), *parts
+        return x, *(
+            self._of(part, columns) if isinstance(part, torch.Tensor) else part for part in parameters
+        )
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        _, offset, zero = self._parameters(columns)
-        w = w if offset is None else w - offset
-        code = (w * self._of(self._inverse, columns)).round_().add_(zero)
-        return code.clamp_(0, self.top).to(torch.uint8)
+        x, inverse, offset, zero = self._beside(w, columns, self._inverse, self.offset, self.zero)
+        x = x if offset is None else x - offset
+        code = (x * inverse).round_().add_(zero)
+        return code.clamp_(0, self.top).to(torch.uint8).view(w.shape)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        scale, offset, zero = self._parameters(columns)
-        value = scale * codes.float().sub_(zero)
-        return value if offset is None else value + offset
+        x, scale, offset, zero = self._beside(codes, columns, self.scale, self.offset, self.zero)
+        value = scale * x.float().sub_(zero)
+        return (value if offset is None else value + offset).view(codes.shape)
 
     def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return codes.float() - self._parameters(columns)[2]
+        x, zero = self._beside(codes, columns, self.zero)
+        return (x.float() - zero).view(codes.shape)
 
     def groups(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         g = self.scale.shape[1]
