@@ -102,14 +102,16 @@ def test_the_file_records_the_trained_ranges(
     assert 1.02 < sum(wider) / len(wider) < 2
 
 
-def test_a_prepared_model_ends_as_integers(reference: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "least"), [("int8_asymmetric_static", -128), ("int8_static", -127)])
+def test_a_prepared_model_ends_as_integers(
+    reference: Checkpoint, tmp_path: Path, scheme: str, least: int
+) -> None:
     """Trained by a plain loop with int8 in- and outputs; then each layer's integers are those of the rule of
     Jacob et al. in Python's own, and within one of the fake-quantized pass; the file has the same ranges."""
     import transformers
     from safetensors.torch import load_file, save_file
 
     model = transformers.AutoModelForCausalLM.from_pretrained(reference.path, dtype=torch.float32)
-    scheme = "int8_asymmetric_static"
     fewbits.prepare_qat(model, "int8_channel", activations=scheme, tokens=TOKENS, outputs=True)
     parameters = [p for name, p in model.named_parameters() if "_proj" in name]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
@@ -137,33 +139,34 @@ def test_a_prepared_model_ends_as_integers(reference: Checkpoint, tmp_path: Path
     fewbits.integer_only(model)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "state")
     state = load_file(tmp_path / "state")
+    lowest = []
     for path in paths:
         module = model.get_submodule(path)
         assert isinstance(module, IntegerModule)
         x, y = seen[path]
-        scale, zero, out_scale, out_zero = state[f"{path}.ranges"].tolist()
+        scale, zero, out_scale, out_zero, smallest = state[f"{path}.ranges"].tolist()
+        assert smallest == least
         assert ranges[f"{path}.weight"] == [scale, int(zero)]
-        codes = (x / scale).round().add(zero).clamp(-128, 127)[0, :3].to(torch.int64).tolist()
-        rows = [
-            reference_layer(
-                row, *(state[f"{path}.{name}"].tolist() for name in INTEGERS), int(zero), int(out_zero)
-            )
-            for row in codes
-        ]
-        assert module.codes(x)[0, :3].tolist() == rows
+        for given in (x, 4 * x):  # the second saturates
+            codes = (given / scale).round().add(zero).clamp(least, 127)[0, :3].to(torch.int64).tolist()
+            layer = [state[f"{path}.{name}"].tolist() for name in INTEGERS]
+            rows = [reference_layer(row, *layer, int(zero), int(out_zero), least) for row in codes]
+            assert module.codes(given)[0, :3].tolist() == rows
+            lowest.append(min(min(row) for row in (*codes, *rows)))
         off = (module(x) - y) / out_scale
         assert float(off.abs().max()) < 1.001 and float((off.abs() > 0.5).double().mean()) < 0.01
+    assert min(lowest) == least
 
 
 def reference_layer(
     x: list[int], weight: list[list[int]], bias: list[int], multiplier: list[int], shift: list[int],
-    zero_x: int, zero_y: int,
+    zero_x: int, zero_y: int, least: int,
 ) -> list[int]:  # fmt: skip
     """Jacob et al., section 2.2 to 2.4, in Python's integers."""
     out = []
     for row, b, m, n in zip(weight, bias, multiplier, shift, strict=True):
         total = sum(w * (each - zero_x) for w, each in zip(row, x, strict=True)) + b
-        out.append(max(-128, min(127, reference_scaled(total, m, n) + zero_y)))
+        out.append(max(least, min(127, reference_scaled(total, m, n) + zero_y)))
     return out
 
 

@@ -26,7 +26,7 @@ from typing import cast
 import torch
 
 from ..errors import KernelError, raise_all
-from .quantizers import SCHEMES, Affine, quantize
+from .quantizers import SCHEMES, Affine, Scheme, quantize
 
 LOW, HIGH = -(2**31), 2**31 - 1  # int32
 # Columns: each |w x| <= 2^14, and f32 adds integers exactly up to 2^24. An int8 is exact in bf16 and TF32
@@ -125,14 +125,15 @@ class IntegerLinear:
 class IntegerModule(torch.nn.Module):
     """An IntegerLinear between floats: x `(..., k)` -> codes, integers only, codes -> `(..., n)`.
 
-    x, y: ranges of in- and output. Its state is the layer's integers and both ranges."""
+    x, y: ranges of in- and output, in a static int8 scheme: codes of a symmetric one go down to -127 only.
+    Its state is the layer's integers, both ranges and the smallest code."""
 
-    def __init__(self, linear: IntegerLinear, x: Affine, y: Affine) -> None:
+    def __init__(self, linear: IntegerLinear, x: Affine, y: Affine, scheme: Scheme = ASYMMETRIC) -> None:
         super().__init__()
         for name in ("weight", "bias", "multiplier", "shift"):
             self.register_buffer(name, getattr(linear, name))
         ranges = [float(part) for affine in (x, y) for part in (affine.scale, affine.zero)]
-        self.register_buffer("ranges", torch.tensor(ranges, dtype=torch.float32))
+        self.register_buffer("ranges", torch.tensor([*ranges, scheme.smallest], dtype=torch.float32))
 
     @property
     def linear(self) -> IntegerLinear:
@@ -148,8 +149,9 @@ class IntegerModule(torch.nn.Module):
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., k)` float -> `(..., n)` int8."""
-        whole = quantize(x, ASYMMETRIC, self.affine(0)).to(torch.int8)
-        return self.linear(whole.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        smallest = int(cast(torch.Tensor, self._buffers["ranges"])[4])
+        whole = quantize(x, ASYMMETRIC, self.affine(0)).clamp(min=smallest).to(torch.int8)
+        return self.linear(whole.flatten(0, -2)).clamp(min=smallest).unflatten(0, x.shape[:-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.affine(1)

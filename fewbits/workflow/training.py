@@ -233,7 +233,7 @@ def _integers(module: Any) -> IntegerModule:
     codes = (grid.round(module.latent).int() - int(grid.zero)).to(torch.int8)
     x, y = module.input.affine(), module.output.affine()
     scale = grid.scale.expand(len(codes), 1)[:, 0]
-    return IntegerModule(IntegerLinear.of(codes, scale, module.bias, x, y), x, y)
+    return IntegerModule(IntegerLinear.of(codes, scale, module.bias, x, y), x, y, module.input.scheme)
 
 
 @torch.no_grad()
