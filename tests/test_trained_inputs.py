@@ -150,7 +150,7 @@ def test_a_prepared_model_ends_as_integers(
         for given in (x, 4 * x):  # the second saturates
             codes = (given / scale).round().add(zero).clamp(least, 127)[0, :3].to(torch.int64).tolist()
             layer = [state[f"{path}.{name}"].tolist() for name in INTEGERS]
-            rows = [reference_layer(row, *layer, int(zero), int(out_zero), least) for row in codes]
+            rows = [reference_layer(row, *layer, (int(zero), int(out_zero)), least) for row in codes]
             assert module.codes(given)[0, :3].tolist() == rows
             lowest.append(min(min(row) for row in (*codes, *rows)))
         off = (module(x) - y) / out_scale
@@ -160,13 +160,13 @@ def test_a_prepared_model_ends_as_integers(
 
 def reference_layer(
     x: list[int], weight: list[list[int]], bias: list[int], multiplier: list[int], shift: list[int],
-    zero_x: int, zero_y: int, least: int,
+    zeros: tuple[int, int], least: int,
 ) -> list[int]:  # fmt: skip
     """Jacob et al., section 2.2 to 2.4, in Python's integers."""
     out = []
     for row, b, m, n in zip(weight, bias, multiplier, shift, strict=True):
-        total = sum(w * (each - zero_x) for w, each in zip(row, x, strict=True)) + b
-        out.append(max(least, min(127, reference_scaled(total, m, n) + zero_y)))
+        total = sum(w * (each - zeros[0]) for w, each in zip(row, x, strict=True)) + b
+        out.append(max(least, min(127, reference_scaled(total, m, n) + zeros[1])))
     return out
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve
+from ..devices import Room
 from ..errors import PlanError
 from ..files.open import open_checkpoint
 from ..memory import left_of
@@ -17,6 +18,7 @@ from ..release.receipt import Receipt
 from ..release.verify import Outcome, verification_need, verify
 from ..storage.packed import SUFFIX, is_packed
 from .exit_codes import DIFFERS, DONE, NOT_AS_REQUESTED
+from .options import device_argument
 from .units import gib
 
 EXAMPLES = """examples:
@@ -43,6 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", type=gib, metavar="GIB",
         help="memory this process may take, besides the engine (default: what is free)",
     )  # fmt: skip
+    device_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
@@ -74,7 +77,8 @@ def run(options: argparse.Namespace) -> int:
     named = options.reference
     reference = None if named is None else as_loaded(open_checkpoint(resolve(named)))
     limits = options.verify_seconds, options.verify_memory
-    outcome = verify(options.path, *limits, options.engine, memory, reference=reference)
+    room = Room(options.device, memory)
+    outcome = verify(options.path, *limits, options.engine, room, reference=reference)
     print(json.dumps(outcome.to_dict()) if options.json else "\n".join(outcome.lines()))
     return code_of(outcome)
 

@@ -4,7 +4,7 @@
 
     TASK      {"windows": [[ids], ...], "first": 0, "new": 8, "threads": 2, "imports": [modules],
                "texts": [to tokenize], "class": of transformers, where config.json does not name it,
-               "stored": null, or the type that weights are to stay in}
+               "stored": null, or the type that weights are to stay in, "device": of torch}
     RESULT    a folder: i.npy has window i's logits f32 (t - first, vocabulary), of the positions from `first`
               on; of a model that generates no text its rows: one of classes, or one a token. A file is whole
               when the next is there
@@ -50,7 +50,7 @@ class Engine:
     mapped: it maps the file, where others hold every weight in f32; by_layer: or can hold them as they are
     stored, and compute a layer at a time in f32. lacks: formats of weights, by the start of their names, for
     which it has no kernel unless activations are quantized too. heads: it also runs models that generate no
-    text.
+    text. devices: it runs on a GPU too, in f32 as on the CPU.
 
     tolerance: of the KL divergence, above. wider: the same by the start of a format's or file type's name.
     """
@@ -65,6 +65,7 @@ class Engine:
     by_layer: bool = False
     lacks: tuple[str, ...] = ()
     heads: bool = False
+    devices: bool = False
     tolerance: float = SUMS
     wider: Mapping[str, float] = field(default_factory=dict)
     by_method: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

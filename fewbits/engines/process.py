@@ -15,15 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..devices import Room
 from ..errors import KernelError
 from ..files.checkpoint import Checkpoint
 from . import SCRIPTS, Engine
+
+WORK = 2**30  # bytes beside the weights on a device: the activations of a few windows
 
 
 class Process:
     """seconds: until the first window is there, and from each to the next. memory: bytes that the process may
     take (default: four times the model in f32, and 4 GiB). stored: the type that weights stay in, if its
-    engine computes `by_layer`. said: the script's last line, once it has ended.
+    engine computes `by_layer`. room: the devices to choose from (default: the CPU), if the engine takes one
+    and weights do not stay as stored. said: the script's last line, once it has ended.
 
     KernelError where the engine is not installed.
     """
@@ -35,6 +39,7 @@ class Process:
         seconds: float = 600,
         memory: int | None = None,
         stored: str | None = None,
+        room: Room | None = None,
     ) -> None:
         method = getattr(checkpoint.file_type, "method", None)
         python = engine.interpreter(method)
@@ -44,7 +49,9 @@ class Process:
             raise KernelError(reason)
         self.engine, self.python, self.path = engine, python, checkpoint.path
         self.seconds, self.memory = seconds, memory or 16 * checkpoint.numel + 4 * 2**30
-        self.stored, self.said = stored, dict[str, Any]()
+        self.stored, self.said, self.device = stored, dict[str, Any](), "cpu"
+        if room is not None and engine.devices and stored is None:
+            self.device = str(room.place_for(4 * checkpoint.numel + WORK)[0])
 
     def logits(
         self,
@@ -66,7 +73,7 @@ class Process:
             task, output = folder / "task.json", folder / "output.txt"
             asked = {"windows": windows, "first": first, "new": new, "imports": self.engine.imports}
             asked |= {"class": class_name, "texts": texts, "threads": torch.get_num_threads()}
-            asked["stored"] = self.stored
+            asked |= {"stored": self.stored, "device": self.device}
             task.write_text(json.dumps(asked), encoding="utf-8")
             script = str(SCRIPTS / self.engine.script)
             command = [self.python, script, str(self.path.resolve()), str(task), name]

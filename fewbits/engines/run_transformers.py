@@ -16,8 +16,8 @@ import torch
 
 # transformers alone, and with what a quantizer needs: its name, more packages, and what else `Engine` has.
 _WITH: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
-    ("", (), {"by_layer": True}),
-    ("+fewbits", (), {"imports": ("fewbits.transformers",)}),
+    ("", (), {"by_layer": True, "devices": True}),
+    ("+fewbits", (), {"imports": ("fewbits.transformers",), "devices": True}),
     ("+accelerate", ("accelerate",), {"apart": "fp8"}),
     # In f32, as here; left alone, 4 bits in bf16 made 0.004, LLM.int8()'s rounding of inputs 0.05.
     ("+bitsandbytes", ("bitsandbytes", "accelerate"), {"apart": "bitsandbytes"}),
@@ -95,7 +95,7 @@ def run(
             f"transformers fills {len(random)} tensors with random numbers, such as {', '.join(random[:3])}: "
             "the file does not have them under names that it knows"
         )
-    model.eval()
+    model.eval().to(task["device"])
     if settings_of(model_path).get("quant_method") == "bitsandbytes":
         compute_in_f32(model)
     if task["stored"]:
@@ -122,7 +122,7 @@ def run(
 def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
     """Of each token, or of the text; hidden states of a model without logits. A decoder gets its encoder's
     tokens too."""
-    given, tokens = {}, torch.tensor([ids])
+    given, tokens = {}, torch.tensor([ids], device=model.device)
     twice = getattr(model.config, "is_encoder_decoder", False)
     if twice and "decoder_input_ids" in signature(model.forward).parameters:
         given = {"decoder_input_ids": tokens}
@@ -130,7 +130,7 @@ def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
     rows = out.get("logits", out.get("last_hidden_state"))
     if rows is None or rows.ndim not in (2, 3):
         sys.exit(f"{type(model).__name__} gives neither logits nor hidden states")
-    found: torch.Tensor = rows.float()
+    found: torch.Tensor = rows.float().cpu()
     return found[0] if found.ndim == 3 else found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 NEW = 8  # greedy tokens
 KL, COSINE = "KL divergence", "1 - cosine"
@@ -74,3 +76,21 @@ class Trial:
 
     outcome: Outcome
     said: Mapping[str, Any] = field(default_factory=dict)
+
+
+def wrong_token(ours: torch.Tensor, new: Sequence[int], largest: float) -> tuple[int, str | None]:
+    """How many of the new tokens have our largest logit, before the first that has not; and why one is wrong.
+
+    ours: `(NEW or more, vocabulary)`, row i the logits from which token i is chosen. Two logits that are each
+    off by `largest` at most change places if they are no more than twice that apart: a near tie.
+    """
+    gaps = [float(row.max() - row[token]) for row, token in zip(ours, new, strict=False)]
+    greedy = next((i for i, gap in enumerate(gaps) if gap > 0), len(gaps))
+    for i, gap in enumerate(gaps):
+        if gap > 2 * largest:
+            return greedy, (
+                f"it continues with token {new[i]} instead of {int(ours[i].argmax())} in place "
+                f"{i + 1}, whose logit is lower by {gap:.3g}, and no logit of the prompt is off by more than "
+                f"{largest:.3g}"
+            )
+    return greedy, None

@@ -44,6 +44,7 @@ from ..adapters.forward import GENERATES
 from ..adapters.transformers import head_of, load_tokenizer
 from ..blocks.rounding import engine_rounding
 from ..blocks.simulate import Change, changed_inputs
+from ..devices import Room
 from ..engines import ENGINES, Engine, engines_of
 from ..engines.process import Process
 from ..errors import FewbitsError, KernelError, ModelError
@@ -54,7 +55,7 @@ from ..memory import Need, free_memory, resident_memory
 from ..runtime.runner import Blockwise, Runner, Whole, choose
 from ..table import size
 from .audit import SAMPLES
-from .outcome import COSINE, KL, NEW, Outcome, Trial
+from .outcome import COSINE, KL, NEW, Outcome, Trial, wrong_token
 from .reference import beside, distance, misread, obstacle, own_engine, stored_type, token_faults
 
 TEXT = "The capital of France is Paris, and the first ten prime numbers are 2, 3, 5, 7, 11, 13, 17, 19 and"
@@ -67,24 +68,33 @@ def file_type_of(checkpoint: Checkpoint) -> str:
     return checkpoint.file_type.name
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """Of an engine's process."""
+
+    seconds: float
+    memory: int | None
+    room: Room
+
+
 def verify(
     path: str | Path,
     seconds: float = 600,
     memory: int | None = None,
     engine: str | None = None,
-    our_memory: int | None = None,
+    room: Room | None = None,
     decoded: Checkpoint | None = None,
     reference: Checkpoint | None = None,
 ) -> Outcome:
     """Load an output in its engine, in a process of its own, and compare.
 
     memory: bytes the process may take (default: four times the model in f32, and 4 GiB). engine: another than
-    the first of the file type. our_memory: bytes that our forward pass may take (default: what is free).
-    decoded: the output's values under the names of a model, where its own name none that we can run.
-    reference: the model that the output was made of, which is compared too. An engine that fails is an
-    Outcome, not an error.
+    the first of the file type. room: the device of an engine that takes one (default: the CPU), and the bytes
+    that our forward pass may take (default: what is free). decoded: the output's values under the names of a
+    model, where its own name none that we can run. reference: the model that the output was made of, which is
+    compared too. An engine that fails is an Outcome, not an error.
     """
-    return next(outcomes(path, seconds, memory, engine, our_memory, decoded, reference))
+    return next(outcomes(path, seconds, memory, engine, room, decoded, reference))
 
 
 def outcomes(
@@ -92,17 +102,17 @@ def outcomes(
     seconds: float = 600,
     memory: int | None = None,
     engine: str | None = None,
-    our_memory: int | None = None,
+    room: Room | None = None,
     decoded: Checkpoint | None = None,
     reference: Checkpoint | None = None,
 ) -> Iterator[Outcome]:
     """An Outcome for each engine of the file type, in its order; at least one."""
-    checkpoint = open_checkpoint(Path(path))
-    ours = Decoded(decoded or checkpoint, our_memory, bool(checkpoint.gguf_keys))
+    room, checkpoint = room or Room(), open_checkpoint(Path(path))
+    ours = Decoded(decoded or checkpoint, room.left, bool(checkpoint.gguf_keys))
     chosen = [each for each in engines_of(checkpoint, engine) if each.heads or ours.head == "causal"]
-    parent = None if reference is None else reference_trial(reference, seconds, memory, our_memory)
+    parent = None if reference is None else reference_trial(reference, seconds, memory, room)
     for each in chosen:
-        trial = _trial(each, checkpoint, ours, parent, (seconds, memory))
+        trial = _trial(each, checkpoint, ours, parent, _Limits(seconds, memory, room))
         yield trial.outcome if parent is None else _beside(trial, parent, ours)
     if not chosen:
         reason = f"no engine is known for {file_type_of(checkpoint)} files of this model"
@@ -111,7 +121,7 @@ def outcomes(
 
 
 def reference_trial(
-    reference: Checkpoint, seconds: float, memory: int | None = None, our_memory: int | None = None
+    reference: Checkpoint, seconds: float, memory: int | None = None, room: Room | None = None
 ) -> Trial:
     """A reference in its own engine, and our reading of its tensors and its tokenizer. Not checked where it
     cannot be run, with the reason."""
@@ -122,8 +132,9 @@ def reference_trial(
     reason = obstacle(engine, reference, TOKENS + NEW, memory)
     if reason is not None:
         return Trial(Outcome(engine.name, "not checked", reason=reason))
-    ours = Decoded(reference, our_memory, bool(reference.gguf_keys))
-    trial = _trial(engine, reference, ours, None, (seconds, memory), is_reference=True)
+    room = room or Room()
+    ours = Decoded(reference, room.left, bool(reference.gguf_keys))
+    trial = _trial(engine, reference, ours, None, _Limits(seconds, memory, room), is_reference=True)
     wrong = misread(reference, trial.said.get("tokens"))
     if wrong is None or trial.outcome.kl is None:
         return trial
@@ -261,13 +272,13 @@ def _trial(
     checkpoint: Checkpoint,
     ours: Decoded,
     parent: Trial | None,
-    limits: tuple[float, int | None],
+    limits: _Limits,
     is_reference: bool = False,
 ) -> Trial:
-    """One file in one engine, and decoded by us. parent: its reference's trial. limits: seconds, bytes."""
+    """One file in one engine, and decoded by us. parent: its reference's trial."""
     try:
-        stored = stored_type(engine, checkpoint, TOKENS + NEW, limits[1]) if is_reference else None
-        process = Process(engine, checkpoint, *limits, stored)
+        stored = stored_type(engine, checkpoint, TOKENS + NEW, limits.memory) if is_reference else None
+        process = Process(engine, checkpoint, limits.seconds, limits.memory, stored, limits.room)
         if engine.parses:
             return Trial(_parsed(process))
         if not ours.checkpoint.config:
@@ -373,21 +384,3 @@ def compared(
     greedy, wrong = wrong_token(ours[count - 1 :], found["new"], largest)
     verdict, note = "same" if kl < tolerance and wrong is None else "differs", wrong or found.get("note")
     return Outcome(engine, verdict, found["version"], largest, kl, greedy, seconds, note, measure=measure)
-
-
-def wrong_token(ours: torch.Tensor, new: Sequence[int], largest: float) -> tuple[int, str | None]:
-    """How many of the new tokens have our largest logit, before the first that has not; and why one is wrong.
-
-    ours: `(NEW or more, vocabulary)`, row i the logits from which token i is chosen. Two logits that are each
-    off by `largest` at most change places if they are no more than twice that apart: a near tie.
-    """
-    gaps = [float(row.max() - row[token]) for row, token in zip(ours, new, strict=False)]
-    greedy = next((i for i, gap in enumerate(gaps) if gap > 0), len(gaps))
-    for i, gap in enumerate(gaps):
-        if gap > 2 * largest:
-            return greedy, (
-                f"it continues with token {new[i]} instead of {int(ours[i].argmax())} in place "
-                f"{i + 1}, whose logit is lower by {gap:.3g}, and no logit of the prompt is off by more than "
-                f"{largest:.3g}"
-            )
-    return greedy, None

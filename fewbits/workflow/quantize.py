@@ -16,6 +16,7 @@ from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve as resolve_model
 from ..algorithms.ecsq import BITS as ECSQ_BITS
 from ..algorithms.ecsq import row_integers
+from ..devices import Room
 from ..errors import PlanError
 from ..files.checkpoint import Checkpoint
 from ..files.filetype import FileType
@@ -132,7 +133,8 @@ def conclude(
 
 
 def _verified(source: Checkpoint, out: Path, options: Options) -> Outcome:
-    limits = (options.verify_seconds, options.verify_memory, None, left_of(options.memory))
+    room = Room(options.streaming.device, left_of(options.memory))
+    limits = (options.verify_seconds, options.verify_memory, None, room)
     known = restored(source, out)
     reference = as_loaded(source)
     if known is None:

@@ -111,3 +111,28 @@ def test_integer_products(device: torch.device) -> None:
     moved = replace(layer, **{name: getattr(layer, name).to(device) for name in TENSORS})
     x = quantizers.quantize(x, kind, given).to(torch.int8)
     same_tensor(moved(x.to(device)), layer(x))
+
+
+@pytest.mark.parametrize("kind", ["float", "int4_g64"])
+def test_the_engine_of_a_verification_runs_there(
+    kind: str, model: Path, device: torch.device, tmp_path: Path
+) -> None:
+    """The script of the engine's process; packed weights by our quantizer of transformers."""
+    import numpy as np
+
+    import fewbits.transformers
+    from fewbits.engines.run_transformers import tried
+
+    path = model
+    if kind != "float":
+        path = tmp_path / "quantized"
+        fewbits.quantize(model, path, to=kind, effort="fast", verify=False)
+    task = {"windows": [IDS[0].tolist()], "first": 2, "new": 2, "stored": None, "texts": []}
+    found = {}
+    for place in ("cpu", str(device)):
+        folder = tmp_path / place.replace(":", "-")
+        folder.mkdir()
+        said = tried(str(path), {**task, "device": place}, str(folder))
+        found[place] = said["new"], np.load(folder / "0.npy")
+    (new, logits), (new_there, logits_there) = found.values()
+    assert new_there == new and np.allclose(logits_there, logits, atol=1e-5)
