@@ -11,10 +11,12 @@ from ..files.gguf.adapter import write_adapter
 from ..files.open import FILE_TYPES
 from ..runtime.program import SUFFIX, save_program
 from ..table import size
+from ..workflow.blockwise import Streaming
 from ..workflow.options import Options
 from ..workflow.quantize import conclude, opened
 from ..workflow.request import Request
 from ..workflow.run import run as convert
+from .options import device_argument
 from .progress import ByteProgress
 from .verify import concluded, verify_arguments
 
@@ -45,6 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--json", action="store_true", help="print the receipt as JSON")
     verify_arguments(parser)
+    device_argument(parser)
 
 
 def run(given: argparse.Namespace) -> int:
@@ -61,7 +64,10 @@ def run(given: argparse.Namespace) -> int:
         request = Request(file=given.to, overwrite=given.overwrite, requantize=given.requantize)
         receipt = convert(checkpoint, given.out, request, progress)
     options = Options(
-        verify=not given.no_verify, verify_seconds=given.verify_seconds, verify_memory=given.verify_memory
+        verify=not given.no_verify,
+        verify_seconds=given.verify_seconds,
+        verify_memory=given.verify_memory,
+        streaming=Streaming(device=given.device),
     )
     receipt, code = concluded(*conclude(receipt, checkpoint, given.out, options), given.out, given.push)
     print(receipt.to_json() if given.json else f"{receipt.table()}\n\nwrote {given.out}")
