@@ -181,7 +181,7 @@ class Loop:
             "losses": self.losses,
             "scaler": self.scaler.state_dict(),
         }
-        state = {name: getattr(self, name).cpu() for name in STATE} | moments_of(self.optimizer, self.parts)
+        state = {name: getattr(self, name) for name in STATE} | moments_of(self.optimizer, self.parts)
         write_state(path, state, record, self.fingerprint())
         self.saved = time.monotonic()
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..dtypes import dtype_of
 from ..errors import FileError
-from ..storage.atomic import write_atomic
+from ..storage.atomic import as_bytes, write_file_atomic
+from ..storage.safetensors import lay_out
 
 
 def write_state(
     path: Path, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any], fingerprint: str
 ) -> None:
-    """Write it, atomically. record: as JSON has it."""
-    from safetensors.torch import save
-
-    write_atomic(path, save(dict(tensors), {"record": json.dumps(record), "fingerprint": fingerprint}))
+    """Write it as safetensors, atomically, tensor by tensor: together they may be half of what is in memory.
+    record: as JSON has it."""
+    rows = ((name, dtype_of(value.dtype).name, tuple(value.shape)) for name, value in tensors.items())
+    header, _ = lay_out(rows, {"record": json.dumps(record), "fingerprint": fingerprint})
+    write_file_atomic(path, chain([header], (as_bytes(value.cpu()) for value in tensors.values())))
 
 
 def read_state(path: Path, fingerprint: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -47,7 +51,7 @@ def moments_of(
     for i, parameter in enumerate(parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
             number = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            found[f"optimizer.{i}.{key}"] = number.cpu().contiguous().clone()  # some are shared
+            found[f"optimizer.{i}.{key}"] = number
     return found
 
 

@@ -28,6 +28,7 @@ from ..formats.plain import as_format
 from ..memory import Need, free_memory, left_of, resident_memory
 from ..model.sites import Site, per_block, sites
 from ..plan.choices import Decision
+from ..train.settings import AT_ONCE, DistillSettings
 from .blockwise.settings import Streaming
 from .pruning import is_float, prunable
 from .request import Request
@@ -98,6 +99,7 @@ def memory_need(
     whole = 0
     if walked and request.method.trains:
         whole = 4 * request.method.copies * checkpoint.numel + ALLOWANCE
+        whole += _passes_nbytes(checkpoint, request)
     if walked and writes_text:
         room = Room(request.streaming.device, left_of(request.memory))
         whole = max(whole, here + writer_of(checkpoint, room).nbytes)
@@ -254,6 +256,22 @@ def _hidden_nbytes(checkpoint: Checkpoint, request: Request) -> int:
     width = next((s.shape[1] for s in sites(checkpoint) if s.role == "embed"), 0)
     streams = 2 if request.method.gptaq else 1
     return request.tokens.count * width * request.streaming.dtype.itemsize * streams
+
+
+def _passes_nbytes(checkpoint: Checkpoint, request: Request) -> int:
+    """What training holds of its text: the parent's last hidden states in f32, and what the backward pass of
+    the windows at once needs, three numbers for each output of a weight in f32 (2.4 were measured)."""
+    assert request.tokens is not None
+    settings = DistillSettings(steps=request.method.trains, **request.method.training())
+    context = request.tokens.windows.shape[1]
+    micro = min(settings.batch, settings.micro or max(1, AT_ONCE // context))
+    found = [site for site in sites(checkpoint) if site.block is not None]
+    outputs = sum(site.shape[0] for site in found)
+    if settings.recompute:  # of one block at a time
+        outputs //= max(1, len({site.block for site in found}))
+    width = next((s.shape[1] for s in sites(checkpoint) if s.role == "embed"), 0)
+    kept = 2 * 4 * settings.top_k if settings.top_k else 4 * width
+    return 12 * micro * context * outputs + request.tokens.count * kept
 
 
 def _walk_peak(checkpoint: Checkpoint, walked: Sequence[Task], hidden: int, request: Request) -> int:
