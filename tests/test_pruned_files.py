@@ -34,7 +34,8 @@ def matrices(path: Path) -> dict[str, torch.Tensor]:
 
 def decoded(path: Path) -> dict[str, torch.Tensor]:
     tensors = open_checkpoint(path).tensors
-    return {name: tensors[name].load().decode() for name in tensors if "_proj" in name}
+    found = {name: tensors[name].load() for name in tensors if "_proj" in name}
+    return {name: w.float() if isinstance(w, torch.Tensor) else w.decode() for name, w in found.items()}
 
 
 def zeros(weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -130,6 +131,8 @@ def test_saved_statistics_prune_without_running_the_model(model: Path, tmp_path:
         ("int4_g32", {"distill": 6}),
         ("kmeans3_channel", {"distill": 6}),
         ("kmeans3_channel", {"train": 30, "training": {"lr_codes": 0.005}}),
+        ("bf16", {"train": 30, "training": {"lr_codes": 0.01}}),
+        ("f16", {"train": 30, "training": {"lr_codes": 0.01}}),
     ],
 )
 def test_pruned_weights_stay_zero_in_training(
@@ -140,10 +143,14 @@ def test_pruned_weights_stay_zero_in_training(
     receipt = fewbits.quantize(model, tmp_path / "after", **given, **more)
     before, after = decoded(tmp_path / "before"), decoded(tmp_path / "after")
     assert any(not torch.equal(before[name], after[name]) for name in before), "it was trained"
+    better = receipt.training
+    assert min(each["held_out"] for each in better) < better[0]["held_out"]
     for name, w in before.items():
         assert float((w == 0).float().mean()) >= 0.5
         assert not after[name][w == 0].any()
     assert receipt.sparsity["not_zero"] == 0
+    if "train" in more and not before[name].equal(after[name]):
+        assert [row.options["train"] for row in receipt.tensors if row.name == name] == [30]
     assert receipt.sparsity["zeros"] == pytest.approx(
         sum(int((w == 0).sum()) for w in after.values()) / sum(w.numel() for w in after.values())
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..dtypes import DType
+from ..dtypes import DType, dtype_of
 from ..lazy import torch
 from ..qtensor import Plane, QTensor
 from .base import Format, Grid, Kind
@@ -79,3 +79,10 @@ def as_format(kind: Kind) -> Format:
 def stored(q: QTensor) -> QTensor | torch.Tensor:
     """What a file has of a weight: the numbers themselves for a float type."""
     return q.planes["values"] if isinstance(q.format, Plain) else q
+
+
+def unstored(value: QTensor | torch.Tensor) -> QTensor:
+    """The inverse: float numbers `(n, k)` as a QTensor of their type."""
+    if isinstance(value, QTensor):
+        return value
+    return QTensor(Plain.of(dtype_of(value.dtype)), (value.shape[0], value.shape[1]), {"values": value})

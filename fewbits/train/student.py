@@ -2,6 +2,7 @@
 
 linear weights on a grid     -> GridLinear: codes fixed, block parameters trainable     kind "block"
                                 LatentLinear: float weights too, rounded at each pass   kind "latent"
+pruned float weights         -> LatentLinear on the grid of their float type            kind "latent"
 the step of a static input   -> trainable                                               kind "block"
 norms and biases, 1-D        -> trainable                                               kind "vector"
 everything else              -> fixed; `fixed` names it if quantized (embeddings, fused experts: their
@@ -18,8 +19,9 @@ import torch
 
 from ..activations.mixed import Activations
 from ..errors import CalibrationError
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import Checkpoint, LazyTensor
 from ..formats.base import Grid
+from ..formats.plain import PlainGrid, stored, unstored
 from ..qtensor import QTensor
 from .halves import Halves
 from .inputs import FakeInput
@@ -30,6 +32,8 @@ from .ste import GridLinear, LatentLinear, rounded_once, size_of
 
 LATENT = "latent"  # the key of a float weight that codes are rounded from
 INPUT = "input"  # the key of the step of a static scheme of activations
+PRUNED = 0.01  # a float weight with this share of zeros was pruned
+PLAIN_STEPS = 8  # of a float weight: the step that takes the place of a grid's spacing is its size by this
 POSITIONS = 64  # whose logits are computed at once: these are large, and new memory is slow
 START = (
     0.6  # of the way from its code's value to the float weight, half a gap at most: where a latent one starts
@@ -88,6 +92,8 @@ class Student:
                 self._add_linear(name, tensor.load())
             elif len(tensor.shape) == 1:
                 self._add_vector(name, tensor.load())
+            elif (pruned := self._pruned(name, tensor)) is not None:
+                self._add_linear(name, pruned)
         if not self.parts:
             raise CalibrationError(
                 f"{checkpoint.path}: nothing to train: no norm, and no quantized linear layer"
@@ -111,7 +117,9 @@ class Student:
             linear = GridLinear(grid, codes, module.bias)
         else:
             latent = self._latent(name, grid, codes)
-            linear = LatentLinear(grid, latent, gap_of(grid, latent), module.bias)
+            plain = isinstance(grid, PlainGrid)
+            gap = size_of(latent) / PLAIN_STEPS if plain else gap_of(grid, latent)
+            linear = LatentLinear(grid, latent, gap, module.bias)
         self.model.set_submodule(path, linear)
         self.quantized[name] = q
         self.parts += [Part(name, key, "block", value) for key, value in linear.block_parameters.items()]
@@ -122,6 +130,15 @@ class Student:
             linear.input = FakeInput(self.activations.quantizer(name), self.device)
             if linear.input.scale is not None:
                 self.parts.append(Part(name, INPUT, "block", linear.input.scale))
+
+    def _pruned(self, name: str, tensor: LazyTensor) -> QTensor | None:
+        """A float weight that was pruned, on the grid of its type, if codes are trained."""
+        if self.floats is None or len(tensor.shape) != 2 or name not in self.floats.tensors:
+            return None
+        w = tensor.load()
+        assert isinstance(w, torch.Tensor)
+        many = float((w == 0).float().mean()) >= PRUNED
+        return unstored(w) if many else None
 
     def hold_zeros(self) -> None:
         """Weights that are 0, as pruned ones are, stay 0: so do their latent weights and the level 0 of a
@@ -202,7 +219,7 @@ class Student:
             if name in self.vectors:
                 packed[name] = given[""].to(self.vectors[name].dtype)
             else:
-                packed[name] = self._packed(name, given)
+                packed[name] = stored(self._packed(name, given))
         return packed
 
     def _packed(self, name: str, given: Mapping[str, torch.Tensor]) -> QTensor:

@@ -35,8 +35,8 @@ from ...calibrate.capture import FloatStream, advance, capture
 from ...devices import Busy, Room, return_device_memory
 from ...errors import CalibrationError
 from ...files.checkpoint import Checkpoint, LazyTensor
+from ...formats.plain import unstored
 from ...model.sites import Site, sites
-from ...qtensor import QTensor
 from ...train.distill import DistillSettings, distill
 from ...transforms import TRANSFORMS
 from ..blockstore import BlockStore
@@ -141,11 +141,11 @@ def _distill(
     )
     changed: Records = {}
     for name, value in distilled.tensors.items():
-        if isinstance(value, QTensor) and name in records:
-            w, old = run.checkpoint.tensors[name].load(), records[name]
-            spec = Spec(value.format, old.algorithm, {**old.options, method.training_name: steps})
-            cost = measured(w, value, spec, None)  # type: ignore[arg-type]
-            zeros = old.zeros and old.zeros.trained(quantized.tensors[name].load(), value)  # type: ignore[arg-type]
+        if name in records:
+            w, old, q = run.checkpoint.tensors[name].load(), records[name], unstored(value)
+            spec = Spec(q.format, old.algorithm, {**old.options, method.training_name: steps})
+            cost = measured(w, q, spec, None)  # type: ignore[arg-type]
+            zeros = old.zeros and old.zeros.trained(unstored(quantized.tensors[name].load()), q)
             changed[name] = replace(cost, tokens=old.tokens, zeros=zeros)
     kept = _kept(changed, [Note(text) for text in distilled.notes])
     history = [asdict(judgement) for judgement in distilled.history]
