@@ -74,7 +74,8 @@ class HessianFactor:
         if not known:
             return None, []
         if len(known) < len(hessians):
-            lower, order = lower[known], order[known]
+            left = torch.tensor(known, device=lower.device)
+            lower, order = lower[left], order[left]
         upper = lower.flip(-2, -1)
         del lower
         factor = inverse_of(upper)
