@@ -63,8 +63,8 @@ class HessianFactor:
     def of_each(
         stats: Sequence[Stats], damp: float, order: torch.Tensor
     ) -> tuple[HessianFactor | None, list[int]]:
-        """Of checked statistics, each with its row of order `(e, k)`: one factor in lockstep, and which of them
-        it has. Those that need more damping are left out; `of` finds theirs. Nothing is kept on `stats`."""
+        """Of checked statistics, each with its row of order `(e, k)`: one factor in lockstep, and which of
+        them it has. Those that need more damping are left out; `of` finds theirs. `stats` keep nothing."""
         hessians = [each.hessian for each in stats if each.hessian is not None]
         added = [damp * mean_diagonal(hessian) for hessian in hessians]
         turned = [backwards(*each) for each in zip(hessians, order, added, strict=True)]

@@ -6,8 +6,8 @@ weight of e n rows, and columns are arrays of all these rows, one part of n for 
     state (k, e n)      row of the state: | weight 0 | weight 1 | ... |
     coupling (e, k, k), columns (e, c), pivot (e, c): one for each part
 
-What rows share without lockstep has no first axis: coupling `(k, k)`, columns `(c,)`. Every function here takes
-both, and without lockstep does the plain operation.
+What rows share without lockstep has no first axis: coupling `(k, k)`, columns `(c,)`. Every function here
+takes both, and without lockstep does the plain operation.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Columns of a weight rounded one after the other, as algorithms/columns.py does: one launch a panel.
 
 A program holds ROWS rows of the weight, all columns of them, in registers. In lockstep the rows are those of
-several weights of n rows each, which have couplings, columns and pivots of their own. The rounding is that of a grid as
-data (`core.Rounding`): scale and offset, or a sorted table of levels, in which it searches by halving.
-Products and sums are rounded one by one, as in plain torch: nothing is fused.
+several weights of n rows each, which have couplings, columns and pivots of their own. The rounding is that of
+a grid as data (`core.Rounding`): scale and offset, or a sorted table of levels, in which it searches by
+halving. Products and sums are rounded one by one, as in plain torch: nothing is fused.
 """
 
 from __future__ import annotations

@@ -29,10 +29,18 @@ from .pretend import NAME
 
 pytestmark = pytest.mark.skipif(not core.available(), reason="the C++ core is not built")
 KINDS = (
-    "int4_g32", "int4_g32_asym", "int4_g64_asym_float", "int8_channel", "q4_0", "q5_1", "q3_k", "q4_k", "q6_k",
-    "nf4", "fp4_e2m1_g32", "mxfp4", "iq4_xs",
+    "int4_g32", "int4_g32_asym", "int4_g64_asym_float", "int8_channel", "q4_0", "q5_1", "q3_k", "q4_k",
+    "q6_k", "nf4", "fp4_e2m1_g32", "mxfp4", "iq4_xs",
 )  # fmt: skip
-ALONE = ("int4_g32_actorder", "nvfp4", "nf4_dq", "kmeans3_channel", "int8_tensor", "iq3_s", "fp8_e4m3_block128")
+ALONE = (
+    "int4_g32_actorder",
+    "nvfp4",
+    "nf4_dq",
+    "kmeans3_channel",
+    "int8_tensor",
+    "iq3_s",
+    "fp8_e4m3_block128",
+)
 OPTIONS = (Settings(), Settings(fit="static", descent=8, gptaq=0.25), Settings(fit="dynamic", descent=0))
 CASES = [(name, OPTIONS[0]) for name in KINDS] + [
     (name, settings) for name in ("int4_g32_asym", "q4_0", "q4_k", "nf4") for settings in OPTIONS[1:]
@@ -82,9 +90,7 @@ def test_on_the_cpu_nothing_is_in_lockstep() -> None:
     assert not columns.in_lockstep(FORMATS.get("int4_g32"), 256, torch.zeros(1))
 
 
-def test_a_hessian_that_needs_more_damping_is_left_to_gptq(
-    device: torch.device, launches: list[int]
-) -> None:
+def test_a_hessian_that_needs_more_damping_is_left_to_gptq(device: torch.device, launches: list[int]) -> None:
     fmt, (ws, stats) = FORMATS.get("int4_g32"), weights_and_stats(3, 33, 64)
     broken = stats[1].hessian
     assert broken is not None
@@ -107,7 +113,8 @@ def test_a_batch_has_no_more_weights_and_hessians_than_fit() -> None:
 
 WINDOWS = torch.randint(3, 500, (6, 40), generator=torch.Generator().manual_seed(0))
 SMALL = {
-    "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16,
 }  # fmt: skip
 MIXTRAL = {"intermediate_size": 96, "num_local_experts": 5, "num_experts_per_tok": 2}
 QWEN = {"moe_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2}
@@ -116,9 +123,7 @@ QWEN = {"moe_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2}
 def quantized(model: Path, out: Path, device: torch.device, **given: Any) -> Any:
     given = {"to": "int4_g32", "method": "gptq", "verify": False} | given
     streaming = Streaming(device=str(device), dtype=torch.float32)
-    return fewbits.quantize(
-        model, out, calibrate=Tokens.of(WINDOWS, "random"), streaming=streaming, **given
-    )
+    return fewbits.quantize(model, out, calibrate=Tokens.of(WINDOWS, "random"), streaming=streaming, **given)
 
 
 def compared(model: Path, tmp_path: Path, device: torch.device, monkeypatch: Any, **given: Any) -> list[str]:
@@ -139,9 +144,7 @@ def compared(model: Path, tmp_path: Path, device: torch.device, monkeypatch: Any
     return notes
 
 
-@pytest.mark.parametrize(
-    ("name", "fields"), [("MixtralForCausalLM", MIXTRAL), ("Qwen3MoeForCausalLM", QWEN)]
-)
+@pytest.mark.parametrize(("name", "fields"), [("MixtralForCausalLM", MIXTRAL), ("Qwen3MoeForCausalLM", QWEN)])
 def test_experts_get_the_codes_they_get_one_by_one(
     name: str, fields: dict[str, Any], tmp_path: Path, device: torch.device, launches: list[int],
     monkeypatch: pytest.MonkeyPatch,

@@ -1,8 +1,8 @@
 """Weights of one shape whose codes are chosen at once: the experts of a layer, on a GPU.
 
-A stage goes through its weights one by one. When the turn of one comes that `gptq_batch` takes, codes are chosen
-for as many of those after it as are like it and fit, each from its own statistics. They wait here for their
-turn. What cannot be batched, or fails there, is left to the stage, which says what is wrong with it.
+A stage goes through its weights one by one. When the turn of one comes that `gptq_batch` takes, codes are
+chosen for as many of those after it as are like it and fit, each from its own statistics. They wait here for
+their turn. What cannot be batched, or fails there, is left to the stage, which says what is wrong with it.
 """
 
 from __future__ import annotations
