@@ -6,8 +6,8 @@ input: "nothing", "mean_square" or "hessian". Without statistics an algorithm th
 CalibrationError; there is no silent fallback.
 
 Shared modules: `hessian` (the loss, the Hessian and its factor), `columns` (columns rounded one after the
-other), `blocked` (the same with matrix products), `descent` (better codes and scales for any
-QTensor, in closed form).
+other), `blocked` (the same with matrix products), `lockstep` (weights of one shape at once), `descent`
+(better codes and scales for any QTensor, in closed form).
 """
 
 from ..errors import PlanError

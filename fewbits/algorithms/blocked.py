@@ -19,6 +19,7 @@ from contextlib import nullcontext
 import torch
 
 from ..core import one_torch_thread
+from .lockstep import subtract_product
 
 SMALL = 2**19  # numbers that are rounded at once: for fewer, threads cost more than they gain
 
@@ -33,14 +34,15 @@ def blocked_update(
     """Call `quantize(start, stop)` for every `unit` columns of state `(k, n)` in turn, in place.
 
     quantize reads state[start:stop] and writes moves[start:stop]; coupling: `(k, k)`, its part above the
-    diagonal is used.
+    diagonal is used; in lockstep `(e, k, k)`.
     """
     for start, stop, middle in _steps(0, state.shape[0], unit):
         if middle is None:
             with one_torch_thread() if state[start:stop].numel() < SMALL else nullcontext():
                 quantize(start, stop)
         else:
-            state[middle:stop].addmm_(coupling[start:middle, middle:stop].T, moves[start:middle], alpha=-1)
+            across = coupling[..., start:middle, middle:stop]
+            subtract_product(state[middle:stop], across, moves[start:middle])
 
 
 def _steps(start: int, stop: int, unit: int) -> Iterator[tuple[int, int, int | None]]:

@@ -14,10 +14,12 @@ them. `quantize_columns_reference`, csrc/columns.h and, on a GPU, kernels/column
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from .. import core, kernels
-from ..formats import Grid
+from ..formats import Format, Grid
 from ..formats.rounding import rounding_of
 
 UNIT = 128  # columns rounded at once; between such pieces a matrix product is faster
@@ -39,7 +41,8 @@ def quantize_columns(
     """state `(k, n)`, whose row j is the grid's column columns[j] -> codes, values, moves `(k, n)`.
 
     coupling: `(k, k)`, its part above the diagonal. pivot `(k,)` for error feedback, old `(k, n)` for
-    descent. keep `(k, n)`: 0 for pruned weights, which get the code nearest to 0, else 1.
+    descent. keep `(k, n)`: 0 for pruned weights, which get the code nearest to 0, else 1. In lockstep (only
+    where `in_lockstep` holds) coupling `(e, k, k)`, columns and pivot `(e, k)`.
     """
     on_gpu = kernels.takes(state)
     if keep is None and (on_gpu or core.takes(state)) and state.dtype == torch.float32:
@@ -48,7 +51,21 @@ def quantize_columns(
             pivot, old = (None if part is None else part.contiguous() for part in (pivot, old))
             run = kernels.load("columns").quantize_columns if on_gpu else core.quantize_columns
             return run(state.contiguous(), coupling.contiguous(), rounding, pivot, old)
+    assert coupling.ndim == 2, "in lockstep columns are rounded by the kernel"
     return quantize_columns_reference(grid, state, coupling, columns, pivot, old, keep)
+
+
+def in_lockstep(format: Format, k: int, place: torch.Tensor) -> bool:
+    """Whether weights of k columns in this format, where the tensor `place` lies, can be rounded in lockstep:
+    the kernel takes their grid, and no row depends on another."""
+    alone = format.rows_alone and format.vector == 1 and format.ordered is None
+    return alone and kernels.takes(place) and _has_rounding(format, format.column_block(k) or k)
+
+
+@cache
+def _has_rounding(format: Format, width: int) -> bool:
+    grid = format.fit(torch.linspace(-1, 1, width)[None], search=False)
+    return rounding_of(grid, 1, torch.arange(width), MOST_LEVELS) is not None
 
 
 def quantize_columns_reference(

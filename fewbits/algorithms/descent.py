@@ -23,6 +23,8 @@ from ..qtensor import QTensor
 from .blocked import blocked_update
 from .columns import UNIT, quantize_columns
 from .hessian import DAMP, GPTAQ, HessianFactor, require_stats
+from .lockstep import count_of, of_rows, product, row_product
+from .lockstep import parts as parts_of
 
 ROUNDS = 8
 LEAST_GAIN = 0.005
@@ -50,8 +52,9 @@ def descended(
     keep: torch.Tensor | None = None,
 ) -> QTensor:
     """The same for a known target `(n, k)` and damped Hessian `(k, k)`. keep `(n, k)` bool: False for pruned
-    weights, which stay 0, and so do offsets that make them 0."""
-    k = q.shape[1]
+    weights, which stay 0, and so do offsets that make them 0. In lockstep targets `(e n, k)` and Hessians
+    `(e, k, k)`, each with rounds of its own."""
+    (n, k), e = q.shape, count_of(hessian)
     width = q.format.column_block(k) or k
     parts = [q.format.unpack(part) for part in split_columns(q, width)]
     value = q.decode().T.contiguous()
@@ -61,12 +64,12 @@ def descended(
     def quantize(start: int, stop: int) -> None:
         columns = slice(start, stop)
         grid, codes = parts[start // width]
-        inner = hessian[columns, columns]
+        inner = hessian[..., columns, columns]
         now = value[columns].T.contiguous()
         changed = now
         if keep is None or grid.groups(len(now))[1] is None:
             grid, changed = refit(q.format, grid, codes, pull[columns].T.contiguous(), inner)
-        pull_here = pull[columns] + inner @ (changed - now).T
+        pull_here = pull[columns] + product(inner, (changed - now).T)
         best = changed
         if q.format.vector == 1:  # a vector's best point is not known column by column
             mask = None if keep is None else keep[:, columns].T.float()
@@ -75,15 +78,26 @@ def descended(
         moves[columns] = (now - best).T
         value[columns] = best.T
 
-    before = torch.inf
+    def packed() -> QTensor:
+        return join_parts([q.format.pack(grid, codes) for grid, codes in parts])
+
+    before = torch.full((e,), torch.inf, dtype=torch.float64)
+    at_end, ended = torch.zeros(e, dtype=torch.bool), list[tuple[torch.Tensor, QTensor]]()
     for _ in range(rounds):
-        pull = hessian @ (value - wanted)
-        now = float(((value - wanted) * pull).sum(dtype=torch.float64))
-        if before - now <= LEAST_GAIN * now:
+        pull = product(hessian, value - wanted)
+        now = parts_of((value - wanted) * pull, e).sum((1, 2), dtype=torch.float64).cpu()
+        ends = ~at_end & (before - now <= LEAST_GAIN * now)
+        at_end |= ends
+        if bool(at_end.all()):
             break
+        if bool(ends.any()):  # others go on, and take these with them
+            ended.append((ends.repeat_interleave(n // e).to(value.device), packed()))
         before = now
         blocked_update(pull, hessian, moves, quantize, width)
-    return join_parts([q.format.pack(grid, codes) for grid, codes in parts])
+    found = packed()
+    for rows, earlier in ended:
+        found = where_rows(rows, earlier, found)
+    return found
 
 
 def recode(
@@ -95,16 +109,17 @@ def recode(
     keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """value `(n, k)`, pull and keep `(k, n)` (pull: G transposed) -> codes and values `(n, k)` after one
-    round."""
-    diagonal = hessian.diagonal()
-    best, old = (value.T - pull / diagonal[:, None]).contiguous(), value.T.contiguous()
-    coupling, columns = hessian / diagonal, torch.arange(len(diagonal))
+    round. In lockstep hessian `(e, k, k)`."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    best = (value.T - pull / torch.atleast_2d(of_rows(diagonal, len(value))).T).contiguous()
+    old, coupling = value.T.contiguous(), hessian / diagonal[..., None, :]
+    columns = torch.arange(len(pull)).expand(diagonal.shape)
     new, moves, chosen = torch.empty_like(old), torch.empty_like(old), []
 
     def quantize(start: int, stop: int) -> None:
         here = slice(start, stop)
         unit_codes, new[here], moves[here] = quantize_columns(
-            grid, best[here], coupling[here, here], columns[here], old=old[here],
+            grid, best[here], coupling[..., here, here], columns[..., here], old=old[here],
             keep=None if keep is None else keep[here],
         )  # fmt: skip
         chosen.append(unit_codes)
@@ -124,7 +139,7 @@ def refit(
     if fitted is grid:
         return grid, value
     moved = fitted.value(codes) - value
-    gain = (moved * (2 * gradient + moved @ hessian)).sum(1)
+    gain = (moved * (2 * gradient + row_product(moved, hessian))).sum(1)
     if not bool((gain < 0).any()):
         return grid, value
     new, old = format.pack(fitted, codes), format.pack(grid, codes)
@@ -143,7 +158,7 @@ def solve_scales(
     g, rows = len(groups), []
     for left in kinds:
         for inside in groups:
-            reach = left[:, inside] @ hessian[inside]
+            reach = row_product(left[:, inside], hessian[..., inside, :])
             rows.append(torch.cat([grid.sums(reach * right) for right in kinds], 1))
     square = torch.stack(rows, 1)
     slope = torch.cat([grid.sums(gradient * kind) for kind in kinds], 1)

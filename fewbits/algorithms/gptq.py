@@ -20,11 +20,15 @@ for them: blocks are taken by falling diag(H), and the columns inside a block li
 file does not change, so that any format allows it. A format in act order has groups of the columns as
 they are taken, all of them by falling diag(H): its column blocks are those of the format in order.
 
+On a GPU `gptq_batch` quantizes weights of one shape in lockstep (see lockstep.py): each has its own Hessian
+and its own order, and every step is one launch for all of them.
+
 Source: Frantar et al., GPTQ (arXiv 2210.17323). The blocks, their order and the search are ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,6 +43,7 @@ from .blocked import blocked_update
 from .columns import UNIT, quantize_columns
 from .descent import descended, join_parts
 from .hessian import DAMP, GPTAQ, HessianFactor, require_stats
+from .lockstep import count_of, of_rows, taken
 
 FITS = ("searched", "dynamic", "static")
 # Of a fitted step; the first is the fit itself, and wins ties.
@@ -48,6 +53,9 @@ DESCENT = 2
 # Weights at once where rows stand alone: feedback and descent hold about ten f32 copies of them. A GPU is
 # kept busy by more.
 PIECE, GPU_PIECE = 2**22, 2**26
+# Bytes of the Hessians of weights in lockstep. While they are factored there are four of each: as measured
+# and in order, its factor, and their inverse.
+HESSIANS, HESSIAN_COPIES = 2**31, 4
 
 
 def gptq(
@@ -87,7 +95,7 @@ def gptq_pruned(
     stats = require_stats(stats, w, "gptq")
     n, k = w.shape
     inner = format.ordered or format
-    width = k if fit == "static" else inner.column_block(k) or k
+    width = _width(inner, k, fit)
     order = column_order(stats, k if format.ordered else width, format.vector)
     hessian = HessianFactor.of(stats, damp, order)
     piece = PIECE if w.device.type == "cpu" else GPU_PIECE
@@ -107,6 +115,45 @@ def gptq_pruned(
     return QTensor.join_rows(parts)
 
 
+def most_at_once(n: int, k: int) -> int:
+    """How many weights `(n, k)` `gptq_batch` may get, so that they and their Hessians fit."""
+    return max(1, min(GPU_PIECE // (n * k), HESSIANS // (4 * HESSIAN_COPIES * k * k)))
+
+
+def gptq_batch(
+    ws: Sequence[torch.Tensor], format: Format, stats: Sequence[Stats], settings: Settings
+) -> list[QTensor | None]:
+    """Weights `(n, k)` of one shape on one device, and the statistics of each, for which `in_lockstep` holds
+    -> what `gptq` makes of each, except that sums on a GPU may run in another order.
+
+    None for a weight whose Hessian needs more damping than asked: `gptq` raises it, and says so."""
+    check_options(*settings)
+    damp, fit, descent, gptaq = settings
+    for w, each in zip(ws, stats, strict=True):
+        format.check(w)
+        require_stats(each, w, "gptq")
+    n, k = ws[0].shape
+    width = _width(format, k, fit)
+    order = torch.stack([column_order(each, width) for each in stats])
+    hessian, known = HessianFactor.of_each(stats, damp, order)
+    found: list[QTensor | None] = [None] * len(ws)
+    if hessian is None:
+        return found
+    targets = [hessian.part(i).target(ws[j], stats[j], gptaq) for i, j in enumerate(known)]
+    target = torch.cat(targets)
+    del targets
+    q = fed_back(target, format, hessian, width, fit)
+    q = descended(q, target, hessian.hessian, descent) if descent else q
+    for i, j in enumerate(known):
+        found[j] = q.take_rows(slice(i * n, (i + 1) * n))
+    return found
+
+
+def _width(format: Format, k: int, fit: str) -> int:
+    """The columns that are fitted at once."""
+    return k if fit == "static" else format.column_block(k) or k
+
+
 def fed_back(
     target: torch.Tensor,
     format: Format,
@@ -115,25 +162,50 @@ def fed_back(
     fit: str,
     keep: torch.Tensor | None = None,
 ) -> QTensor:
-    """Rows `(n, k)` -> their QTensor, `width` columns at a time in the order of the factor."""
-    state = target.T[hessian.order].contiguous()
-    mask = None if keep is None else keep.T[hessian.order].float()
+    """Rows `(n, k)`, in lockstep `(e n, k)` -> their QTensor, `width` columns at a time in the order of the
+    factor."""
+    order, n = hessian.order, len(target)
+    state = taken(target.T, order).contiguous()
+    mask = None if keep is None else keep.T[order].float()
     moves = torch.empty_like(state)
-    parts: dict[int, QTensor] = {}
+    parts: list[QTensor] = []
 
     def quantize(start: int, stop: int) -> None:
-        columns = hessian.order[start:stop] % width
-        factor = hessian.factor[start:stop, start:stop]
+        columns = order[..., start:stop] % width
+        factor = hessian.factor[..., start:stop, start:stop]
         here = None if mask is None else mask[start:stop]
         seen = state[start:stop] if here is None else state[start:stop] * here
-        seen, weight = seen[columns.argsort()].T.contiguous(), factor.diagonal().pow(-2)[columns.argsort()]
+        seen, weight = taken(seen, columns.argsort()).T.contiguous(), of_rows(weights(factor, columns), n)
         grid = format.fit(seen, weight) if here is None else fit_with_zero(format, seen, weight)
         feed = feed_searched if fit == "searched" and format.rows_alone else feed_back
         q, moves[start:stop] = feed(format, grid, state[start:stop], factor, columns, here)
-        parts[int(hessian.order[start]) // width] = q
+        parts.append(q)
 
     blocked_update(state, hessian.factor, moves, quantize, width)
-    return join_parts([parts[i] for i in range(len(hessian.order) // width)])
+    return join_parts(_in_place(parts, order[..., ::width] // width))
+
+
+def _in_place(parts: list[QTensor], block: torch.Tensor) -> list[QTensor]:
+    """Column blocks as they were taken -> as they lie. block `(b,)`: where each belongs; in lockstep
+    `(e, b)`."""
+    if block.ndim == 1:
+        return [parts[i] for i in block.argsort().tolist()]
+    (e, b), inverse, planes = block.shape, block.argsort(), {}
+    each = torch.arange(e, device=block.device)[:, None]
+    for name in parts[0].planes:
+        stacked = torch.stack([part.planes[name] for part in parts], 1)  # (e n, b, entries)
+        planes[name] = stacked.view(e, -1, *stacked.shape[1:]).transpose(1, 2)[each, inverse]
+    first = parts[0]
+    return [
+        QTensor(first.format, first.shape, {name: x[:, i].flatten(0, 1) for name, x in planes.items()})
+        for i in range(b)
+    ]
+
+
+def weights(factor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """1 / U_jj^2 `([e,] c)` of the columns as they lie."""
+    weight = factor.diagonal(dim1=-2, dim2=-1).pow(-2)
+    return weight.gather(-1, columns.argsort())
 
 
 def feed_back(
@@ -145,21 +217,23 @@ def feed_back(
     keep: torch.Tensor | None = None,
 ) -> tuple[QTensor, torch.Tensor]:
     """Round state `(k, n)`, whose row i is the grid's column columns[i] -> QTensor, err `(k, n)`. keep
-    `(k, n)`: 0 for what is rounded as if it were 0, else 1."""
+    `(k, n)`: 0 for what is rounded as if it were 0, else 1. In lockstep factor `(e, k, k)` and columns
+    `(e, k)`."""
     state, errors, codes = state.clone(), torch.empty_like(state), []
-    grid = grid.weighted(factor.diagonal().pow(-2)[columns.argsort()])
+    grid = grid.weighted(weights(factor, columns))
 
     def quantize(start: int, stop: int) -> None:
         here = slice(start, stop)
-        inner = factor[here, here]
+        inner = factor[..., here, here]
+        pivot = inner.diagonal(dim1=-2, dim2=-1)
         mask = None if keep is None else keep[here]
         chosen, _, errors[here] = quantize_columns(
-            grid, state[here], inner, columns[here], pivot=inner.diagonal(), keep=mask
+            grid, state[here], inner, columns[..., here], pivot=pivot, keep=mask
         )
         codes.append(chosen)
 
     blocked_update(state, factor, errors, quantize, UNIT)
-    return format.pack(grid, torch.cat(codes)[columns.argsort()].T.contiguous()), errors
+    return format.pack(grid, taken(torch.cat(codes), columns.argsort()).T.contiguous()), errors
 
 
 def feed_searched(
@@ -171,20 +245,23 @@ def feed_searched(
     keep: torch.Tensor | None = None,
 ) -> tuple[QTensor, torch.Tensor]:
     """The same for several scalings of the grid at once, as so many rows; each row keeps its best."""
-    n, tried = state.shape[1], len(SCALINGS)
+    n, e, tried = state.shape[1], count_of(factor), len(SCALINGS)
     step, base = grid.groups(n)
     if grid.refitted(step, base) is grid:  # a float type: there is no scale
         return feed_back(format, grid, state, factor, columns, keep)
-    fitted = format.pack(grid, grid.round(state[columns.argsort()].T))
-    every = torch.arange(n, device=state.device)
-    rows = every.repeat(tried)
+    fitted = format.pack(grid, grid.round(taken(state, columns.argsort()).T))
+    # In lockstep all scalings of a weight lie together: e times (tried, n / e) rows.
+    every = torch.arange(n, device=state.device).view(e, 1, -1)
+    rows = every.expand(e, tried, -1).flatten()
     wide, _ = format.unpack(fitted.take_rows(rows))
-    scaling = torch.tensor(SCALINGS, device=state.device).repeat_interleave(n)[:, None]
+    scaling = torch.tensor(SCALINGS, device=state.device).repeat_interleave(n // e).repeat(e)[:, None]
     wide = wide.refitted(step[rows] * scaling, None if base is None else base[rows] * scaling)
     if keep is not None:
         wide, keep = wide.with_zero(), keep.repeat(1, tried)
-    q, errors = feed_back(format, wide, state.repeat(1, tried), factor, columns, keep)
-    best = errors.square().sum(0).reshape(tried, n).argmin(0) * n + every
+    repeated = state.view(len(state), e, 1, -1).expand(-1, -1, tried, -1).flatten(1)
+    q, errors = feed_back(format, wide, repeated, factor, columns, keep)
+    best = errors.square().sum(0).view(e, tried, -1).argmin(1, keepdim=True)  # (e, 1, n / e)
+    best = torch.arange(len(rows), device=rows.device).view(e, tried, -1).gather(1, best).flatten()
     return q.take_rows(best), errors[:, best]
 
 

@@ -17,6 +17,7 @@ of the way there, since the mismatch is known from a sample only. Damping (GPTQ,
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,8 @@ class CalibrationWarning(UserWarning):
 
 @dataclass(frozen=True)
 class HessianFactor:
-    """hessian: `(k, k)` f32, damped; factor: U `(k, k)` of it, for columns taken in `order` `(k,)`."""
+    """hessian: `(k, k)` f32, damped; factor: U `(k, k)` of it, for columns taken in `order` `(k,)`. Of e
+    weights in lockstep `(e, k, k)` and `(e, k)`."""
 
     hessian: torch.Tensor
     factor: torch.Tensor
@@ -57,6 +59,36 @@ class HessianFactor:
         stats.cache["factor"] = damp, HessianFactor(hessian, factor, order)
         return stats.cache["factor"][1]
 
+    @staticmethod
+    def of_each(
+        stats: Sequence[Stats], damp: float, order: torch.Tensor
+    ) -> tuple[HessianFactor | None, list[int]]:
+        """Of checked statistics, each with its row of order `(e, k)`: one factor in lockstep, and which of
+        them it has. Those that need more damping are left out; `of` finds theirs. `stats` keep nothing."""
+        hessians = [each.hessian for each in stats if each.hessian is not None]
+        added = [damp * mean_diagonal(hessian) for hessian in hessians]
+        turned = [backwards(*each) for each in zip(hessians, order, added, strict=True)]
+        lower, fault = torch.linalg.cholesky_ex(torch.stack(turned))
+        del turned
+        known = [i for i, bad in enumerate(fault.tolist()) if not bad]
+        if not known:
+            return None, []
+        if len(known) < len(hessians):
+            left = torch.tensor(known, device=lower.device)
+            lower, order = lower[left], order[left]
+        upper = lower.flip(-2, -1)
+        del lower
+        factor = inverse_of(upper)
+        del upper
+        damped = torch.stack([hessians[i].float() for i in known])
+        for i, hessian in zip(known, damped, strict=True):
+            hessian.diagonal().add_(added[i])
+        return HessianFactor(damped, factor, order), known
+
+    def part(self, i: int) -> HessianFactor:
+        """That of weight i, in lockstep."""
+        return HessianFactor(self.hessian[i], self.factor[i], self.order[i])
+
     def target(self, w: torch.Tensor, stats: Stats, gptaq: float = GPTAQ) -> torch.Tensor:
         """`(n, k)` -> the t of the loss, f32. gptaq: the share of the mismatch to correct."""
         w = w.float()
@@ -71,14 +103,10 @@ def factorize(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> tuple[
 
     With V V^T = H and V upper (a Cholesky factor from the last column to the first), U = V^-1.
     """
-    mean = float(hessian.diagonal().mean()) or 1.0
+    mean = mean_diagonal(hessian)
     share = damp
     while True:
-        backwards = order.flip(0)
-        turned = hessian.float()[backwards[:, None], backwards]
-        turned.diagonal().add_(share * mean)
-        lower, fault = torch.linalg.cholesky_ex(turned)
-        del turned  # a Hessian's size each: three of them at once are enough
+        lower, fault = torch.linalg.cholesky_ex(backwards(hessian, order, share * mean))
         if not int(fault):
             break
         if share >= MOST_DAMP:
@@ -95,13 +123,34 @@ def factorize(hessian: torch.Tensor, damp: float, order: torch.Tensor) -> tuple[
             stacklevel=2,
         )
     upper = lower.flip(0, 1)
-    del lower
-    inverse = torch.eye(len(order), dtype=upper.dtype, device=upper.device)
-    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+    del lower  # a Hessian's size each: three of them at once are enough
+    inverse = inverse_of(upper)
     del upper
     damped = hessian.float().clone()
     damped.diagonal().add_(share * mean)
     return damped, inverse
+
+
+def mean_diagonal(hessian: torch.Tensor) -> float:
+    """What shares of damping refer to; 1 for a Hessian of zeros."""
+    return float(hessian.diagonal().mean()) or 1.0
+
+
+def backwards(hessian: torch.Tensor, order: torch.Tensor, added: float) -> torch.Tensor:
+    """`(k, k)` -> the same in f32 with columns from the last of `order` to the first, `added` to the
+    diagonal."""
+    turned = order.flip(0)
+    found = hessian.float()[turned[:, None], turned]
+    found.diagonal().add_(added)
+    return found
+
+
+def inverse_of(upper: torch.Tensor) -> torch.Tensor:
+    """The inverses of `([e,] k, k)`."""
+    inverse = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
+    inverse = inverse if upper.ndim == 2 else inverse.repeat(len(upper), 1, 1)
+    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+    return inverse
 
 
 def loss(q: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

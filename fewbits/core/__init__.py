@@ -202,8 +202,9 @@ def _address(
 @dataclass(frozen=True)
 class Rounding:
     """The rounding of a grid as data for the core: `(groups, n)` each, and `group (k,)` int64, the
-    row of them that a column has. A table (levels, boundaries between them, codes; all f32) or, without
-    one, integers in [0, top] about zero."""
+    row of them that a column has; for a GPU's kernel `(e, k)`, if each e-th of the n rows has other columns.
+    A table (levels, boundaries between them, codes; all f32) or, without one, integers in [0, top] about
+    zero."""
 
     group: torch.Tensor
     scale: torch.Tensor

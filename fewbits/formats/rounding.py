@@ -11,14 +11,15 @@ from .search import inverse, middles
 
 
 def rounding_of(grid: Grid, n: int, columns: torch.Tensor, most: int) -> Rounding | None:
-    """A grid, for `columns (k,)` of it in that order -> its Rounding, on the grid's device.
+    """A grid, for `columns (k,)` of it in that order -> its Rounding, on the grid's device. `(e, k)`: each
+    e-th of the n rows has its own columns.
 
     None for a grid that is neither scale and offset nor a sorted table, and for tables of more than `most`
     levels."""
     meaning = getattr(grid, "meaning", grid)
     scale, offset = (None if part is None else part.T.contiguous() for part in meaning.groups(n))
     assert scale is not None
-    group = grid.group_of(columns).contiguous()
+    group = grid.group_of(columns.to(scale.device)).contiguous()
     if isinstance(meaning, AffineGrid):
         zero = meaning.zero
         if isinstance(zero, torch.Tensor):

@@ -9,6 +9,7 @@ the whole model    what writes the calibration text; or the quantized model in f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from ..algorithms import NEEDS
-from ..algorithms.gptq import GPU_PIECE
+from ..algorithms.gptq import GPU_PIECE, HESSIAN_COPIES, HESSIANS
 from ..calibrate.sampling import writer_of
 from ..devices import AUTO, Room, free_device_memory
 from ..errors import ModelError
@@ -118,8 +119,9 @@ def placed(request: Request, walked: Sequence[Task], checkpoint: Checkpoint) -> 
     while True:
         request = replace(request, streaming=replace(request.streaming, batch=batch))
         nbytes = _device_peak(checkpoint, walked, request)
-        if free is None or nbytes <= free:
-            return request, nbytes
+        if free is None or nbytes <= free:  # experts go one by one where there is no memory for more
+            together = nbytes + _lockstep_nbytes(walked)
+            return request, together if free is None else min(free, together)
         if batch == 1:
             break
         batch //= 2
@@ -149,6 +151,21 @@ def _device_peak(checkpoint: Checkpoint, walked: Sequence[Task], request: Reques
     rows = request.streaming.rows(context, width)
     states = rows * context * (8 * narrow + 3 * width) * 4
     return modules + 4 * 4 * widest**2 + choosing + states + DEVICE_SPARE
+
+
+def _lockstep_nbytes(walked: Sequence[Task]) -> int:
+    """What choosing the codes of a layer's experts together takes: copies in f32, and Hessians."""
+    count = Counter(
+        (task.site.block, task.shape)
+        for task in walked
+        if task.site is not None and task.site.expert is not None and task.algorithm == "gptq"
+    )
+    nbytes = [
+        4 * (3 + ROWS_IN_F32) * min(GPU_PIECE, e * n * k) + min(HESSIANS, 4 * HESSIAN_COPIES * e * k * k)
+        for (_, (n, k)), e in count.items()
+        if e > 1
+    ]
+    return max(nbytes, default=0)
 
 
 def fitted(

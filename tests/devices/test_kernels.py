@@ -26,6 +26,11 @@ def test_columns_are_those_of_the_reference() -> None:
     assert int(found) >= FORMATS
 
 
+def test_gptq_in_lockstep_is_gptq_of_each() -> None:
+    found = run("lockstep", TRITON_INTERPRET="1") if DEVICE == NAME else run("lockstep", DEVICE)
+    assert int(found) > 0
+
+
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_kernels_compile_without_fused_products(capability: str) -> None:
     for line in run("compile", capability).splitlines():

@@ -22,6 +22,7 @@ from ...qtensor import QTensor
 from ...train.rounding import EFFORTS, learn_block
 from ...transforms import TRANSFORMS, Choice, applied, checked, find_pairs, rescaled
 from ..task import Spec, WeightRecord, chosen, kept_of, measured
+from .ahead import Ahead, Candidate, Chosen
 from .settings import Note, Run
 
 Records = dict[str, WeightRecord]
@@ -95,10 +96,13 @@ class BlockJob:
         self.notes += [Note(text) for text in captured.notes]
         quantized: dict[str, QTensor] = {}
         self.masks = {site.name: self._mask(site, captured.stats.get(site.name)) for site in stage}
-        for together in self._together(stage, captured):
+        groups = self._together(stage, captured)
+        ahead = Ahead([self._candidate(each, captured.stats.get(each[0].name)) for each in groups])
+        for turn, together in enumerate(groups):
             for site in together:
                 self.tell(self.index, "", site, self.error)
-            quantized |= self._sites(together, captured.stats.get(together[0].name))
+            known = ahead.take(turn)
+            quantized |= self._sites(together, captured.stats.get(together[0].name), known)
         for site in stage:
             self.block.set({site.name: quantized[site.name].decode()})
             if not self.keeps:
@@ -123,8 +127,25 @@ class BlockJob:
             groups.setdefault(site.name if alone else like, []).append(site)
         return list(groups.values())
 
-    def _sites(self, sites: Sequence[Site], stats: Stats | None) -> dict[str, QTensor]:
-        """Choose codes for sites of one spec and one input, where the model is; keep them on the CPU."""
+    def _candidate(self, sites: Sequence[Site], stats: Stats | None) -> Candidate | None:
+        """Sites of one spec and one input as a weight whose codes may be chosen together with others."""
+        name = sites[0].name
+        if stats is None or stats.hessian is None:
+            return None
+        shape = sum(site.shape[0] for site in sites), sites[0].shape[1]
+        again = self.run.checkpoint.tensors[name].quantized
+        return Candidate(self.run.specs[name], stats, shape, lambda: self._joined(sites), again)
+
+    def _joined(self, sites: Sequence[Site]) -> torch.Tensor:
+        """The weights of these sites, one below another, where the model is."""
+        weights = [self.weights[site.name].to(self.block.device) for site in sites]
+        return torch.cat(weights) if len(sites) > 1 else weights[0]
+
+    def _sites(
+        self, sites: Sequence[Site], stats: Stats | None, known: Chosen | None = None
+    ) -> dict[str, QTensor]:
+        """Choose codes for sites of one spec and one input, where the model is; keep them on the CPU. known:
+        the sites' joined weights and codes, if these are chosen already."""
         first, spec = sites[0], self.run.specs[sites[0].name]
         if stats is None:
             self.notes.append(Note(f"unseen: {first.name} met no token and is rounded to nearest", "unseen"))
@@ -134,15 +155,19 @@ class BlockJob:
                 self.stats |= dict.fromkeys((site.name for site in sites), stats)
             if NEEDS[spec.algorithm] != "nothing" or (spec.pruning and spec.pruning.needs != "nothing"):
                 self._check_tokens(first, stats)
-        weights = {site.name: self.weights[site.name].to(self.block.device) for site in sites}
+        joined = self._joined(sites) if known is None else known.w
+        rows = [self.weights[site.name].shape[0] for site in sites]
+        weights = dict(zip((site.name for site in sites), joined.split(rows), strict=True))
         return_freed_memory()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            joined = torch.cat([*weights.values()]) if len(sites) > 1 else weights[first.name]
             masks = [mask for site in sites if (mask := self.masks[site.name]) is not None]
             again = self.run.checkpoint.tensors[first.name].quantized
             keep = torch.cat(masks) if masks else None
-            whole, spec = chosen(" and ".join(weights), joined, spec, stats, again, keep)
+            if known is None:
+                whole, spec = chosen(" and ".join(weights), joined, spec, stats, again, keep)
+            else:
+                whole = known.q
         for warning in caught:
             if issubclass(warning.category, CalibrationWarning):
                 self.notes.append(Note(f"{first.name}: {warning.message}"))
