@@ -98,9 +98,8 @@ def _distilled(
     teacher = teacher_of(reference, tokens, settings, lambda done, total: progress("reference", done, total))
     floats = reference if settings.lr_codes else None
     scheme = None if activations is None else activations_of(activations)
-    student = Student(load_model(quantized), quantized, tokens[0], device, floats, scheme)
-    if settings.keep_zeros:
-        student.hold_zeros()
+    model, zeros = load_model(quantized), settings.keep_zeros
+    student = Student(model, quantized, tokens[0], device, floats, scheme, zeros)
     run = Loop(teacher, student, tokens, settings)
     if settings.state is not None and settings.state.exists():
         run.resume(settings.state)

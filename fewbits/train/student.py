@@ -75,10 +75,12 @@ class Student:
         device: torch.device,
         floats: Checkpoint | None = None,
         activations: Activations | None = None,
+        keep_zeros: bool = False,
     ):
         """tokens `(c,)`: any window, to check that the model can be split. floats: the checkpoint before it
         was quantized, if codes are trained: latent weights start at its weights, as near as codes allow.
-        activations: how inputs of its linear layers are quantized, if they are."""
+        activations: how inputs of its linear layers are quantized, if they are. keep_zeros: the checkpoint is
+        pruned: what is 0 stays 0, and float weights with zeros are trained too."""
         self.model = model.requires_grad_(False).to(device)
         self.device, self.floats, self.activations = device, floats, activations
         self.quantized: dict[str, QTensor] = {}
@@ -86,7 +88,7 @@ class Student:
         self.parts: list[Part] = []
         self.fixed: list[str] = []
         self.latents: dict[str, LatentLinear] = {}
-        self.holds_zeros = False
+        self.keep_zeros = keep_zeros
         for name, tensor in checkpoint.tensors.items():
             if tensor.quantized:
                 self._add_linear(name, tensor.load())
@@ -94,6 +96,8 @@ class Student:
                 self._add_vector(name, tensor.load())
             elif (pruned := self._pruned(name, tensor)) is not None:
                 self._add_linear(name, pruned)
+        if keep_zeros:
+            self._hold_zeros()
         if not self.parts:
             raise CalibrationError(
                 f"{checkpoint.path}: nothing to train: no norm, and no quantized linear layer"
@@ -133,17 +137,18 @@ class Student:
 
     def _pruned(self, name: str, tensor: LazyTensor) -> QTensor | None:
         """A float weight that was pruned, on the grid of its type, if codes are trained."""
-        if self.floats is None or len(tensor.shape) != 2 or name not in self.floats.tensors:
+        given = self.floats is not None and len(tensor.shape) == 2 and name in self.floats.tensors
+        module = dict(self.model.named_modules()).get(name.removesuffix(".weight"))
+        if not given or not self.keep_zeros or type(module) is not torch.nn.Linear:
             return None
         w = tensor.load()
         assert isinstance(w, torch.Tensor)
         many = float((w == 0).float().mean()) >= PRUNED
         return unstored(w) if many else None
 
-    def hold_zeros(self) -> None:
+    def _hold_zeros(self) -> None:
         """Weights that are 0, as pruned ones are, stay 0: so do their latent weights and the level 0 of a
         learned table, since their unit is 0."""
-        self.holds_zeros = True
         for part in self.parts:
             if part.kind == "latent":
                 zero = self.quantized[part.name].to(self.device).decode() == 0
@@ -195,7 +200,7 @@ class Student:
 
     def _unit(self, part: Part) -> torch.Tensor:
         unit = self.latents[part.name].gap if part.kind == "latent" else size_of(part.value)
-        return unit * (part.value.detach() != 0) if self.holds_zeros and part.kind != "vector" else unit
+        return unit * (part.value.detach() != 0) if self.keep_zeros and part.kind != "vector" else unit
 
     def spans(self) -> list[tuple[slice, str]]:
         """The place of each part in the vector, and its kind."""
