@@ -69,7 +69,7 @@ def test_what_is_no_amount_of_memory_is_wrong_usage(
             "ecsq takes a format of integers, int8_channel, not the mixture q4_k_m",
         ),
         (["int8_channel", "--method", "ecsq", "--sparsity", "0.5"], "leave sparsity out"),
-        (["int4_g32", "--prune", "wanda"], "prune wanda says which weights become 0; give a sparsity"),
+        (["int4_g32", "--prune", "wanda"], "prune wanda needs a sparsity, such as 0.5"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -112,10 +112,6 @@ class Options(CommonOptions):
         sparsity = method.sparsity if self.sparsity is None else self.sparsity
         if self.sparsity is None and PATTERNS.get(pattern):
             sparsity = 0.5
-        if self.prune and not sparsity:
-            raise PlanError(
-                f"prune {self.prune} says which weights become 0; give a sparsity, or a pattern, too"
-            )
         if sparsity and method.algorithm == "ecsq":
             raise PlanError(
                 "ecsq decides by the bits that are asked for how many weights become 0; leave sparsity out"
