@@ -86,3 +86,12 @@ def test_an_adapter_for_packed_weights_takes_no_option_of_quantizing(tmp_path, c
     run = ["train", str(tmp_path), "--lora", "4", "--calibrate", "a.txt", "--sparsity", "0.5", "--awq"]
     assert main(run) == 1
     assert "--awq, --sparsity: how a float model is quantized before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["convert", "model", "out.gguf"], ["verify", "model"]], ids=" ".join)
+def test_a_device_that_is_not_there_is_refused_first(tmp_path, monkeypatch, capsys, command) -> None:
+    save_tiny("LlamaForCausalLM", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--device", "nonsense"]) == 1
+    assert "device 'nonsense': torch knows no such device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

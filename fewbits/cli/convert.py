@@ -60,15 +60,15 @@ def run(given: argparse.Namespace) -> int:
         apart = save_program(checkpoint, given.out, given.overwrite)
         print(f"wrote {given.out}; loaded again, its output is the model's within {apart:.2g} of the largest")
         return 0
-    with ByteProgress("convert") as progress:
-        request = Request(file=given.to, overwrite=given.overwrite, requantize=given.requantize)
-        receipt = convert(checkpoint, given.out, request, progress)
     options = Options(
         verify=not given.no_verify,
         verify_seconds=given.verify_seconds,
         verify_memory=given.verify_memory,
         streaming=Streaming(device=given.device),
     )
+    with ByteProgress("convert") as progress:
+        request = Request(file=given.to, overwrite=given.overwrite, requantize=given.requantize)
+        receipt = convert(checkpoint, given.out, request, progress)
     receipt, code = concluded(*conclude(receipt, checkpoint, given.out, options), given.out, given.push)
     print(receipt.to_json() if given.json else f"{receipt.table()}\n\nwrote {given.out}")
     return code

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..adapters.as_loaded import as_loaded
 from ..adapters.hub import resolve
-from ..devices import Room
+from ..devices import Room, device_of
 from ..errors import PlanError
 from ..files.open import open_checkpoint
 from ..memory import left_of
@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
         raise PlanError(
             f"{options.path}: is packed, and engines read no packed files; `fewbits unpack` it first"
         )
+    device_of(options.device)  # an unknown one is an error here, not a file that is not checked
     memory = left_of(options.memory)
     need = verification_need(options.path, options.engine, memory)
     if need is not None:
