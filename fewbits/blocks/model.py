@@ -89,8 +89,7 @@ class BlockModel:
         self._looked_up = set(self._read_rows_alone())
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._last: tuple[torch.Tensor, list[Call]] | None = None  # token ids and their calls
-        self._head: dict[str, torch.Tensor] | None = None
-        self._narrow: torch.Tensor | None = None  # the output's weight as products under autocast take it
+        self._heads: dict[torch.dtype, dict[str, torch.Tensor]] = {}  # by the type of the output's weight
         self._flow = PLAIN
         with self._filled(self._around()):
             self._around_is_there = True
@@ -127,13 +126,13 @@ class BlockModel:
     def weights(self, i: int, device: torch.device | None = None) -> dict[str, torch.Tensor]:
         """The tensors of block i, decoded to f32, on a device (default: the model's): copies that do not
         reference the mapped file."""
-        self._head = self._narrow = None
+        self._heads.clear()
         return {name: self._decode(name, torch.float32, device or self.device) for name in self.names(i)}
 
     def block(self, i: int, weights: Mapping[str, torch.Tensor]) -> Block:
         """Block i filled with `weights`: every name of `names(i)`. A weight with the dtype and device of the
         computation is shared with the block, not copied."""
-        self._head = self._narrow = None
+        self._heads.clear()
         faults = [f"tensor {name!r} is missing" for name in self.names(i) if name not in weights]
         raise_all(ModelError, f"{self.path}.{self._places[i]}", faults)
         # The config is shared, not copied: blocks only read it.
@@ -149,7 +148,7 @@ class BlockModel:
 
     def forget_head(self) -> None:
         """Free the weights of `head`."""
-        self._head = self._narrow = None
+        self._heads.clear()
 
     def head(self, hidden: torch.Tensor, product: torch.dtype | None = None) -> torch.Tensor:
         """`(b, t, h)` -> `(b, t, vocab)`: final norm and output. product: the type that autocast gives the
@@ -160,17 +159,16 @@ class BlockModel:
         hidden = hidden.to(self.device, self.dtype)
         if self._output is None:
             raise ModelError(f"{self.checkpoint.path}: {type(self._model).__name__} has no logits of tokens")
-        if self._head is None:
+        if self.dtype not in self._heads:
             name = next(iter(self._made_of[self._output]))
-            self._head = self._around() | {self._output: self._decode(name, self.dtype, self.device)}
-        filled = self._head
-        if product not in (None, self.dtype):
-            if self._narrow is None or self._narrow.dtype != product:
-                self._narrow = filled[self._output].to(product)
-            filled = filled | {self._output: self._narrow}
+            weight = self._decode(name, self.dtype, self.device)
+            self._heads[self.dtype] = self._around() | {self._output: weight}
+        if (product := product or self.dtype) not in self._heads:
+            usual = self._heads[self.dtype]
+            self._heads[product] = usual | {self._output: usual[self._output].to(product)}
         states = self._flow.hidden(hidden)
         running = Pass(self.n_blocks, self._flow.known, states, sizes=(hidden.shape[0], hidden.shape[1]))
-        with self._filled(filled), self._standing_in(running):
+        with self._filled(self._heads[product]), self._standing_in(running):
             logits = self._model(**self._given(self._inputs(hidden)), **self._no_cache).logits
         if logits.shape[:2] != hidden.shape[:2]:
             raise ModelError(

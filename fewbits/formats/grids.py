@@ -45,6 +45,18 @@ def saturate(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.clamp(-largest, largest).to(dtype)
 
 
+def beside(
+    grid: AffineGrid | TableGrid, x: torch.Tensor, columns: slice, *parameters: torch.Tensor | int | None
+) -> tuple[Any, ...]:
+    """`(n, c)` and parameters of its groups, in shapes that broadcast: of whole rows without a copy."""
+    whole = columns == slice(None) and grid.index is None and x.shape[1] % grid.group == 0
+    if whole and grid.scale.shape[1] > 1 and not grid.scale.requires_grad:
+        parts = (part[:, :, None] if isinstance(part, torch.Tensor) else part for part in parameters)
+        return x.reshape(x.shape[0], -1, grid.group), *parts
+    of_columns = (grid.group, columns, grid.k, grid.index)
+    return x, *(spread(part, *of_columns) if isinstance(part, torch.Tensor) else part for part in parameters)
+
+
 @dataclass(frozen=True)
 class AffineGrid(Grid):
     """value = scale * (code - zero) + offset, code in [0, top]; offset None means no addition.
@@ -67,34 +79,19 @@ class AffineGrid(Grid):
     def _inverse(self) -> torch.Tensor:
         return inverse(self.scale)
 
-    def _of(self, parameter: torch.Tensor, columns: slice) -> torch.Tensor:
-        return spread(parameter, self.group, columns, self.k, self.index)
-
-    def _beside(
-        self, x: torch.Tensor, columns: slice, *parameters: torch.Tensor | int | None
-    ) -> tuple[Any, ...]:
-        """`(n, c)` and parameters of its groups, in shapes that broadcast: of whole rows without a copy."""
-        whole = columns == slice(None) and self.index is None and x.shape[1] % self.group == 0
-        if whole and self.scale.shape[1] > 1 and not self.scale.requires_grad:
-            parts = (part[:, :, None] if isinstance(part, torch.Tensor) else part for part in parameters)
-            return x.reshape(x.shape[0], -1, self.group), *parts
-        return x, *(
-            self._of(part, columns) if isinstance(part, torch.Tensor) else part for part in parameters
-        )
-
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        x, inverse, offset, zero = self._beside(w, columns, self._inverse, self.offset, self.zero)
+        x, inverse, offset, zero = beside(self, w, columns, self._inverse, self.offset, self.zero)
         x = x if offset is None else x - offset
         code = (x * inverse).round_().add_(zero)
         return code.clamp_(0, self.top).to(torch.uint8).view(w.shape)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        x, scale, offset, zero = self._beside(codes, columns, self.scale, self.offset, self.zero)
+        x, scale, offset, zero = beside(self, codes, columns, self.scale, self.offset, self.zero)
         value = scale * x.float().sub_(zero)
         return (value if offset is None else value + offset).view(codes.shape)
 
     def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        x, zero = self._beside(codes, columns, self.zero)
+        x, zero = beside(self, codes, columns, self.zero)
         return (x.float() - zero).view(codes.shape)
 
     def groups(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -158,11 +155,12 @@ class TableGrid(Grid):
         return levels
 
     def round(self, w: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        inv = spread(self._inverse, self.group, columns, self.k)
-        return pick(self.codes, middles(self.table), w * inv)
+        x, inv = beside(self, w, columns, self._inverse)
+        return pick(self.codes, middles(self.table), x * inv).view(w.shape)
 
     def value(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return spread(self.scale, self.group, columns, self.k) * self.level(codes)
+        level, scale = beside(self, self.level(codes), columns, self.scale)
+        return (scale * level).view(codes.shape)
 
     def level(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         return lookup(self.levels, codes)

@@ -66,6 +66,7 @@ class Distilled:
         return min(judgement.held_out for judgement in self.history)
 
 
+@freed_memory_kept()
 def distill(
     reference: Checkpoint,
     quantized: Checkpoint,
@@ -82,18 +83,6 @@ def distill(
     is not finite; FileError for the state of another run."""
     settings, progress = settings or DistillSettings(), progress or _silent
     _check(tokens, settings)
-    with freed_memory_kept():
-        return _distilled(reference, quantized, tokens, settings, progress, activations)
-
-
-def _distilled(
-    reference: Checkpoint,
-    quantized: Checkpoint,
-    tokens: torch.Tensor,
-    settings: DistillSettings,
-    progress: Progress,
-    activations: Mapping[str, Any] | None,
-) -> Distilled:
     device = torch.device(settings.device)
     teacher = teacher_of(reference, tokens, settings, lambda done, total: progress("reference", done, total))
     floats = reference if settings.lr_codes else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha256
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
@@ -161,6 +162,7 @@ class Loop:
 
     # ---- the state
 
+    @cached_property
     def fingerprint(self) -> str:
         """Digest of settings, tokens, the student's start and the teacher's hidden states, which decide the
         result."""
@@ -182,12 +184,12 @@ class Loop:
             "scaler": self.scaler.state_dict(),
         }
         state = {name: getattr(self, name) for name in STATE} | moments_of(self.optimizer, self.parts)
-        write_state(path, state, record, self.fingerprint())
+        write_state(path, state, record, self.fingerprint)
         self.saved = time.monotonic()
 
     def resume(self, path: Path) -> None:
         """Resume from a state; FileError for one that is damaged or of another run."""
-        state, record = read_state(path, self.fingerprint())
+        state, record = read_state(path, self.fingerprint)
         self.step, self.history = record["step"], [Judgement(**row) for row in record["history"]]
         self.resumed, self.skipped, self.losses = self.step, record["skipped"], record["losses"]
         self.scaler.load_state_dict(record["scaler"])

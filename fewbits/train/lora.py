@@ -159,7 +159,7 @@ class _Run:
             for found in self.factors:
                 held_constant(found.a.data, settings.group)
         self.judge()
-        self.start = self.digest()
+        self.fingerprint = self._digest()
 
     def advance(self) -> None:
         """One step on `batch` windows; the logits of one are in memory at a time."""
@@ -222,7 +222,7 @@ class _Run:
 
     # ---- the state
 
-    def digest(self) -> str:
+    def _digest(self) -> str:
         """Of settings and text, of the adapter's start, and of the loss there, which model and parent
         decide."""
         digest = sha256(repr(self.settings).encode() + repr(self.history[0].held_out).encode())
@@ -234,16 +234,15 @@ class _Run:
         """Write the state, atomically."""
         state = moments_of(self.optimizer, self.parameters)
         for i, (now, best) in enumerate(zip(self.parameters, self.best, strict=True)):
-            state |= {f"now.{i}": now.detach().cpu().contiguous(), f"best.{i}": best.cpu().contiguous()}
-        for device, random in self.random().items():
-            state[f"random.{device}"] = random
+            state |= {f"now.{i}": now, f"best.{i}": best}
+        state |= self.random()
         record = {"step": self.step, "history": [asdict(judgement) for judgement in self.history]}
-        write_state(path, state, record, self.start)
+        write_state(path, state, record, self.fingerprint)
 
     @torch.no_grad()
     def resume(self, path: Path) -> None:
         """Resume from a state; FileError for one that is damaged or of another run."""
-        state, record = read_state(path, self.start)
+        state, record = read_state(path, self.fingerprint)
         self.step, self.history = record["step"], [Judgement(**row) for row in record["history"]]
         for i, (now, best) in enumerate(zip(self.parameters, self.best, strict=True)):
             now.copy_(state.pop(f"now.{i}"))
@@ -255,9 +254,9 @@ class _Run:
 
     def random(self) -> dict[str, torch.Tensor]:
         """The states of the generators that dropout draws from."""
-        found = {"cpu": torch.get_rng_state()}
+        found = {"random.cpu": torch.get_rng_state()}
         if self.tokens.device.type == "cuda":
-            found["cuda"] = torch.cuda.get_rng_state(self.tokens.device)
+            found["random.cuda"] = torch.cuda.get_rng_state(self.tokens.device)
         return found
 
     def check(self, value: float, what: str) -> None:

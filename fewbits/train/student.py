@@ -107,9 +107,8 @@ class Student:
         self.halves = Halves(self.model, tokens.to(device))
 
     def _add_linear(self, name: str, q: torch.Tensor | QTensor) -> None:
-        path = name.removesuffix(".weight")
-        module = dict(self.model.named_modules()).get(path)
-        if not isinstance(q, QTensor) or type(module) is not torch.nn.Linear:
+        module = self._linear(name)
+        if not isinstance(q, QTensor) or module is None:
             self.fixed.append(name)
             return
         grid, codes = q.format.unpack(q.to(self.device))
@@ -124,7 +123,7 @@ class Student:
             plain = isinstance(grid, PlainGrid)
             gap = size_of(latent) / PLAIN_STEPS if plain else gap_of(grid, latent)
             linear = LatentLinear(grid, latent, gap, module.bias)
-        self.model.set_submodule(path, linear)
+        self.model.set_submodule(name.removesuffix(".weight"), linear)
         self.quantized[name] = q
         self.parts += [Part(name, key, "block", value) for key, value in linear.block_parameters.items()]
         if isinstance(linear, LatentLinear):
@@ -135,11 +134,18 @@ class Student:
             if linear.input.scale is not None:
                 self.parts.append(Part(name, INPUT, "block", linear.input.scale))
 
+    def _linear(self, name: str) -> torch.nn.Linear | None:
+        """The plain linear layer whose weight this is."""
+        try:
+            module = self.model.get_submodule(name.removesuffix(".weight"))
+        except AttributeError:
+            return None
+        return module if type(module) is torch.nn.Linear else None
+
     def _pruned(self, name: str, tensor: LazyTensor) -> QTensor | None:
         """A float weight that was pruned, on the grid of its type, if codes are trained."""
-        given = self.floats is not None and len(tensor.shape) == 2 and name in self.floats.tensors
-        module = dict(self.model.named_modules()).get(name.removesuffix(".weight"))
-        if not given or not self.keep_zeros or type(module) is not torch.nn.Linear:
+        trained = self.keep_zeros and self.floats is not None and name in self.floats.tensors
+        if not trained or self._linear(name) is None:
             return None
         w = tensor.load()
         assert isinstance(w, torch.Tensor)

@@ -267,10 +267,14 @@ def _source_peak(checkpoint: Checkpoint, job: Job, name: str) -> int:
     return nbytes + 2 * format.nbytes(n, k) + ROWS_IN_F32 * 4 * rows * k
 
 
+def _hidden_width(checkpoint: Checkpoint) -> int:
+    return next((site.shape[1] for site in sites(checkpoint) if site.role == "embed"), 0)
+
+
 def _hidden_nbytes(checkpoint: Checkpoint, request: Request) -> int:
     """Hidden states of the text: of the quantized model, and of the float one beside it."""
     assert request.tokens is not None
-    width = next((s.shape[1] for s in sites(checkpoint) if s.role == "embed"), 0)
+    width = _hidden_width(checkpoint)
     streams = 2 if request.method.gptaq else 1
     return request.tokens.count * width * request.streaming.dtype.itemsize * streams
 
@@ -286,8 +290,7 @@ def _passes_nbytes(checkpoint: Checkpoint, request: Request) -> int:
     outputs = sum(site.shape[0] for site in found)
     if settings.recompute:  # of one block at a time
         outputs //= max(1, len({site.block for site in found}))
-    width = next((s.shape[1] for s in sites(checkpoint) if s.role == "embed"), 0)
-    kept = 2 * 4 * settings.top_k if settings.top_k else 4 * width
+    kept = 2 * 4 * settings.top_k if settings.top_k else 4 * _hidden_width(checkpoint)
     return 12 * micro * context * outputs + request.tokens.count * kept
 
 
