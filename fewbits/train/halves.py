@@ -26,6 +26,8 @@ class Halves:
         with torch.no_grad():
             whole = model(input_ids=tokens[None], use_cache=False).logits
         self._blocks = getattr(model, model.base_model_prefix)
+        # A model without its blocks does not find it.
+        self.output = model.get_output_embeddings()
         setattr(model, model.base_model_prefix, _Absent())
         self._model = model
         with torch.no_grad():
@@ -64,7 +66,7 @@ class Halves:
     def product_in(self, kind: torch.dtype) -> Iterator[None]:
         """Within, a frozen output layer has its weight in the type that autocast gives its product, instead
         of being converted at each call."""
-        output = self._model.get_output_embeddings()
+        output = self.output
         frozen = type(output) is torch.nn.Linear and not output.weight.requires_grad
         if not frozen or output.weight.dtype == kind:
             yield
