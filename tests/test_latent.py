@@ -121,15 +121,16 @@ def test_the_command_trains_into_a_file(
     out = tmp_path / "out"
     given: list[Any] = [
         "train", model, "--to", "int2_g32", "--calibrate", tmp_path / "text.txt", "--tokens", 2048,
-        "--context", 32, "--steps", 8, "--batch", 2, "--lr-codes", 0.02, "--out", out, "--no-verify",
+        "--context", 32, "--steps", 20, "--batch", 4, "--lr-codes", 0.005, "--lr", 0.003, "--out", out,
+        "--no-verify",
     ]  # fmt: skip
     assert main([str(each) for each in given]) == 0
     capsys.readouterr()
     receipt = fewbits.Receipt.from_json((out / "receipt.json").read_text(), "receipt")
-    assert receipt.method["train"] == 8
+    assert receipt.method["train"] == 20
     assert any(note.startswith("trained: KL divergence") for note in receipt.notes)
     history = receipt.training
-    assert [row["step"] for row in history] == [0, 8] and history[1]["learned"] > 0
+    assert [row["step"] for row in history] == [0, 20] and history[1]["learned"] > 0
     best = min(row["held_out"] for row in history)
     assert f"{best:.4f} (written)" in (out / "README.md").read_text()
     with PIL.Image.open(out / "training.png") as picture:  # matplotlib comes with it
@@ -246,3 +247,25 @@ def test_what_cannot_be_prepared_or_exported_is_refused(prepared: Any, model: Pa
     with pytest.raises(fewbits.ModelError, match="nowhere: not a directory"):
         fewbits.export(prepared, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_one_is_refused_and_goes_on_as_the_error_says(
+    prepared: Any, model: Path, tmp_path: Path
+) -> None:
+    import transformers
+    from safetensors.torch import load_file
+
+    with torch.no_grad():
+        for part in prepared.parameters():
+            if part.ndim == 2:
+                part.add_(0.05 * part.abs().mean() * torch.randn(part.shape))
+    prepared.save_pretrained(tmp_path / "saved")
+    with pytest.raises(fewbits.FileError, match=r"prepare_qat changed; load the model .* load_state_dict"):
+        fewbits.open(tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    fewbits.prepare_qat(again, "int4_g32")
+    assert not torch.equal(again(TOKENS[:1]).logits, prepared(TOKENS[:1]).logits)
+    again.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"))
+    for name, one in (("a.gguf", prepared), ("b.gguf", again)):
+        fewbits.export(one, tmp_path / name)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

@@ -220,6 +220,25 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, given, said):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_of_a_model_of_the_same_shape_is_refused(tmp_path, capsys):
+    base = save_tiny("LlamaForCausalLM", tmp_path / "base", **SMALL)
+    other = save_tiny("LlamaForCausalLM", tmp_path / "other", seed=1, **SMALL)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    with pytest.raises(ModelError, match=r"(?s)is not of .*other; it was trained on .*base, whose .*another"):
+        merge(open_checkpoint(other), open_adapter(adapter), tmp_path / "out", OPTIONS)
+    asked = ["convert", str(adapter), str(tmp_path / "out.gguf"), "--base"]
+    assert main([*asked, str(other)]) == 1 and "another model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.gguf").exists()
+
+    packed = quantized(tmp_path, to="q4_0", plan=Plan(), **SMALL)  # of the same float model
+    assert main([*asked, str(packed)]) == 0 and not capsys.readouterr().err
+    base.rename(tmp_path / "gone")
+    assert main([*asked, str(other), "--overwrite"]) == 0
+    assert "which is not here to be compared" in capsys.readouterr().err
+
+
 def test_too_little_text_and_what_is_in_the_way(tmp_path):
     base = quantized(tmp_path, to="q4_0", plan=Plan(), **SMALL)
     adapter = open_adapter(save_adapter(base, tmp_path / "adapter", target_modules=["up_proj"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..errors import ModelError, PlanError
@@ -11,6 +12,7 @@ from ..files.gguf.adapter import write_adapter
 from ..files.open import FILE_TYPES
 from ..runtime.program import SUFFIX, save_program
 from ..table import size
+from ..workflow.adapted import check_base
 from ..workflow.blockwise import Streaming
 from ..workflow.options import Options
 from ..workflow.quantize import conclude, opened
@@ -82,6 +84,10 @@ def _convert_adapter(given: argparse.Namespace) -> int:
     base = given.base or adapter.base
     if not base:
         raise ModelError(f"{given.model}: names no model that it belongs to; give it (--base)")
-    nbytes = write_adapter(adapter, opened(base, given.cache_dir)[0], given.out, given.overwrite)
+    checkpoint = opened(base, given.cache_dir)[0]
+    note = check_base(adapter, checkpoint)
+    nbytes = write_adapter(adapter, checkpoint, given.out, given.overwrite)
+    if note:
+        print(f"fewbits convert: {note}", file=sys.stderr)
     print(f"wrote {given.out}: {size(nbytes)}, {len(adapter.weights)} weights")
     return 0

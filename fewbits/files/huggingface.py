@@ -44,6 +44,7 @@ from .torch_bin import read_torch
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LEFT_OVER = "config.json has a quantization_config ({}), but all weights are plain floats: it is dropped"
+IN_TRAINING = ".latent"  # how prepare_qat's weights end
 BIN = "pytorch_model.bin"  # in shards: BIN.index.json
 
 
@@ -84,6 +85,11 @@ class Floats(Directory):
             for name, place in places.items()
             if _quantized(name, place, places)
         ]
+        if any(name.endswith(IN_TRAINING) for name in places):
+            faults.append(
+                "saved from a model that fewbits.prepare_qat changed; load the model that it was made of, call "
+                "prepare_qat, then load_state_dict with this file, and write it with fewbits.export"
+            )
         return {}
 
 

@@ -74,6 +74,14 @@ class PackedWeight(nn.Module):
     def __getitem__(self, at: Any) -> torch.Tensor:
         return self.decode()[at]
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":  # PEFT's merge_and_unload adds to it
+            raise AttributeError(
+                f"a {self.format.name} weight has no float data to change; merge adapters into packed weights "
+                "with `fewbits merge MODEL ADAPTER`"
+            )
+        return super().__getattr__(name)
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -37,6 +37,7 @@ from ..formats import Distortion
 from ..qtensor import QTensor
 from ..release.receipt import Receipt, TensorRow
 from ..storage.atomic import make_directory, write_atomic
+from .adapted import check_base
 from .blockwise import Streaming
 from .blockwise.collect import collect
 from .provenance import digest_file
@@ -77,6 +78,7 @@ def merge(
     options, progress = options or MergeOptions(), progress or _silent
     base = as_loaded(base)
     adapter.check_fits(base)
+    known = check_base(adapter, base)
     file = options.file or (None if out.suffix == ".gguf" else _type_of(base, out))
     file_type = file_type_for(file, out)
     check_place(base, out, file_type, options.overwrite)
@@ -107,7 +109,7 @@ def merge(
         tensors=tuple(_row(row, weights, merged, ways) for row in receipt.tensors),
         merged=about,
         calibration=calibration_of(Request(tokens=learned)),
-        notes=(*receipt.notes, _note(about)),
+        notes=(*receipt.notes, *([known] if known else ()), _note(about)),
     )
     write_atomic(file_type.receipt_path(out), receipt.to_json().encode())
     return receipt
