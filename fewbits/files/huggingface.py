@@ -87,8 +87,8 @@ class Floats(Directory):
         ]
         if any(name.endswith(IN_TRAINING) for name in places):
             faults.append(
-                "saved from a model that fewbits.prepare_qat changed; load the model that it was made of, call "
-                "prepare_qat, then load_state_dict with this file, and write it with fewbits.export"
+                "saved from a model that fewbits.prepare_qat changed; load the model that it was made of, "
+                "call prepare_qat, then load_state_dict with this file, and write it with fewbits.export"
             )
         return {}
 

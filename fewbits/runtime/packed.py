@@ -77,8 +77,8 @@ class PackedWeight(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "data":  # PEFT's merge_and_unload adds to it
             raise AttributeError(
-                f"a {self.format.name} weight has no float data to change; merge adapters into packed weights "
-                "with `fewbits merge MODEL ADAPTER`"
+                f"a {self.format.name} weight has no float data to change; merge adapters into packed "
+                "weights with `fewbits merge MODEL ADAPTER`"
             )
         return super().__getattr__(name)
 

@@ -42,7 +42,7 @@ from ..qtensor import QTensor
 from .loop import Judgement, Loop
 from .settings import DistillSettings, settings_faults
 from .student import Student
-from .teacher import teacher_of
+from .teacher import Teacher, teacher_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -74,17 +74,19 @@ def distill(
     settings: DistillSettings | None = None,
     progress: Progress | None = None,
     activations: Mapping[str, Any] | None = None,
+    teacher: Teacher | None = None,
 ) -> Distilled:
     """Tokens `(w, c)` int64 -> the block parameters and vectors with which the quantized model's logits are
     nearest to the reference's. activations: the record of how inputs of weights are quantized, whose static
-    steps are trained too.
+    steps are trained too. teacher: the reference's after it ran over these tokens, if it did (`teacher_of`).
 
     Raises CalibrationError for too few windows, a quantized model without trainable numbers, or a loss that
     is not finite; FileError for the state of another run."""
     settings, progress = settings or DistillSettings(), progress or _silent
     _check(tokens, settings)
     device = torch.device(settings.device)
-    teacher = teacher_of(reference, tokens, settings, lambda done, total: progress("reference", done, total))
+    if teacher is None:
+        teacher = teacher_of(reference, tokens, settings, lambda i, n: progress("reference", i, n))
     floats = reference if settings.lr_codes else None
     scheme = None if activations is None else activations_of(activations)
     model, zeros = load_model(quantized), settings.keep_zeros

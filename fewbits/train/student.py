@@ -34,8 +34,8 @@ LATENT = "latent"  # the key of a float weight that codes are rounded from
 INPUT = "input"  # the key of the step of a static scheme of activations
 PRUNED = 0.01  # a float weight with this share of zeros was pruned
 PLAIN_STEPS = 8  # of a float weight: the step that takes the place of a grid's spacing is its size by this
-# Positions whose logits are computed at once: these are large, and new memory is slow. The gradient of a trained
-# output layer is as large as its weight, so there are fewer of them.
+# Positions whose logits are computed at once: these are large, and new memory is slow. The gradient of a
+# trained output layer is as large as its weight, so there are fewer of them.
 POSITIONS, OF_TRAINED = 64, 512
 START = (
     0.6  # of the way from its code's value to the float weight, half a gap at most: where a latent one starts
@@ -299,7 +299,7 @@ class Student:
             for start in range(0, batch.shape[1], positions):
                 at = slice(start, min(start + positions, batch.shape[1]))
                 with products(goals.compute, self.device):
-                    # A slice of a batch would have strides for which torch copies the output's weight each time.
+                    # For the strides of a slice of a batch torch would copy the output's weight each time.
                     logits = self.halves.head(cut[i, at][None])
                 parent = goals.parent(row, at) if goals.share > 0 else None
                 loss, gradient = loss_and_gradient(
