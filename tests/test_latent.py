@@ -17,9 +17,10 @@ from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.qtensor import QTensor
 from fewbits.train.distill import DistillSettings, distill
-from fewbits.train.rounding import gap_of
+from fewbits.train.rounding import gap_of, spacing_of
 from fewbits.train.ste import LatentLinear
 from fewbits.train.student import Student
+from fewbits.workflow.training import packed
 from tests.test_distill import SMALL, TOKENS, in_format
 from tests.tiny import save_tiny
 
@@ -69,6 +70,38 @@ def test_a_weight_beyond_its_grid_is_not_taken_farther() -> None:
         assert kept == ([1.0, 0.0] if direction > 0 else [0.0, -1.0])
 
 
+@pytest.mark.parametrize("name", [*KINDS, *(name for name in WIDE if name != "iq3_s"), "kmeans4_channel"])
+def test_every_level_can_be_reached_also_by_weights_that_lie_on_the_grid(name: str) -> None:
+    """One step of descent, as large as the gradient asks for, is taken between all neighbours."""
+    fmt = FORMATS.get(name)
+    _, w = linear_of(name)
+    grid, codes = fmt.unpack(fmt.encode(w))
+    there = grid.value(codes)
+    linear = LatentLinear(grid, there.clone(), spacing_of(grid, there), None)
+    low, high = (grid.value(grid.round(torch.full_like(w, side))) for side in (-1e9, 1e9))
+    with torch.no_grad():
+        linear.latent.copy_(torch.minimum(low, high) + (high - low).abs() * torch.rand_like(w))
+    for direction in (1.0, -1.0):
+        linear.latent.grad = None
+        (direction * linear(torch.ones(1, w.shape[1])).sum()).backward()
+        assert linear.latent.grad is not None and bool((linear.latent.grad == direction).all())
+    with torch.no_grad():
+        linear.latent.copy_(torch.maximum(low, high) + 3 * (high - low).abs())
+    linear.latent.grad = None
+    (-linear(torch.ones(1, w.shape[1])).sum()).backward()
+    assert linear.latent.grad is not None and not bool(linear.latent.grad.any())
+
+
+@pytest.mark.parametrize("name", [*KINDS, *WIDE, "iq2_xxs", "iq1_s", "kmeans4_channel"])
+def test_scales_in_a_pass_are_those_of_the_file(name: str) -> None:
+    linear, w = linear_of(name)
+    with torch.no_grad():
+        for value in linear.block_parameters.values():
+            value.mul_(1.003)
+    held = packed(linear, FORMATS.get(name)).decode()
+    assert torch.equal(linear(torch.eye(w.shape[1])).detach().T, held)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("latent") / "model", **SMALL)
@@ -107,9 +140,9 @@ def test_training_codes_gains_more_than_training_scales(model: Path, kind: str) 
     settings = DistillSettings(steps=60, lr=2e-3, lr_vectors=2e-3, batch=8, held_out=8, every=20)
     quantized = in_format(reference, kind)
     scales = distill(reference, quantized, tokens, settings)
-    codes = distill(reference, quantized, tokens, replace(settings, lr_codes=0.08))
+    codes = distill(reference, quantized, tokens, replace(settings, lr_codes=0.04))
     assert codes.after < 0.9 * scales.after and codes.after < 0.8 * codes.before
-    again = distill(reference, quantized, tokens, replace(settings, lr_codes=0.08))
+    again = distill(reference, quantized, tokens, replace(settings, lr_codes=0.04))
     assert again.history == codes.history
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fewbits
 from fewbits import Plan
@@ -209,6 +210,18 @@ def test_a_group_adapter_sees_sums_and_its_gradient_is_theirs(model):
     torch.testing.assert_close(found.a.grad[:, ::32], small.grad, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("targets", [("lm_head",), ("q_proj", "lm_head")])
+@pytest.mark.parametrize("group", [None, 32])
+def test_an_adapter_of_the_output_layer_is_trained_too(tmp_path, model, targets, group):
+    out, settings = tmp_path / "adapter", replace(SHORT, group=group)
+    lora = Lora(Shape(4, 8.0), targets)
+    trained = train_adapter(open_checkpoint(model), out, Tokens.of(WINDOWS, "random"), lora, settings)
+    assert trained.best.held_out < trained.history[0].held_out
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert all(bool(value.any()) for name, value in tensors.items() if "lora_B" in name)
+    assert any("lm_head" in name for name in tensors)
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
@@ -247,6 +260,9 @@ def test_a_state_of_another_run_is_refused(tmp_path, model):
         settings = replace(SHORT, seed=1) if other is text else SHORT
         with pytest.raises(FileError, match="another model, text or settings"):
             train_adapter(base, tmp_path / "a", other, RANK, settings)
+    for shape in (Shape(4, 9.0), Shape(4, 8.0, 0.5)):
+        with pytest.raises(FileError, match="another model, text or settings"):
+            train_adapter(base, tmp_path / "a", text, Lora(shape), SHORT)
     assert not (tmp_path / "a").exists() and (tmp_path / "a.state").exists()
 
 
@@ -308,6 +324,43 @@ def test_the_command_quantizes_first_and_names_what_it_trained_on(tmp_path, monk
     assert "float-int4_g32: exists; train on it: fewbits train float-int4_g32" in capsys.readouterr().err
     assert main(["train", "float-int4_g32", "--init", "loftq", *run[:2]]) == 1
     assert "--init: of an adapter; give --lora RANK too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--lora", "4", "--loss", "mix"], "loss 'mix' is unknown"),
+        (["--lora", "0"], "rank 0"),
+        (["--lora", "4", "--lora-dropout", "2"], "dropout 2"),
+        (["--lora", "4", "--lora-targets", "q_prj"], "no linear layer is called 'q_prj'"),
+        (
+            ["--lora", "4", "--lora-group", "32", "--init", "loftq"],
+            "leave one of --init loftq, --lora-group out",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_is_quantized(
+    tmp_path, monkeypatch, capsys, model, wrong, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(CORPUS, encoding="utf-8")
+    given = ["train", str(model.parent / "float"), "--to", "int4_g32", "--calibrate", "text.txt", *wrong]
+    assert main(given) == 1
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_json_is_one_document(tmp_path, monkeypatch, capsys, model):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(CORPUS * 4, encoding="utf-8")
+    run = ["--calibrate", "text.txt", "--tokens", "1024", "--context", "32", "--steps", "2", "--lora", "4"]
+    first = ["train", str(model.parent / "float"), "--to", "int4_g32", "--effort", "fast", "--no-verify"]
+    for out, given in (("a", first), ("b", ["train", "float-int4_g32"])):
+        assert main([*given, *run, "-o", out, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["out"], found["parameters"]) == (out, 8192) and found["history"][0]["step"] == 0
+    assert main(["train", "float-int4_g32", *run, "-o", "c", "--no-verify"]) == 1
+    assert "--no-verify: how a float model is quantized" in capsys.readouterr().err
 
 
 def test_an_adapter_is_replaced_only_when_asked(tmp_path, model):

@@ -1,12 +1,15 @@
 """What training minimizes, and with what arithmetic: gradients are those of autograd of the plain formula."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional
 
+from fewbits.adapters.transformers import load_model
 from fewbits.errors import CalibrationError, FileError
 from fewbits.files.checkpoint import Checkpoint
 from fewbits.files.open import open_checkpoint
@@ -23,7 +26,7 @@ PARENT = 3 * torch.randn(7, 50, generator=MAKE)
 LOGITS = PARENT + torch.randn(7, 50, generator=MAKE)
 WINDOW = torch.randint(50, (7,), generator=MAKE)
 ALL = slice(0, 7)
-SHORT = DistillSettings(steps=6, lr=4e-3, lr_vectors=4e-3, batch=4, held_out=3, every=3, lr_codes=0.05)
+SHORT = DistillSettings(steps=6, lr=4e-3, lr_vectors=4e-3, batch=4, held_out=3, every=3, lr_codes=0.03)
 
 
 def plain(logits: torch.Tensor, share: float, temperature: float) -> torch.Tensor:
@@ -83,6 +86,67 @@ def test_the_rest_of_the_mass_is_one_event(temperature: float) -> None:
         LOGITS, Distributions.of(PARENT, temperature, 50), WINDOW, ALL, 1.0, temperature
     )
     assert every == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_rest_of_a_sure_student_is_exact() -> None:
+    """Of 1 - the sum of its k largest probabilities, f32 would have nothing left."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(7, 4000, generator=generator)
+    z[:, :4] += torch.tensor([34.0, 33.0, 32.0, 31.0])
+    parent = torch.randn(7, 4000, generator=generator)
+    parent[:, :4] += torch.tensor([22.0, 21.0, 20.0, 19.0])
+    given = Distributions.of(parent, 1.0, 4)
+    assert given.ids is not None and set(given.ids.flatten().tolist()) <= set(range(4))
+    _, gradient = loss_and_gradient(z, given, torch.zeros(7, dtype=torch.int64), ALL, 1.0)
+    p, q = parent.double().softmax(-1), z.double().softmax(-1)
+    r, s = p[:, 4:].sum(-1, keepdim=True), q[:, 4:].sum(-1, keepdim=True)
+    assert float(s.max()) < 1e-7 < float(r.min())
+    wanted = torch.cat([q[:, :4] - p[:, :4], q[:, 4:] * (1 - r / s)], -1) / 7
+    assert float((gradient - wanted).abs().sum()) < 1e-3 * float(wanted.abs().sum()) + 1e-6
+
+
+@pytest.mark.parametrize("loss", ["next-token", "mix"])
+def test_what_is_trained_is_what_decides(reference: Checkpoint, loss: str) -> None:
+    quantized = in_format(reference, "q4_0")
+    rows = TOKENS[:3].repeat(4, 1)  # a text to learn
+    settings = replace(SHORT, steps=12, every=4, loss=loss, lr=2e-2, lr_vectors=2e-2)
+    done = distill(reference, quantized, rows, settings)
+    assert done.after < done.before and done.tensors
+    whole = load_model(quantized)
+    with torch.no_grad():
+        nll = functional.cross_entropy(whole(rows[-3:]).logits[:, :-1].flatten(0, 1), rows[-3:, 1:].flatten())
+    if loss == "next-token":
+        assert done.before == pytest.approx(float(nll), rel=1e-4)
+        assert "next-token loss" in done.notes[0]
+
+
+def test_an_overflow_of_f16_names_its_module(reference: Checkpoint) -> None:
+    tensors = dict(reference.tensors)
+    for name, factor in (("up_proj", 1e6), ("down_proj", 1e-6)):
+        name = f"model.layers.0.mlp.{name}.weight"
+        w = tensors[name].load()
+        assert isinstance(w, torch.Tensor)
+        tensors[name] = replace(tensors[name], load=partial(torch.mul, w, factor))
+    large = replace(reference, tensors=tensors)
+    quantized = in_format(large, "int8_channel")
+    assert distill(large, quantized, TOKENS, replace(SHORT, steps=1)).before < 1
+    with pytest.raises(
+        CalibrationError, match=r"not finite is that of model.*up_proj; f16 ends at 65504: use"
+    ):
+        distill(large, quantized, TOKENS, replace(SHORT, precision="f16"))
+
+
+def test_a_head_that_asks_the_decoder_inside(tmp_path: Path) -> None:
+    """OPT's."""
+    config = transformers.OPTConfig(
+        vocab_size=600, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, word_embed_proj_dim=64, dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    opt = open_checkpoint(tmp_path / "opt")
+    done = distill(opt, in_format(opt, "int2_g32"), TOKENS, replace(SHORT, steps=12, every=6, lr_codes=0.02))
+    assert done.after < done.before
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Factors:
-    """A `(r, k)` and B `(n, r)` of one module, and what their product is multiplied by."""
+    """A `(r, k)` and B `(n, r)` of one module, what their product is multiplied by, and the share of the
+    inputs that is dropped while they are trained."""
 
     a: torch.nn.Parameter
     b: torch.nn.Parameter
     scale: float
+    dropout: float = 0.0
 
 
 def add_adapter(model: Any, shape: Shape, modules: Sequence[str], seed: int = 0) -> Any:
@@ -64,7 +66,8 @@ def factors_of(model: Any) -> Iterator[tuple[str, Factors]]:
     for name, module in model.get_base_model().named_modules():
         if ADAPTER in getattr(module, "lora_A", {}):
             a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-            yield name, Factors(a, b, float(module.scaling[ADAPTER]))
+            dropout = float(getattr(module.lora_dropout[ADAPTER], "p", 0.0))
+            yield name, Factors(a, b, float(module.scaling[ADAPTER]), dropout)
 
 
 def check_place(out: Path, overwrite: bool = False) -> None:
@@ -107,7 +110,8 @@ def _put(new: Path, out: Path, old: Path) -> None:
 
 
 def check_shape(shape: Shape) -> None:
-    """PlanError for a rank, an alpha or a dropout that no adapter has."""
+    """PlanError for a rank, an alpha or a dropout that no adapter has; KernelError without PEFT."""
+    _peft()
     if shape.rank < 1 or not shape.alpha > 0 or not 0 <= shape.dropout < 1:
         raise PlanError(
             f"rank {shape.rank}, alpha {shape.alpha}, dropout {shape.dropout}: a rank is 1 or more, alpha is "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from copy import copy
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from ..devices import device_of
 from ..errors import PlanError
 from ..files.checkpoint import Checkpoint
 from ..train.lora import LoraSettings
-from ..workflow.lora import STARTS, Lora, Trained, Where, train_adapter
+from ..workflow.lora import STARTS, Lora, Trained, Where, check_names, train_adapter
 from ..workflow.quantize import opened
 from ..workflow.text import reader
 from . import quantize
@@ -24,7 +26,8 @@ from .progress import StageProgress
 LR = LoraSettings.lr
 OF_QUANTIZING = (
     "effort", "method", "bits_per_weight", "smooth", "awq", "rotate", "equalize", "distill", "sparsity",
-    "prune", "sparsity_pattern", "activations", "kv_cache", "file", "rule", "plan", "no_search",
+    "prune", "sparsity_pattern", "activations", "kv_cache", "file", "rule", "plan", "no_search", "strict",
+    "requantize", "no_verify", "push",
 )  # fmt: skip
 
 
@@ -91,19 +94,22 @@ def run(given: argparse.Namespace, of_codes: Sequence[str]) -> int:
     lr = LR if given.lr is None else given.lr
     settings = LoraSettings(given.steps, lr, given.batch, seed=given.seed or 0, group=given.lora_group)
     check_place(out, given.overwrite)
-    base, name, code = _base(given)
-    if code == DIFFERS:
-        return code
     known = given.parent or (given.model if given.to else None)
     parent = None if known is None else opened(known, given.cache_dir)[0]
-    lora.check(parent)
+    lora.check(parent, settings)
+    check_names(opened(given.model, given.cache_dir)[0], targets)
+    # One JSON document on stdout: the adapter's.
+    with redirect_stdout(sys.stderr) if given.json else nullcontext():
+        base, name, code = _base(given)
+    if code == DIFFERS:
+        return code
     with StageProgress() as progress:
         text = reader(base, options_of(given), progress)(given.calibrate)
         for note in text.notes:
             print(f"fewbits train: {note}", file=sys.stderr)
         where = Where(str(device_of(given.device)), given.overwrite, name, progress)
         trained = train_adapter(base, out, text, lora, settings, parent, where)
-    print(_summary(trained))
+    print(json.dumps(trained.record(), indent=1) if given.json else _summary(trained))
     return code
 
 

@@ -86,8 +86,10 @@ def run(given: argparse.Namespace) -> int:
         raise PlanError(f"--steps {given.steps}, --batch {given.batch}: at least 1 of each")
     if lora.wanted(given):
         return lora.run(given, [name for name in SETTINGS if name not in SHARED])
-    if given.effort == "fast" or given.distill:
-        raise PlanError("train starts from GPTQ and trains scales: leave out --effort fast, --distill")
+    if given.effort == "fast" or given.distill or given.no_search:
+        raise PlanError(
+            "train starts from GPTQ and trains scales: leave out --effort fast, --distill, --no-search"
+        )
     given.train = given.steps
     given.training = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) is not None}
     if given.tokens is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -52,6 +52,12 @@ def spread(
     return parameter[:, torch.arange(start, stop, stride, device=parameter.device) // group]
 
 
+def _there(value: Any, device: torch.device) -> Any:
+    if isinstance(value, (Grid, torch.Tensor)):
+        return value.to(device)
+    return {name: part.to(device) for name, part in value.items()} if isinstance(value, dict) else value
+
+
 class Grid(ABC):
     """The representable values of one weight once its block parameters are chosen.
 
@@ -72,6 +78,11 @@ class Grid(ABC):
     vector: int = 1
     index: torch.Tensor | None = None
     half: int = 0  # the code in the middle, of a grid with offsets
+
+    def to(self, device: torch.device) -> Any:
+        """The same grid with its tensors there."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{name: _there(value, device) for name, value in own.items()})  # type: ignore[type-var]
 
     def group_of(self, columns: torch.Tensor) -> torch.Tensor:
         """`(c,)` columns -> the group of each."""

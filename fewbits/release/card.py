@@ -77,7 +77,7 @@ def _training(history: Sequence[Mapping[str, Any]]) -> list[str]:
     best = min(history, key=lambda row: float(row["held_out"]))
     each = -(-len(history) // ROWS)
     shown = [row for i, row in enumerate(history) if i % each == 0 or row is best or row is history[-1]]
-    lines = ["| step | loss, training text | KL divergence, held out |", "|---|---|---|"]
+    lines = ["| step | loss, training text | the same, held out |", "|---|---|---|"]
     for row in shown:
         learned = "" if row["learned"] is None else f"{row['learned']:.4f}"
         mark = " (written)" if row is best else ""

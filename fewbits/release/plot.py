@@ -13,7 +13,7 @@ NAME = "training.png"
 
 
 def plot(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Evaluations, each with step, learned (loss since the last, or None) and held_out (KL) -> a PNG file;
+    """Evaluations, each with step, learned (loss since the last, or None) and held_out -> a PNG file;
     False without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -21,9 +21,7 @@ def plot(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
         return False
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(
-        [row["step"] for row in history], [row["held_out"] for row in history], "o-", label="KL, held out"
-    )
+    axes.plot([row["step"] for row in history], [row["held_out"] for row in history], "o-", label="held out")
     seen = [row for row in history if row["learned"] is not None]
     axes.plot(
         [row["step"] for row in seen], [row["learned"] for row in seen], ".--", label="loss, training text"

@@ -84,7 +84,7 @@ class Receipt:
     of the output's engine: engine, version, verdict, differences. evaluation: against the reference, if
     measured. about: the reference's license and name. coverage: how many weights of the model's blocks got
     the requested format, and what the others are. sparsity: what was asked for and reached. training: the
-    evaluations of a training run: step, loss since the last, KL divergence held out. merged: which adapter
+    evaluations of a training run: step, loss since the last, loss held out. merged: which adapter
     into the model, how, at what loss."""
 
     source: str

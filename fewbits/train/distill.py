@@ -123,9 +123,9 @@ def _result(run: Loop, activations: Mapping[str, Any] | None) -> Distilled:
     first, best = run.history[0].held_out, min(judgement.held_out for judgement in run.history)
     judged_on = f"on {run.settings.held_out} windows held out"
     what = "trained" if run.settings.lr_codes else "distilled"
-    notes = [f"{what}: KL divergence {first:.4g} -> {best:.4g} {judged_on}"]
+    notes = [f"{what}: {run.judged} {first:.4g} -> {best:.4g} {judged_on}"]
     if not changed:
-        notes = [f"{what}: no step improved the KL divergence of {first:.4g} {judged_on}; nothing is changed"]
+        notes = [f"{what}: no step improved the {run.judged} of {first:.4g} {judged_on}; nothing is changed"]
     if run.student.fixed:
         names = run.student.fixed
         notes.append(

@@ -30,12 +30,16 @@ class Halves:
         self.output = model.get_output_embeddings()
         setattr(model, model.base_model_prefix, _Absent())
         self._model = model
-        with torch.no_grad():
-            halves = self.head(self.blocks(tokens[None]))
-        if not torch.allclose(halves, whole, equal_nan=True):
+        try:
+            with torch.no_grad():
+                halves = self.head(self.blocks(tokens[None]))
+            same = torch.allclose(halves, whole, equal_nan=True)
+        except (AttributeError, TypeError, RuntimeError):
+            same = False
+        if not same:
             raise ModelError(
-                f"{type(model).__name__}: its output layer reads more than the last hidden states; "
-                "distill does not support this architecture"
+                f"{type(model).__name__}: its output layer reads more than the last hidden states; training "
+                "does not support this architecture"
             )
 
     def blocks(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -85,6 +89,11 @@ class Halves:
 
 class _Absent(torch.nn.Module):
     """Replaces the blocks and returns the given hidden states."""
+
+    @property
+    def decoder(self) -> _Absent:
+        """OPT's head asks the decoder inside it."""
+        return self
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> _Output:
         return _Output(inputs_embeds)

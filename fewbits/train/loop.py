@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from ..errors import CalibrationError
-from .objective import LOSSES
+from .objective import LOSSES, NAMES
 from .optimizer import TINY, optimizer_of
 from .rounding import windows_of
-from .settings import AT_ONCE, DistillSettings, arithmetic
+from .settings import AT_ONCE, DistillSettings, arithmetic, products
 from .state import moments_of, put_back, read_state, write_state
 from .student import Goals, Student
 from .teacher import Teacher
@@ -32,7 +32,7 @@ FROZEN = 0.85  # of the steps: then codes are fixed, and what swings between two
 
 @dataclass(frozen=True)
 class Judgement:
-    """After `step` steps: mean KL divergence on the training windows since the last evaluation, and on the
+    """After `step` steps: the mean loss on the training windows since the last evaluation, and on the
     held-out windows."""
 
     step: int
@@ -117,7 +117,12 @@ class Loop:
         now = f"{self.losses[-1]:.4f}" if self.losses else "-"
         tokens = (self.step - self.resumed) * self.settings.batch * self.tokens.shape[1]
         speed = tokens / max(time.monotonic() - self.begun, 1e-9)
-        return f"train: {self.settings.loss} {now}, KL held out {best:.4f}, {speed:.0f} tokens/s"
+        return f"train: {self.settings.loss} {now}, held out {best:.4f}, {speed:.0f} tokens/s"
+
+    @property
+    def judged(self) -> str:
+        """For people: what decides."""
+        return NAMES[self.settings.loss]
 
     def rate(self, kind: str) -> float:
         """The learning rate of a kind of number at this step."""
@@ -136,12 +141,12 @@ class Loop:
         return 0.1 + 0.45 * (1 + cos(pi * done))
 
     def judge(self) -> None:
-        """The KL divergence of the packed model on the held-out windows; keeps the best state."""
+        """The loss of the packed model on the held-out windows, without temperature; keeps the best state."""
         self.student.write(self.student.rounded(self.start + self.unit * self.a))
-        judges = range(self.train, len(self.tokens))
-        divergences = [self.student.divergence(self.tokens[i], self.teacher.log_p(i)) for i in judges]
-        held_out = sum(divergences) / len(divergences)
-        self.check(held_out, f"the KL divergence held out, after {self.step} steps,", [self.train])
+        judges, share = range(self.train, len(self.tokens)), LOSSES[self.settings.loss]
+        losses = [self.student.loss(self.tokens[i], self.teacher.log_p(i), share) for i in judges]
+        held_out = sum(losses) / len(losses)
+        self.check(held_out, f"the {self.judged} held out, after {self.step} steps,", [self.train])
         learned = sum(self.losses) / len(self.losses) if self.losses else None
         if self.history and held_out < min(judgement.held_out for judgement in self.history):
             self.best = self.a.clone()
@@ -151,14 +156,15 @@ class Loop:
     def check(self, value: float, what: str, windows: list[int]) -> None:
         if isfinite(value):
             return
-        sites = [self.student.blame(self.tokens[i]) for i in windows]
+        with products(self.compute, self.start.device):
+            sites = [self.student.blame(self.tokens[i]) for i in windows]
         where = next(
             (f"; the first output that is not finite is that of {site}" for site in sites if site), ""
         )
-        raise CalibrationError(
-            f"distill: {what} is {value}{where}; use a smaller lr than {self.settings.lr}, or check the "
-            "checkpoint with `fewbits evaluate`"
-        )
+        way = f"use a smaller lr than {self.settings.lr}, or check the checkpoint with `fewbits evaluate`"
+        if self.compute == torch.float16 and not self.step:
+            way = "f16 ends at 65504: use the precision bf16 or f32"
+        raise CalibrationError(f"distill: {what} is {value}{where}; {way}")
 
     # ---- the state
 

@@ -57,8 +57,8 @@ class LoraSettings:
     seed: int = 0
     group: int | None = None
 
-    def check(self, windows: int) -> None:
-        """PlanError for settings that mean nothing, CalibrationError for too few windows of text."""
+    def faults(self) -> list[str]:
+        """Settings that mean nothing."""
         faults = [
             f"{name} is {getattr(self, name)}; at least 1 is needed"
             for name in ("steps", "batch", "held_out", "every")
@@ -68,7 +68,11 @@ class LoraSettings:
             faults.append(f"group is {self.group} columns; at least 1 is needed")
         if not 0 < self.lr < 1 or not self.clip > 0:
             faults.append(f"lr is {self.lr}, clip {self.clip}; lr is between 0 and 1, clip positive")
-        raise_all(PlanError, "lora", faults)
+        return faults
+
+    def check(self, windows: int) -> None:
+        """PlanError for settings that mean nothing, CalibrationError for too few windows of text."""
+        raise_all(PlanError, "lora", self.faults())
         if windows < self.held_out + self.batch:
             raise CalibrationError(
                 f"lora: {windows} windows of text, at least {self.held_out + self.batch} are needed: "
@@ -167,16 +171,17 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self.schedule()
         windows = windows_of(self.step, self.settings.batch, self.train, self.settings.seed)
+        self.optimizer.zero_grad()
         hidden = self.halves.blocks(self.tokens[windows])
-        cut, self.loss = hidden.detach().requires_grad_(), 0.0
+        cut, self.loss = hidden.detach().requires_grad_(hidden.requires_grad), 0.0
         for row, i in enumerate(windows):
             loss = self.objective(i, self.halves.head(cut[row : row + 1])[0].float()) / len(windows)
             loss.backward()
             self.loss += float(loss.detach())
         self.step += 1
         self.check(self.loss, f"the loss of step {self.step}")
-        self.optimizer.zero_grad()
-        hidden.backward(cut.grad)
+        if hidden.requires_grad:
+            hidden.backward(cut.grad)
         if self.settings.group:
             for found in self.factors:
                 assert found.a.grad is not None
@@ -225,7 +230,8 @@ class _Run:
     def _digest(self) -> str:
         """Of settings and text, of the adapter's start, and of the loss there, which model and parent
         decide."""
-        digest = sha256(repr(self.settings).encode() + repr(self.history[0].held_out).encode())
+        shapes = [(found.scale, found.dropout) for found in self.factors]
+        digest = sha256(repr((self.settings, shapes, self.history[0].held_out)).encode())
         for part in (self.tokens, *(parameter.detach() for parameter in self.parameters)):
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -18,10 +18,12 @@ Sources: Hinton et al., arXiv 1503.02531 (temperature, and T^2 for gradients of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 
 LOSSES = {"kl": 1.0, "next-token": 0.0, "mix": 0.5}  # name -> the share of KL
+NAMES = {"kl": "KL divergence", "next-token": "next-token loss", "mix": "half KL, half next-token loss"}
 LEAST = 1e-12  # of a mass that is left
 
 
@@ -90,9 +92,9 @@ def _towards(parent: Distributions, log_q: torch.Tensor) -> tuple[float, torch.T
         loss = float((parent.log_p - log_q).mul_(p).sum(-1).sum())
         return loss, log_q.exp_().sub_(p)
     inside = log_q.gather(-1, parent.ids)
-    q = log_q.exp()
     left_p = (1 - p.sum(-1, keepdim=True)).clamp(min=LEAST)
-    left_q = (1 - inside.exp().sum(-1, keepdim=True)).clamp(min=LEAST)
-    each = (p * (parent.log_p - inside)).sum(-1) + (left_p * (left_p / left_q).log())[:, 0]
-    to_z = q * (1 - left_p / left_q)
+    # Not 1 - the sum of q, of which nothing is left where the student is sure.
+    left_q = log_q.scatter(-1, parent.ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=log(LEAST))
+    each = (p * (parent.log_p - inside)).sum(-1) + (left_p * (left_p.log() - left_q))[:, 0]
+    to_z = log_q.exp() - left_p * (log_q - left_q).exp()
     return float(each.sum()), to_z.scatter_(-1, parent.ids, inside.exp() - p)

@@ -160,6 +160,13 @@ def gap_of(grid: Grid, w: torch.Tensor) -> torch.Tensor:
     return sqrt(12) * grid.spread(mean.sqrt(), w.shape[1])
 
 
+def spacing_of(grid: Grid, w: torch.Tensor) -> torch.Tensor:
+    """`gap_of` for weights that may lie on the grid already, where they say nothing of its spacing: values
+    between neighbours do."""
+    between = 0.618 * w + 0.382 * w.roll(1, dims=1)
+    return torch.maximum(gap_of(grid, w), gap_of(grid, between))
+
+
 def _first(grid: Grid, w: torch.Tensor, codes: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
     """The smallest V, of a few tried, that rounds to `codes`; 0 for codes that are the nearest."""
     value = grid.value(codes)

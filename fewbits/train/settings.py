@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,17 @@ def settings_faults(settings: DistillSettings, windows: int) -> list[str]:
         if not 0 <= getattr(settings, name) < 1:
             faults.append(f"{name} is {getattr(settings, name)}; it is a share, from 0 up to 1")
     for name in ("damp", "top_k", "clip"):
-        if getattr(settings, name) < 0:
+        if not getattr(settings, name) >= 0:
             faults.append(f"{name} is {getattr(settings, name)}; it is 0 or more")
     if settings.micro is not None and settings.micro < 1:
         faults.append(f"micro is {settings.micro}; at least 1 window at once is needed")
-    if settings.temperature <= 0:
+    if not settings.temperature > 0:
         faults.append(f"temperature is {settings.temperature}; it is above 0")
+    if OPTIMIZERS.get(settings.optimizer) and find_spec("bitsandbytes") is None:
+        faults.append(
+            f"the optimizer {settings.optimizer} is of bitsandbytes, which is not installed; pip install "
+            "bitsandbytes, or use adamw"
+        )
     known = {"loss": LOSSES, "precision": PRECISIONS, "optimizer": OPTIMIZERS}
     for name, words in known.items():
         if getattr(settings, name) not in words:

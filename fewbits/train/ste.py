@@ -13,7 +13,7 @@ backward pass: it is recomputed from codes (a byte per weight) and parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +23,12 @@ from torch.nn import functional
 
 from ..formats.base import Grid
 from ..formats.codebook import LearnedGrid
+from ..formats.iq import IqGrid
 from .inputs import FakeInput
 
 FLOOR = 0.1  # least size of a number, as a share of its row's mean magnitude
 LEAST = 1e-12
+FAR = 1e30  # beyond the ends of every grid
 
 
 def size_of(value: torch.Tensor) -> torch.Tensor:
@@ -52,6 +54,15 @@ class GridLinear(torch.nn.Module):
             {name: torch.nn.Parameter(value.float().clone()) for name, value in grid.parameters().items()}
         )
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GridLinear:
+        """`.to(...)`, `.cuda()`: what is no parameter moves too, and is never cast."""
+        super()._apply(fn, recurse)
+        self._move(fn(torch.empty(0, device=self.codes.device)).device)
+        return self
+
+    def _move(self, device: torch.device) -> None:
+        self.grid, self.codes = self.grid.to(device), self.codes.to(device)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.input is None else self.input(x)
         parameters = dict(self.block_parameters)
@@ -65,17 +76,25 @@ class GridLinear(torch.nn.Module):
 
 class LatentLinear(GridLinear):
     """The same with codes that are trained too: those to which `latent` `(n, k)` f32 is rounded. A weight
-    beyond the ends of its grid gets no gradient that would take it farther. gap `(n, k)`: the spacing of the
-    grid near each weight. It is rounded at each pass; within `rounded_once` only at the first."""
+    more than a gap beyond the ends of its grid gets no gradient that would take it farther. gap `(n, k)`: the
+    spacing of the grid near each weight. It is rounded at each pass; within `rounded_once` only at the
+    first."""
 
     def __init__(
         self, grid: Grid, latent: torch.Tensor, gap: torch.Tensor, bias: torch.nn.Parameter | None
     ) -> None:
-        super().__init__(grid, torch.empty(0), bias)
+        super().__init__(grid, torch.empty(0, device=latent.device), bias)
         self.latent, self.gap = torch.nn.Parameter(latent), gap
+        self.middle, self.reach = _ends(grid, gap)
         self.units: dict[str, torch.Tensor] = {}
         self.keep = False
         self._kept: _Rounded | None = None
+
+    def _move(self, device: torch.device) -> None:
+        super()._move(device)
+        self.gap, self._kept = self.gap.to(device), None
+        self.middle, self.reach = self.middle.to(device), self.reach.to(device)
+        self.units = {name: unit.to(device) for name, unit in self.units.items()}
 
     @property
     def weight(self) -> torch.Tensor:
@@ -112,9 +131,23 @@ class LatentLinear(GridLinear):
         """The weight that a pass multiplies with, in the type of the product."""
         if self._kept is not None and self._kept.weight.dtype == kind:
             return self._kept
-        found = _Rounded.of(self.grid_now(), self.latent, self.gap, kind)
+        grid = self.grid_now()
+        codes = grid.round(self.latent)
+        found = _Rounded(codes, grid.value(codes).to(kind), *self._beyond())
         self._kept = found if self.keep else None
         return found
+
+    def _beyond(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The places of latent weights beyond the ends of their grid, and on which side."""
+        (n, k), groups = self.latent.shape, self.middle.shape[1]
+        if k == groups * self.grid.group and self.grid.index is None:
+            off = self.latent.view(n, groups, -1) - self.middle[:, :, None]
+            there = off.abs() > self.reach[:, :, None]
+        else:
+            off = self.latent - self.grid.spread(self.middle, k)
+            there = off.abs() > self.grid.spread(self.reach, k)
+        beyond = there.flatten().nonzero()[:, 0]
+        return beyond, off.flatten()[beyond].sign()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.input is None else self.input(x)
@@ -147,14 +180,6 @@ class _Rounded:
     beyond: torch.Tensor
     side: torch.Tensor
 
-    @classmethod
-    def of(cls, grid: Grid, latent: torch.Tensor, gap: torch.Tensor, kind: torch.dtype) -> _Rounded:
-        codes = grid.round(latent)
-        weight = grid.value(codes)
-        off = latent - weight
-        beyond = (off.abs() > gap).flatten().nonzero()[:, 0]
-        return cls(codes, weight.to(kind), beyond, off.flatten()[beyond].sign())
-
     def inward(self, to_w: torch.Tensor) -> torch.Tensor:
         """A gradient `(n, k)`, in place, without the part that would take weights farther beyond."""
         flat = to_w.view(-1)
@@ -164,12 +189,29 @@ class _Rounded:
         return to_w
 
 
+@torch.no_grad()
+def _ends(grid: Grid, gap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The middle of the values of each group `(n, g)`, and the distance from it that is a gap beyond its
+    ends: infinite for lattices, where the ends of one weight depend on its neighbours.
+
+    Scales that are trained move by a few percent, and the ends with them, which the gap allows for."""
+    counts = grid.sums(torch.ones_like(gap[:1]))
+    if grid.vector > 1:
+        reach = torch.full((len(gap), counts.shape[1]), torch.inf, device=gap.device)
+        return torch.zeros_like(reach), reach
+    far = torch.full_like(gap, FAR)
+    ends = [grid.sums(grid.value(grid.round(side))) / counts for side in (-far, far)]
+    low, high = torch.minimum(*ends), torch.maximum(*ends)
+    return (low + high) / 2, (high - low) / 2 + grid.sums(gap) / counts
+
+
 def stored_type(grid: Grid) -> torch.dtype:
     """Of a grid's block parameters in files: its own, or f16, which GGML blocks and tables have."""
     given = getattr(grid, "dtype", None)
     if isinstance(given, torch.dtype):
         return given
-    return torch.float16 if hasattr(grid, "meaning") or isinstance(grid, LearnedGrid) else torch.float32
+    halves = hasattr(grid, "meaning") or isinstance(grid, (LearnedGrid, IqGrid))
+    return torch.float16 if halves else torch.float32
 
 
 class _Multiply(torch.autograd.Function):

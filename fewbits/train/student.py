@@ -26,7 +26,7 @@ from ..qtensor import QTensor
 from .halves import Halves
 from .inputs import FakeInput
 from .objective import Distributions, divergence, loss_and_gradient
-from .rounding import gap_of
+from .rounding import gap_of, spacing_of
 from .settings import products
 from .ste import GridLinear, LatentLinear, rounded_once, size_of
 
@@ -121,9 +121,9 @@ class Student:
         if self.floats is None:
             linear = GridLinear(grid, codes, module.bias)
         else:
-            latent = self._latent(name, grid, codes)
-            plain = isinstance(grid, PlainGrid)
-            gap = size_of(latent) / PLAIN_STEPS if plain else gap_of(grid, latent)
+            w = self._float(name)
+            gap = size_of(w) / PLAIN_STEPS if isinstance(grid, PlainGrid) else spacing_of(grid, w)
+            latent = self._latent(w, grid, codes)
             linear = LatentLinear(grid, latent, gap, module.bias)
         self.model.set_submodule(name.removesuffix(".weight"), linear)
         self.quantized[name] = q
@@ -162,13 +162,16 @@ class Student:
                 zero = self.quantized[part.name].to(self.device).decode() == 0
                 part.value.data.masked_fill_(zero, 0.0)
 
-    def _latent(self, name: str, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
-        """`(n, k)` f32: the float weight, moved so far that it is rounded to `codes`."""
+    def _float(self, name: str) -> torch.Tensor:
+        """`(n, k)` f32: the weight before it was quantized."""
         assert self.floats is not None
         w = self.floats.tensors[name].load()
         assert isinstance(w, torch.Tensor)
-        w, value = w.to(self.device, torch.float32), grid.value(codes)
-        reach = gap_of(grid, w) / 2
+        return w.to(self.device, torch.float32)
+
+    def _latent(self, w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
+        """`(n, k)` f32: the float weight, moved so far that it is rounded to `codes`."""
+        value, reach = grid.value(codes), gap_of(grid, w) / 2
         # Away from the edge, where error feedback has pushed many: else noise takes them back to the nearest.
         latent = value + START * torch.minimum(torch.maximum(w - value, -reach), reach)
         return torch.where(grid.round(latent) == codes, latent, value)
@@ -329,8 +332,12 @@ class Student:
             handle.remove()
         return found[0] if found else ""
 
-    def divergence(self, window: torch.Tensor, log_p: torch.Tensor) -> float:
-        """Tokens `(c,)`, the teacher's log p `(c, v)` -> mean KL(teacher || student)."""
+    def loss(self, window: torch.Tensor, log_p: torch.Tensor, share: float) -> float:
+        """Tokens `(c,)`, the teacher's log p `(c, v)` -> share of the mean KL(teacher || student), and the
+        rest of the next-token loss."""
+        window = window.to(self.device)
         with torch.no_grad():
-            logits = self.halves.head(self.halves.blocks(window[None].to(self.device)))
-            return divergence(log_p, logits[0].float().log_softmax(-1))
+            log_q = self.halves.head(self.halves.blocks(window[None]))[0].float().log_softmax(-1)
+            loss = share * divergence(log_p, log_q) if share else 0.0
+            following = log_q[:-1].gather(-1, window[1:, None])
+            return loss - ((1 - share) * float(following.mean()) if share < 1 else 0.0)

@@ -97,8 +97,8 @@ def teacher_of(
     if path is not None:
         from safetensors.torch import save
 
-        parts = {name: part.cpu().contiguous() for name, part in parts.items()}
-        write_atomic(path, save(parts, {"digest": digest.hexdigest()}))
+        held_there = {name: part.cpu().contiguous() for name, part in parts.items()}
+        write_atomic(path, save(held_there, {"digest": digest.hexdigest()}))
     return _top(runner, settings, parts)
 
 
@@ -135,9 +135,10 @@ def _read(path: Path, digest: str, runner: Blockwise, settings: DistillSettings)
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt", device=settings.device) as file:
+        with safe_open(path, "pt") as file:
             found = (file.metadata() or {}).get("digest")
-            parts = {name: file.get_tensor(name) for name in ("log_p", "ids", "hidden")}
+            names = ("log_p", "ids", "hidden")
+            parts = {name: file.get_tensor(name).to(settings.device) for name in names}
     except (OSError, SafetensorError) as error:
         raise FileError(
             f"{path}: not a parent's distributions ({error}); delete it to run it again"

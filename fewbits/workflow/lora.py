@@ -7,8 +7,8 @@ text    -> train/lora.py -> the best adapter by held-out text -> adapters/peft.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,11 @@ class Lora:
     def loss_for(self, parent: Checkpoint | None) -> str:
         return self.loss or ("next-token" if parent is None else "kl")
 
-    def check(self, parent: Checkpoint | None) -> None:
-        """PlanError for what is unknown, or needs a parent that is not given."""
+    def check(self, parent: Checkpoint | None, settings: LoraSettings) -> None:
+        """PlanError for what is unknown, or needs a parent that is not given; KernelError where PEFT is not
+        installed."""
         check_shape(self.shape)
-        faults = []
+        faults = settings.faults()
         for what, given, known in (("loss", self.loss, LOSSES), ("init", self.start, STARTS)):
             if given is not None and given not in known:
                 faults.append(f"{what} {given!r} is unknown; known: {', '.join(known)}")
@@ -57,6 +58,8 @@ class Lora:
             faults.append("the loss kl needs the model before quantization: give it (--parent)")
         if parent is None and self.start == "loftq":
             faults.append("loftq begins at W - W_q: give the model before quantization (--parent)")
+        if settings.group is not None and self.start == "loftq":
+            faults.append("loftq's A is not constant in groups: leave one of --init loftq, --lora-group out")
         raise_all(PlanError, "lora", faults)
 
 
@@ -85,6 +88,10 @@ class Trained:
     def best(self) -> Judgement:
         return min(self.history, key=lambda judgement: judgement.held_out)
 
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "out": str(self.out), "best": asdict(self.best)}
+
 
 def train_adapter(
     base: Checkpoint,
@@ -103,7 +110,7 @@ def train_adapter(
     where = where or Where()
     report = where.progress or _silent
     check_place(out, where.overwrite)
-    lora.check(parent)
+    lora.check(parent, settings)
     settings.check(len(tokens.windows))
     base = as_loaded(base)
     if (head := head_of(base)) != "causal":
@@ -150,16 +157,30 @@ def adaptable(base: Checkpoint, model: nn.Module, targets: tuple[str, ...]) -> d
                 f"{base.path}: no linear layer in its blocks is known; name some (--lora-targets)"
             )
         return inside
-    chosen: dict[str, str] = {}
+    return {name: known[name].name for name in _named(list(known), targets)}
+
+
+def check_names(checkpoint: Checkpoint, targets: tuple[str, ...]) -> None:
+    """`adaptable`'s PlanError, as far as names tell before there is a model."""
+    known = [
+        name.removesuffix(".weight") for name, each in checkpoint.tensors.items() if len(each.shape) == 2
+    ]
+    seen = [checkpoint.seen[site.name].module for site in sites(checkpoint) if site.name in checkpoint.seen]
+    _named([*known, *filter(None, seen)], targets)
+
+
+def _named(known: Sequence[str], targets: tuple[str, ...]) -> list[str]:
+    """The names that are a target, or end in one."""
+    chosen: list[str] = []
     faults = []
     for target in targets:
-        found = {n: site.name for n, site in known.items() if n == target or n.endswith(f".{target}")}
-        chosen |= found
+        found = [name for name in known if name == target or name.endswith(f".{target}")]
+        chosen += found
         if not found:
             ends = sorted({name.rpartition(".")[2] for name in known})
             faults.append(f"no linear layer is called {target!r}; there are {', '.join(ends)}")
     raise_all(PlanError, "--lora-targets", faults)
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
 def _start(model: Any, names: dict[str, str], base: Checkpoint, parent: Checkpoint, report: Progress) -> None:

@@ -32,7 +32,7 @@ from ..qtensor import QTensor
 from ..release.receipt import Receipt
 from ..runtime.load import model_checkpoint
 from ..train.inputs import FakeInput
-from ..train.rounding import gap_of
+from ..train.rounding import spacing_of
 from ..train.ste import LatentLinear
 from .blockwise import TRAINED
 from .in_place import asked_for, decisions_of
@@ -137,7 +137,7 @@ def _latent(linear: Any, format: Format, positive: bool) -> LatentLinear:
     grid, _ = format.unpack(format.encode(w))
     if positive and "scale" in grid.parameters():
         grid = grid.replaced({**grid.parameters(), "scale": grid.parameters()["scale"].abs()})
-    return LatentLinear(grid, w, gap_of(grid, w), linear.bias)
+    return LatentLinear(grid, w, spacing_of(grid, w), linear.bias)
 
 
 def ranges_of(

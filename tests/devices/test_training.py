@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewbits import prepare_qat
+from fewbits.adapters.transformers import load_model
+from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.qtensor import QTensor
 from fewbits.train.distill import DistillSettings, distill
 from fewbits.train.rounding import RoundingSettings, learn_block
+from fewbits.train.ste import LatentLinear
 from tests.test_distill import SMALL, TOKENS, in_format, off
 from tests.tiny import save_tiny
 
@@ -48,10 +52,47 @@ def test_learned_codes(name: str, device: torch.device) -> None:
     same_codes(found[1], found[0], differing=0.01)
 
 
+def test_the_parents_most_probable_tokens_are_kept(tmp_path: Path, device: torch.device) -> None:
+    reference = open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path / "model", **SMALL))
+    start = off(in_format(reference, "int4_g32"))
+    settings = DistillSettings(steps=2, batch=2, held_out=2, every=1, lr_codes=0.01, top_k=8)
+    here = distill(reference, start, TOKENS, settings)
+    there = replace(settings, device=str(device), state=tmp_path / "state")
+    for _ in range(2):  # the second time from the file
+        found = distill(reference, start, TOKENS, there)
+        assert found.after == pytest.approx(here.after, rel=1e-3)
+        (tmp_path / "state").unlink()
+
+
+@pytest.mark.parametrize("kind", ["int4_g32", "q4_0", "nf4", "kmeans4_channel"])
+def test_a_prepared_model_moves(kind: str, tmp_path: Path, device: torch.device) -> None:
+    """As Trainer moves it."""
+    small = {**SMALL, "hidden_size": 64, "intermediate_size": 128}
+    model = load_model(open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path / "model", **small)))
+    prepare_qat(model, kind)
+
+    def step() -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        ids = TOKENS[:2].to(model.device)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return float(loss.detach()), {
+            n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None
+        }
+
+    loss, gradients = step()
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, LatentLinear):
+            assert module.latent.device.type == module.gap.device.type == device.type
+    moved, others = step()
+    assert moved == pytest.approx(loss, rel=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["int4_g32", "q4_1"])
 def test_distilled(kind: str, tmp_path: Path, device: torch.device) -> None:
-    from fewbits.files.open import open_checkpoint
-
     reference = open_checkpoint(save_tiny("LlamaForCausalLM", tmp_path / "model", **SMALL))
     start = off(in_format(reference, kind))
     settings = DistillSettings(steps=3, batch=2, held_out=2, every=1, lr=1e-3, state=tmp_path / "state")

@@ -134,6 +134,7 @@ def _distill(
             state=state,
             device=str(_place_of_whole(run)),
             keep_zeros=method.pruning is not None,
+            seed=run.streaming.seed,
             **method.training(),
         ),
         progress,
