@@ -130,7 +130,7 @@ def test_saved_statistics_prune_without_running_the_model(model: Path, tmp_path:
         ("int4_g32", {"train": 30, "training": {"lr_codes": 0.005}}),
         ("int4_g32", {"distill": 6}),
         ("kmeans3_channel", {"distill": 6}),
-        ("kmeans3_channel", {"train": 30, "training": {"lr_codes": 0.005}}),
+        ("kmeans3_channel", {"train": 30, "training": {"lr_codes": 0.003, "lr": 3e-3, "lr_vectors": 3e-3}}),
         ("bf16", {"train": 30, "training": {"lr_codes": 0.01}}),
         ("f16", {"train": 30, "training": {"lr_codes": 0.01}}),
     ],
