@@ -50,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         float,
         f"largest relative change of a scale or norm in a step (default 0.0005); with --lora {lora.LR:g}",
     )
-    help = "largest change of a weight in a step, in spacings (default 0.01; for 2 bits try 0.004)"
+    help = "largest change of a weight in a step, in spacings (default 0.005)"
     number(group, "--lr-codes", float, help)
     number(group, "--damp", float, "draw weights to what they are rounded to, against swinging (default 0)")
     group.add_argument(

@@ -16,7 +16,7 @@ from ..errors import PlanError, raise_all
 from ..transforms import TRANSFORMS
 from .rules import Option
 
-LR_CODES = 0.01  # spacings of the grid a step; weights start a fifth of one away from the next code at least
+LR_CODES = 0.005  # spacings of the grid a step; weights start a fifth of one away from the next code at least
 REWRITES = ("rotate", *TRANSFORMS)
 
 
