@@ -94,13 +94,13 @@ def run(given: argparse.Namespace, of_codes: Sequence[str]) -> int:
     lr = LR if given.lr is None else given.lr
     settings = LoraSettings(given.steps, lr, given.batch, seed=given.seed or 0, group=given.lora_group)
     check_place(out, given.overwrite)
-    known = given.parent or (given.model if given.to else None)
-    parent = None if known is None else opened(known, given.cache_dir)[0]
+    model, path = opened(given.model, given.cache_dir)
+    parent = opened(given.parent, given.cache_dir)[0] if given.parent else model if given.to else None
     lora.check(parent, settings)
-    check_names(opened(given.model, given.cache_dir)[0], targets)
+    check_names(model, targets)
     # One JSON document on stdout: the adapter's.
     with redirect_stdout(sys.stderr) if given.json else nullcontext():
-        base, name, code = _base(given)
+        base, name, code = _base(given, model, path)
     if code == DIFFERS:
         return code
     with StageProgress() as progress:
@@ -113,12 +113,11 @@ def run(given: argparse.Namespace, of_codes: Sequence[str]) -> int:
     return code
 
 
-def _base(given: argparse.Namespace) -> tuple[Checkpoint, str, int]:
+def _base(given: argparse.Namespace, model: Checkpoint, path: Path) -> tuple[Checkpoint, str, int]:
     """The model that gets the adapter, quantized first where a type is given; its name; an exit code."""
-    checkpoint, path = opened(given.model, given.cache_dir)
     if given.to is None:
-        return checkpoint, given.model, DONE
-    place, _ = options_of(given).place(path, checkpoint, None)
+        return model, given.model, DONE
+    place, _ = options_of(given).place(path, model, None)
     if place.exists() and not given.overwrite:
         raise PlanError(
             f"{place}: exists; train on it: fewbits train {place} --lora {given.lora} --parent {given.model}"

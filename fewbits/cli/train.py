@@ -50,8 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         float,
         f"largest relative change of a scale or norm in a step (default 0.0005); with --lora {lora.LR:g}",
     )
-    help = "largest change of a weight in a step, in spacings (default 0.005)"
-    number(group, "--lr-codes", float, help)
+    number(group, "--lr-codes", float, "largest change of a weight in a step, in spacings (default 0.005)")
     number(group, "--damp", float, "draw weights to what they are rounded to, against swinging (default 0)")
     group.add_argument(
         "--loss",

@@ -195,6 +195,11 @@ class LearnedGrid(Grid):
     table: torch.Tensor
     group: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of levels in files."""
+        return torch.float16
+
     @cached_property
     def sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The boundaries between levels, and the code of each level by rising value."""

@@ -45,6 +45,11 @@ class GgmlGrid(Grid):
     group: int
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of `d` and its like in files."""
+        return torch.float16
+
+    @property
     def _rows(self) -> int:
         return self.meaning.scale.shape[0]
 

@@ -96,6 +96,11 @@ class IqGrid(Grid):
     def vector(self) -> int:  # type: ignore[override]
         return self.format.vector
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of `d` in files."""
+        return torch.float16
+
     @cached_property
     def scale(self) -> torch.Tensor:
         """`(n, groups)` f32."""

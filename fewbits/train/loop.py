@@ -144,7 +144,8 @@ class Loop:
         """The loss of the packed model on the held-out windows, without temperature; keeps the best state."""
         self.student.write(self.student.rounded(self.start + self.unit * self.a))
         judges, share = range(self.train, len(self.tokens)), LOSSES[self.settings.loss]
-        losses = [self.student.loss(self.tokens[i], self.teacher.log_p(i), share) for i in judges]
+        parent = self.teacher.log_p if share else lambda i: None
+        losses = [self.student.loss(self.tokens[i], parent(i), share) for i in judges]
         held_out = sum(losses) / len(losses)
         self.check(held_out, f"the {self.judged} held out, after {self.step} steps,", [self.train])
         learned = sum(self.losses) / len(self.losses) if self.losses else None

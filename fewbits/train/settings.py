@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from ..runtime.decode import faster_dtype
 from .objective import LOSSES
-from .optimizer import OPTIMIZERS
+from .optimizer import OPTIMIZERS, missing
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 PRECISIONS = ("auto", *TYPES)
@@ -85,11 +84,8 @@ def settings_faults(settings: DistillSettings, windows: int) -> list[str]:
         faults.append(f"micro is {settings.micro}; at least 1 window at once is needed")
     if not settings.temperature > 0:
         faults.append(f"temperature is {settings.temperature}; it is above 0")
-    if OPTIMIZERS.get(settings.optimizer) and find_spec("bitsandbytes") is None:
-        faults.append(
-            f"the optimizer {settings.optimizer} is of bitsandbytes, which is not installed; pip install "
-            "bitsandbytes, or use adamw"
-        )
+    if settings.optimizer in OPTIMIZERS and (fault := missing(settings.optimizer)):
+        faults.append(fault)
     known = {"loss": LOSSES, "precision": PRECISIONS, "optimizer": OPTIMIZERS}
     for name, words in known.items():
         if getattr(settings, name) not in words:

@@ -22,8 +22,6 @@ import torch
 from torch.nn import functional
 
 from ..formats.base import Grid
-from ..formats.codebook import LearnedGrid
-from ..formats.iq import IqGrid
 from .inputs import FakeInput
 
 FLOOR = 0.1  # least size of a number, as a share of its row's mean magnitude
@@ -206,12 +204,9 @@ def _ends(grid: Grid, gap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def stored_type(grid: Grid) -> torch.dtype:
-    """Of a grid's block parameters in files: its own, or f16, which GGML blocks and tables have."""
-    given = getattr(grid, "dtype", None)
-    if isinstance(given, torch.dtype):
-        return given
-    halves = hasattr(grid, "meaning") or isinstance(grid, (LearnedGrid, IqGrid))
-    return torch.float16 if halves else torch.float32
+    """Of a grid's block parameters in files."""
+    given: torch.dtype = getattr(grid, "dtype", torch.float32)
+    return given
 
 
 class _Multiply(torch.autograd.Function):

@@ -332,12 +332,12 @@ class Student:
             handle.remove()
         return found[0] if found else ""
 
-    def loss(self, window: torch.Tensor, log_p: torch.Tensor, share: float) -> float:
-        """Tokens `(c,)`, the teacher's log p `(c, v)` -> share of the mean KL(teacher || student), and the
-        rest of the next-token loss."""
+    def loss(self, window: torch.Tensor, log_p: torch.Tensor | None, share: float) -> float:
+        """Tokens `(c,)`, the teacher's log p `(c, v)`, None where share is 0 -> share of the mean
+        KL(teacher || student), and the rest of the next-token loss."""
         window = window.to(self.device)
         with torch.no_grad():
             log_q = self.halves.head(self.halves.blocks(window[None]))[0].float().log_softmax(-1)
-            loss = share * divergence(log_p, log_q) if share else 0.0
+            loss = 0.0 if log_p is None else share * divergence(log_p, log_q)
             following = log_q[:-1].gather(-1, window[1:, None])
             return loss - ((1 - share) * float(following.mean()) if share < 1 else 0.0)

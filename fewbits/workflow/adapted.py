@@ -29,13 +29,13 @@ def check_base(adapter: Adapter, given: Checkpoint) -> str | None:
         if not adapter.base or _name(Path(adapter.base)) == _name(given.path):
             return None
         return f"the adapter names {adapter.base} as its model, which is not here to be compared"
-    distances = list(_distances(trained, given).items())
-    if distances and median(distance for _, distance in distances) > FAR:
-        name, distance = max(distances, key=lambda each: each[1])
+    distances = _distances(trained, given)
+    if distances and median(distances.values()) > FAR:
+        name = max(distances, key=distances.__getitem__)
         raise ModelError(
             f"{adapter.path} is not of {given.path}; it was trained on {adapter.base}, whose {name} differs "
-            f"by {distance:.0%}: another model, or weights rescaled by SmoothQuant, AWQ or a rotation; give "
-            "a model made of that one"
+            f"by {distances[name]:.0%}: another model, or one rescaled by SmoothQuant, AWQ or a rotation; "
+            "give a model made of that one"
         )
     return None
 
