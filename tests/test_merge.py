@@ -1,6 +1,7 @@
 """merge: adapters of PEFT into packed and float weights, against PEFT's own sums."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -234,6 +235,9 @@ def test_an_adapter_of_a_model_of_the_same_shape_is_refused(tmp_path, capsys):
 
     packed = quantized(tmp_path, to="q4_0", plan=Plan(), **SMALL)  # of the same float model
     assert main([*asked, str(packed)]) == 0 and not capsys.readouterr().err
+    (base / "config.json").write_text("{")
+    assert main([*asked, str(packed), "--overwrite"]) == 0
+    assert re.search(r"which is not compared: .*config\.json", capsys.readouterr().err)
     base.rename(tmp_path / "gone")
     assert main([*asked, str(other), "--overwrite"]) == 0
     assert "which is not here to be compared" in capsys.readouterr().err

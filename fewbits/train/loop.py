@@ -41,9 +41,11 @@ class Judgement:
 
 
 class Loop:
-    """One training run: its state and its best evaluation."""
+    """One training run: its state and its best evaluation. teacher: None for a loss without KL divergence."""
 
-    def __init__(self, teacher: Teacher, student: Student, tokens: torch.Tensor, settings: DistillSettings):
+    def __init__(
+        self, teacher: Teacher | None, student: Student, tokens: torch.Tensor, settings: DistillSettings
+    ):
         self.teacher, self.student, self.tokens, self.settings = teacher, student, tokens, settings
         self.train = len(tokens) - settings.held_out
         if settings.recompute:
@@ -70,11 +72,11 @@ class Loop:
 
     def advance(self) -> None:
         """One step of the optimizer on `batch` windows."""
-        settings = self.settings
+        settings, teacher = self.settings, self.teacher
         self.student.move(self.start, self.unit, self.a)
         windows = windows_of(self.step, settings.batch, self.train, settings.seed)
         goals = Goals(
-            parent=lambda i, rows: self.teacher.distributions(windows[i], rows),
+            parent=None if teacher is None else lambda i, rows: teacher.distributions(windows[i], rows),
             share=LOSSES[settings.loss],
             temperature=settings.temperature,
             factor=float(self.scaler.scale(torch.ones((), device=self.start.device))),
@@ -144,8 +146,12 @@ class Loop:
         """The loss of the packed model on the held-out windows, without temperature; keeps the best state."""
         self.student.write(self.student.rounded(self.start + self.unit * self.a))
         judges, share = range(self.train, len(self.tokens)), LOSSES[self.settings.loss]
-        parent = self.teacher.log_p if share else lambda i: None
-        losses = [self.student.loss(self.tokens[i], parent(i), share) for i in judges]
+
+        def loss(i: int) -> float:
+            log_p = self.teacher.log_p(i) if self.teacher is not None and share else None
+            return self.student.loss(self.tokens[i], log_p, share)
+
+        losses = [loss(i) for i in judges]
         held_out = sum(losses) / len(losses)
         self.check(held_out, f"the {self.judged} held out, after {self.step} steps,", [self.train])
         learned = sum(self.losses) / len(self.losses) if self.losses else None
@@ -177,7 +183,9 @@ class Loop:
         settings = {key: value for key, value in asdict(self.settings).items() if key not in away}
         settings["precision"] = str(self.compute)
         digest = sha256(repr(sorted(settings.items())).encode())
-        for part in (self.tokens, self.start, self.teacher.hidden(len(self.tokens) - 1)):
+        parts = [self.tokens, self.start]
+        parts += [] if self.teacher is None else [self.teacher.hidden(len(self.tokens) - 1)]
+        for part in parts:
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

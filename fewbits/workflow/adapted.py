@@ -23,12 +23,16 @@ FAR = 0.1  # the median relative distance of vectors, above which two models are
 
 def check_base(adapter: Adapter, given: Checkpoint) -> str | None:
     """ModelError where the vectors of `given` are not those of the model that the adapter names; a note where
-    that model is not here and has another name."""
-    trained = _opened(adapter.base)
-    if trained is None:
-        if not adapter.base or _name(Path(adapter.base)) == _name(given.path):
+    that model is not here and has another name, or cannot be read."""
+    base = Path(adapter.base)
+    if not adapter.base or not base.exists():
+        if not adapter.base or _name(base) == _name(given.path):
             return None
         return f"the adapter names {adapter.base} as its model, which is not here to be compared"
+    try:
+        trained = as_loaded(open_checkpoint(base))
+    except FewbitsError as error:
+        return f"the adapter names {adapter.base} as its model, which is not compared: {error}"
     distances = _distances(trained, given)
     if distances and median(distances.values()) > FAR:
         name = max(distances, key=distances.__getitem__)
@@ -38,13 +42,6 @@ def check_base(adapter: Adapter, given: Checkpoint) -> str | None:
             "give a model made of that one"
         )
     return None
-
-
-def _opened(base: str) -> Checkpoint | None:
-    try:
-        return as_loaded(open_checkpoint(Path(base))) if base and Path(base).exists() else None
-    except FewbitsError:
-        return None
 
 
 def _name(path: Path) -> str:

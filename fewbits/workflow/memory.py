@@ -29,6 +29,7 @@ from ..formats.plain import as_format
 from ..memory import Need, free_memory, left_of, resident_memory
 from ..model.sites import Site, per_block, sites
 from ..plan.choices import Decision
+from ..train.objective import LOSSES
 from ..train.settings import AT_ONCE, DistillSettings
 from .blockwise.settings import Streaming
 from .pruning import is_float, prunable
@@ -280,8 +281,9 @@ def _hidden_nbytes(checkpoint: Checkpoint, request: Request) -> int:
 
 
 def _passes_nbytes(checkpoint: Checkpoint, request: Request) -> int:
-    """What training holds of its text: the parent's last hidden states in f32, and what the backward pass of
-    the windows at once needs, three numbers for each output of a weight in f32 (2.4 were measured)."""
+    """What training holds of its text: the parent's last hidden states in f32, if it is asked, and what the
+    backward pass of the windows at once needs, three numbers for each output of a weight in f32 (2.4 were
+    measured)."""
     assert request.tokens is not None
     settings = DistillSettings(steps=request.method.trains, **request.method.training())
     context = request.tokens.windows.shape[1]
@@ -291,6 +293,7 @@ def _passes_nbytes(checkpoint: Checkpoint, request: Request) -> int:
     if settings.recompute:  # of one block at a time
         outputs //= max(1, len({site.block for site in found}))
     kept = 2 * 4 * settings.top_k if settings.top_k else 4 * _hidden_width(checkpoint)
+    kept *= LOSSES[settings.loss] > 0
     return 12 * micro * context * outputs + request.tokens.count * kept
 
 
