@@ -4,6 +4,8 @@ import pytest
 
 from fewbits.cli.main import main
 from fewbits.errors import PlanError
+from fewbits.plan.method import Method
+from fewbits.workflow.options import Options
 from tests.tiny import save_tiny
 
 
@@ -95,3 +97,14 @@ def test_a_device_that_is_not_there_is_refused_first(tmp_path, monkeypatch, caps
     assert main([*command, "--device", "nonsense"]) == 1
     assert "device 'nonsense': torch knows no such device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("training", "fault"),
+    [({"loss": "huber"}, "loss is 'huber'; known: kl"), ({"rate": 1.0}, "training has no setting 'rate'")],
+)
+def test_settings_of_a_method_made_in_python_are_checked_like_options(training, fault):
+    method = Method("gptq", sequential=True, train=3, train_options=training)
+    for given in (Options(to="q4_0", method=method), Options(to="q4_0", train=3, training=training)):
+        with pytest.raises(PlanError, match=fault):
+            given.chosen_method()

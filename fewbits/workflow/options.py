@@ -104,7 +104,11 @@ class Options(CommonOptions):
         details = details or dict(base.transform_options)
         method = replace(base, transforms=transforms, transform_options=details, distill=distill)
         method = self._pruned(method)
-        return method if self.train is None else self._trained(method)
+        if self.train is not None:
+            training = dict(self.training or {})
+            method = replace(method, distill=0, train=self.train, train_options=training)
+        _check_training(method)
+        return method
 
     def _pruned(self, method: Method) -> Method:
         """With a sparsity; half where only a pattern is given that has that."""
@@ -117,17 +121,6 @@ class Options(CommonOptions):
                 "ecsq decides by the bits that are asked for how many weights become 0; leave sparsity out"
             )
         return replace(method, sparsity=sparsity, prune=self.prune or method.prune, sparsity_pattern=pattern)
-
-    def _trained(self, method: Method) -> Method:
-        """With training of codes in the place of distillation; PlanError for settings that it has not."""
-        known = {each.name for each in fields(DistillSettings)} - OF_THE_RUN
-        unknown = [name for name in self.training or {} if name not in known]
-        if unknown:
-            raise PlanError(f"training has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        method = replace(method, distill=0, train=self.train or 0, train_options=dict(self.training or {}))
-        settings = DistillSettings(steps=max(1, method.train), **method.training())
-        raise_all(PlanError, "train", settings_faults(settings, ENOUGH))
-        return method
 
     def _base(self) -> Method:
         if isinstance(self.method, Method):
@@ -168,3 +161,13 @@ def _known(words: dict[str, Method], what: str, name: str) -> Method:
     if name not in words:
         raise PlanError(f"unknown {what} {name!r}; known: {', '.join(words)}")
     return words[name]
+
+
+def _check_training(method: Method) -> None:
+    """PlanError for settings that training has not, or values that they cannot have."""
+    known = {each.name for each in fields(DistillSettings)} - OF_THE_RUN
+    unknown = [name for name in method.train_options if name not in known]
+    if unknown:
+        raise PlanError(f"training has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    settings = DistillSettings(steps=max(1, method.trains), **method.training())
+    raise_all(PlanError, "train", settings_faults(settings, ENOUGH))
