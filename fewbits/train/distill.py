@@ -40,7 +40,6 @@ from ..files.checkpoint import Checkpoint
 from ..memory import freed_memory_kept
 from ..qtensor import QTensor
 from .loop import Judgement, Loop
-from .objective import LOSSES
 from .settings import DistillSettings, settings_faults
 from .student import Student
 from .teacher import Teacher, teacher_of
@@ -79,15 +78,16 @@ def distill(
 ) -> Distilled:
     """Tokens `(w, c)` int64 -> the block parameters and vectors with which the quantized model's logits are
     nearest to the reference's. activations: the record of how inputs of weights are quantized, whose static
-    steps are trained too. teacher: the reference's after it ran over these tokens, if it did (`teacher_of`);
-    a loss without KL divergence has none.
+    steps are trained too. teacher: the reference's after it ran over these tokens, if it did (`teacher_of`).
 
     Raises CalibrationError for too few windows, a quantized model without trainable numbers, or a loss that
     is not finite; FileError for the state of another run."""
     settings, progress = settings or DistillSettings(), progress or _silent
     _check(tokens, settings)
     device = torch.device(settings.device)
-    if teacher is None and LOSSES[settings.loss]:
+    if not settings.share:
+        teacher = None
+    elif teacher is None:
         teacher = teacher_of(reference, tokens, settings, lambda i, n: progress("reference", i, n))
     floats = reference if settings.lr_codes else None
     scheme = None if activations is None else activations_of(activations)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CalibrationError
-from .objective import LOSSES, NAMES
+from .objective import NAMES
 from .optimizer import TINY, optimizer_of
 from .rounding import windows_of
 from .settings import AT_ONCE, DistillSettings, arithmetic, products
@@ -41,7 +41,7 @@ class Judgement:
 
 
 class Loop:
-    """One training run: its state and its best evaluation. teacher: None for a loss without KL divergence."""
+    """One training run: its state and its best evaluation. teacher: None where the parent is not asked."""
 
     def __init__(
         self, teacher: Teacher | None, student: Student, tokens: torch.Tensor, settings: DistillSettings
@@ -77,7 +77,7 @@ class Loop:
         windows = windows_of(self.step, settings.batch, self.train, settings.seed)
         goals = Goals(
             parent=None if teacher is None else lambda i, rows: teacher.distributions(windows[i], rows),
-            share=LOSSES[settings.loss],
+            share=settings.share,
             temperature=settings.temperature,
             factor=float(self.scaler.scale(torch.ones((), device=self.start.device))),
             compute=self.compute,
@@ -145,13 +145,10 @@ class Loop:
     def judge(self) -> None:
         """The loss of the packed model on the held-out windows, without temperature; keeps the best state."""
         self.student.write(self.student.rounded(self.start + self.unit * self.a))
-        judges, share = range(self.train, len(self.tokens)), LOSSES[self.settings.loss]
-
-        def loss(i: int) -> float:
-            log_p = self.teacher.log_p(i) if self.teacher is not None and share else None
-            return self.student.loss(self.tokens[i], log_p, share)
-
-        losses = [loss(i) for i in judges]
+        losses = []
+        for i in range(self.train, len(self.tokens)):
+            log_p = None if self.teacher is None else self.teacher.log_p(i)
+            losses.append(self.student.loss(self.tokens[i], log_p, self.settings.share))
         held_out = sum(losses) / len(losses)
         self.check(held_out, f"the {self.judged} held out, after {self.step} steps,", [self.train])
         learned = sum(self.losses) / len(self.losses) if self.losses else None
@@ -177,8 +174,8 @@ class Loop:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of settings, tokens, the student's start and the teacher's hidden states, which decide the
-        result."""
+        """Digest of settings, tokens, the student's start and, if it is asked, the teacher's hidden states:
+        what decides the result."""
         away = ("state", "minutes")
         settings = {key: value for key, value in asdict(self.settings).items() if key not in away}
         settings["precision"] = str(self.compute)

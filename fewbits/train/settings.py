@@ -62,6 +62,11 @@ class DistillSettings:
     minutes: float = 10.0
     keep_zeros: bool = False
 
+    @property
+    def share(self) -> float:
+        """The part of KL divergence to the parent in the loss; at 0 the parent is not asked."""
+        return LOSSES[self.loss]
+
 
 def settings_faults(settings: DistillSettings, windows: int) -> list[str]:
     """What is wrong with the settings for a text of so many windows."""

@@ -54,9 +54,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Goals:
-    """What a step minimizes. parent: a row of the batch and positions in it -> their distributions; share:
-    the part of KL, the rest is next-token loss; factor: of the gradient (loss scaling); compute: type of the
-    matrix products; micro: windows at once."""
+    """What a step minimizes. parent: a row of the batch and positions in it -> their distributions, None at
+    share 0; share: the part of KL, the rest is next-token loss; factor: of the gradient (loss scaling);
+    compute: type of the matrix products; micro: windows at once."""
 
     parent: Callable[[int, slice], Distributions] | None
     share: float = 1.0
@@ -304,7 +304,7 @@ class Student:
                 with products(goals.compute, self.device):
                     # For the strides of a slice of a batch torch would copy the output's weight each time.
                     logits = self.halves.head(cut[i, at][None])
-                parent = goals.parent(row, at) if goals.parent is not None and goals.share > 0 else None
+                parent = None if goals.parent is None else goals.parent(row, at)
                 loss, gradient = loss_and_gradient(
                     logits.detach()[0], parent, batch[i], at, goals.share, goals.temperature
                 )

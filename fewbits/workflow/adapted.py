@@ -24,9 +24,11 @@ FAR = 0.1  # the median relative distance of vectors, above which two models are
 def check_base(adapter: Adapter, given: Checkpoint) -> str | None:
     """ModelError where the vectors of `given` are not those of the model that the adapter names; a note where
     that model is not here and has another name, or cannot be read."""
+    if not adapter.base:
+        return None
     base = Path(adapter.base)
-    if not adapter.base or not base.exists():
-        if not adapter.base or _name(base) == _name(given.path):
+    if not base.exists():
+        if _name(base) == _name(given.path):
             return None
         return f"the adapter names {adapter.base} as its model, which is not here to be compared"
     try:

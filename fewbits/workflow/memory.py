@@ -29,7 +29,6 @@ from ..formats.plain import as_format
 from ..memory import Need, free_memory, left_of, resident_memory
 from ..model.sites import Site, per_block, sites
 from ..plan.choices import Decision
-from ..train.objective import LOSSES
 from ..train.settings import AT_ONCE, DistillSettings
 from .blockwise.settings import Streaming
 from .pruning import is_float, prunable
@@ -293,8 +292,8 @@ def _passes_nbytes(checkpoint: Checkpoint, request: Request) -> int:
     if settings.recompute:  # of one block at a time
         outputs //= max(1, len({site.block for site in found}))
     kept = 2 * 4 * settings.top_k if settings.top_k else 4 * _hidden_width(checkpoint)
-    kept *= LOSSES[settings.loss] > 0
-    return 12 * micro * context * outputs + request.tokens.count * kept
+    hidden = request.tokens.count * kept if settings.share else 0
+    return 12 * micro * context * outputs + hidden
 
 
 def _walk_peak(checkpoint: Checkpoint, walked: Sequence[Task], hidden: int, request: Request) -> int:
