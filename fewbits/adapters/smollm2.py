@@ -85,7 +85,11 @@ def obtain(cache_dir: Path, progress: Progress | None = None) -> Path:
         report("rewriting", 2, 3)
         made = here / "model"
         write_model(open_gguf(here / "q4_1.gguf"), made)
-        made.rename(target)
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.exists():  # else another process has just made it
+                raise
     report("rewriting", 3, 3)
     return target
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from ..algorithms import NEEDS
+from ..calibrate.capture import MANY
 from ..calibrate.sampling import ROWS_AT_ONCE
 from ..files.checkpoint import Checkpoint
 from ..files.output import Output
@@ -113,7 +114,7 @@ def _walk_seconds(
     factors = sum(rates[t.format, t.algorithm].factoring(t.shape[1]) for t in groups.values())
     return {
         "passes over the text": passes * 2 * weights * request.tokens.count / rate,
-        "Hessians": (gather + judge) / rate + factors,
+        "Hessians": gather / multiplying(shape, MANY, faster_dtype()) + judge / rate + factors,
     }
 
 

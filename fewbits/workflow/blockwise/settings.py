@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from ...calibrate.tokens import Tokens
 from ...devices import AUTO, device_of
 from ...files.checkpoint import Checkpoint
 from ...plan.method import Method
+from ...train.settings import DistillSettings
 from ..task import Spec
 
-CALIBRATION = 32768  # tokens
+BEFORE_TRAINING = 524288  # tokens
 WIDEST = 64 * 2**20  # bytes
 
 
@@ -74,8 +76,12 @@ class Run:
 
     @property
     def calibration(self) -> torch.Tensor:
-        """The windows of the text that codes are chosen on: all, but where the model is trained on them after
-        that only CALIBRATION tokens, spread over it."""
+        """The windows of the text that codes are chosen on: all, but where the model is trained after that
+        none of those held out, and BEFORE_TRAINING tokens at most, spread over the others."""
         windows = self.tokens.windows
-        wanted = max(1, CALIBRATION // windows.shape[1])
-        return windows[:: max(1, len(windows) // wanted)][:wanted] if self.method.train else windows
+        if not self.method.train:
+            return windows
+        held_out = self.method.training().get("held_out", DistillSettings.held_out)
+        windows = windows[: max(1, len(windows) - held_out)]
+        wanted = max(1, BEFORE_TRAINING // windows.shape[1])
+        return windows[:: ceil(len(windows) / wanted)]
