@@ -119,7 +119,10 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
         "by the model, or vocabulary (the default of models that generate no text): random tokens; or "
         "statistics saved by `fewbits calibrate` or llama-imatrix",
     )  # fmt: skip
-    group.add_argument("--tokens", type=int, metavar="N", help="number of tokens (default 32768)")
+    group.add_argument(
+        "--tokens", type=int, metavar="N",
+        help="number of tokens (default 32768; more lose less and take longer: docs/methods.md)",
+    )  # fmt: skip
     group.add_argument("--context", type=int, metavar="N", help="tokens per window (default 512)")
     group.add_argument("--seed", type=int, help="seed of sampling and shuffling (default 0)")
     group.add_argument(
