@@ -15,11 +15,13 @@ from fewbits.calibrate.tokens import Tokens
 from fewbits.cli.main import main
 from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
+from fewbits.plan.method import METHODS
 from fewbits.qtensor import QTensor
 from fewbits.train.distill import DistillSettings, distill
 from fewbits.train.rounding import gap_of, spacing_of
 from fewbits.train.ste import LatentLinear
 from fewbits.train.student import Student
+from fewbits.workflow.blockwise.settings import BEFORE_TRAINING, Run
 from fewbits.workflow.training import packed
 from tests.test_distill import SMALL, TOKENS, in_format
 from tests.tiny import save_tiny
@@ -227,6 +229,17 @@ def test_too_little_text_is_said_before_anything_is_done(model: Path, tmp_path: 
         )
     with pytest.raises(fewbits.PlanError, match="train: 5 windows are too few for batches of 2 and 8"):
         fewbits.quantize(model, tmp_path / "o", to="int2_g32", calibrate=text, train=5, verify=False)
+
+
+def test_gptq_before_training_sees_the_text_but_for_what_is_held_out(model: Path) -> None:
+    run = Run(open_checkpoint(model), {}, METHODS["gptq"], Tokens.of(TOKENS, "text"))
+    assert torch.equal(run.calibration, TOKENS)
+    trained = replace(run, method=replace(run.method, train=2, train_options={"held_out": 3}))
+    assert torch.equal(trained.calibration, TOKENS[:-3])
+    windows = torch.arange(4 * BEFORE_TRAINING).view(-1, 512)
+    spread = replace(trained, tokens=Tokens.of(windows, "long text")).calibration
+    assert spread.numel() <= BEFORE_TRAINING and torch.equal(spread[:2], windows[::4][:2])
+    assert len(windows) - 8 < spread[-1, 0] // 512 < len(windows) - 3
 
 
 # ---- a loop of one's own -------------------------------------------------------------------------
