@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import repeat
 from typing import Any, Protocol
 
@@ -30,7 +31,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..blocks.block import Block
 from ..errors import CalibrationError, ModelError, raise_all
 from ..model.sites import Site
-from ..runtime.decode import faster_dtype
 from .stats import Stats
 
 MANY = 2048  # tokens
@@ -306,11 +306,18 @@ class Sums:
         return Stats(self.count, self.absmax, mean_square, self.hessian, self.mismatch)
 
 
+@cache
+def has_amx() -> bool:
+    """Whether this CPU has tiles for bf16 products, two to three times as fast as f32. Asked, not timed: one
+    machine always computes the same."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 @contextmanager
 def factors_in_bf16(x: torch.Tensor) -> Iterator[None]:
     """Within, for inputs `(t, k)` of thousands of tokens, f32 products round their factors to bf16 on a CPU
-    that multiplies it faster, and sum in f32: 2^-8 of an element at most, which averages out."""
-    if x.is_cuda or len(x) < MANY or faster_dtype() != torch.bfloat16:
+    with AMX, and sum in f32: 2^-8 of an element at most, which averages out."""
+    if x.is_cuda or len(x) < MANY or not has_amx():
         yield
         return
     backend: Any = torch.backends.mkldnn

@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
+import torch
+
 from ..algorithms import NEEDS
-from ..calibrate.capture import MANY
+from ..calibrate.capture import MANY, has_amx
 from ..calibrate.sampling import ROWS_AT_ONCE
 from ..files.checkpoint import Checkpoint
 from ..files.output import Output
@@ -111,10 +113,11 @@ def _walk_seconds(
     squares = sum(t.shape[1] ** 2 for t in groups.values())
     gather = request.tokens.count * squares * (3 if method.gptaq else 1)
     judge = sum(4 * t.shape[0] * t.shape[1] ** 2 for t in walked if t.site and t.site.group in groups)
+    sums = torch.bfloat16 if has_amx() else torch.float32
     factors = sum(rates[t.format, t.algorithm].factoring(t.shape[1]) for t in groups.values())
     return {
         "passes over the text": passes * 2 * weights * request.tokens.count / rate,
-        "Hessians": gather / multiplying(shape, MANY, faster_dtype()) + judge / rate + factors,
+        "Hessians": gather / multiplying(shape, MANY, sums) + judge / rate + factors,
     }
 
 
