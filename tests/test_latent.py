@@ -238,8 +238,10 @@ def test_gptq_before_training_sees_the_text_but_for_what_is_held_out(model: Path
     assert torch.equal(trained.calibration, TOKENS[:-3])
     windows = torch.arange(4 * BEFORE_TRAINING).view(-1, 512)
     spread = replace(trained, tokens=Tokens.of(windows, "long text")).calibration
-    assert spread.numel() <= BEFORE_TRAINING and torch.equal(spread[:2], windows[::4][:2])
+    assert spread.numel() == BEFORE_TRAINING and torch.equal(spread[:2], windows[::4][:2])
     assert len(windows) - 8 < spread[-1, 0] // 512 < len(windows) - 3
+    little_more = Tokens.of(windows[: BEFORE_TRAINING // 512 + 9], "a little more")
+    assert replace(trained, tokens=little_more).calibration.numel() == BEFORE_TRAINING
 
 
 # ---- a loop of one's own -------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import repeat
 from typing import Any, Protocol
 
@@ -29,6 +28,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..blocks.block import Block
+from ..devices import has_amx
 from ..errors import CalibrationError, ModelError, raise_all
 from ..model.sites import Site
 from .stats import Stats
@@ -304,13 +304,6 @@ class Sums:
         if self.mismatch is not None:
             self.mismatch /= self.count
         return Stats(self.count, self.absmax, mean_square, self.hessian, self.mismatch)
-
-
-@cache
-def has_amx() -> bool:
-    """Whether this CPU has tiles for bf16 products, two to three times as fast as f32. Asked, not timed: one
-    machine always computes the same."""
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..algorithms.prune import PATTERNS, PRUNERS
-from ..devices import AUTO, device_of
+from ..devices import AUTO, device_of, has_amx
 from ..errors import FileError
 from ..files.open import FILE_TYPES
 from ..plan import Plan, parse_rule
@@ -178,8 +178,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     SmoothQuant and equalization keeps few pairs in bf16."""
     if name != "auto":
         return DTYPES[name]
-    amx = torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device.type != "cpu" or amx else torch.float32
+    return torch.bfloat16 if device.type != "cpu" or has_amx() else torch.float32
 
 
 def read_plan(rules: list[str], file: Path | None) -> Plan:

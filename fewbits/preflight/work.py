@@ -16,8 +16,9 @@ from math import ceil, prod
 import torch
 
 from ..algorithms import NEEDS
-from ..calibrate.capture import MANY, has_amx
+from ..calibrate.capture import MANY
 from ..calibrate.sampling import ROWS_AT_ONCE
+from ..devices import has_amx
 from ..files.checkpoint import Checkpoint
 from ..files.output import Output
 from ..plan.choices import Decision

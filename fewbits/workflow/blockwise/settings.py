@@ -81,7 +81,6 @@ class Run:
         windows = self.tokens.windows
         if not self.method.train:
             return windows
-        held_out = self.method.training().get("held_out", DistillSettings.held_out)
-        windows = windows[: max(1, len(windows) - held_out)]
-        wanted = max(1, BEFORE_TRAINING // windows.shape[1])
-        return windows[:: ceil(len(windows) / wanted)]
+        n = max(1, len(windows) - DistillSettings(**self.method.training()).held_out)
+        wanted = min(n, max(1, BEFORE_TRAINING // windows.shape[1]))
+        return windows[[ceil(i * n / wanted) for i in range(wanted)]]
