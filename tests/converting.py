@@ -75,7 +75,9 @@ class Handler(socketserver.StreamRequestHandler):
 class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
     pass
 
-Server(address, Handler).serve_forever()
+server = Server(address + ".new", Handler)
+os.rename(address + ".new", address)  # there once it listens
+server.serve_forever()
 """
 _PIECES = """
 import json, sys
