@@ -16,7 +16,7 @@ from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.model.sites import sites
 from fewbits.qtensor import QTensor
-from fewbits.train.rounding import EFFORTS, NEAR, REACH, LearnedRounding, RoundingSettings, learn_block
+from fewbits.train.rounding import EFFORTS, LearnedWeight, RoundingSettings, gap_of, learn_block
 from fewbits.train.ste import GridLinear, straight_through
 from tests.tiny import VOCAB, save_tiny
 
@@ -120,25 +120,25 @@ def test_straight_through_is_the_grid_forward_and_the_identity_backward() -> Non
 @pytest.mark.parametrize(
     "kind", ["int4_g32", "int4_g32_asym", "int4_g32_actorder", "q4_0", "q4_k", "nf4", "mxfp4"]
 )
-def test_an_offset_starts_at_the_codes_it_is_given_nearest_or_not(kind: str) -> None:
+def test_a_weight_starts_at_the_codes_it_is_given_nearest_or_not(kind: str) -> None:
     torch.manual_seed(0)
     fmt, w = FORMATS.get(kind), torch.randn(16, 256)
     nearest = fmt.encode(w, torch.rand(256))
     grid = fmt.unpack(nearest)[0]
     moved = fmt.pack(grid, grid.round(w + 0.3 * torch.randn_like(w)))
     for q in (nearest, moved):
-        assert torch.equal(LearnedRounding(w, q).pack().decode(), q.decode())
+        assert torch.equal(LearnedWeight(w, q).pack().decode(), q.decode())
     assert int((moved.decode() != nearest.decode()).sum()) > 256
 
 
 def test_the_gap_of_an_even_grid_is_its_step() -> None:
     torch.manual_seed(0)
     fmt, w = FORMATS.get("int8_g128"), torch.randn(64, 1024)
-    rounding = LearnedRounding(w, fmt.encode(w, search=False))
-    scale = rounding.grid.groups(64)[0].repeat_interleave(128, 1).abs()
+    grid = fmt.unpack(fmt.encode(w, search=False))[0]
+    gap, scale = gap_of(grid, w), grid.groups(64)[0].repeat_interleave(128, 1).abs()
     # the root mean square of 128 rounding errors scatters by 1 / sqrt(5 * 128) = 4 %
-    assert float((rounding.gap / scale - 1).abs().max()) < 0.2
-    assert abs(float((rounding.gap / scale).mean()) - 1) < 0.01
+    assert float((gap / scale - 1).abs().max()) < 0.2
+    assert abs(float((gap / scale).mean()) - 1) < 0.01
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -153,17 +153,12 @@ def test_learned_rounding_leaves_less_error_on_new_inputs_than_rounding_to_neare
     assert error(block, found, fresh) < LEFT[kind] * error(block, nearest, fresh)
 
 
-def test_codes_chosen_with_care_are_moved_less_and_not_made_worse() -> None:
+def test_codes_chosen_with_care_are_not_made_worse() -> None:
     """On this block GPTQ leaves a sixth of what rounding to nearest leaves; there is little to add."""
     block, inputs, fmt = TwoLayers(), some_inputs(4, 1), FORMATS.get("int4_g32")
     rows = torch.cat(inputs)
     reads = {"up": rows, "down": linear(rows, block.weights["up"]).relu()}
     start = {name: gptq(w, fmt, Stats.of(reads[name])) for name, w in block.weights.items()}
-    for name, w in block.weights.items():
-        assert (
-            LearnedRounding(w, start[name]).travel == NEAR
-            and LearnedRounding(w, fmt.encode(w)).travel == REACH
-        )
     formats, targets = dict.fromkeys(start, fmt), [block(x) for x in inputs]
     found = learn_block(block, block.weights, formats, start, inputs, targets, EFFORTS["light"])
     assert error(block, found, inputs) <= error(block, start, inputs)
@@ -176,7 +171,7 @@ def test_best_leaves_less_than_light() -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:
-    block, short = TwoLayers(), RoundingSettings(steps=20, checks=2)
+    block, short = TwoLayers(), RoundingSettings(steps=20)
     first, again = learn(block, "q4_0", short), learn(block, "q4_0", short)
     other = learn(block, "q4_0", replace(short, seed=1))
     assert same(first, again) and not same(first, other)
@@ -188,26 +183,35 @@ def test_never_worse_than_the_start() -> None:
     inputs = some_inputs(2, 1)
     formats = dict.fromkeys(block.weights, FORMATS.get("q4_0"))
     start = {name: fmt.encode(block.weights[name]) for name, fmt in formats.items()}
-    wild = RoundingSettings(steps=6, travel=8.0, scale_travel=1.0, checks=6)
+    wild = RoundingSettings(steps=6, lr_codes=8.0, lr=1.0)
     found = learn_block(block, block.weights, formats, start, inputs, [block(x) for x in inputs], wild)
     assert same(found, start)
 
 
-def test_stops_early_when_nothing_improves() -> None:
-    calls = []
+def test_inputs_that_judge_are_not_trained_on() -> None:
+    seen: dict[bool, set[int]] = {True: set(), False: set()}
 
-    class Counting(TwoLayers):
+    class Watching(TwoLayers):
         def __call__(self, hidden, weights=None):  # type: ignore[no-untyped-def]
-            calls.append(1)
+            seen[torch.is_grad_enabled()].add(id(hidden))
             return super().__call__(hidden, weights)
 
-    learn(
-        Counting(),
-        "q4_0",
-        RoundingSettings(steps=100, travel=8.0, scale_travel=1.0, checks=50, patience=2),
-        1,
-    )
-    assert len(calls) < 20
+    block, inputs = Watching(), some_inputs(16, 1)
+    with torch.no_grad():
+        targets = [TwoLayers()(x) for x in inputs]
+    formats = dict.fromkeys(block.weights, FORMATS.get("q4_0"))
+    learn_block(block, block.weights, formats, {}, inputs, targets, RoundingSettings(steps=1, passes=1))
+    assert seen == {True: {id(x) for x in inputs[:14]}, False: {id(x) for x in inputs[14:]}}
+
+
+def test_steps_follow_the_error_that_is_there() -> None:
+    """In 2 bits the default leaves less than the small steps that suit 4 bits."""
+    block, fresh = TwoLayers(), some_inputs(4, 2)
+    left = {
+        rate: error(block, learn(block, "int2_g32_asym", RoundingSettings(steps=32, lr_codes=rate)), fresh)
+        for rate in (None, 0.006)
+    }
+    assert left[None] < 0.9 * left[0.006]
 
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 16}
@@ -228,15 +232,14 @@ def test_a_real_block_learns(name: str, tmp_path: Path) -> None:
         if site.block == 0 and site.role != "router"
     }
     start = {name: fmt.encode(weights[name]) for name, fmt in formats.items()}
-    settings = RoundingSettings(steps=24, checks=3)
-    found = learn_block(block, weights, formats, start, inputs, targets, settings)
+    found = learn_block(block, weights, formats, start, inputs, targets, EFFORTS["light"])
 
     def left(q: Mapping[str, QTensor]) -> float:
         decoded = {name: value.decode() for name, value in q.items()}
         pairs = zip(inputs, targets, strict=True)
         return float(sum((block(x, decoded) - y).square().mean() for x, y in pairs))
 
-    assert left(found) < 0.5 * left(start)  # measured 0.31 and 0.25
+    assert left(found) < 0.5 * left(start)  # measured 0.23 and 0.19
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -136,8 +136,10 @@ def _model_seconds(
         )
     if method.learn:
         settings = EFFORTS[method.learn]
-        seen = settings.steps * settings.batch * request.streaming.batch * context * BACKWARD
-        seconds["learned rounding"] = 2 * weights * (seen + settings.checks * tokens.count) / rate
+        each = request.streaming.batch * context
+        steps = settings.steps_for(ceil(tokens.count / each))
+        seen = steps * settings.batch * each * BACKWARD
+        seconds["learned rounding"] = 2 * weights * seen / rate
     if method.trains:
         distill = DistillSettings(steps=method.trains, **method.training())
         judged = (1 + ceil(distill.steps / distill.every)) * distill.held_out * context

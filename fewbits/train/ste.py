@@ -13,7 +13,7 @@ backward pass: it is recomputed from codes (a byte per weight) and parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -108,11 +108,11 @@ class LatentLinear(GridLinear):
 
     def _stored(self) -> dict[str, torch.Tensor]:
         """The block parameters rounded to the type that a file has them in; their gradient passes through."""
-        kind, stored = stored_type(self.grid), {}
-        for name, value in self.block_parameters.items():
-            value = value * self.units[name] if self.units else value
-            stored[name] = value + (value.to(kind).float() - value).detach()
-        return stored
+        now = dict(self.block_parameters)
+        return as_stored(
+            self.grid,
+            {name: value * self.units[name] for name, value in now.items()} if self.units else now,
+        )
 
     def relative(self) -> None:
         """Block parameters become multiples of their size now, so that a loop's one learning rate, which
@@ -201,6 +201,12 @@ def _ends(grid: Grid, gap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ends = [grid.sums(grid.value(grid.round(side))) / counts for side in (-far, far)]
     low, high = torch.minimum(*ends), torch.maximum(*ends)
     return (low + high) / 2, (high - low) / 2 + grid.sums(gap) / counts
+
+
+def as_stored(grid: Grid, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Block parameters rounded to the type that a file has them in; their gradient passes through."""
+    kind = stored_type(grid)
+    return {name: value + (value.to(kind).float() - value).detach() for name, value in parameters.items()}
 
 
 def stored_type(grid: Grid) -> torch.dtype:

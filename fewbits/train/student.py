@@ -20,13 +20,12 @@ import torch
 from ..activations.mixed import Activations
 from ..errors import CalibrationError
 from ..files.checkpoint import Checkpoint, LazyTensor
-from ..formats.base import Grid
 from ..formats.plain import PlainGrid, stored, unstored
 from ..qtensor import QTensor
 from .halves import Halves
 from .inputs import FakeInput
 from .objective import Distributions, divergence, loss_and_gradient
-from .rounding import gap_of, spacing_of
+from .rounding import latent_of, packed, spacing_of
 from .settings import products
 from .ste import GridLinear, LatentLinear, rounded_once, size_of
 
@@ -37,9 +36,6 @@ PLAIN_STEPS = 8  # of a float weight: the step that takes the place of a grid's 
 # Positions whose logits are computed at once: these are large, and new memory is slow. The gradient of a
 # trained output layer is as large as its weight, so there are fewer of them.
 POSITIONS, OF_TRAINED = 64, 512
-START = (
-    0.6  # of the way from its code's value to the float weight, half a gap at most: where a latent one starts
-)
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ class Student:
         else:
             w = self._float(name)
             gap = size_of(w) / PLAIN_STEPS if isinstance(grid, PlainGrid) else spacing_of(grid, w)
-            latent = self._latent(w, grid, codes)
+            latent = latent_of(grid, codes, w)
             linear = LatentLinear(grid, latent, gap, module.bias)
         self.model.set_submodule(name.removesuffix(".weight"), linear)
         self.quantized[name] = q
@@ -168,13 +164,6 @@ class Student:
         w = self.floats.tensors[name].load()
         assert isinstance(w, torch.Tensor)
         return w.to(self.device, torch.float32)
-
-    def _latent(self, w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
-        """`(n, k)` f32: the float weight, moved so far that it is rounded to `codes`."""
-        value, reach = grid.value(codes), gap_of(grid, w) / 2
-        # Away from the edge, where error feedback has pushed many: else noise takes them back to the nearest.
-        latent = value + START * torch.minimum(torch.maximum(w - value, -reach), reach)
-        return torch.where(grid.round(latent) == codes, latent, value)
 
     def _add_vector(self, name: str, stored: torch.Tensor | QTensor) -> None:
         value = dict(self.model.named_parameters()).get(name)
@@ -244,11 +233,8 @@ class Student:
         q = self.quantized[name].to(self.device)
         grid, codes = q.format.unpack(q)
         parameters = {key: value for key, value in given.items() if key not in (LATENT, INPUT)}
-        q = q.format.pack(grid.replaced(parameters) if parameters else grid, codes)
-        if LATENT not in given:
-            return q
-        grid, _ = q.format.unpack(q)
-        return q.format.pack(grid, grid.round(given[LATENT]))
+        grid = grid.replaced(parameters) if parameters else grid
+        return q.format.pack(grid, codes) if LATENT not in given else packed(q.format, grid, given[LATENT])
 
     def ranges(self, flat: torch.Tensor) -> dict[str, list[float]]:
         """`(p,)` -> the step and zero point of each static input, as a record of activations has them."""

@@ -38,6 +38,7 @@ from .task import Spec, spec_of
 ALLOWANCE = 3 * 2**29  # 1.5 GiB: torch, transformers, Hessians and what is quantized of a block
 BESIDE = 11 * 2**26  # what is not Hessians, where these take more: torch, transformers, results
 ROWS_IN_F32 = 10  # copies of CHUNK weights in f32 that an encoder holds at most
+LEARNING = 48  # bytes of a weight that is learned: in f32 twice, on its grid, its step, moments and gradients
 MARGIN = 64 * 2**20  # allocators keep what was freed; digests read their input in pieces
 DEVICE_SPARE = 2**29  # bytes: libraries of the GPU, and what its allocator cannot use
 LEAST_STATES = 2**26  # bytes of hidden states in memory, where there is no more
@@ -142,6 +143,7 @@ def _device_peak(checkpoint: Checkpoint, walked: Sequence[Task], request: Reques
     method, dtype = request.method, request.streaming.dtype
     copies = (2 if method.gptaq or method.learn else 1) * dtype.itemsize
     copies += 8 if method.learn or method.transforms else 0  # their floats, and as they are rewritten
+    copies += LEARNING if method.learn else 0
     modules = copies * max(block_weights(checkpoint))
     widest = max((t.shape[1] for t in walked if NEEDS[t.algorithm] == "hessian"), default=0)
     largest = max(prod(task.shape) for task in walked)
@@ -298,7 +300,8 @@ def _passes_nbytes(checkpoint: Checkpoint, request: Request) -> int:
 
 def _walk_peak(checkpoint: Checkpoint, walked: Sequence[Task], hidden: int, request: Request) -> int:
     """Two blocks in f32, and as modules in the dtype of the computation; the pages of the file that they are
-    read from; hidden states; Hessians, or what else is made of a block's inputs."""
+    read from; hidden states; Hessians, or what else is made of a block's inputs, learning its rounding
+    among it."""
     dtype = request.streaming.dtype
     copies = 4 + (0 if dtype.itemsize == 4 else dtype.itemsize)
     blocks = 2 if request.streaming.place.type == "cpu" else 3  # beside a GPU, one more is read ahead
@@ -309,7 +312,8 @@ def _walk_peak(checkpoint: Checkpoint, walked: Sequence[Task], hidden: int, requ
     squares = 4 if request.method.gptaq else 3  # the Hessian, what is made of it twice, the mismatch
     masked = 3 * 4 + 1  # bytes of a weight that is pruned: three in f32, a mask
     pruned = masked * max(prod(task.shape) for task in walked) if request.method.pruning else 0
-    return nbytes + states + pruned + max(ALLOWANCE, squares * 4 * widest**2 + BESIDE)
+    learned = LEARNING * max(block_weights(checkpoint)) if request.method.learn else 0
+    return nbytes + states + pruned + max(ALLOWANCE + learned, squares * 4 * widest**2 + BESIDE)
 
 
 def waiting(walked: Sequence[Task], request: Request) -> int:

@@ -21,7 +21,7 @@ from tests.tiny import save_tiny
 from .same import same_codes
 
 GENERATOR = torch.Generator().manual_seed(0)
-SHORT = RoundingSettings(steps=4, checks=2, batch=2)
+SHORT = RoundingSettings(steps=4, batch=2)
 
 
 class Product:
