@@ -91,8 +91,13 @@ def lockstep(device: str) -> int:
             (_, codes), (_, wanted) = fmt.unpack(ours), fmt.unpack(alone)
             lost, least = (float(loss(one.decode(), w, each.hessian).sum()) for one in (ours, alone))
             assert lost <= 1.001 * least, (name, lost, least)
-            if device == "cpu":  # where the products' sums are the same ones
-                assert all(torch.equal(ours.planes[at], alone.planes[at]) for at in alone.planes), name
+            for at, plane in alone.planes.items() if device == "cpu" else ():
+                if plane.is_floating_point():  # a batch of products may be summed in another order
+                    assert torch.allclose(
+                        ours.planes[at], plane, rtol=2 * torch.finfo(plane.dtype).eps, atol=0
+                    ), name
+                else:
+                    assert torch.equal(ours.planes[at], plane), name
             assert float((codes != wanted).double().mean()) < (1e-3 if device == "cpu" else 0.05), name
     assert set(launched) == {3}
     return len(launched)
