@@ -16,7 +16,7 @@ from fewbits.files.open import open_checkpoint
 from fewbits.formats import FORMATS
 from fewbits.model.sites import sites
 from fewbits.qtensor import QTensor
-from fewbits.train.rounding import EFFORTS, LearnedWeight, RoundingSettings, gap_of, learn_block
+from fewbits.train.rounding import EFFORTS, LIMITS, LearnedWeight, RoundingSettings, gap_of, learn_block
 from fewbits.train.ste import GridLinear, straight_through
 from tests.tiny import VOCAB, save_tiny
 
@@ -26,7 +26,7 @@ GRIDS = (
     "q4_k", "q6_k", "iq4_xs",
 )  # fmt: skip
 # format -> the most that may be left of the squared error of rounding to nearest, on inputs not learned from;
-# measured 0.39, 0.38, 0.54, 0.35, 0.40
+# measured 0.34, 0.34, 0.44, 0.31, 0.34
 LEFT = {"int4_g32": 0.5, "q4_0": 0.5, "q4_k": 0.65, "nf4": 0.5, "mxfp4": 0.5}
 N, K, RANK = 96, 256, 48
 
@@ -153,12 +153,14 @@ def test_learned_rounding_leaves_less_error_on_new_inputs_than_rounding_to_neare
     assert error(block, found, fresh) < LEFT[kind] * error(block, nearest, fresh)
 
 
-def test_codes_chosen_with_care_are_not_made_worse() -> None:
+def test_codes_chosen_with_care_are_moved_less_and_not_made_worse() -> None:
     """On this block GPTQ leaves a sixth of what rounding to nearest leaves; there is little to add."""
     block, inputs, fmt = TwoLayers(), some_inputs(4, 1), FORMATS.get("int4_g32")
     rows = torch.cat(inputs)
     reads = {"up": rows, "down": linear(rows, block.weights["up"]).relu()}
     start = {name: gptq(w, fmt, Stats.of(reads[name])) for name, w in block.weights.items()}
+    for name, w in block.weights.items():
+        assert not LearnedWeight(w, start[name]).nearest and LearnedWeight(w, fmt.encode(w)).nearest
     formats, targets = dict.fromkeys(start, fmt), [block(x) for x in inputs]
     found = learn_block(block, block.weights, formats, start, inputs, targets, EFFORTS["light"])
     assert error(block, found, inputs) <= error(block, start, inputs)
@@ -204,14 +206,27 @@ def test_inputs_that_judge_are_not_trained_on() -> None:
     assert seen == {True: {id(x) for x in inputs[:14]}, False: {id(x) for x in inputs[14:]}}
 
 
-def test_steps_follow_the_error_that_is_there() -> None:
-    """In 2 bits the default leaves less than the small steps that suit 4 bits."""
-    block, fresh = TwoLayers(), some_inputs(4, 2)
+@pytest.mark.parametrize("far", [0.0, 1.0])
+def test_steps_suit_a_start_that_is_far(far: float) -> None:
+    """From the nearest codes in 2 bits, and from worse ones: small steps suit GPTQ's in 4 bits."""
+    block, inputs, fmt = TwoLayers(), some_inputs(8, 1), FORMATS.get("int2_g32_asym")
+    make, start = torch.Generator().manual_seed(3), {}
+    for name, w in block.weights.items():
+        grid = fmt.fit(w)
+        noise = far * gap_of(grid, w) * torch.randn(w.shape, generator=make)
+        start[name] = fmt.pack(grid, grid.round(w + noise))
+    formats, targets, fresh = dict.fromkeys(start, fmt), [block(x) for x in inputs], some_inputs(4, 2)
     left = {
-        rate: error(block, learn(block, "int2_g32_asym", RoundingSettings(steps=32, lr_codes=rate)), fresh)
-        for rate in (None, 0.006)
+        rate: error(
+            block,
+            learn_block(
+                block, block.weights, formats, start, inputs, targets, RoundingSettings(32, lr_codes=rate)
+            ),
+            fresh,
+        )
+        for rate in (None, LIMITS[0])
     }
-    assert left[None] < 0.9 * left[0.006]
+    assert left[None] < 0.9 * left[LIMITS[0]]
 
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 16}
@@ -232,14 +247,21 @@ def test_a_real_block_learns(name: str, tmp_path: Path) -> None:
         if site.block == 0 and site.role != "router"
     }
     start = {name: fmt.encode(weights[name]) for name, fmt in formats.items()}
-    found = learn_block(block, weights, formats, start, inputs, targets, EFFORTS["light"])
+    settings = RoundingSettings(steps=24)
+    found = learn_block(block, weights, formats, start, inputs, targets, settings)
 
     def left(q: Mapping[str, QTensor]) -> float:
         decoded = {name: value.decode() for name, value in q.items()}
         pairs = zip(inputs, targets, strict=True)
         return float(sum((block(x, decoded) - y).square().mean() for x, y in pairs))
 
-    assert left(found) < 0.5 * left(start)  # measured 0.23 and 0.19
+    assert left(found) < 0.5 * left(start)  # measured 0.38 and 0.39
+
+
+def test_a_block_without_codes_has_nothing_to_learn() -> None:
+    """As one of pruned floats has none."""
+    block, inputs = TwoLayers(), some_inputs(2, 1)
+    assert learn_block(block, block.weights, {}, {}, inputs, inputs) == {}
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ from .ste import as_stored, size_of, straight_through
 START = 0.6  # of the way from its code's value to the float weight, half a gap at most: where a latent starts
 HELD_OUT = 8  # one of so many inputs judges
 PER_ERROR, LIMITS = 0.06, (0.006, 0.03)  # lr_codes by the error relative to what the block adds
-FROM_NEAREST = 0.04  # lr_codes from codes that are the nearest
+SCALES = 2e-3  # lr from codes that an algorithm has chosen
+FROM_NEAREST = (0.02, 3e-4)  # lr_codes and lr from codes that are the nearest
 CHOSEN = 0.01  # least share of codes that are not, where an algorithm has chosen them
 
 
@@ -46,14 +47,14 @@ class RoundingSettings:
     """Duration and learning rates.
 
     steps: on `batch` of the inputs each, and at least `passes` over those trained on. lr_codes: of the latent
-    weights, in spacings of the grid; None: by the start. lr: the largest relative
-    change of a block parameter in one step. Both rise over a tenth of the steps and fall to 0 on a cosine.
-    keep_zeros: weights that are 0 at the start, as pruned ones are, stay 0."""
+    weights, in spacings of the grid; lr: the largest relative change of a block parameter in one step; None:
+    by the start. Both rise over a tenth of the steps and fall to 0 on a cosine. keep_zeros: weights
+    that are 0 at the start, as pruned ones are, stay 0."""
 
     steps: int = 200
     passes: float = 2
     lr_codes: float | None = None
-    lr: float = 2e-3
+    lr: float | None = None
     batch: int = 1
     seed: int = 0
     keep_zeros: bool = False
@@ -105,6 +106,8 @@ def learn_block(
     where = getattr(block, "name", "block")
     if not inputs or len(inputs) != len(targets):
         raise CalibrationError(f"{where}: {len(inputs)} inputs and {len(targets)} targets; 1 each at least")
+    if not formats:
+        return {}
     device = getattr(block, "device", torch.device("cpu"))
     there = {name: weights[name].to(device, torch.float32) for name in formats}
     learned = {
@@ -145,7 +148,9 @@ class LearnedWeight:
 
     @torch.no_grad()
     def pack(self) -> QTensor:
-        return packed(self.start.format, self._grid(), self.latent + self.moved * self.gap)
+        fmt = self.start.format
+        _, codes = fmt.unpack(self.start)
+        return packed(fmt, self._grid(), codes, self.latent + self.moved * self.gap)
 
     def _grid(self) -> Grid:
         if not self.factors:
@@ -176,9 +181,9 @@ def latent_of(grid: Grid, codes: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.where(grid.round(latent) == codes, latent, value)
 
 
-def packed(fmt: Format, grid: Grid, latent: torch.Tensor) -> QTensor:
-    """Latent weights `(n, k)` on this grid as a file has it: its parameters are rounded first."""
-    stored, _ = fmt.unpack(fmt.pack(grid, grid.round(latent)))
+def packed(fmt: Format, grid: Grid, codes: torch.Tensor, latent: torch.Tensor) -> QTensor:
+    """Latent weights `(n, k)` on this grid as a file has it: its parameters are rounded first. codes: any."""
+    stored, _ = fmt.unpack(fmt.pack(grid, codes))
     return fmt.pack(stored, stored.round(latent))
 
 
@@ -195,29 +200,30 @@ class _Descent:
         self.block, self.learned, self.inputs, self.targets = block, learned, inputs, targets
         self.settings, self.where = settings, where
         n = len(inputs)
-        held_out = ceil(n / HELD_OUT)
-        self.train = n - held_out if n > HELD_OUT // 2 else n
-        self.judges = range(n - held_out, n) if n > HELD_OUT // 2 else range(n)
-        start = {name: weight.start for name, weight in learned.items()}
-        self.start, self.error = start, self.measure(start)
+        held_out = ceil(n / HELD_OUT) if n > HELD_OUT // 2 else 0
+        self.train = n - held_out
+        self.judges = range(self.train if held_out else 0, n)
+        self.start = {name: weight.start for name, weight in learned.items()}
+        self.error = self.measure(self.start)
+        trained = (
+            [weight.moved for weight in learned.values()],
+            [factor for weight in learned.values() for factor in weight.factors.values()],
+        )
         groups = [
-            {"params": [weight.moved for weight in learned.values()], "rate": self.lr_codes()},
-            {
-                "params": [p for weight in learned.values() for p in weight.factors.values()],
-                "rate": settings.lr,
-            },
+            {"params": params, "rate": rate} for params, rate in zip(trained, self.rates(), strict=True)
         ]
-        device = getattr(block, "device", torch.device("cpu"))
+        device = trained[0][0].device
         self.optimizer = optimizer_of("adamw", [group for group in groups if group["params"]], device)
 
-    def lr_codes(self) -> float:
-        """As it is set, or by the codes at the start and their error."""
-        if self.settings.lr_codes is not None:
-            return self.settings.lr_codes
+    def rates(self) -> tuple[float, float]:
+        """lr_codes and lr as they are set, or by the codes at the start and their error."""
         if all(weight.nearest for weight in self.learned.values()):
-            return FROM_NEAREST
-        relative = self.error / max(self.added(), TINY)
-        return min(max(PER_ERROR * relative, LIMITS[0]), LIMITS[1])
+            codes, scales = FROM_NEAREST
+        else:
+            relative = self.error / max(self.added(), TINY)
+            codes, scales = min(max(PER_ERROR * relative, LIMITS[0]), LIMITS[1]), SCALES
+        given = self.settings
+        return codes if given.lr_codes is None else given.lr_codes, scales if given.lr is None else given.lr
 
     def added(self) -> float:
         """The mean square of what the block adds to the inputs that judge, or of its outputs where these have

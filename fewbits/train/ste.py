@@ -109,10 +109,9 @@ class LatentLinear(GridLinear):
     def _stored(self) -> dict[str, torch.Tensor]:
         """The block parameters rounded to the type that a file has them in; their gradient passes through."""
         now = dict(self.block_parameters)
-        return as_stored(
-            self.grid,
-            {name: value * self.units[name] for name, value in now.items()} if self.units else now,
-        )
+        if self.units:
+            now = {name: value * self.units[name] for name, value in now.items()}
+        return as_stored(self.grid, now)
 
     def relative(self) -> None:
         """Block parameters become multiples of their size now, so that a loop's one learning rate, which

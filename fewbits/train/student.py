@@ -234,7 +234,9 @@ class Student:
         grid, codes = q.format.unpack(q)
         parameters = {key: value for key, value in given.items() if key not in (LATENT, INPUT)}
         grid = grid.replaced(parameters) if parameters else grid
-        return q.format.pack(grid, codes) if LATENT not in given else packed(q.format, grid, given[LATENT])
+        if LATENT not in given:
+            return q.format.pack(grid, codes)
+        return packed(q.format, grid, codes, given[LATENT])
 
     def ranges(self, flat: torch.Tensor) -> dict[str, list[float]]:
         """`(p,)` -> the step and zero point of each static input, as a record of activations has them."""
